@@ -1,0 +1,49 @@
+"""frugal-bonsai: structured pruning of language models with forward passes only."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frugal_bonsai.rewrite.load import load_pruned
+    from frugal_bonsai.run.evaluate import evaluate
+    from frugal_bonsai.run.inspect import inspect
+    from frugal_bonsai.run.options import PruneOptions
+    from frugal_bonsai.run.plan import plan
+    from frugal_bonsai.run.prune import prune
+    from frugal_bonsai.text.windows import load_tokenizer
+
+__all__ = [
+    "PruneOptions",
+    "evaluate",
+    "inspect",
+    "load_pruned",
+    "load_tokenizer",
+    "plan",
+    "prune",
+]
+
+# Public name -> the module that has it, imported at first use: `import frugal_bonsai` stays free of
+# torch, and so does `frugal-bonsai --help`.
+_HOMES = {
+    "PruneOptions": "frugal_bonsai.run.options",
+    "evaluate": "frugal_bonsai.run.evaluate",
+    "inspect": "frugal_bonsai.run.inspect",
+    "load_pruned": "frugal_bonsai.rewrite.load",
+    "load_tokenizer": "frugal_bonsai.text.windows",
+    "plan": "frugal_bonsai.run.plan",
+    "prune": "frugal_bonsai.run.prune",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Public names, imported or not."""
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,135 @@
+"""Masked evaluation: one utility a (mask, window) pair.
+
+In: a design, windows, the working store. Out: how much worse each masked sub-model is than the
+unmasked one on the same window (its control variate). Holds what the sweep holds; with a custom
+utility also one window's logits.
+
+Shape suffixes: M masks, W mask windows, I pairs, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from frugal_bonsai.bonsai.design import Design, DesignMasker
+from frugal_bonsai.model.units import UnitGroup
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.forward import Masker
+from frugal_bonsai.stream.layers import LayerStream
+
+# (logits fp32 [S, V], tokens int64 [S]) -> a number, higher is better; need not be differentiable.
+Utility = Callable[[torch.Tensor, torch.Tensor], float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observations:
+    """What the regression explains.
+
+    Attributes:
+        masks_I: int64, the mask of each observation.
+        clusters_I: int64, observations that share a fold (a mask and its complement on a window).
+        loss_I: float64, utility without a mask minus utility with it.
+        base: mean utility without a mask.
+    """
+
+    masks_I: torch.Tensor
+    clusters_I: torch.Tensor
+    loss_I: torch.Tensor
+    base: float
+
+
+class _WithUnmasked:
+    """A design's masks for the first pairs, no mask for the windows behind them."""
+
+    def __init__(self, masker: Masker, masked: int) -> None:
+        self._masker, self._masked = masker, masked
+
+    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
+        inside = slice(items.start, min(items.stop, self._masked))
+        if inside.start >= inside.stop:
+            return None
+        keep_BC = self._masker.columns(group, inside)
+        extra = items.stop - inside.stop
+        if keep_BC is None or not extra:
+            return keep_BC
+        return torch.cat([keep_BC, keep_BC.new_ones(extra, keep_BC.shape[1])])
+
+
+def evaluate_masks(
+    engine: Engine,
+    stream: LayerStream,
+    design: Design,
+    masks: int,
+    windows_WS: torch.Tensor,
+    *,
+    shared: bool,
+    perplexity: bool,
+    utility: Utility | None = None,
+) -> Observations:
+    """Evaluate a design.
+
+    Args:
+        engine: device, sweep, head.
+        stream: the working store.
+        design: with ``masks`` masks, or ``masks * W`` when they are not shared by the windows.
+        masks: masks on each window.
+        windows_WS: the mask windows.
+        shared: every mask runs on every window and gives one observation.
+        perplexity: utility is -perplexity instead of -mean NLL.
+        utility: a user's own, instead of both.
+    """
+    windows = len(windows_WS)
+    pairs = torch.arange(masks * windows)
+    if shared:
+        masks_I, where_I = pairs // windows, pairs % windows
+    else:
+        # Masks 2k and 2k+1 are complements and share a window.
+        masks_I, where_I = pairs, pairs // 2 % windows
+    tokens_IS = torch.cat([windows_WS[where_I], windows_WS])
+    masker = _WithUnmasked(DesignMasker(design, masks_I), len(pairs))
+    scores_I = _scores(engine, stream, tokens_IS, masker, utility)
+    masked_I, base_W = scores_I[: len(pairs)], scores_I[len(pairs) :]
+    perplexity = perplexity and utility is None
+    if shared:
+        masked_M = _mean_utility(masked_I.view(masks, windows), perplexity=perplexity)
+        base = _mean_utility(base_W[None], perplexity=perplexity)
+        loss_I, masks_I = base - masked_M, torch.arange(masks)
+    else:
+        masked_M = _mean_utility(masked_I[:, None], perplexity=perplexity)
+        base = _mean_utility(base_W[:, None], perplexity=perplexity)
+        loss_I = base[where_I] - masked_M
+    return Observations(
+        masks_I=masks_I, clusters_I=masks_I // 2, loss_I=loss_I, base=float(base.mean())
+    )
+
+
+def _mean_utility(scores_MW: torch.Tensor, *, perplexity: bool) -> torch.Tensor:
+    mean_M = scores_MW.mean(1)
+    return -(-mean_M).exp() if perplexity else mean_M
+
+
+def _scores(
+    engine: Engine,
+    stream: LayerStream,
+    tokens_IS: torch.Tensor,
+    masker: Masker,
+    utility: Utility | None,
+) -> torch.Tensor:
+    """Utility of each pair, float64 ``[I]``: -mean NLL, or the user's own."""
+    if utility is None:
+        losses_IS = engine.sweep.losses(
+            stream, engine.head, tokens_IS, masker=masker, name="masked evaluation"
+        )
+        return -losses_IS.double().mean(1)
+    scores: list[float] = []
+    for wave, hidden in engine.sweep.hidden_waves(
+        stream, tokens_IS, masker=masker, name="masked evaluation"
+    ):
+        with torch.inference_mode():
+            for item in range(wave.stop - wave.start):
+                logits_SV = engine.head.logits(hidden.read(slice(item, item + 1)))[0]
+                scores.append(float(utility(logits_SV, tokens_IS[wave.start + item])))
+    return torch.tensor(scores, dtype=torch.float64)

@@ -1,0 +1,109 @@
+"""One layer of the dense and the pruned model while its projections are refitted in turn.
+
+In: both layers' parameters and hidden states. Out: for a micro-batch, the inputs of the pruned
+model's projections and its residual stream, given the refits made so far. Holds what it is given.
+
+Shape suffixes: B windows of a micro-batch, S tokens, H hidden, C columns of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from frugal_bonsai.stream.call import capture_input, replaced
+from frugal_bonsai.stream.forward import Sweep
+from frugal_bonsai.stream.hidden import HiddenStates
+from frugal_bonsai.stream.layers import Parameters
+
+
+@dataclass
+class LayerPass:
+    """One layer of both models while its projections are refitted in turn."""
+
+    sweep: Sweep
+    layer: int
+    dense: Parameters
+    pruned: Parameters
+    hidden_dense: HiddenStates
+    hidden_pruned: HiddenStates
+    kwargs: dict[str, Any]
+    # The dense model's inputs of the last sublayer's projections, when those are refitted too.
+    dense_inputs: HiddenStates | None = None
+    # Outputs of the sublayers that have been refitted, as functions of a micro-batch.
+    outputs: dict[str, Callable[[slice], torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """Hugging Face's layer."""
+        return self.sweep.skeleton.layers[self.layer]
+
+    def known(self, items: slice) -> ExitStack:
+        """A context in which the refitted sublayers return their new outputs."""
+        # All outputs first: one that is computed again runs the module, which must be whole.
+        outputs = {projection: output(items) for projection, output in self.outputs.items()}
+        stack = ExitStack()
+        for projection, output_BSH in outputs.items():
+            stack.enter_context(replaced(self.module, projection, output_BSH))
+        return stack
+
+    def residual(self, items: slice) -> torch.Tensor:
+        """The pruned model's residual stream before the sublayer that comes next."""
+        hidden_BSH = self.hidden_pruned.read(items)
+        for output in self.outputs.values():
+            hidden_BSH = hidden_BSH + output(items)
+        return hidden_BSH
+
+    def inputs(self, projection: str, items: slice) -> torch.Tensor:
+        """The pruned model's input of a projection, given the refits before it."""
+        hidden_BSH = self.hidden_pruned.read(items)
+        with self.known(items):
+            return capture_input(self.module, self.pruned, hidden_BSH, self.kwargs, projection)
+
+
+class KeptInputs:
+    """A projection's inputs, held since they were first computed."""
+
+    def __init__(self, inputs: dict[int, torch.Tensor]) -> None:
+        self._inputs = inputs
+
+    def __call__(self, items: slice) -> torch.Tensor:
+        """``[B, S, C]`` of a micro-batch."""
+        return self._inputs[items.start]
+
+
+class InputsAgain:
+    """Computes a projection's inputs again, with the refits that stood before it."""
+
+    def __init__(self, work: LayerPass, projection: str) -> None:
+        self._work, self._projection = work, projection
+        self._before = dict(work.outputs)
+
+    def __call__(self, items: slice) -> torch.Tensor:
+        """``[B, S, C]`` of a micro-batch."""
+        now, self._work.outputs = self._work.outputs, dict(self._before)
+        try:
+            return self._work.inputs(self._projection, items)
+        finally:
+            self._work.outputs = now
+
+
+class RefitOutput:
+    """A refitted projection's output for a micro-batch."""
+
+    def __init__(
+        self,
+        inputs: Callable[[slice], torch.Tensor],
+        weight_HC: torch.Tensor,
+        bias_H: torch.Tensor | None,
+    ) -> None:
+        self._inputs, self._weight_HC, self._bias_H = inputs, weight_HC, bias_H
+
+    def __call__(self, items: slice) -> torch.Tensor:
+        """``[B, S, H]`` of a micro-batch."""
+        return linear(self._inputs(items), self._weight_HC, self._bias_H)

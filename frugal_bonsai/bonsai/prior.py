@@ -1,0 +1,166 @@
+"""The prior: a cheap score per unit from one unmasked sweep.
+
+In: the inputs x of every output projection over the calibration windows, and its weight w. Out: a
+score per unit, higher = more relevant. Seven are known; ``exact`` is the default. Holds the moments
+of one layer's inputs (one Gram matrix a group for ``exact``).
+
+| prior | per column, summed (wanda, activation: averaged) over a unit's columns | source |
+|---|---|---|
+| activation | sqrt(E[x^2]) | Bonsai, section 3.2 |
+| wanda | mean_h abs(w) * sqrt(E[x^2]) | Sun et al. 2023, as Bonsai uses it |
+| output | E[x^2] * norm(w)^2 | |
+| fluctuation | Var[x] * norm(w)^2 | FLAP, An et al. 2023 |
+| exact | the exact layerwise loss, see gram.py | Hassibi and Stork 1993 |
+| magnitude | norm(w) | |
+| random | uniform | |
+
+Shape suffixes: N all units, U units of a group, C columns, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from frugal_bonsai.bonsai.gram import Moments, exact_loss_U
+from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.stream.layers import Parameters
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What a prior may look at, for one group."""
+
+    moments: Moments
+    weight_HC: torch.Tensor
+    group: UnitGroup
+    damping: float
+    generator: torch.Generator
+
+    def per_unit(self, score_C: torch.Tensor) -> torch.Tensor:
+        """``[U, columns_per_unit]`` from ``[C]``."""
+        return score_C.view(-1, self.group.columns_per_unit)
+
+    @property
+    def weight_square_C(self) -> torch.Tensor:
+        return self.weight_HC.double().square().sum(0)
+
+
+def _activation(s: _Scored) -> torch.Tensor:
+    return s.per_unit(s.moments.mean_square_C.sqrt()).mean(1)
+
+
+def _wanda(s: _Scored) -> torch.Tensor:
+    weight_C = s.weight_HC.double().abs().mean(0)
+    return s.per_unit(weight_C * s.moments.mean_square_C.sqrt()).mean(1)
+
+
+def _output(s: _Scored) -> torch.Tensor:
+    return s.per_unit(s.moments.mean_square_C * s.weight_square_C).sum(1)
+
+
+def _fluctuation(s: _Scored) -> torch.Tensor:
+    return s.per_unit(s.moments.variance_C * s.weight_square_C).sum(1)
+
+
+def _magnitude(s: _Scored) -> torch.Tensor:
+    return s.per_unit(s.weight_square_C).sum(1).sqrt()
+
+
+def _random(s: _Scored) -> torch.Tensor:
+    units = s.weight_HC.shape[1] // s.group.columns_per_unit
+    return torch.rand(units, generator=s.generator, dtype=torch.float64)
+
+
+def _exact(s: _Scored) -> torch.Tensor:
+    assert s.moments.gram_CC is not None
+    return exact_loss_U(
+        s.moments.gram_CC / s.moments.tokens,
+        s.weight_HC,
+        s.group.columns_per_unit,
+        damping=s.damping,
+        where=s.group.name,
+    )
+
+
+PRIORS: dict[str, Callable[[_Scored], torch.Tensor]] = {
+    "activation": _activation,
+    "wanda": _wanda,
+    "output": _output,
+    "fluctuation": _fluctuation,
+    "exact": _exact,
+    "magnitude": _magnitude,
+    "random": _random,
+}
+
+
+@dataclass
+class Prior:
+    """Scores of all units.
+
+    Attributes:
+        name: one of :data:`PRIORS`.
+        score_N: float64 ``[N]`` over the dense model's units; 0 for removed ones.
+    """
+
+    name: str
+    score_N: torch.Tensor
+
+
+class PriorBuilder:
+    """Turns moments into a :class:`Prior`, group by group.
+
+    Args:
+        name: one of :data:`PRIORS`.
+        mask: the units that are still alive; moments and weights are over those alone.
+        damping: for ``exact``.
+        generator: for ``random``.
+    """
+
+    def __init__(
+        self, name: str, mask: KeepMask, *, damping: float, generator: torch.Generator
+    ) -> None:
+        self.name, self._mask = name, mask
+        self._damping, self._generator = damping, generator
+        self._score_N = torch.zeros(mask.table.units, dtype=torch.float64)
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the Gram matrix must be collected."""
+        return self.name == "exact"
+
+    def add(self, group: UnitGroup, moments: Moments, weight_HC: torch.Tensor) -> None:
+        """Score one group from its moments and its projection's weight (kept columns)."""
+        scored = _Scored(moments, weight_HC, group, self._damping, self._generator)
+        score_U = PRIORS[self.name](scored)
+        alive_U = self._mask.of(group)
+        self._score_N[self._mask.table.span(group)][alive_U] = score_U.double().cpu()
+        # (a boolean index of a view writes through to the flat vector)
+
+    def build(self) -> Prior:
+        """The finished prior."""
+        return Prior(self.name, self._score_N)
+
+
+class PriorTap:
+    """Collects a prior during an unmasked sweep; a ``forward.Tap``."""
+
+    def __init__(self, builder: PriorBuilder, device: torch.device) -> None:
+        self._builder, self._device = builder, device
+        self._moments: dict[UnitGroup, Moments] = {}
+
+    def inputs(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
+        """Add a micro-batch's inputs of one output projection."""
+        if group not in self._moments:
+            self._moments[group] = Moments(
+                input_BSC.shape[-1], device=self._device, gram=self._builder.needs_gram
+            )
+        self._moments[group].add(input_BSC)
+
+    def end_layer(self, layer: int, parameters: Parameters) -> None:
+        """Score the layer's groups and let their moments go."""
+        for group, moments in self._moments.items():
+            self._builder.add(group, moments, parameters[f"{group.output}.weight"])
+        self._moments.clear()

@@ -1,0 +1,292 @@
+"""The rounds: prior, masks, cut, recovery, state, until the target sparsity.
+
+In: an engine, settings, layout rules, calibration windows, a run directory. Out: the final mask and
+the refit projections, and one report a round. Resumes from the last finished round and ends in the
+same masks, because every round draws from a generator seeded by seed and round alone.
+
+Holds what its sweeps hold. On disk: the dense and the working store, one round's refits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frugal_bonsai.bonsai.design import Design
+from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
+from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.recover import Recovery
+from frugal_bonsai.bonsai.relevance import JUDGES, Judgement, RoundInputs
+from frugal_bonsai.bonsai.select import can_go_nearer, check_reachable, cut
+from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.state import PruneState, StateFolder
+from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.model.layout import LayoutRules
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.store import LayerStore, build_store
+
+Refits = dict[str, Callable[[], torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search ends with."""
+
+    mask: KeepMask
+    refits: Refits
+    rounds: list[dict[str, Any]]
+    forward_tokens: int
+
+
+class Search:
+    """Runs the rounds.
+
+    Args:
+        engine: device, sweeps, the dense checkpoint.
+        settings: of the prune.
+        rules: of the output layout.
+        windows_NS: calibration windows.
+        state: of the run directory.
+        work: folder for the stores.
+        keep_inputs: recovery may hold a layer's inputs (from the plan).
+        utility: a user's own utility.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: PruneSettings,
+        rules: LayoutRules,
+        windows_NS: torch.Tensor,
+        *,
+        state: StateFolder,
+        work: Path,
+        keep_inputs: bool,
+        utility: Utility | None = None,
+    ) -> None:
+        self._engine, self._settings, self._rules = engine, settings, rules
+        self._windows_NS, self._folder, self._work = windows_NS, state, work
+        self._keep_inputs, self._utility = keep_inputs, utility
+        self._working: LayerStore | None = None
+        self._blocks = engine.spec.block_parameters
+        check_reachable(KeepMask(engine.spec.table), settings.sparsity, rules, self._blocks)
+
+    def run(self, *, resume: bool) -> Found:
+        """All rounds that are still to do."""
+        table = self._engine.spec.table
+        state = self._folder.load(table) if resume else PruneState(mask=KeepMask(table))
+        final = round(self._settings.sparsity * self._blocks)
+        dense = self._dense_store() if self._settings.recovery or not state.rounds else None
+        store = self._store(state, len(state.rounds)) if state.rounds else dense
+        assert store is not None
+        before = state.forward_tokens - self._engine.sweep.forward_tokens
+        if state.prior is None:
+            state.prior = self._measure_prior(store, state.mask, 0)
+        while can_go_nearer(state.mask, final, self._rules):
+            number = len(state.rounds) + 1
+            done = state.mask.removed_parameters() / self._blocks
+            rounds = number - 1 + math.ceil((self._settings.sparsity - done) / self._settings.step)
+            self._engine.progress.round(number, rounds, done)
+            started = time.monotonic()
+            report = self._round(state, number, store)
+            if report is None:
+                break
+            last = not can_go_nearer(state.mask, final, self._rules)
+            if self._settings.recovery or not last:
+                store = self._store(state, number - 1)
+                report |= self._refresh(state, number, dense, store)
+            if self._settings.recovery and not last:
+                store = self._store(state, number)
+            state.forward_tokens = before + self._engine.sweep.forward_tokens
+            report["seconds"] = round(time.monotonic() - started, 2)
+            report["forward_tokens"] = state.forward_tokens
+            state.rounds.append(report)
+            self._folder.save(state)
+        for open_store in (dense, self._working):
+            if open_store is not None:
+                open_store.close()
+        return Found(
+            mask=state.mask,
+            refits=self._refits(state, len(state.rounds)),
+            rounds=state.rounds,
+            forward_tokens=state.forward_tokens,
+        )
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._settings.seed * 1_000_003 + number)
+
+    def _dense_store(self) -> LayerStore:
+        return build_store(
+            self._work / "dense",
+            self._engine.checkpoint,
+            self._engine.spec,
+            weights=self._settings.weights,
+            check_finite=True,
+            progress=self._engine.progress,
+        )
+
+    def _refits(self, state: PruneState, number: int) -> Refits:
+        if state.refit_mask is None:
+            return {}
+        return self._folder.refits(number, self._engine.spec, state.refit_mask, state.mask)
+
+    def _store(self, state: PruneState, number: int) -> LayerStore:
+        """The working store, built anew: the alive units, with round ``number``'s refits."""
+        if self._working is not None:
+            self._working.close()
+        self._working = build_store(
+            self._work / "working",
+            self._engine.checkpoint,
+            self._engine.spec,
+            weights=self._settings.weights,
+            mask=state.mask,
+            refit=self._refits(state, number),
+            progress=self._engine.progress,
+        )
+        return self._working
+
+    def _builder(self, mask: KeepMask, number: int) -> PriorBuilder:
+        settings = self._settings
+        return PriorBuilder(
+            settings.prior,
+            mask,
+            damping=settings.ridge,
+            generator=self._generator(10_000 + number),
+        )
+
+    def _measure_prior(self, store: LayerStore, mask: KeepMask, number: int) -> Prior:
+        """One unmasked sweep over the calibration windows."""
+        engine, builder = self._engine, self._builder(mask, number)
+        tap = PriorTap(builder, engine.device)
+        with engine.stream(store) as stream:
+            engine.sweep.run(stream, self._windows_NS, tap=tap, name="statistics")
+        return builder.build()
+
+    def _round(self, state: PruneState, number: int, store: LayerStore) -> dict[str, Any] | None:
+        """Judge and cut; None when the layout leaves nothing to remove."""
+        settings, mask = self._settings, state.mask
+        assert state.prior is not None
+        removed = mask.removed_parameters()
+        goal = min(removed / self._blocks + settings.step, settings.sparsity)
+        # The last round removes just what is left: no sliver of a round behind it.
+        if settings.sparsity - goal < 0.2 * settings.step:
+            goal = settings.sparsity
+        generator = self._generator(number)
+        alive = mask.table.parameters - removed
+        judgement = JUDGES[settings.method](
+            RoundInputs(
+                mask=mask,
+                prior=state.prior,
+                settings=settings,
+                rules=self._rules,
+                share=(goal * self._blocks - removed) / alive,
+                parameters_left=round(settings.sparsity * self._blocks) - removed,
+                masks=self._mask_count(),
+                evaluate=lambda design: self._evaluate(store, design, generator),
+                generator=generator,
+            )
+        )
+        cut_mask = mask
+        while cut_mask == mask:
+            cut_mask = cut(
+                mask,
+                judgement.curves,
+                round(goal * self._blocks),
+                self._rules,
+                final_parameters=round(settings.sparsity * self._blocks),
+                per=settings.per,
+            )
+            if goal >= settings.sparsity:
+                break
+            # The layout's next legal size may be farther away than one step.
+            goal = min(goal + settings.step, settings.sparsity)
+        if cut_mask == mask:
+            return None
+        state.mask = cut_mask
+        return _report(number, judgement, cut_mask, self._blocks)
+
+    def _mask_count(self) -> int:
+        settings = self._settings
+        windows = min(settings.mask_windows, len(self._windows_NS))
+        return settings.masks * (1 if settings.design == "shared" else windows)
+
+    def _evaluate(
+        self, store: LayerStore, design: Design, generator: torch.Generator
+    ) -> Observations:
+        settings, windows = self._settings, len(self._windows_NS)
+        chosen = torch.randperm(windows, generator=generator)[: settings.mask_windows]
+        with self._engine.stream(store) as stream:
+            return evaluate_masks(
+                self._engine,
+                stream,
+                design,
+                settings.masks,
+                self._windows_NS[chosen.sort().values],
+                shared=settings.design == "shared",
+                perplexity=settings.utility == "perplexity",
+                utility=self._utility,
+            )
+
+    def _refresh(
+        self,
+        state: PruneState,
+        number: int,
+        dense: LayerStore | None,
+        store: LayerStore,
+    ) -> dict[str, Any]:
+        """Recover, and take the next round's prior from the same sweep; or measure it alone."""
+        if not self._settings.recovery:
+            state.prior = self._measure_prior(store, state.mask, number)
+            return {}
+        assert dense is not None
+        engine = self._engine
+        recovery = Recovery(
+            engine.sweep,
+            ridge=self._settings.ridge,
+            keep_inputs=self._keep_inputs,
+            save=lambda layer, weights: self._save_refit(number, layer, weights),
+            mask=state.mask if self._settings.refit == "all" else None,
+        )
+        with engine.stream(dense) as parent, engine.stream(store) as pruned:
+            result = recovery.run(
+                parent, pruned, engine.head, self._windows_NS, self._builder(state.mask, number)
+            )
+        state.prior, state.refit_mask = result.prior, state.mask
+        return {
+            "perplexity": float(result.losses_NS.mean().exp()),
+            "dense_perplexity": float(result.dense_losses_NS.mean().exp()),
+            "recovery_residual": sum(result.residual) / len(result.residual),
+        }
+
+    def _save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
+        """Keep refit weights in the source's dtype, which is what the rewriter writes."""
+        checkpoint = self._engine.checkpoint
+        self._folder.save_refit(
+            number,
+            layer,
+            {
+                name: w.to(torch_dtype(checkpoint.tensors[name].dtype)).cpu()
+                for name, w in weights.items()
+            },
+        )
+
+
+def _report(number: int, judgement: Judgement, mask: KeepMask, blocks: int) -> dict[str, Any]:
+    fit = judgement.fit
+    return {
+        "round": number,
+        "sparsity": mask.removed_parameters() / blocks,
+        "observations": judgement.observations,
+        # One fold has nothing held out: not a number, which JSON does not know.
+        "r2": None if fit is None or math.isnan(fit.r2) else fit.r2,
+        "tau": None if fit is None or math.isnan(fit.tau) else fit.tau,
+        "penalty": None if fit is None else fit.penalty,
+        "kept": mask.counts(),
+    }

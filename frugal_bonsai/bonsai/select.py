@@ -1,0 +1,236 @@
+"""The cut: which units go this round, within what the output layout can hold.
+
+In: for every group an order of its candidates and a curve: the predicted loss after removing the
+first k of them. Out: flat indices of the units that go. One selection serves every method: a unit
+regression gives curves by summing relevances in ascending order, a group regression gives them
+directly, ``local`` takes the prior's. Holds one number a candidate.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.layout import LayoutRules
+from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
+
+PARAMETER, UNIT = "parameter", "unit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What a group's removal costs.
+
+    Attributes:
+        group: the group.
+        order: candidates as flat unit indices, first to go first, int64 ``[P]``.
+        loss: predicted loss increase after removing the first k, float64 ``[P+1]``.
+    """
+
+    group: UnitGroup
+    order: torch.Tensor
+    loss: torch.Tensor
+
+
+def cut(
+    mask: KeepMask,
+    curves: tuple[Curve, ...],
+    target_parameters: int,
+    rules: LayoutRules,
+    *,
+    final_parameters: int | None = None,
+    per: str = PARAMETER,
+) -> KeepMask:
+    """Remove the cheapest units until ``target_parameters`` of the dense blocks are gone.
+
+    Args:
+        mask: units alive.
+        curves: one for each group, in table order.
+        target_parameters: parameters removed in all, earlier rounds included.
+        rules: of the output layout.
+        final_parameters: what the last round will have removed; a step that is larger than this
+            round's share (attention, in the uniform layout) may not pass it. The target, if None.
+        per: ``per-layer`` orders by loss per ``parameter``, or per ``unit`` as the published code
+            does: there a KV group competes with a channel, however many parameters it has.
+
+    Returns:
+        A new mask. ``per-layer``: at most the target, short of it by less than the finest step;
+        ``uniform``: the legal size nearest to it.
+    """
+    if rules.uniform:
+        final = target_parameters if final_parameters is None else final_parameters
+        return _cut_uniform(mask, curves, target_parameters, final, rules)
+    return _cut_per_layer(mask, curves, target_parameters, rules, per)
+
+
+def _cut_per_layer(
+    mask: KeepMask,
+    curves: tuple[Curve, ...],
+    target_parameters: int,
+    rules: LayoutRules,
+    per: str,
+) -> KeepMask:
+    """Greedy by marginal loss per parameter (or unit), one legal step of one group at a time."""
+    left = target_parameters - mask.removed_parameters()
+    taken = [0] * len(curves)
+    heap: list[tuple[float, int, int]] = []
+
+    def offer(at: int) -> None:
+        curve = curves[at]
+        count = _next_count(mask, curve, taken[at], rules)
+        if count is None:
+            return
+        gone = count - taken[at]
+        cost = float(curve.loss[count] - curve.loss[taken[at]])
+        size = gone * (curve.group.unit_parameters if per == PARAMETER else 1)
+        heapq.heappush(heap, (cost / size, at, gone))
+
+    for at in range(len(curves)):
+        offer(at)
+    while heap and left > 0:
+        _, at, gone = heapq.heappop(heap)
+        parameters = gone * curves[at].group.unit_parameters
+        if parameters > left:
+            continue  # finer steps fill what is left
+        taken[at] += gone
+        left -= parameters
+        offer(at)
+    chosen = [curve.order[:count] for curve, count in zip(curves, taken, strict=True)]
+    return mask.without(torch.cat(chosen))
+
+
+def _next_count(mask: KeepMask, curve: Curve, taken: int, rules: LayoutRules) -> int | None:
+    """How many of the order's units are gone at the next legal count, None behind the last one."""
+    alive = mask.kept(curve.group)
+    legal = [
+        count
+        for count in rules.legal_counts(curve.group.kind, curve.group.count)
+        if count < alive - taken and alive - count <= len(curve.order)
+    ]
+    return alive - legal[-1] if legal else None
+
+
+@dataclass(frozen=True)
+class UniformCounts:
+    """How many units of each kind stay in every layer, and what that is predicted to cost."""
+
+    attention: int
+    ffn: int
+    removed_parameters: int
+    loss: float
+
+
+def uniform_options(
+    mask: KeepMask, curves: tuple[Curve, ...], target_parameters: int, rules: LayoutRules
+) -> list[UniformCounts]:
+    """For each legal attention count in reach, the FFN count nearest to the target."""
+    by_kind = {kind: [c for c in curves if c.group.kind == kind] for kind in (ATTENTION, FFN)}
+    attention, ffn = by_kind[ATTENTION], by_kind[FFN]
+    options = []
+    for heads in _reach(mask, attention, rules):
+        removed_heads = sum((c.group.count - heads) * c.group.unit_parameters for c in attention)
+        widths = _reach(mask, ffn, rules)
+        removed = {
+            width: removed_heads
+            + sum((c.group.count - width) * c.group.unit_parameters for c in ffn)
+            for width in widths
+        }
+        width = min(widths, key=lambda w: (abs(removed[w] - target_parameters), w))
+        loss = _loss_at(mask, attention, heads) + _loss_at(mask, ffn, width)
+        options.append(UniformCounts(heads, width, removed[width], loss))
+    return options
+
+
+def _cut_uniform(
+    mask: KeepMask,
+    curves: tuple[Curve, ...],
+    target_parameters: int,
+    final_parameters: int,
+    rules: LayoutRules,
+) -> KeepMask:
+    """The option that is cheapest per parameter removed this round."""
+    before = mask.removed_parameters()
+    options = [
+        option
+        for option in uniform_options(mask, curves, target_parameters, rules)
+        if _is_nearer(option.removed_parameters, before, final_parameters)
+    ]
+    # An attention step may be larger than a round, but does not pass the final target while
+    # narrower FFNs can meet it: half a tile is what the nearest legal size may be beyond it.
+    half_tile = rules.tile * sum(c.group.unit_parameters for c in curves if c.group.kind == FFN) / 2
+    options = [
+        o for o in options if o.removed_parameters - final_parameters <= half_tile
+    ] or options
+    if not options:
+        return mask
+    best = min(options, key=lambda o: o.loss / (o.removed_parameters - before))
+    chosen = []
+    for curve in curves:
+        stay = best.attention if curve.group.kind == ATTENTION else best.ffn
+        chosen.append(curve.order[: mask.kept(curve.group) - stay])
+    return mask.without(torch.cat(chosen))
+
+
+def _is_nearer(removed: int, before: int, final: int) -> bool:
+    """More is gone than before, and not so much that the final target is farther away."""
+    return removed > before and removed - final < final - before
+
+
+def can_go_nearer(mask: KeepMask, final_parameters: int, rules: LayoutRules) -> bool:
+    """Whether the layout has legal counts between the present ones and the final target."""
+    before, table = mask.removed_parameters(), mask.table
+    lower = [_next_legal(mask, group, rules) for group in table.groups]
+    steps = [
+        (mask.kept(group) - count) * group.unit_parameters
+        for group, count in zip(table.groups, lower, strict=True)
+        if count is not None
+    ]
+    if not rules.uniform:
+        return any(step <= final_parameters - before for step in steps)
+    for kind in table.kinds:
+        mine = [
+            (mask.kept(group) - count) * group.unit_parameters
+            for group, count in zip(table.groups, lower, strict=True)
+            if group.kind == kind and count is not None
+        ]
+        if mine and _is_nearer(before + sum(mine), before, final_parameters):
+            return True
+    return False
+
+
+def _next_legal(mask: KeepMask, group: UnitGroup, rules: LayoutRules) -> int | None:
+    alive = mask.kept(group)
+    return max((c for c in rules.legal_counts(group.kind, group.count) if c < alive), default=None)
+
+
+def _reach(mask: KeepMask, curves: list[Curve], rules: LayoutRules) -> list[int]:
+    """Legal counts that every layer's candidates can bring it to, the present one included."""
+    alive = min(mask.kept(curve.group) for curve in curves)
+    most = min(len(curve.order) for curve in curves)
+    legal = rules.legal_counts(curves[0].group.kind, curves[0].group.count)
+    return [count for count in legal if alive - most <= count <= alive]
+
+
+def _loss_at(mask: KeepMask, curves: list[Curve], count: int) -> float:
+    return sum(float(curve.loss[mask.kept(curve.group) - count]) for curve in curves)
+
+
+def check_reachable(mask: KeepMask, sparsity: float, rules: LayoutRules, blocks: int) -> None:
+    """Refuse a sparsity that the layout cannot hold.
+
+    Raises:
+        OptionError: even the smallest legal counts leave too much.
+    """
+    most = 0
+    for group in mask.table.groups:
+        smallest = rules.legal_counts(group.kind, group.count)[0]
+        most += (group.count - smallest) * group.unit_parameters
+    if sparsity * blocks > most:
+        raise OptionError(
+            f"--sparsity: {sparsity:g} is beyond what the {rules.layout} layout can hold: at most "
+            f"{most / blocks:.3f} of the block parameters can go (one unit of each kind stays in "
+            f"every layer, FFN tile {rules.tile})"
+        )

@@ -1,0 +1,174 @@
+"""Output that appears complete or not at all.
+
+In: bytes, or a block of code that fills a directory. Out: a file or directory under its final name,
+renamed from a temporary sibling after fsync. After any exception, Ctrl-C included, the temporary is
+removed and nothing has the final name. What the system refuses becomes an :class:`OutputError` that
+names the file and what to try.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from frugal_bonsai.errors import OutputError
+from frugal_bonsai.sizes import format_bytes
+
+_FULL = {errno.ENOSPC, errno.EFBIG} | {getattr(errno, "EDQUOT", errno.ENOSPC)}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an :class:`OSError` of the block into an :class:`OutputError` about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: {_advice(path, error)}") from error
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A temporary sibling to write to, which takes the name ``path`` when the block succeeds.
+
+    Raises:
+        OutputError: the system refuses to create, write or rename.
+    """
+    path = Path(path)
+    temporary = partial_name(path)
+    try:
+        with output_errors(path):
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_directory(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically; one that exists is replaced.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with replaced_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+@contextmanager
+def staged_directory(out: Path) -> Iterator[Path]:
+    """A temporary sibling directory that becomes ``out`` when the block succeeds.
+
+    The parent of ``out`` is created where it is missing. ``out`` itself may be an empty directory.
+
+    Yields:
+        The temporary directory, ``.NAME.partial-XXXXXXXX`` beside ``out``.
+
+    Raises:
+        OutputError: ``out`` exists, or the parent cannot be written.
+    """
+    out = Path(out).resolve() if Path(out).exists() else Path(out).absolute()
+    require_no_output(out)
+    staging = partial_name(out)
+    try:
+        with output_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            staging.mkdir()
+        yield staging
+        require_no_output(out)
+        with output_errors(out):
+            sync_directory(staging)
+            if out.exists():
+                out.rmdir()  # empty; Windows does not rename onto a directory
+            staging.rename(out)
+            sync_directory(out.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def require_no_output(out: Path) -> None:
+    """Check that a directory can still be created under this name.
+
+    Raises:
+        OutputError: something is there, other than an empty directory.
+    """
+    with output_errors(out):
+        if out.is_symlink() or (out.exists() and not out.is_dir()):
+            raise OutputError(f"{out}: exists and is no directory; name a new directory")
+        if out.is_dir() and any(out.iterdir()):
+            raise OutputError(
+                f"{out}: the output directory exists and is not empty; name another, or remove it"
+            )
+
+
+def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Check that the disk has room before any work is done.
+
+    Args:
+        folder: where it will be written; its nearest existing parent is asked.
+        needed_bytes: bytes to be written.
+        what: what needs them, for the error text.
+
+    Raises:
+        OutputError: too little is free; the text states needed and free.
+    """
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    with output_errors(place):
+        free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise OutputError(
+            f"{folder}: {what} needs {format_bytes(needed_bytes)}, the disk has "
+            f"{format_bytes(free_bytes)} free; free {format_bytes(needed_bytes - free_bytes)} or "
+            "name a folder on another disk"
+        )
+
+
+def partial_name(path: Path) -> Path:
+    """A sibling's name that nothing else uses."""
+    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+
+
+def sync_directory(folder: Path) -> None:
+    """Make renames durable; Windows cannot open a directory and needs no such thing."""
+    if os.name != "nt":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _advice(path: Path, error: OSError) -> str:
+    """What happened and what to try."""
+    what = error.strerror or str(error)
+    if error.errno in _FULL:
+        return f"the disk is full or a size limit was met ({what}); free space or write elsewhere"
+    if error.errno in _DENIED:
+        return f"may not be written ({what}); check the permissions of {path.parent}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        return f"cannot be written ({what}); check that {path.parent} is a directory that exists"
+    return f"cannot be written ({what}); check the disk or write elsewhere"

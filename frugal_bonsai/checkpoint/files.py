@@ -1,0 +1,98 @@
+"""Open files that several threads read at offsets, straight into memory that the caller owns.
+
+In: a path, offsets, writable memory. Out: the bytes, in place. Never mmap: memory mapped from a
+file counts as this process's memory, so a sweep through a checkpoint would grow with the file.
+Holds one descriptor per file and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from frugal_bonsai.errors import CheckpointError
+
+# One call of preadv reads at most 2**31 - 4096 bytes on Linux, macOS refuses more than 2**31 - 1.
+MAX_READ_BYTES = 2**30
+
+# What the platform lacks is None: Windows has neither, macOS no posix_fadvise.
+_PREADV: Callable[[int, list[memoryview], int], int] | None = getattr(os, "preadv", None)
+_FADVISE: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
+
+
+class ReadFile:
+    """One file, opened once for positioned reads.
+
+    Raises:
+        CheckpointError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = FileIO(str(path), "rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be opened ({error.strerror or error}); check that it exists and "
+                "its permissions"
+            ) from error
+        self._lock = threading.Lock()
+
+    def advise_sequential(self, start: int, size_bytes: int) -> None:
+        """Tell the system that a long run is about to be read; nothing where it cannot be told."""
+        if _FADVISE is not None:
+            with suppress(OSError):  # advice alone: a file system without it still reads
+                _FADVISE(self._file.fileno(), start, size_bytes, os.POSIX_FADV_SEQUENTIAL)
+
+    def read_into(self, view: memoryview, start: int, what: str) -> None:
+        """Fill ``view`` (bytes, writable) from byte ``start`` on.
+
+        Args:
+            view: where the bytes go.
+            start: offset in the file.
+            what: what is read, for the error text (``tensor 'x'``).
+
+        Raises:
+            CheckpointError: the file ends early or the disk fails.
+        """
+        done = 0
+        try:
+            while done < len(view):
+                part = view[done : done + MAX_READ_BYTES]
+                count = self._read_some(part, start + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: {what}: cannot be read at byte {start + done} "
+                f"({error.strerror or error}); check the disk"
+            ) from error
+        if done < len(view):
+            raise CheckpointError(
+                f"{self.path}: {what}: the file ends at byte {start + done}, {len(view) - done} of "
+                f"{len(view)} bytes are missing; was it changed meanwhile? download it again"
+            )
+
+    def _read_some(self, part: memoryview, start: int) -> int:
+        """One read, of at least one byte except at the end of the file."""
+        if _PREADV is not None:
+            return _PREADV(self._file.fileno(), [part], start)
+        with self._lock:  # Windows: position and read are two calls
+            self._file.seek(start)
+            return self._file.readinto(part) or 0
+
+    def close(self) -> None:
+        """Give the descriptor back; safe to call twice."""
+        self._file.close()
+
+
+def tensor_bytes(tensor_uint8: Any) -> memoryview:
+    """The memory of a contiguous one-dimensional uint8 CPU tensor, not copied."""
+    view: memoryview = memoryview(tensor_uint8.numpy())
+    return view

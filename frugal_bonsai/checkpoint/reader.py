@@ -1,0 +1,299 @@
+"""A checkpoint, read-only: one tensor, or some rows of one, at a time.
+
+In: a folder with ``config.json`` and safetensors weights, single or sharded. Out: tensors in the
+source's dtype. Opening reads headers only. Reads are positioned (pread) into memory that the caller
+owns, so memory never follows the file; nothing is mapped and nothing is kept but one descriptor per
+file. A background thread may read while the main one does. Does not convert dtypes.
+
+Shape suffixes: K looked-up rows, U distinct rows among them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
+from frugal_bonsai.checkpoint.folder import find_tensors, read_config
+from frugal_bonsai.checkpoint.header import TensorEntry
+from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.sizes import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+# The format's dtype names -> torch's attribute names; text, so that torch is imported at first use.
+TORCH_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+}
+
+_CHECK_CHUNK_ELEMENTS = 2**20  # elements that the finiteness check looks at together
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name (``"BF16"``)."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of a torch dtype.
+
+    Raises:
+        ValueError: the format has no name for it.
+    """
+    wanted = str(dtype).removeprefix("torch.")
+    for name, torch_name in TORCH_NAMES.items():
+        if torch_name == wanted:
+            return name
+    raise ValueError(f"safetensors has no dtype for {dtype}")
+
+
+class Checkpoint:
+    """Config and tensors of one folder; see the module's text.
+
+    Attributes:
+        folder: where it lies.
+        config: ``config.json``.
+        tensors: entry of every tensor, in the order of the files and of the data in them.
+    """
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+        self._files: dict[Path, ReadFile] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the config and every header of a checkpoint folder.
+
+        Raises:
+            CheckpointError: anything that is missing or wrong, naming file and tensor.
+        """
+        folder = Path(folder)
+        return cls(folder, read_config(folder), find_tensors(folder))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(entry.size_bytes for entry in self.tensors.values())
+
+    def read(self, name: str, *, check_finite: bool = False) -> torch.Tensor:
+        """One whole tensor in memory of its own, in the source's dtype.
+
+        Args:
+            name: the tensor.
+            check_finite: refuse NaN and infinity.
+
+        Raises:
+            CheckpointError: no such tensor, a failing read, or values that are not finite.
+        """
+        import torch
+
+        entry = self._entry(name)
+        tensor = self.read_into(name, torch.empty(entry.size_bytes, dtype=torch.uint8))
+        if check_finite:
+            self._check_finite(entry, tensor)
+        return tensor
+
+    def read_into(self, name: str, buffer_uint8: torch.Tensor) -> torch.Tensor:
+        """One whole tensor, read straight into a buffer; allocates nothing.
+
+        Args:
+            name: the tensor.
+            buffer_uint8: contiguous one-dimensional uint8 CPU tensor, as many bytes or more.
+
+        Returns:
+            A view of the buffer's first bytes with the tensor's dtype and shape.
+
+        Raises:
+            CheckpointError: no such tensor or a failing read.
+            ValueError: the buffer is unfit.
+        """
+        entry = self._entry(name)
+        view = _buffer_view(entry, buffer_uint8)
+        file = self._file(entry.file)
+        file.advise_sequential(entry.start, entry.size_bytes)
+        file.read_into(tensor_bytes(view), entry.start, f"tensor {name!r}")
+        return view.view(torch_dtype(entry.dtype)).view(entry.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` (excluded) of dimension 0, in memory of their own.
+
+        Raises:
+            CheckpointError: no such tensor or a failing read.
+            IndexError: rows that the tensor does not have.
+        """
+        import torch
+
+        entry = self._entry(name)
+        row_bytes = _row_bytes(entry)
+        if not 0 <= start <= stop <= entry.shape[0]:
+            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {entry.shape[0]}")
+        rows = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        self._file(entry.file).read_into(
+            tensor_bytes(rows), entry.start + start * row_bytes, f"tensor {name!r}"
+        )
+        return rows.view(torch_dtype(entry.dtype)).view(stop - start, *entry.shape[1:])
+
+    def gather_rows(self, name: str, rows_K: torch.Tensor) -> torch.Tensor:
+        """Rows of dimension 0 by index, such as the embeddings of some tokens.
+
+        Each distinct row is read once, neighbouring rows in one read. Holds the distinct rows and
+        the result.
+
+        Args:
+            name: the tensor.
+            rows_K: int64 [K] on the CPU, in any order, with repetitions.
+
+        Returns:
+            [K, ...] in the source's dtype.
+
+        Raises:
+            CheckpointError: no such tensor or a failing read.
+            IndexError: a row that the tensor does not have.
+        """
+        import torch
+
+        entry = self._entry(name)
+        row_bytes = _row_bytes(entry)
+        rows_U, where_K = torch.unique(rows_K, sorted=True, return_inverse=True)
+        if len(rows_U) and not 0 <= int(rows_U[0]) <= int(rows_U[-1]) < entry.shape[0]:
+            raise IndexError(
+                f"rows {int(rows_U[0])} to {int(rows_U[-1])} of {name!r}, which has "
+                f"{entry.shape[0]}"
+            )
+        distinct = torch.empty(len(rows_U) * row_bytes, dtype=torch.uint8)
+        view, file = tensor_bytes(distinct), self._file(entry.file)
+        for first, count, place in _runs(rows_U.tolist()):
+            file.read_into(
+                view[place * row_bytes : (place + count) * row_bytes],
+                entry.start + first * row_bytes,
+                f"tensor {name!r}",
+            )
+        values_U = distinct.view(torch_dtype(entry.dtype)).view(len(rows_U), *entry.shape[1:])
+        return values_U[where_K]
+
+    def close(self) -> None:
+        """Close the files; reading afterwards is an error. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _entry(self, name: str) -> TensorEntry:
+        """The entry of a tensor that must be there."""
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"{self.folder}: has no tensor {name!r} (it has {len(self.tensors)}, the first is "
+                f"{next(iter(self.tensors), None)!r}); does config.json belong to these weights?"
+            )
+        return entry
+
+    def _file(self, path: Path) -> ReadFile:
+        """The open file, opened at its first use."""
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"checkpoint {self.folder} is closed")
+            if path not in self._files:
+                self._files[path] = ReadFile(path)
+            return self._files[path]
+
+    def _check_finite(self, entry: TensorEntry, tensor: torch.Tensor) -> None:
+        """Refuse NaN and infinity, looking at a chunk at a time."""
+        if not tensor.dtype.is_floating_point:
+            return
+        bad = 0
+        flat = tensor.view(-1)
+        for begin in range(0, len(flat), _CHECK_CHUNK_ELEMENTS):
+            chunk = flat[begin : begin + _CHECK_CHUNK_ELEMENTS]
+            if chunk.element_size() == 1:  # torch has no isfinite for 8-bit floats
+                chunk = chunk.float()
+            bad += chunk.numel() - int(chunk.isfinite().sum())
+        if bad:
+            raise CheckpointError(
+                f"{entry.file}: tensor {entry.name!r}: {bad} of {tensor.numel()} values are NaN or "
+                "infinite; such a model cannot be pruned: download it again or use another "
+                "checkpoint"
+            )
+
+
+def _buffer_view(entry: TensorEntry, buffer_uint8: torch.Tensor) -> torch.Tensor:
+    """The first bytes of a buffer, as many as the tensor has."""
+    import torch
+
+    if (
+        buffer_uint8.dtype != torch.uint8
+        or buffer_uint8.device.type != "cpu"
+        or buffer_uint8.dim() != 1
+        or not buffer_uint8.is_contiguous()
+    ):
+        raise ValueError("buffer must be a contiguous one-dimensional uint8 tensor on the CPU")
+    if buffer_uint8.numel() < entry.size_bytes:
+        raise ValueError(
+            f"buffer has {buffer_uint8.numel()} bytes, tensor {entry.name!r} {entry.size_bytes}"
+        )
+    if buffer_uint8.storage_offset() % DTYPE_BYTES[entry.dtype]:
+        raise ValueError(f"buffer is not aligned for {entry.dtype}")
+    return buffer_uint8[: entry.size_bytes]
+
+
+def _row_bytes(entry: TensorEntry) -> int:
+    """Bytes of one row of dimension 0."""
+    if not entry.shape:
+        raise IndexError(f"tensor {entry.name!r} is a scalar and has no rows")
+    return math.prod(entry.shape[1:]) * DTYPE_BYTES[entry.dtype]
+
+
+def _runs(rows: list[int]) -> list[tuple[int, int, int]]:
+    """Ascending distinct rows as runs: (first row, count, place of the first among the rows)."""
+    runs: list[tuple[int, int, int]] = []
+    for place, row in enumerate(rows):
+        if runs and row == runs[-1][0] + runs[-1][1]:
+            first, count, begin = runs[-1]
+            runs[-1] = (first, count + 1, begin)
+        else:
+            runs.append((row, 1, place))
+    return runs

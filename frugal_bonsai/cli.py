@@ -1,0 +1,262 @@
+"""The command line: options in, tables or JSON out. No logic, and no torch until a command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from frugal_bonsai.errors import FrugalBonsaiError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several click options as one decorator, first on top."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_caps = _options(
+    click.option("--max-gpu-mem", metavar="SIZE", help="Hard cap on GPU memory, such as 24GB."),
+    click.option("--max-cpu-mem", metavar="SIZE", help="Hard cap on this process's memory."),
+    click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1.  [default: GPU if any]"),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_search = _options(
+    click.option(
+        "--sparsity",
+        type=float,
+        default=0.5,
+        show_default=True,
+        help="Share of the block weights to remove.",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(["uniform", "per-layer"]),
+        default="uniform",
+        show_default=True,
+        help="uniform loads everywhere; per-layer prunes better.",
+    ),
+    click.option("--tile", type=int, help="FFN widths are multiples of this."),
+    click.option(
+        "--calibration",
+        metavar="SOURCE",
+        help="Text file, .jsonl with a text key, wikitext2, c4, hub id, stdlib or self.  "
+        "[default: wikitext2; stdlib for example]",
+    ),
+    click.option("--eval-text", metavar="SOURCE", help="Report perplexity on this text too."),
+    click.option(
+        "--window",
+        type=int,
+        help="Tokens of a window.  [default: 2048, at most the model's positions]",
+    ),
+    click.option(
+        "--windows",
+        type=int,
+        help="Calibration windows.  [default: 65,536 tokens of them, at least 32]",
+    ),
+    click.option(
+        "--preset", type=click.Choice(["default", "paper"]), default="default", show_default=True
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["group", "unit", "local"]),
+        help="group: masks decide how much goes where, the prior which units; unit: the "
+        "paper's; local: no masks.",
+    ),
+    click.option(
+        "--prior",
+        type=click.Choice(
+            ["activation", "wanda", "output", "fluctuation", "exact", "magnitude", "random"]
+        ),
+    ),
+    click.option("--design", type=click.Choice(["per-window", "shared"])),
+    click.option("--regression", type=click.Choice(["ridge", "paper"])),
+    click.option("--masks", type=int, help="Masks a round on every mask window."),
+    click.option("--mask-windows", type=int, help="Windows that masks are evaluated on."),
+    click.option("--step", type=float, help="Share removed in one round."),
+    click.option(
+        "--recovery/--no-recovery",
+        default=None,
+        help="Refit projections after every round.",
+    ),
+    click.option(
+        "--refit",
+        type=click.Choice(["outputs", "all"]),
+        help="Which ones: o_proj and down_proj, or q, k, v, gate and up too.",
+    ),
+    click.option("--ridge", type=float, help="Recovery's penalty, a share of the mean diagonal."),
+    click.option("--weights", type=click.Choice(["int8", "native"]), help="The working copy."),
+    click.option("--seed", type=int),
+)
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="frugal-bonsai")
+def cli() -> None:
+    """Prune language models with forward passes only, inside the memory that you name."""
+
+
+@cli.command(name="prune")
+@click.argument("model")
+@click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
+@_search
+@_caps
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
+@_json
+def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: Any) -> None:
+    """Prune MODEL (a folder, a hub id, or "example") into DIR."""
+    from frugal_bonsai.report.tables import render_prune
+
+    with _watched(given) as progress:
+        from frugal_bonsai.run.prune import prune
+
+        summary = prune(model, out, _prune_options(given), resume=resume, progress=progress)
+    _print(summary, render_prune, as_json=as_json)
+
+
+@cli.command(name="plan")
+@click.argument("model")
+@_search
+@_caps
+@_json
+def plan_command(model: str, as_json: bool, **given: Any) -> None:
+    """Show what pruning MODEL would hold in memory and how long it would take; runs nothing."""
+    from frugal_bonsai.report.tables import render_plan
+
+    _set_threads(given.pop("threads"))
+    from frugal_bonsai.run.plan import plan
+
+    _print(plan(model, _prune_options(given)), render_plan, as_json=as_json)
+
+
+@cli.command(name="inspect")
+@click.argument("model")
+@_json
+def inspect_command(model: str, as_json: bool) -> None:
+    """Show MODEL's family, units, parameters and size, from headers alone."""
+    from frugal_bonsai.report.tables import render_inspect
+    from frugal_bonsai.run.inspect import inspect
+
+    _print(inspect(model), render_inspect, as_json=as_json)
+
+
+@cli.command(name="eval")
+@click.argument("model")
+@click.option("--text", required=True, metavar="SOURCE", help="Text file, .jsonl, hub id, stdlib.")
+@click.option(
+    "--window", type=int, help="Tokens of a window.  [default: 2048, at most the model's positions]"
+)
+@click.option("--windows", type=click.IntRange(1), help="Evaluate only the first windows.")
+@click.option(
+    "--weights", type=click.Choice(["native", "int8"]), default="native", show_default=True
+)
+@_caps
+@_json
+def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:
+    """Measure MODEL's perplexity on a text, dense or pruned, streamed under the caps."""
+    from frugal_bonsai.report.tables import render_eval
+
+    with _watched(given) as progress:
+        from frugal_bonsai.run.evaluate import evaluate
+
+        result = evaluate(model, text, progress=progress, **given)
+    _print(result, render_eval, as_json=as_json)
+
+
+def _prune_options(given: dict[str, Any]) -> Any:
+    """The flat options of the command as :class:`PruneOptions`."""
+    from frugal_bonsai.run.options import PruneOptions
+
+    method = (
+        "sparsity",
+        "step",
+        "method",
+        "prior",
+        "design",
+        "regression",
+        "masks",
+        "mask_windows",
+        "recovery",
+        "refit",
+        "ridge",
+        "weights",
+        "seed",
+    )
+    return PruneOptions(method={name: given.pop(name) for name in method}, **given)
+
+
+@contextmanager
+def _watched(given: dict[str, Any]) -> Iterator[Any]:
+    """Threads set, progress on standard error, for as long as the command works."""
+    _set_threads(given.pop("threads"))
+    from frugal_bonsai.memory.budget import find_device, make_budget
+    from frugal_bonsai.report.live import make_progress
+
+    device = find_device(given["device"])
+    budget = make_budget(device, given["max_gpu_mem"], given["max_cpu_mem"])
+    with make_progress(budget.host_bytes) as progress:
+        yield progress
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _print(
+    values: dict[str, Any], render: Callable[[dict[str, Any], Any], None], *, as_json: bool
+) -> None:
+    if as_json:
+        click.echo(json.dumps(values, allow_nan=False))
+        return
+    from rich.console import Console
+
+    render(values, Console())
+
+
+def main() -> None:
+    """Entry point: a user's error is one text on standard error and exit code 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except FrugalBonsaiError as error:
+        click.echo(f"frugal-bonsai: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        out = _option_value("--out")
+        hint = f"; finished rounds are in {out}.run, add --resume to continue" if out else ""
+        click.echo(f"frugal-bonsai: stopped{hint}", err=True)
+        sys.exit(130)
+
+
+def _option_value(name: str) -> str | None:
+    """The value of an option as typed, for the message after Ctrl-C."""
+    for at, word in enumerate(sys.argv):
+        if word == name and at + 1 < len(sys.argv):
+            return sys.argv[at + 1].rstrip("/\\")
+        if word.startswith(name + "="):
+            return word.partition("=")[2].rstrip("/\\")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measuring models: perplexity, streamed under the same caps."""

@@ -1,0 +1,88 @@
+"""Row-wise int8: quantise once, dequantise into a reused buffer at every layer visit.
+
+In: a weight matrix. Out: int8 codes and one fp32 scale a row, W ~ codes * scales / 127
+(LLM.int8(), Dettmers et al. 2022, section 3.1, without outliers). Holds one row block in fp32.
+
+Shape suffixes: O output rows, I input columns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows are quantised in blocks, so that the fp32 product never holds more than this.
+_BLOCK_BYTES = 8 * 2**20
+
+
+def has_bitsandbytes() -> bool:
+    """Whether bitsandbytes can be imported here (it has no wheel for some platforms)."""
+    try:
+        import bitsandbytes  # noqa: F401  # the import is the question
+    except ImportError:
+        return False
+    return True
+
+
+def quantise_rows(
+    weight_OI: torch.Tensor, *, use_bitsandbytes: bool | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a matrix row by row to int8.
+
+    Args:
+        weight_OI: floating ``[O, I]``; goes through fp16, as bitsandbytes asks.
+        use_bitsandbytes: None uses it where it is installed; the torch path computes the same.
+
+    Returns:
+        Codes int8 ``[O, I]`` and scales fp32 ``[O]``, on the weight's device. A row of zeros has
+        scale 0 and codes 0.
+    """
+    import torch
+
+    if use_bitsandbytes is None:
+        use_bitsandbytes = has_bitsandbytes()
+    quantise = _quantise_bitsandbytes if use_bitsandbytes else _quantise_torch
+    rows, columns = weight_OI.shape
+    codes_OI = torch.empty(rows, columns, dtype=torch.int8, device=weight_OI.device)
+    scales_O = torch.empty(rows, dtype=torch.float32, device=weight_OI.device)
+    block = max(1, _BLOCK_BYTES // (4 * max(1, columns)))
+    for start in range(0, rows, block):
+        here = slice(start, start + block)
+        codes_OI[here], scales_O[here] = quantise(weight_OI[here].half())
+    return codes_OI, scales_O
+
+
+def _quantise_bitsandbytes(block_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    # bitsandbytes divides by a zero row's scale; a row of zeros goes in as ones and comes out zero.
+    zero_O = (block_OI == 0).all(dim=1)
+    if zero_O.any():
+        block_OI = block_OI.clone()
+        block_OI[zero_O] = 1.0
+    codes_OI, scales_O, _ = int8_vectorwise_quant(block_OI, threshold=0.0)
+    codes_OI[zero_O] = 0
+    scales_O[zero_O] = 0.0
+    return codes_OI, scales_O
+
+
+def _quantise_torch(block_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    scales_O = block_OI.abs().amax(dim=1).float()
+    factor_O = torch.where(scales_O > 0, 127.0 / scales_O, torch.zeros_like(scales_O))
+    return torch.round(block_OI * factor_O[:, None]).to(torch.int8), scales_O
+
+
+def dequantise_into(
+    out_OI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor
+) -> torch.Tensor:
+    """Write codes * scales / 127 into ``out_OI`` in place and return it.
+
+    ``bitsandbytes.functional.int8_vectorwise_dequant`` allocates an fp32 copy and is ten times
+    slower; it is the oracle of the test.
+    """
+    out_OI.copy_(codes_OI)
+    return out_OI.mul_((scales_O / 127.0)[:, None])

@@ -1,0 +1,101 @@
+"""Memory caps as the user gives them, and the device that they are for.
+
+In: ``--max-gpu-mem``, ``--max-cpu-mem``. Out: a :class:`Budget` in bytes. A hard cap on a GPU is
+set in torch's allocator with the CUDA context subtracted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from frugal_bonsai.errors import BudgetError
+from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+# What the CUDA context and its kernels take outside torch's allocator, where it cannot be measured.
+NOMINAL_CONTEXT_BYTES = 600 * MIB
+# Left to the rest of the machine when the user names no cap.
+_LEAVE_HOST_BYTES = GIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Caps in bytes.
+
+    Attributes:
+        device: ``"cpu"`` or ``"cuda"``.
+        host_bytes: cap on this process's resident memory.
+        gpu_bytes: cap on device memory, context included; None without a GPU.
+        notes: what the user should know about the caps.
+    """
+
+    device: str
+    host_bytes: int
+    gpu_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_device(device: str | None = None) -> torch.device:
+    """The device to compute on: what the user names, else the GPU if there is one.
+
+    Raises:
+        BudgetError: a GPU was asked for and there is none.
+    """
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BudgetError(f"--device: {device} was asked for, but torch finds no CUDA device here")
+    return torch.device(device)
+
+
+def make_budget(
+    device: torch.device, max_gpu_mem: str | int | None, max_cpu_mem: str | int | None
+) -> Budget:
+    """Caps from the options; without one, what the machine has free.
+
+    Raises:
+        OptionError: a size that is none.
+    """
+    import psutil
+    import torch
+
+    free = int(psutil.virtual_memory().available)
+    own = int(psutil.Process().memory_info().rss)
+    notes: list[str] = []
+    if max_cpu_mem is None:
+        host = max(own + free - _LEAVE_HOST_BYTES, own + free // 2)
+    else:
+        host = parse_bytes(max_cpu_mem, option="--max-cpu-mem")
+        if host > own + free:
+            notes.append(
+                f"--max-cpu-mem {format_bytes(host)} is more than the {format_bytes(own + free)} "
+                f"that are free now"
+            )
+    if device.type != "cuda":
+        if max_gpu_mem is not None:
+            parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+            notes.append(
+                "--max-gpu-mem has no effect: there is no GPU; --max-cpu-mem caps this run"
+            )
+        return Budget(device="cpu", host_bytes=host, notes=tuple(notes))
+    free_gpu, total_gpu = torch.cuda.mem_get_info(device)
+    gpu = free_gpu if max_gpu_mem is None else parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+    if gpu > total_gpu:
+        notes.append(f"--max-gpu-mem is more than the GPU's {format_bytes(total_gpu)}")
+        gpu = total_gpu
+    return Budget(device="cuda", host_bytes=host, gpu_bytes=gpu, notes=tuple(notes))
+
+
+def enforce_gpu_cap(device: torch.device, cap_bytes: int) -> None:
+    """Bound torch's allocator to the cap less the CUDA context."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    context = max(0, total - free - torch.cuda.memory_reserved(device))
+    share = max(0.0, (cap_bytes - min(context, NOMINAL_CONTEXT_BYTES)) / total)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)

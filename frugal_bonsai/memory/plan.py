@@ -1,0 +1,146 @@
+"""The memory planner: what is held, where, and how much work fits beside it.
+
+In: shapes, caps, the work to be done. Out: a frozen, itemised :class:`MemoryPlan`, or a refusal
+that names the largest item and the smallest cap that would work. A pure function: it reads no file
+and no device. The items and their formulas are in items.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from frugal_bonsai.errors import BudgetError
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.items import (
+    BASE,
+    GPU,
+    HOST,
+    Choice,
+    PlanItem,
+    PlanItems,
+    SweepLimits,
+    Work,
+)
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.sizes import MIB, format_bytes
+
+__all__ = ["MemoryPlan", "PlanItem", "SweepLimits", "Work", "plan_memory"]
+
+# Micro-batches beyond this many tokens gain nothing: matrix products are long enough.
+_CPU_TOKENS, _GPU_TOKENS = 4096, 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a run will hold.
+
+    Attributes:
+        items: itemised bytes.
+        budget: the caps.
+        limits: for the sweeps.
+        keep_inputs: recovery holds the inputs of a layer's projections.
+        concurrent_masks: masks evaluated in one sweep.
+    """
+
+    items: tuple[PlanItem, ...]
+    budget: Budget
+    limits: SweepLimits
+    keep_inputs: bool
+    concurrent_masks: int
+
+    def total_bytes(self, where: str) -> int:
+        """Predicted peak on ``host``, ``gpu`` or ``disk``."""
+        return sum(item.size_bytes for item in self.items if item.where == where)
+
+    @property
+    def binding(self) -> PlanItem:
+        """The largest item of the place that has a cap (the base of the process left aside)."""
+        place = GPU if self.budget.gpu_bytes is not None else HOST
+        return max(
+            (item for item in self.items if item.where == place and item.name != BASE),
+            key=lambda item: item.size_bytes,
+        )
+
+
+def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int) -> MemoryPlan:
+    """Fit the work into the caps.
+
+    Args:
+        spec: shapes.
+        budget: caps.
+        work: what is to be done.
+        base_bytes: what the process holds before the model (measured or nominal).
+
+    Raises:
+        BudgetError: nothing fits; names the largest item and the smallest cap that works.
+    """
+    build = PlanItems(spec, budget, work, base_bytes)
+    most_pairs = max(work.windows, work.pairs, 1)
+    least = Choice(
+        micro_batch=1,
+        in_flight=work.windows if work.gram or work.recovery else 1,
+        resident=0,
+        keep_inputs=False,
+    )
+    _require(build, least)
+    target = _GPU_TOKENS if budget.device == "cuda" else _CPU_TOKENS
+    largest = max(1, min(most_pairs, target // work.window))
+    choice = replace(
+        least, micro_batch=_largest(1, largest, lambda m: build.fits(replace(least, micro_batch=m)))
+    )
+    # Then as many windows in flight as fit, then residency, then the inputs of a layer.
+    choice = replace(
+        choice,
+        in_flight=_largest(
+            least.in_flight, most_pairs, lambda n: build.fits(replace(choice, in_flight=n))
+        ),
+    )
+    if budget.device == "cuda":
+        choice = replace(
+            choice,
+            resident=_largest(
+                0, choice.in_flight, lambda n: build.fits(replace(choice, resident=n))
+            ),
+        )
+    kept = replace(choice, keep_inputs=work.recovery)
+    if work.recovery and build.fits(kept):
+        choice = kept
+    return MemoryPlan(
+        items=tuple(build.items(choice)),
+        budget=budget,
+        limits=build.limits(choice),
+        keep_inputs=choice.keep_inputs,
+        concurrent_masks=min(max(1, choice.in_flight // work.windows_per_mask), max(1, work.pairs)),
+    )
+
+
+def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number in ``least..most`` that fits; ``least`` is known to."""
+    while least < most:
+        middle = (least + most + 1) // 2
+        if fits(middle):
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def _require(build: PlanItems, choice: Choice) -> None:
+    """Refuse when even the smallest choice does not fit."""
+    for where, cap, option in build.caps():
+        items = [item for item in build.items(choice) if item.where == where]
+        needed = sum(item.size_bytes for item in items)
+        if needed <= cap:
+            continue
+        largest = max(items, key=lambda item: item.size_bytes)
+        hint = ""
+        if choice.in_flight > 1:
+            hint = f"; fewer windows (--windows, now {choice.in_flight}) need less"
+        raise BudgetError(
+            f"{option} {format_bytes(cap)} is too small: at least {format_bytes(needed)} are "
+            f"needed, of which {largest.name} is the largest item "
+            f"({format_bytes(largest.size_bytes)}: {largest.formula}). The smallest {option} that "
+            f"works is {math.ceil(needed / MIB)}MiB{hint}"
+        )

@@ -1,0 +1,1 @@
+"""What a unit is, and one table per architecture."""

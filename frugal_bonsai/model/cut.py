@@ -1,0 +1,58 @@
+"""Cutting the removed units out of one tensor.
+
+In: a tensor of the dense model and a keep mask. Out: the tensor without the rows or columns that
+the removed units own. Holds the tensor and its copy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitSlice, UnitTable
+
+if TYPE_CHECKING:
+    import torch
+
+
+def slices_by_tensor(table: UnitTable) -> dict[str, list[tuple[UnitGroup, UnitSlice]]]:
+    """For each tensor that units own parts of: the groups and where their units sit in it."""
+    by_tensor: dict[str, list[tuple[UnitGroup, UnitSlice]]] = {}
+    for group in table.groups:
+        for piece in group.slices:
+            by_tensor.setdefault(piece.tensor, []).append((group, piece))
+    return by_tensor
+
+
+def kept_indices(
+    extent: int, pieces: list[tuple[UnitGroup, UnitSlice]], mask: KeepMask
+) -> torch.Tensor:
+    """Indices (int64) of one dimension that stay: all but those that removed units own."""
+    import torch
+
+    keep = torch.ones(extent, dtype=torch.bool)
+    for group, piece in pieces:
+        owned = mask.of(group).repeat_interleave(piece.width)
+        keep[piece.start : piece.start + len(owned)] = owned
+    return keep.nonzero().flatten()
+
+
+def cut_tensor(
+    tensor: torch.Tensor, pieces: list[tuple[UnitGroup, UnitSlice]], mask: KeepMask
+) -> torch.Tensor:
+    """The tensor without its removed units' rows and columns, contiguous."""
+    for axis in sorted({piece.axis for _, piece in pieces}):
+        on_axis = [(group, piece) for group, piece in pieces if piece.axis == axis]
+        keep = kept_indices(tensor.shape[axis], on_axis, mask)
+        if len(keep) < tensor.shape[axis]:
+            tensor = tensor.index_select(axis, keep)
+    return tensor.contiguous()
+
+
+def cut_shape(
+    shape: tuple[int, ...], pieces: list[tuple[UnitGroup, UnitSlice]], mask: KeepMask
+) -> tuple[int, ...]:
+    """The shape that :func:`cut_tensor` gives, without the tensor."""
+    extents = list(shape)
+    for group, piece in pieces:
+        extents[piece.axis] -= (group.count - mask.kept(group)) * piece.width
+    return tuple(extents)

@@ -1,0 +1,90 @@
+"""Which unit counts an output layout can hold.
+
+``uniform``: the same count in every layer; head counts that the architecture's config accepts; FFN
+counts in multiples of a tile. ``per-layer``: any count, FFN counts in multiples of a tile of one
+unless the user names one. At least one unit of each kind stays in every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import ATTENTION, FFN
+
+UNIFORM, PER_LAYER = "uniform", "per-layer"
+LAYOUTS = (UNIFORM, PER_LAYER)
+
+# Largest share of the block parameters that one step of the FFN tile may take from every layer, so
+# that the nearest legal size is within one point of any target.
+LARGEST_TILE_STEP = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutRules:
+    """The layout's constraints on unit counts.
+
+    Attributes:
+        layout: ``"uniform"`` or ``"per-layer"``.
+        tile: FFN counts are multiples of this.
+        attention_counts: legal KV-group counts of a layer, ascending.
+    """
+
+    layout: str
+    tile: int
+    attention_counts: tuple[int, ...]
+
+    @property
+    def uniform(self) -> bool:
+        """Counts must be equal across layers."""
+        return self.layout == UNIFORM
+
+    def legal_counts(self, kind: str, dense: int) -> tuple[int, ...]:
+        """Legal counts of a kind in a layer that has ``dense`` units, ascending, ``dense`` last."""
+        if kind == ATTENTION:
+            counts = tuple(c for c in self.attention_counts if c < dense)
+        else:
+            counts = tuple(range(self.tile, dense, self.tile))
+        return (*counts, dense)
+
+
+def layout_rules(
+    spec: ModelSpec, layout: str, *, tile: int | None = None, default_tile: int = 64
+) -> LayoutRules:
+    """The rules of a layout for one model.
+
+    Args:
+        spec: the dense model.
+        layout: ``"uniform"`` or ``"per-layer"``.
+        tile: FFN tile that the user asked for; None picks one: for ``uniform`` the largest power
+            of two up to ``default_tile`` whose step takes at most two points of the block
+            parameters, for ``per-layer`` 1.
+        default_tile: the hardware's tile (128 on GPU, 64 on CPU).
+
+    Raises:
+        OptionError: unknown layout, or a tile that the FFN cannot hold.
+    """
+    if layout not in LAYOUTS:
+        raise OptionError(f"--layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if tile is not None and not 1 <= tile <= spec.intermediate:
+        raise OptionError(f"--tile: {tile} is outside 1..{spec.intermediate} (the FFN's channels)")
+    if tile is None:
+        tile = _default_tile(spec, default_tile) if layout == UNIFORM else 1
+    per_group = spec.query_heads_per_group
+    counts = tuple(
+        count
+        for count in range(1, spec.kv_heads + 1)
+        if layout == PER_LAYER
+        or not spec.family.heads_divide_hidden
+        or spec.hidden % (count * per_group) == 0
+    )
+    return LayoutRules(layout=layout, tile=tile, attention_counts=counts)
+
+
+def _default_tile(spec: ModelSpec, largest: int) -> int:
+    one_channel = sum(g.unit_parameters for g in spec.table.groups if g.kind == FFN)
+    tile = largest
+    while tile > 1 and tile * one_channel > LARGEST_TILE_STEP * spec.block_parameters:
+        tile //= 2
+    return tile

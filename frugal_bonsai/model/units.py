@@ -1,0 +1,233 @@
+"""Units, groups of them, and the mask that says which are kept.
+
+A *unit* is what is kept or removed whole: one FFN intermediate channel (gate row, up row, down
+column) or one KV group (a K head, its V head, the query heads that read them, and their o_proj
+columns). The paper says "module", a word that PyTorch has taken.
+
+In: family tables and header shapes (see ``family.py``). Out: :class:`UnitGroup`, :class:`UnitTable`
+and :class:`KeepMask`. Holds a few bytes per unit; reads no weights.
+
+Shape suffixes: N all units of a model, U units of one group, C input columns of a group's output
+projection (C = U * columns_per_unit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from frugal_bonsai.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION, FFN = "attention", "ffn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitSlice:
+    """Where the units of a group sit in one tensor.
+
+    Unit u owns indices ``[start + u*width, start + (u+1)*width)`` of dimension ``axis``.
+    Everything before ``start`` and behind the last unit stays whole.
+    """
+
+    tensor: str  # full tensor name in the checkpoint
+    axis: int
+    width: int
+    start: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitGroup:
+    """The units of one kind in one layer.
+
+    Attributes:
+        layer: index of the layer.
+        kind: ``"attention"`` or ``"ffn"``.
+        count: number of units.
+        unit_parameters: parameters that disappear with one unit.
+        slices: the rows and columns that a unit owns.
+        output: name of the output projection's module inside the layer (``self_attn.o_proj``);
+            zeroing its input columns equals removing the unit.
+        output_weight: full name of that projection's weight.
+        columns_per_unit: input columns of the output projection that one unit owns.
+    """
+
+    layer: int
+    kind: str
+    count: int
+    unit_parameters: int
+    slices: tuple[UnitSlice, ...]
+    output: str
+    output_weight: str
+    columns_per_unit: int
+
+    @property
+    def columns(self) -> int:
+        """Input width of the output projection."""
+        return self.count * self.columns_per_unit
+
+    @property
+    def name(self) -> str:
+        """Readable name, ``layer 3 ffn``."""
+        return f"layer {self.layer} {self.kind}"
+
+
+@dataclass(frozen=True)
+class UnitTable:
+    """All groups of a model in order (layer, then kind), and where each starts in a flat vector."""
+
+    groups: tuple[UnitGroup, ...]
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Flat index of each group's first unit, and N at the end."""
+        starts = [0]
+        for group in self.groups:
+            starts.append(starts[-1] + group.count)
+        return tuple(starts)
+
+    @property
+    def units(self) -> int:
+        """N, the number of units."""
+        return self.starts[-1]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of all units together."""
+        return sum(group.count * group.unit_parameters for group in self.groups)
+
+    @cached_property
+    def _position(self) -> dict[tuple[int, str], int]:
+        return {(group.layer, group.kind): i for i, group in enumerate(self.groups)}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds in order of first appearance."""
+        return tuple(dict.fromkeys(group.kind for group in self.groups))
+
+    def of_layer(self, layer: int) -> tuple[UnitGroup, ...]:
+        """The groups of one layer."""
+        return tuple(group for group in self.groups if group.layer == layer)
+
+    def position(self, group: UnitGroup) -> int:
+        """Index of a group in :attr:`groups`."""
+        return self._position[group.layer, group.kind]
+
+    def span(self, group: UnitGroup) -> slice:
+        """The group's place in a flat vector over all units."""
+        at = self._position[group.layer, group.kind]
+        return slice(self.starts[at], self.starts[at + 1])
+
+    def unit_parameters_N(self) -> torch.Tensor:
+        """Parameters of each unit, float64 ``[N]``."""
+        import torch
+
+        return torch.cat(
+            [torch.full((g.count,), g.unit_parameters, dtype=torch.float64) for g in self.groups]
+        )
+
+
+class KeepMask:
+    """Which units are kept: True = kept.
+
+    Args:
+        table: the units of the dense model.
+        keep_N: bool ``[N]`` on the CPU; all True when left out.
+    """
+
+    def __init__(self, table: UnitTable, keep_N: torch.Tensor | None = None) -> None:
+        import torch
+
+        self.table = table
+        self.keep_N = torch.ones(table.units, dtype=torch.bool) if keep_N is None else keep_N
+        if self.keep_N.shape != (table.units,) or self.keep_N.dtype != torch.bool:
+            raise OptionError(
+                f"keep mask: expected bool [{table.units}], found {self.keep_N.dtype} "
+                f"{list(self.keep_N.shape)}"
+            )
+
+    def of(self, group: UnitGroup) -> torch.Tensor:
+        """Bool ``[U]``: the group's part (a view)."""
+        return self.keep_N[self.table.span(group)]
+
+    def kept(self, group: UnitGroup) -> int:
+        """Number of the group's units that are kept."""
+        return int(self.of(group).sum())
+
+    def columns(self, group: UnitGroup) -> torch.Tensor:
+        """Bool ``[C]``: kept input columns of the group's output projection."""
+        return self.of(group).repeat_interleave(group.columns_per_unit)
+
+    def removed_parameters(self) -> int:
+        """Parameters of the removed units."""
+        return sum((g.count - self.kept(g)) * g.unit_parameters for g in self.table.groups)
+
+    def without(self, indices_K: torch.Tensor) -> KeepMask:
+        """A new mask with the units at these flat indices (int64 ``[K]``) removed."""
+        keep_N = self.keep_N.clone()
+        keep_N[indices_K] = False
+        return KeepMask(self.table, keep_N)
+
+    def counts(self) -> dict[str, list[int]]:
+        """Kept units per kind, one number a layer."""
+        counts: dict[str, list[int]] = {kind: [] for kind in self.table.kinds}
+        for group in self.table.groups:
+            counts[group.kind].append(self.kept(group))
+        return counts
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KeepMask):
+            return NotImplemented
+        import torch
+
+        return self.table == other.table and torch.equal(self.keep_N, other.keep_N)
+
+    __hash__ = None  # type: ignore[assignment]  # it holds a tensor that can change
+
+    def __repr__(self) -> str:
+        return f"KeepMask({int(self.keep_N.sum())} of {self.table.units} kept)"
+
+    # -- JSON: masks are shared without weights -------------------------------------------------
+    def to_json(self) -> dict[str, list[list[int]]]:
+        """Removed units as ``{kind: [[index, ...] a layer]}``."""
+        removed: dict[str, list[list[int]]] = {kind: [] for kind in self.table.kinds}
+        for group in self.table.groups:
+            removed[group.kind].append((~self.of(group)).nonzero().flatten().tolist())
+        return removed
+
+    @classmethod
+    def from_json(
+        cls, table: UnitTable, removed: Mapping[str, Sequence[Sequence[int]]]
+    ) -> KeepMask:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            OptionError: if a kind, layer or index does not exist in this model.
+        """
+        mask = cls(table)
+        for kind, layers in removed.items():
+            groups = [group for group in table.groups if group.kind == kind]
+            if len(groups) != len(layers):
+                raise OptionError(
+                    f"mask: kind {kind!r} lists {len(layers)} layers, the model has {len(groups)}"
+                )
+            for group, indices in zip(groups, layers, strict=True):
+                if any(not 0 <= index < group.count for index in indices):
+                    raise OptionError(
+                        f"mask: {group.name} names a unit outside 0..{group.count - 1}"
+                    )
+                mask.of(group)[list(indices)] = False
+        return mask
+
+
+def iterate_layers(table: UnitTable) -> Iterator[tuple[int, tuple[UnitGroup, ...]]]:
+    """Yield ``(layer, its groups)`` in order."""
+    layers: dict[int, list[UnitGroup]] = {}
+    for group in table.groups:
+        layers.setdefault(group.layer, []).append(group)
+    for layer, groups in layers.items():
+        yield layer, tuple(groups)

@@ -1,0 +1,300 @@
+"""What the commands print on standard output: plain values in, a rich console out.
+
+In: the summary, plan, description or evaluation that ``--json`` prints. Out: tables and a few lines
+of text, at 80 columns, on a terminal or a pipe. Computes nothing but ratios and shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from frugal_bonsai.report.sheet import Sheet
+from frugal_bonsai.report.words import (
+    KIND_NAMES,
+    NOTHING,
+    all_printable,
+    duration,
+    number,
+    numbers_from_to,
+    plural,
+    ratio,
+    runs,
+    span,
+)
+from frugal_bonsai.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Values = Mapping[str, Any]
+# Models with more layers than this have runs of equal layers merged into one row.
+_MOST_ROWS = 40
+_CAP_OPTIONS = {"gpu": "--max-gpu-mem", "host": "--max-cpu-mem"}
+_PLACES = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
+_BINDS = {
+    "compute": "arithmetic sets the pace",
+    "disk": "reading weights from disk sets the pace",
+    "copy": "copying to the GPU sets the pace",
+}
+
+
+def render_prune(summary: Values, console: Console) -> None:
+    """Before and after, kept units, rounds, memory, where it was saved and how to load it.
+
+    Args:
+        summary: what :func:`frugal_bonsai.prune` returns.
+        console: where to.
+    """
+    summary, sheet = all_printable(summary, console.encoding), Sheet(console)
+    _say_before_after(summary, sheet)
+    _say_kept(summary, sheet)
+    _say_rounds(summary, sheet)
+    _say_run(summary, sheet)
+    for note in summary["notes"]:
+        sheet.say(f"note: {note}")
+    sheet.blank()
+    sheet.verbatim(f"saved: {summary['out']} ({summary['layout']} layout)")
+    sheet.verbatim(f"load:  {summary['load']}")
+
+
+def _say_before_after(summary: Values, sheet: Sheet) -> None:
+    before, after = summary["before"], summary["after"]
+    rows = [
+        (name, f"{before[key]:,}", f"{after[key]:,}", ratio(before[key], after[key]))
+        for name, key in (("parameters", "parameters"), ("block parameters", "block_parameters"))
+    ]
+    dense, pruned = before["weight_bytes"], after["weight_bytes"]
+    sizes = (format_bytes(dense), format_bytes(pruned))
+    rows.append(("bytes on disk", sizes[0], sizes[1], ratio(dense, pruned)))
+    calibration, text = summary["calibration"], summary["eval_text"]
+    names = {"perplexity": f"perplexity, held-out calibration, window {calibration['window']}"}
+    if text is not None:
+        names["eval_perplexity"] = f"perplexity, {text['name']}, window {text['window']}"
+    for key, name in names.items():
+        dense, pruned = before[key], after[key]
+        rows.append((name, number(dense, 3), number(pruned, 3), ratio(dense, pruned)))
+    sheet.heading(f"{summary['model']}: {summary['sparsity']:.1%} of the block weights removed")
+    sheet.table(("", "before", "after", "ratio"), rows)
+    counted = [f"{plural(calibration['held_out_windows'], 'window')} of held-out calibration text"]
+    if text is not None:
+        counted.append(f"{plural(text['windows'], 'window')} of {text['name']}")
+    sheet.say(f"perplexity over {' and '.join(counted)}")
+
+
+def _say_kept(summary: Values, sheet: Sheet) -> None:
+    kinds = list(summary["kept"])
+    rows = [
+        (
+            *(f"{summary['kept'][k][at]:,} of {summary['dense'][k][at]:,}" for k in kinds),
+            f"{share:.1%}",
+        )
+        for at, share in enumerate(summary["layer_sparsity"])
+    ]
+    merge = len(rows) > _MOST_ROWS
+    ranges = runs(rows) if merge else ((at, at) for at in range(len(rows)))
+    sheet.heading("kept in each layer")
+    sheet.table(
+        ("layer", *(KIND_NAMES.get(kind, kind) for kind in kinds), "removed"),
+        [(numbers_from_to(first, last), *rows[first]) for first, last in ranges],
+    )
+
+
+def _say_rounds(summary: Values, sheet: Sheet) -> None:
+    rounds = summary["rounds"]
+    sheet.heading("rounds: how far to trust the cut")
+    sheet.table(
+        ("round", "removed", "masks seen", "R2", "tau", "perplexity", "tokens so far", "time"),
+        [
+            (
+                str(row["round"]),
+                f"{row['sparsity']:.1%}",
+                f"{row['observations']:,}",
+                number(row["r2"]),
+                number(row["tau"]),
+                number(row.get("perplexity")),
+                f"{row['forward_tokens']:,}",
+                duration(row["seconds"]),
+            )
+            for row in rounds
+        ],
+    )
+    if any(row["observations"] for row in rounds):
+        sheet.say(
+            "R2, tau: how well the regression foretells the loss of masks that it has not seen, in "
+            "size and in order; 1 is perfect, 0 is no better than guessing"
+        )
+        sheet.say(f"penalty: {_penalties(rounds)}")
+    dense = [row["dense_perplexity"] for row in rounds if row.get("dense_perplexity") is not None]
+    if dense:
+        sheet.say(
+            f"perplexity: of the windows that the search used, window "
+            f"{summary['calibration']['window']}; dense {number(dense[-1])}"
+        )
+
+
+def _penalties(rounds: Sequence[Values]) -> str:
+    """``ridge 0.1 (rounds 1-3), ridge 0.01 (round 4)``."""
+    chosen = [row["penalty"] or NOTHING for row in rounds]
+    if len(set(chosen)) == 1:
+        return f"{chosen[0]} in every round"
+    parts = []
+    for first, last in runs(chosen):
+        word = "round" if first == last else "rounds"
+        which = numbers_from_to(rounds[first]["round"], rounds[last]["round"])
+        parts.append(f"{chosen[first]} ({word} {which})")
+    return ", ".join(parts)
+
+
+def _say_run(summary: Values, sheet: Sheet) -> None:
+    """What the run held, spent, read and verified."""
+    memory, calibration, verify = summary["memory"], summary["calibration"], summary["verify"]
+    peaks = [f"{_peak(memory, 'host')} of host memory"]
+    if memory["gpu_peak_bytes"] is not None:
+        peaks.append(f"{_peak(memory, 'gpu')} of GPU memory")
+    sheet.heading("the run")
+    sheet.say(f"memory: {', '.join(peaks)}")
+    sheet.say(
+        f"spent: {summary['forward_tokens']:,} forward tokens, {duration(summary['seconds'])} "
+        f"(preset {summary['preset']}, seed {summary['settings']['seed']})"
+    )
+    sheet.say(
+        f"calibration: {calibration['source']}, {plural(calibration['windows'], 'window')} of "
+        f"{calibration['window']} tokens"
+    )
+    sheet.say(
+        f"verified: logits equal the masked parent's within "
+        f"{verify['max_relative_difference']:.1e} on {plural(verify['windows'], 'window')}"
+    )
+
+
+def render_plan(plan: Values, console: Console) -> None:
+    """An itemised plan, and in a few lines whether and how it will work.
+
+    Args:
+        plan: what :func:`frugal_bonsai.plan` returns.
+        console: where to.
+    """
+    plan, sheet = all_printable(plan, console.encoding), Sheet(console)
+    sheet.heading(f"memory plan: {plan['model']} ({plan['family']}) on {plan['device_name']}")
+    sheet.table(
+        ("item", "where", "formula", "size"),
+        [
+            (item["name"], item["where"], item["formula"], format_bytes(item["size_bytes"]))
+            for item in plan["items"]
+        ],
+        left=3,
+    )
+    _say_totals(plan, sheet)
+    seconds = plan["seconds"]
+    sheet.say(
+        f"work: {plural(plan['rounds'], 'round')} over {plural(plan['windows'], 'window')} of "
+        f"{plan['window']} tokens, {plan['forward_tokens']:,} forward tokens at most"
+    )
+    sheet.say(
+        f"time: about {duration(seconds['total'])} ({duration(seconds['sweeps'])} of sweeps, "
+        f"{duration(seconds['stores'])} writing stores); "
+        f"{_BINDS.get(plan['binds'], plan['binds'])}"
+    )
+    sheet.say(
+        f"at once: micro-batches of {plural(plan['micro_batch'], 'window')}, "
+        f"{plan['windows_in_flight']:,} in flight, {plural(plan['concurrent_masks'], 'mask')} a "
+        "sweep"
+    )
+    sheet.say(f"rates: {plan['profile']}")
+    for note in plan["notes"]:
+        sheet.say(f"note: {note}")
+
+
+def _say_totals(plan: Values, sheet: Sheet) -> None:
+    totals, caps = plan["totals"], plan["caps"]
+    rows, over = [], []
+    for where in ("gpu", "host", "disk"):
+        cap, total = caps.get(where), totals.get(where, 0)
+        if cap is None and not total:
+            continue
+        if cap is not None and total > cap:
+            over.append(_CAP_OPTIONS[where])
+        share = NOTHING if cap is None else f"{total / cap:.0%}"
+        size = NOTHING if cap is None else format_bytes(cap)
+        rows.append((_PLACES[where], _CAP_OPTIONS.get(where, ""), format_bytes(total), size, share))
+    sheet.heading("totals")
+    sheet.table(("place", "option", "needed", "cap", "used"), rows, left=2)
+    sheet.blank()
+    verdict = f"does NOT fit: raise {' and '.join(over)}" if over else "fits under the caps"
+    sheet.say(f"memory: {verdict}; the largest item under the cap is: {plan['binding']}")
+
+
+def render_inspect(info: Values, console: Console) -> None:
+    """Family, sizes and units.
+
+    Args:
+        info: what :func:`frugal_bonsai.inspect` returns.
+        console: where to.
+    """
+    info, sheet = all_printable(info, console.encoding), Sheet(console)
+    sheet.heading(f"{info['model']}: {info['family']}, {plural(info['layers'], 'layer')}")
+    keys = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary", "positions")
+    rows = [(key.replace("_", " "), f"{info[key]:,}") for key in keys]
+    share = info["block_parameters"] / info["parameters"]
+    rows += [
+        ("parameters", f"{info['parameters']:,}"),
+        ("block parameters, which pruning is about", f"{info['block_parameters']:,}"),
+        ("their share", f"{share:.1%}"),
+        ("embedding and head are one", "yes" if info["tied"] else "no"),
+        ("bytes of weights", format_bytes(info["weight_bytes"])),
+    ]
+    rows += [(f"of these in {name}", format_bytes(size)) for name, size in info["dtypes"].items()]
+    sheet.table(("", ""), rows)
+    sheet.heading('units, which are kept or removed whole (the paper says "module")')
+    sheet.table(
+        ("kind", "a layer", "in all", "parameters of one"),
+        [
+            (
+                KIND_NAMES.get(group["kind"], group["kind"]),
+                span(group["units_per_layer"]),
+                f"{sum(group['units_per_layer']):,}",
+                span(group["parameters_per_unit"]),
+            )
+            for group in info["groups"]
+        ],
+    )
+    uniform = info["layouts"]["uniform"]
+    sheet.blank()
+    sheet.say(
+        f"uniform layout: FFN channels in multiples of {uniform['tile']}, KV groups a layer one of "
+        f"{', '.join(map(str, uniform['attention_counts']))}; per-layer layout: any counts"
+    )
+
+
+def render_eval(result: Values, console: Console) -> None:
+    """A perplexity, with the window length that it depends on.
+
+    Args:
+        result: what :func:`frugal_bonsai.evaluate` returns.
+        console: where to.
+    """
+    result, sheet = all_printable(result, console.encoding), Sheet(console)
+    rows = [
+        (f"perplexity, window {result['window']}", number(result["perplexity"], 4)),
+        ("mean NLL, nats a token", number(result["nll"], 5)),
+        ("windows", f"{result['windows']:,}"),
+        ("tokens predicted", f"{result['tokens']:,}"),
+        ("weights", result["weights"]),
+        ("time", f"{result['seconds']:,.1f} s"),
+        ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
+        ("host memory", _peak(result, "host")),
+    ]
+    if result["gpu_peak_bytes"] is not None:
+        rows.append(("GPU memory", _peak(result, "gpu")))
+    sheet.heading(f"{result['model']} on {result['text']}")
+    sheet.table(("", ""), rows)
+    for note in result.get("notes", ()):
+        sheet.say(f"note: {note}")
+
+
+def _peak(memory: Values, where: str) -> str:
+    """``peak 0.50 GiB of 2.00 GiB``."""
+    cap = memory[f"{where}_cap_bytes"]
+    peak = f"peak {format_bytes(memory[f'{where}_peak_bytes'])}"
+    return peak if cap is None else f"{peak} of {format_bytes(cap)}"

@@ -1,0 +1,61 @@
+"""The small files that belong to a model: generation settings and the tokenizer.
+
+In: the source's folder. Out: copies in the pruned model's folder. Not the config (the layout writes
+it), not weights, not the README (the model card is new), and no code: ``*.py`` files that a
+tokenizer may name are left behind. Holds one file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from frugal_bonsai.checkpoint.commit import output_errors, write_bytes
+from frugal_bonsai.errors import CheckpointError
+
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "*.model",  # SentencePiece
+    "*.tiktoken",
+    "vocab*.json",
+    "vocab*.txt",
+    "merges*.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
+
+
+def write_companions(source_folder: Path, folder: Path) -> tuple[str, ...]:
+    """Copy the companion files that the source has.
+
+    Args:
+        source_folder: the dense model; links are followed, the hub's cache is made of them.
+        folder: an existing directory.
+
+    Returns:
+        Names of the copies, relative to ``folder``, sorted.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        OutputError: a file cannot be written.
+    """
+    source_folder, folder = Path(source_folder), Path(folder)
+    found = {path for pattern in COMPANIONS for path in source_folder.glob(pattern)}
+    names = []
+    for path in sorted(found):
+        if not path.is_file():
+            continue
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror or error}); check its permissions"
+            ) from error
+        name = path.relative_to(source_folder)
+        with output_errors(folder / name):
+            (folder / name.parent).mkdir(exist_ok=True)
+        write_bytes(folder / name, data)
+        names.append(name.as_posix())
+    return tuple(names)

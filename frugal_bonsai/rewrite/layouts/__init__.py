@@ -1,0 +1,22 @@
+"""Output layouts: one file each, and the table that finds them by name.
+
+A layout writes ``config.json`` of the pruned model (and what must lie beside it); the weights are
+the same in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import PER_LAYER, UNIFORM
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.layouts import per_layer, uniform
+
+WriteConfig = Callable[[ModelSpec, KeepMask, Path], None]
+
+WRITE_CONFIG: Mapping[str, WriteConfig] = MappingProxyType(
+    {UNIFORM: uniform.write_config, PER_LAYER: per_layer.write_config}
+)

@@ -1,0 +1,48 @@
+"""Layout ``per-layer``: each layer as wide as the search left it.
+
+In: a model, its mask and a folder. Out: ``config.json`` with transformers' standard key
+``per_layer_config``, and the bundled model file that builds the layers from it. Plain transformers
+accepts the key and has no models for it (5.23); without remote code it raises, it never builds
+wrong widths. Holds the config.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from frugal_bonsai.checkpoint.folder import CONFIG_FILE
+from frugal_bonsai.checkpoint.writer import write_bytes, write_json
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.layouts.bundled import find_bundled
+from frugal_bonsai.rewrite.layouts.widths import heads_fit, layer_widths, plain_config
+
+
+def write_config(spec: ModelSpec, mask: KeepMask, folder: Path) -> None:
+    """Write ``config.json`` and the bundled model file.
+
+    The global widths are the widest layer's, kind by kind, so that whatever is sized by them is
+    large enough; ``per_layer_config`` lists what differs. Where nothing differs and the
+    architecture accepts the head count, the config is a plain one: no custom code is needed.
+
+    Raises:
+        OptionError: the mask is another model's, or leaves a layer without a unit of some kind.
+        UnsupportedModelError: no bundled model file for this architecture.
+        OutputError: a file cannot be written.
+    """
+    widths = layer_widths(spec, mask)
+    widest = {key: max(layer[key] for layer in widths) for key in widths[0]}
+    config = plain_config(spec) | widest
+    overrides = {
+        str(index): {key: width for key, width in layer.items() if width != widest[key]}
+        for index, layer in enumerate(widths)
+        if layer != widest
+    }
+    if overrides or not heads_fit(spec, widest[spec.family.heads_key]):
+        bundled = find_bundled(spec.family.model_type)
+        config["architectures"] = [bundled.model_class]
+        config["auto_map"] = bundled.auto_map
+        if overrides:
+            config["per_layer_config"] = overrides
+        write_bytes(folder / bundled.file, bundled.read())
+    write_json(folder / CONFIG_FILE, config)

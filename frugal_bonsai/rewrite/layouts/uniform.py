@@ -1,0 +1,55 @@
+"""Layout ``uniform``: the same widths in every layer, so that everything loads it.
+
+In: a model, its mask and a folder. Out: the source's ``config.json`` with new numbers; no custom
+code. Holds the config.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from frugal_bonsai.checkpoint.folder import CONFIG_FILE
+from frugal_bonsai.checkpoint.writer import write_json
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.layouts.widths import heads_fit, layer_widths, plain_config
+
+
+def write_config(spec: ModelSpec, mask: KeepMask, folder: Path) -> None:
+    """Write ``config.json`` with query heads, KV heads, head_dim and FFN channels of every layer.
+
+    Raises:
+        OptionError: a layer keeps another number of units than layer 0, or a number of heads that
+            the architecture's config class refuses; the text names the layer, kind and count.
+        OutputError: the file cannot be written.
+    """
+    widths = layer_widths(spec, mask)[0]
+    _require_equal(mask)
+    heads = widths[spec.family.heads_key]
+    if not heads_fit(spec, heads):
+        kept = widths[spec.family.kv_heads_key]
+        raise OptionError(
+            f"uniform layout: layer 0 keeps {kept} attention units, which is {heads} query heads; "
+            f"{spec.family.model_type} demands that {spec.family.hidden_key} ({spec.hidden}) is a "
+            f"multiple of {spec.family.heads_key}. Legal numbers of units: {_legal(spec)}; or "
+            "take --layout per-layer"
+        )
+    write_json(folder / CONFIG_FILE, plain_config(spec) | widths)
+
+
+def _require_equal(mask: KeepMask) -> None:
+    """Every layer keeps as many units of a kind as layer 0."""
+    for kind, counts in mask.counts().items():
+        for layer, count in enumerate(counts):
+            if count != counts[0]:
+                raise OptionError(
+                    f"uniform layout: layer {layer} keeps {count} {kind} units, layer 0 keeps "
+                    f"{counts[0]}; keep the same number in every layer, or take --layout per-layer"
+                )
+
+
+def _legal(spec: ModelSpec) -> str:
+    """The legal numbers of KV groups, for the error text."""
+    per_group = spec.query_heads_per_group
+    return ", ".join(str(n) for n in range(1, spec.kv_heads + 1) if heads_fit(spec, n * per_group))

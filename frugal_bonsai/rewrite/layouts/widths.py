@@ -1,0 +1,74 @@
+"""What a mask makes of the config: the widths of each layer, and the keys that all layouts share.
+
+In: a :class:`ModelSpec` and a :class:`KeepMask`. Out: config keys as dicts. Writes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
+from frugal_bonsai.rewrite.layouts.bundled import BUNDLED
+
+
+def layer_widths(spec: ModelSpec, mask: KeepMask) -> list[dict[str, int]]:
+    """The width keys of each layer's config: query heads, KV heads, FFN channels.
+
+    Raises:
+        OptionError: the mask is another model's, or leaves a layer without a unit of some kind.
+    """
+    require_units(spec, mask)
+    family, counts = spec.family, mask.counts()
+    return [
+        {
+            family.heads_key: kv_heads * spec.query_heads_per_group,
+            family.kv_heads_key: kv_heads,
+            family.ffn_key: channels,
+        }
+        for kv_heads, channels in zip(counts[ATTENTION], counts[FFN], strict=True)
+    ]
+
+
+def require_units(spec: ModelSpec, mask: KeepMask) -> None:
+    """Check that the mask fits the model and keeps a unit of each kind in every layer.
+
+    Raises:
+        OptionError: it does not; the text names the layer and the kind.
+    """
+    if mask.table != spec.table:
+        raise OptionError(
+            f"keep mask: belongs to another model ({mask.table.units} units, this one has "
+            f"{spec.table.units}); make the mask from this model's own unit table"
+        )
+    for group in spec.table.groups:
+        if not mask.kept(group):
+            raise OptionError(
+                f"keep mask: layer {group.layer} keeps none of its {group.count} {group.kind} "
+                "units; keep at least one unit of each kind in every layer"
+            )
+
+
+def heads_fit(spec: ModelSpec, heads: int) -> bool:
+    """Whether the architecture's own config class accepts this number of query heads."""
+    return not spec.family.heads_divide_hidden or spec.hidden % heads == 0
+
+
+def plain_config(spec: ModelSpec) -> dict[str, Any]:
+    """The source's config without anything that speaks of bundled or custom code.
+
+    ``head_dim`` is made explicit: the default, hidden_size / num_attention_heads, would change with
+    the heads. So is a tied head, which the family table may have seen from the tensors alone. An
+    ``auto_map`` is dropped, because code files are not carried along and were not run.
+    """
+    config = dict(spec.config)
+    config.pop("per_layer_config", None)
+    config.pop("auto_map", None)
+    config["head_dim"] = spec.head_dim
+    if spec.tied:
+        config["tie_word_embeddings"] = True
+    bundled = BUNDLED.get(spec.family.model_type)
+    if bundled and config.get("architectures") == [bundled.model_class]:
+        config["architectures"] = [bundled.plain_class]
+    return config

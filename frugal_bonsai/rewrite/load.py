@@ -1,0 +1,74 @@
+"""Loading what the rewriter wrote, in any layout, without remote code.
+
+In: a folder. Out: transformers' model. The ``per-layer`` layout is built by the class
+in this package that the output also carries as a file; that file is not run. Holds the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal_bonsai.checkpoint.folder import CONFIG_FILE, find_tensors, read_config
+from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.rewrite.layouts.bundled import BUNDLED, BundledModel, find_bundled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a pruned model, or a dense one, from a folder.
+
+    Args:
+        path: folder with ``config.json`` and safetensors weights.
+        kwargs: what ``from_pretrained`` takes (``dtype``, ``device_map``, ``attn_implementation``
+            and others), but ``trust_remote_code``, which is never needed.
+
+    Returns:
+        The causal language model, in evaluation mode.
+
+    Raises:
+        CheckpointError: no such folder, no config, no weights, or a weight is missing.
+        UnsupportedModelError: layers of different widths in an architecture that has no bundled
+            model file, or in a transformers that is too old for them.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    find_tensors(folder)
+    model_class = _model_class(config, source=str(folder / CONFIG_FILE))
+    model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder}: the weights lack {len(missing)} tensors that the config asks for, the "
+            f"first is {missing[0]!r}; does config.json belong to these weights?"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _bundled(config: Mapping[str, Any], *, source: str) -> BundledModel | None:
+    """The bundled model that this config needs; None where transformers' own class will do."""
+    model_type = config.get("model_type")
+    if config.get("per_layer_config"):
+        return find_bundled(model_type, source=source)
+    known = [b for name, b in BUNDLED.items() if name == model_type]
+    return known[0] if known and config.get("auto_map") == known[0].auto_map else None
+
+
+def _model_class(config: Mapping[str, Any], *, source: str) -> Any:
+    """The class whose ``from_pretrained`` builds this model."""
+    bundled = _bundled(config, source=source)
+    if bundled is None:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+    # By name: a bundled file stands alone and is not type-checked with the package.
+    try:
+        module = import_module(f"frugal_bonsai.rewrite.layouts.{bundled.module}")
+    except ImportError as error:  # transformers is too old
+        raise UnsupportedModelError(f"{source}: {error}") from error
+    return getattr(module, bundled.model_class)

@@ -1,0 +1,230 @@
+"""The rewriter: original-precision weights through a keep mask, tensor by tensor.
+
+In: a :class:`Checkpoint`, its :class:`ModelSpec`, a :class:`KeepMask` and refitted projections.
+Out: safetensors (sharded with an index where large), ``config.json`` of the layout and what it
+needs beside it, in a folder that the caller stages and commits. Values are not recomputed: what is
+kept is kept bit for bit, in the source's dtype. Holds one tensor of the source and its kept part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
+from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
+from frugal_bonsai.errors import CheckpointError, OptionError
+from frugal_bonsai.model.cut import cut_shape, cut_tensor, slices_by_tensor
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import LayoutRules
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.layouts import WRITE_CONFIG
+from frugal_bonsai.rewrite.layouts.widths import require_units
+from frugal_bonsai.sizes import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Refit", "RewriteSummary", "shrink", "write_companions"]
+
+Refit = Mapping[str, "Callable[[], torch.Tensor]"]
+
+_COMPARE_BYTES = 2**24  # read at a time where two tensors are compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewriteSummary:
+    """What the rewrite made of the model.
+
+    Attributes:
+        parameters_before: all parameters of the source, a tied head counted once.
+        parameters_after: the same of the output.
+        block_parameters_before: parameters inside the layers.
+        block_parameters_after: the same of the output.
+        bytes_before: bytes of all tensors in the source's files.
+        bytes_after: the same of the output.
+        kept: kept units per kind, one number a layer.
+        files: names of the files written, sorted.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    block_parameters_before: int
+    block_parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    kept: Mapping[str, tuple[int, ...]]
+    files: tuple[str, ...]
+
+    @property
+    def sparsity(self) -> float:
+        """Removed share of the block parameters."""
+        return 1 - self.block_parameters_after / self.block_parameters_before
+
+
+def shrink(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    mask: KeepMask,
+    folder: Path,
+    *,
+    rules: LayoutRules,
+    refit: Refit | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> RewriteSummary:
+    """Write the pruned model's weights and config.
+
+    A tied model stays tied: a head that the source stores beside the embedding it is tied to is
+    left out.
+
+    Args:
+        checkpoint: the dense model.
+        spec: its description.
+        mask: the units to keep.
+        folder: an existing directory, best one from ``staged_directory``: after an error it holds
+            an incomplete model.
+        rules: the layout and its legal unit counts.
+        refit: name of a projection's weight -> a function that returns what replaces it,
+            floating, kept rows or columns alone; called once, when the tensor's turn has come.
+        max_shard_bytes: tensor bytes of one shard.
+
+    Returns:
+        The summary.
+
+    Raises:
+        OptionError: a mask that the model or the layout cannot hold, or a refit tensor that is
+            unknown, of a wrong shape or not finite.
+        CheckpointError: a tensor cannot be read, or a tied head differs from its embedding.
+        OutputError: the disk is full or refuses.
+    """
+    folder, refit = Path(folder), refit or {}
+    _require_legal(spec, mask, rules)
+    _require_sliced(spec, refit)
+    names = _tensors_to_write(checkpoint, spec)
+    cuts = slices_by_tensor(spec.table)
+    shapes = {
+        name: cut_shape(checkpoint.tensors[name].shape, cuts.get(name, []), mask) for name in names
+    }
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    entries = checkpoint.tensors
+    after_bytes = sum(sizes[name] * DTYPE_BYTES[entries[name].dtype] for name in names)
+    require_free_space(folder, after_bytes, "the pruned model")
+    WRITE_CONFIG[rules.layout](spec, mask, folder)
+    announced = [(name, entries[name].dtype, shapes[name]) for name in names]
+    with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
+        for name in names:
+            if name in refit:
+                dtype = torch_dtype(entries[name].dtype)
+                writer.write(name, _refitted(name, refit[name](), shapes[name], dtype))
+            else:
+                writer.write(name, cut_tensor(checkpoint.read(name), cuts.get(name, []), mask))
+        writer.finish()
+    in_layers = {
+        spec.prefix(layer) + name
+        for layer in range(spec.layers)
+        for name in spec.layer_tensors[layer]
+    }
+    block_parameters = sum(sizes[name] for name in in_layers)
+    return RewriteSummary(
+        parameters_before=spec.parameters,
+        parameters_after=block_parameters + sum(sizes[name] for name in spec.other_tensors),
+        block_parameters_before=spec.block_parameters,
+        block_parameters_after=block_parameters,
+        bytes_before=sum(entry.size_bytes for entry in entries.values()),
+        bytes_after=after_bytes,
+        kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
+        files=tuple(sorted(path.name for path in folder.iterdir())),
+    )
+
+
+def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
+    """Each layer keeps a number of units that the layout can hold."""
+    require_units(spec, mask)
+    for group in spec.table.groups:
+        count, legal = mask.kept(group), rules.legal_counts(group.kind, group.count)
+        if count not in legal:
+            below = [n for n in legal if n < count][-1:]
+            above = [n for n in legal if n > count][:1]
+            raise OptionError(
+                f"{rules.layout} layout: layer {group.layer} keeps {count} of {group.count} "
+                f"{group.kind} units, which is not a legal number; the nearest are "
+                f"{' and '.join(str(n) for n in below + above)}"
+            )
+
+
+def _require_sliced(spec: ModelSpec, refit: Refit) -> None:
+    """Only tensors that units own a part of may be replaced."""
+    names = slices_by_tensor(spec.table)
+    for name in refit:
+        if name not in names:
+            raise OptionError(
+                f"refit tensor {name!r}: is no projection of this model that pruning cuts; "
+                f"expected a name such as {min(names)!r}"
+            )
+
+
+def _tensors_to_write(checkpoint: Checkpoint, spec: ModelSpec) -> list[str]:
+    """The source's tensors in its order, without a tied head's second copy."""
+    names = list(checkpoint.tensors)
+    head = spec.family.head
+    require_tied_head(checkpoint, spec)
+    if spec.tied and head in checkpoint.tensors:
+        names.remove(head)
+    return names
+
+
+def require_tied_head(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Refuse a tied model whose file holds another head than its embedding.
+
+    Raises:
+        CheckpointError: they differ; transformers would use both.
+    """
+    head, embedding = spec.family.head, spec.family.embedding
+    if not spec.tied or head not in checkpoint.tensors:
+        return
+    if not _same_bytes(checkpoint, head, embedding):
+        raise CheckpointError(
+            f"{checkpoint.tensors[head].file}: tensor {head!r} differs from {embedding!r}, "
+            "though config.json says tie_word_embeddings; set that to false to keep both"
+        )
+
+
+def _same_bytes(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors of two dimensions are equal bit for bit, some rows at a time."""
+    import torch
+
+    first, second = checkpoint.tensors[name], checkpoint.tensors[other]
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    rows = first.shape[0]
+    step = max(1, _COMPARE_BYTES * rows // max(1, first.size_bytes))
+    return all(
+        torch.equal(
+            checkpoint.read_rows(name, start, min(start + step, rows)).view(torch.uint8),
+            checkpoint.read_rows(other, start, min(start + step, rows)).view(torch.uint8),
+        )
+        for start in range(0, rows, step)
+    )
+
+
+def _refitted(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """A refit tensor, checked and cast to the source's dtype."""
+    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        raise OptionError(
+            f"refit tensor {name!r}: found {tensor.dtype} {list(tensor.shape)}, expected floating "
+            f"{list(shape)}, the kept part of the tensor"
+        )
+    cast = tensor.detach().to("cpu").to(dtype)
+    bad = cast.numel() - int(cast.isfinite().sum())
+    if bad:
+        raise OptionError(
+            f"refit tensor {name!r}: {bad} of {cast.numel()} values are NaN or infinite in "
+            f"{dtype}; raise --ridge, or leave recovery out (--no-recovery)"
+        )
+    return cast

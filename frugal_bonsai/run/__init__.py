@@ -1,0 +1,1 @@
+"""Whole commands: inspect, plan, prune, evaluate. Each returns plain values; nothing is printed."""

@@ -1,0 +1,47 @@
+"""The options of ``prune`` and ``plan``: where, under which caps, on which text, and the method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.layout import UNIFORM
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions:
+    """Everything that a user may say to ``prune`` but MODEL, the output folder and ``--resume``.
+
+    Attributes:
+        preset: ``default`` or ``paper``.
+        method: fields of ``PruneSettings`` that the user names; None is "as the preset has it".
+        layout: ``uniform`` or ``per-layer``.
+        tile: FFN tile; None lets the layout choose.
+        calibration: text source; None is wikitext2, or stdlib for ``example``.
+        eval_text: text whose perplexity is reported before and after.
+        window: tokens; None is 2,048 or the model's positions.
+        windows: calibration windows; None takes 65,536 tokens of them, at least 32 windows.
+        max_gpu_mem: cap on device memory.
+        max_cpu_mem: cap on resident memory.
+        max_shard_size: of the output.
+        device: None takes a GPU where there is one.
+    """
+
+    preset: str = "default"
+    method: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = UNIFORM
+    tile: int | None = None
+    calibration: str | None = None
+    eval_text: str | None = None
+    window: int | None = None
+    windows: int | None = None
+    max_gpu_mem: str | int | None = None
+    max_cpu_mem: str | int | None = None
+    max_shard_size: str | int = "5GB"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.windows is not None and self.windows < 1:
+            raise OptionError(f"--windows: {self.windows} is not at least 1")

@@ -1,0 +1,144 @@
+"""What every command does first: open the model, find the text, make the plan.
+
+In: the user's options. Out: an open checkpoint, token windows, a budget, a plan, an engine. Reads
+headers and text, no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.errors import CheckpointError, OptionError
+from frugal_bonsai.model.family import ModelSpec, describe_model
+
+# Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
+CHARACTERS_PER_TOKEN = 8
+DEFAULT_SOURCE, EXAMPLE_SOURCE = "wikitext2", "stdlib"
+DEFAULT_WINDOW = 2048
+FLOATING = ("BF16", "F16", "F32")
+# The FFN tile that each device's matrix products like.
+DEFAULT_TILE = {"cpu": 64, "cuda": 128}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """An open model.
+
+    Attributes:
+        name: what the user typed.
+        checkpoint: open for reading.
+        spec: from config and headers.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    spec: ModelSpec
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self.checkpoint.folder
+
+
+@contextmanager
+def open_model(name: str) -> Iterator[Model]:
+    """Find, open and describe a model: a folder, a hub id, or ``example``."""
+    folder = find_model(name)
+    with Checkpoint.open(folder) as checkpoint:
+        spec = describe_model(
+            checkpoint.config, checkpoint.shapes, source=str(folder / "config.json")
+        )
+        _require_floating(checkpoint)
+        yield Model(name=name, checkpoint=checkpoint, spec=spec)
+
+
+def _require_floating(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are quantised or no numbers to compute with."""
+    for name, entry in checkpoint.tensors.items():
+        if entry.dtype not in FLOATING:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, expected one of "
+                f"{', '.join(FLOATING)}; use the checkpoint in its original precision"
+            )
+
+
+def choose_window(spec: ModelSpec, window: int | None) -> int:
+    """S: the user's, else 2,048 or what the model's positions allow.
+
+    Raises:
+        OptionError: shorter than two tokens or longer than the model's positions.
+    """
+    if window is None:
+        return min(DEFAULT_WINDOW, spec.positions)
+    if not 2 <= window <= spec.positions:
+        raise OptionError(
+            f"--window: {window} tokens is outside 2..{spec.positions} (the model's positions)"
+        )
+    return window
+
+
+def read_windows(
+    model: Model, source: str, window: int, *, windows: int | None, option: str
+) -> tuple[str, Any]:
+    """The name of a text and its first windows, int64 ``[n, S]``.
+
+    Args:
+        model: whose tokenizer is used.
+        source: file, JSON lines, hub data set or ``stdlib``.
+        window: S.
+        windows: at most this many; None takes all.
+        option: option that named the source, for error texts.
+    """
+    from frugal_bonsai.text.sources import load_text
+    from frugal_bonsai.text.windows import cut_windows, load_tokenizer, tokenise
+
+    characters = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
+    text = load_text(source, characters=characters)
+    tokens_T = tokenise(text.text, load_tokenizer(model.folder))
+    what = f"{option} {text.name}"
+    return text.name, cut_windows(tokens_T, window, limit=windows, what=what)
+
+
+def make_engine(
+    checkpoint: Checkpoint, spec: ModelSpec, plan: Any, device: Any, progress: Any
+) -> Any:
+    """An engine within a plan's limits; on a GPU the cap is enforced in the allocator."""
+    from frugal_bonsai.memory.budget import enforce_gpu_cap
+    from frugal_bonsai.stream.engine import Engine, compute_dtype
+
+    if plan.budget.gpu_bytes is not None:
+        enforce_gpu_cap(device, plan.budget.gpu_bytes)
+    return Engine(
+        checkpoint,
+        spec,
+        device=device,
+        dtype=compute_dtype(device),
+        limits=plan.limits,
+        progress=progress,
+    )
+
+
+def measured_base_bytes(spec: ModelSpec, *, int8: bool) -> int:
+    """What this process holds before the model: everything that will be imported, imported.
+
+    The peak counts, because a cap on resident memory counts it too.
+    """
+    import torch
+
+    from frugal_bonsai.int8 import has_bitsandbytes
+    from frugal_bonsai.memory.meter import peak_resident_bytes
+    from frugal_bonsai.sizes import MIB
+    from frugal_bonsai.stream.skeleton import build_empty_model
+
+    build_empty_model(spec)
+    if int8:
+        has_bitsandbytes()
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+    # Later imports (scipy's solvers, torch's lazy ones) and the pool's threads come on top.
+    return peak_resident_bytes() + 48 * MIB

@@ -1,0 +1,122 @@
+"""The summary of a prune as plain values: what ``--json`` prints, the card is made of, tables show.
+
+In: what the prune had and found. Out: a dictionary, and the papers beside the weights (card, mask,
+report).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal_bonsai.checkpoint.commit import write_bytes, write_json
+from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.model.layout import UNIFORM
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.report.card import model_card
+from frugal_bonsai.run.plan import Prepared, plan_items
+from frugal_bonsai.run.prepare import Model
+
+if TYPE_CHECKING:
+    import torch
+
+    from frugal_bonsai.bonsai.calibration import Calibration
+    from frugal_bonsai.bonsai.search import Found
+    from frugal_bonsai.stream.engine import Engine
+
+MASK_FILE, REPORT_FILE = "pruning_mask.json", "pruning_report.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Token windows of the texts, read before the plan."""
+
+    source_name: str
+    windows_nS: torch.Tensor | None  # None for ``self``: sampled when the engine exists
+    eval_name: str | None
+    eval_NS: torch.Tensor | None
+    planned_windows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the end of a prune needs from its beginning."""
+
+    model: Model
+    ready: Prepared
+    memory: MemoryPlan
+    engine: Engine
+    calibration: Calibration
+    texts: Texts
+    progress: Progress
+
+
+def describe(job: Job, found: Found) -> dict[str, Any]:
+    """What was asked for and found, without the figures before and after."""
+    from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
+
+    model, ready, texts = job.model, job.ready, job.texts
+    table = model.spec.table
+    return {
+        "version": version("frugal-bonsai"),
+        "model": model.name,
+        "family": model.spec.family.model_type,
+        "layout": ready.rules.layout,
+        "tile": ready.rules.tile,
+        "settings": ready.settings.to_json(),
+        "calibration": {
+            "source": texts.source_name,
+            "window": ready.window,
+            "windows": len(job.calibration.windows_NS),
+            "held_out_windows": len(job.calibration.held_out_NS),
+        },
+        "eval_text": None
+        if texts.eval_NS is None
+        else {"name": texts.eval_name, "window": ready.window, "windows": len(texts.eval_NS)},
+        "kept": found.mask.counts(),
+        "dense": KeepMask(table).counts(),
+        "removed_units": found.mask.to_json(),
+        "layer_sparsity": _layer_sparsity(model, found.mask),
+        "rounds": found.rounds,
+        "forward_tokens": found.forward_tokens,
+        "memory": {
+            "host_cap_bytes": ready.budget.host_bytes,
+            "host_peak_bytes": peak_resident_bytes(),
+            "gpu_cap_bytes": ready.budget.gpu_bytes,
+            "gpu_peak_bytes": peak_gpu_bytes(ready.device),
+            "plan": plan_items(job.memory),
+        },
+        "notes": list(ready.budget.notes),
+    }
+
+
+def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
+    shares = []
+    for layer, tensors in enumerate(model.spec.layer_tensors):
+        parameters = sum(math.prod(shape) for shape in tensors.values())
+        removed = sum(
+            (group.count - mask.kept(group)) * group.unit_parameters
+            for group in model.spec.table.of_layer(layer)
+        )
+        shares.append(removed / parameters)
+    return shares
+
+
+def load_line(out: Path, layout: str) -> str:
+    """The line that loads the output."""
+    if layout == UNIFORM:
+        return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    return f"frugal_bonsai.load_pruned({str(out)!r})"
+
+
+def write_papers(staged: Path, summary: dict[str, Any]) -> None:
+    """The card, the mask and the report beside the weights."""
+    removed = summary.pop("removed_units")
+    mask = {"format": 1, "model": summary["model"], "removed": removed}
+    write_json(staged / MASK_FILE, mask)
+    write_json(staged / REPORT_FILE, summary)
+    write_bytes(staged / "README.md", model_card(summary).encode())

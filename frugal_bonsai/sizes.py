@@ -1,0 +1,84 @@
+"""Sizes in bytes: parsing what people type, printing what people read.
+
+In: strings such as ``"24GB"`` or ``"800 MiB"``. Out: ints. Accepts GB (10**9) and GiB (2**30),
+prints GiB.
+"""
+
+from __future__ import annotations
+
+import re
+
+from frugal_bonsai.errors import OptionError
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": 10**3,
+    "kb": 10**3,
+    "kib": KIB,
+    "m": 10**6,
+    "mb": 10**6,
+    "mib": MIB,
+    "g": 10**9,
+    "gb": 10**9,
+    "gib": GIB,
+    "t": 10**12,
+    "tb": 10**12,
+    "tib": 2**40,
+}
+
+# Bytes per element of the dtypes of the safetensors format (its own names).
+DTYPE_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+
+
+def parse_bytes(text: str | int, *, option: str = "size") -> int:
+    """Read a size such as ``24GB``, ``1.5 GiB``, ``800MiB`` or a plain count of bytes.
+
+    Args:
+        text: what the user typed.
+        option: name of the option, for the error text.
+
+    Returns:
+        The size in bytes, at least 1.
+
+    Raises:
+        OptionError: if the text is no size or the size is not positive.
+    """
+    if isinstance(text, int):
+        value = float(text)
+    else:
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+        if found is None or found.group(2).lower() not in _UNITS:
+            raise OptionError(
+                f"{option}: {text!r} is not a size; write for example 24GB, 7.5GiB or 800MiB"
+            )
+        value = float(found.group(1)) * _UNITS[found.group(2).lower()]
+    if value < 1:
+        raise OptionError(f"{option}: {text!r} is not a positive size; write for example 24GB")
+    return int(value)
+
+
+def format_bytes(size_bytes: int) -> str:
+    """Print a size in the largest binary unit that keeps it at least 1 (``7.50 GiB``)."""
+    for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(size_bytes) >= scale:
+            return f"{size_bytes / scale:.2f} {unit}"
+    return f"{size_bytes} B"

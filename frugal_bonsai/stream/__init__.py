@@ -1,0 +1,1 @@
+"""Layers from disk, one at a time, and the sweep over them."""

@@ -1,0 +1,196 @@
+"""The masked sweep: layers outermost, every (mask, window) pair inside.
+
+In: windows of tokens, optionally a keep mask for each, optionally a tap on the inputs of the output
+projections. Out: the loss of every token. A layer is read and dequantised once per wave, however
+many masks and windows are in flight. Holds the hidden states of a wave, one layer, one
+micro-batch's activations. Never lets one window's result depend on its neighbours.
+
+Shape suffixes: N pairs of mask and window, B those of a micro-batch, S tokens, H hidden, C columns
+of an output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from frugal_bonsai.memory.plan import SweepLimits
+from frugal_bonsai.model.units import UnitGroup
+from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.stream.call import InputHook, call_layer
+from frugal_bonsai.stream.head import Head
+from frugal_bonsai.stream.hidden import HiddenStates
+from frugal_bonsai.stream.layers import LayerStream, Parameters
+from frugal_bonsai.stream.skeleton import Skeleton
+
+
+class Masker(Protocol):
+    """Gives each (mask, window) pair its kept columns."""
+
+    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
+        """Bool ``[B, C]`` over the columns that the streamed layer has; None keeps all."""
+
+
+class Tap(Protocol):
+    """Sees the inputs of the output projections, and each layer's end."""
+
+    def inputs(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
+        """One micro-batch's input of an output projection, in the compute dtype."""
+
+    def end_layer(self, layer: int, parameters: Parameters) -> None:
+        """All windows have passed a layer; its parameters are still valid."""
+
+
+class Sweep:
+    """Runs windows through a streamed model.
+
+    Attributes:
+        forward_tokens: tokens that went through the whole model so far, partial passes counted by
+            their share.
+
+    Args:
+        skeleton: the model without weights.
+        limits: from the memory plan.
+        progress: told of each layer visit.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, limits: SweepLimits, *, progress: Progress | None = None
+    ) -> None:
+        self.skeleton, self.limits = skeleton, limits
+        self.micro_batch = limits.micro_batch
+        self.progress: Progress = progress or Silent()
+        self.forward_tokens = 0
+
+    def losses(
+        self,
+        stream: LayerStream,
+        head: Head,
+        tokens_NS: torch.Tensor,
+        *,
+        masker: Masker | None = None,
+        name: str = "evaluating",
+    ) -> torch.Tensor:
+        """Negative log-likelihood of tokens 2..S of each pair, fp32 ``[N, S-1]`` on the CPU."""
+        losses = []
+        for wave, hidden in self.hidden_waves(stream, tokens_NS, masker=masker, name=name):
+            with torch.inference_mode():
+                losses.append(head.nll(hidden, tokens_NS[wave]))
+        return torch.cat(losses).clone()
+
+    def hidden_waves(
+        self, stream: LayerStream, tokens_NS: torch.Tensor, *, masker: Masker | None, name: str
+    ) -> Iterator[tuple[slice, HiddenStates]]:
+        """Run all pairs, as many at a time as the plan lets in flight; yield each wave's end."""
+        for wave in self.waves(len(tokens_NS)):
+            yield wave, self.run(stream, tokens_NS[wave], masker=_shifted(masker, wave), name=name)
+
+    def run(
+        self,
+        stream: LayerStream,
+        tokens_NS: torch.Tensor,
+        *,
+        masker: Masker | None = None,
+        tap: Tap | None = None,
+        name: str = "evaluating",
+    ) -> HiddenStates:
+        """One wave through all layers; the hidden states behind the last one, before the norm."""
+        kwargs = self.skeleton.layer_kwargs(tokens_NS.shape[1])
+        hidden = self.embed(tokens_NS)
+        self.progress.sweep(name, self.skeleton.spec.layers, tokens_NS.numel())
+        table = self.skeleton.spec.table
+        with torch.inference_mode():
+            for layer, parameters in stream.visit():
+                groups = table.of_layer(layer)
+                for items in self.micro_batches(len(tokens_NS)):
+                    hooks, seen = _hooks(groups, masker, tap, items)
+                    output_BSH = call_layer(
+                        self.skeleton.layers[layer],
+                        parameters,
+                        hidden.read(items),
+                        kwargs[layer],
+                        hooks,
+                    )
+                    hidden.write(items, output_BSH)
+                    if tap is not None:
+                        for group, input_BSC in seen:
+                            tap.inputs(group, input_BSC)
+                if tap is not None:
+                    tap.end_layer(layer, parameters)
+                self.progress.step(f"layer {layer}")
+        self.forward_tokens += tokens_NS.numel()
+        return hidden
+
+    def embed(self, tokens_NS: torch.Tensor) -> HiddenStates:
+        """The first layer's inputs of these windows."""
+        hidden = self.hidden_states(tokens_NS)
+        for items in self.micro_batches(len(tokens_NS)):
+            hidden.write(items, self.skeleton.embed(tokens_NS[items]))
+        return hidden
+
+    def hidden_states(self, tokens_NS: torch.Tensor) -> HiddenStates:
+        """Room for one hidden state a token, not written yet."""
+        skeleton = self.skeleton
+        return HiddenStates(
+            tokens_NS.shape[0],
+            tokens_NS.shape[1],
+            skeleton.spec.hidden,
+            device=skeleton.device,
+            dtype=skeleton.dtype,
+            resident=self.limits.resident_windows,
+        )
+
+    def waves(self, windows: int) -> Iterator[slice]:
+        """Slices of at most ``windows_in_flight`` windows."""
+        return _slices(windows, self.limits.windows_in_flight)
+
+    def micro_batches(self, windows: int) -> Iterator[slice]:
+        """Slices of at most ``micro_batch`` windows."""
+        return _slices(windows, self.micro_batch)
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+class _Shifted:
+    """A wave's view of a masker: items count from the wave's first pair."""
+
+    def __init__(self, masker: Masker, first: int) -> None:
+        self._masker, self._first = masker, first
+
+    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
+        return self._masker.columns(
+            group, slice(items.start + self._first, items.stop + self._first)
+        )
+
+
+def _shifted(masker: Masker | None, wave: slice) -> Masker | None:
+    return None if masker is None else _Shifted(masker, wave.start)
+
+
+def _hooks(
+    groups: tuple[UnitGroup, ...], masker: Masker | None, tap: Tap | None, items: slice
+) -> tuple[dict[str, InputHook], list[tuple[UnitGroup, torch.Tensor]]]:
+    """Hooks that mask, and that keep the inputs for the tap until the layer has succeeded."""
+    hooks: dict[str, InputHook] = {}
+    seen: list[tuple[UnitGroup, torch.Tensor]] = []
+
+    def make(group: UnitGroup, keep_BC: torch.Tensor | None) -> InputHook:
+        def hook(input_BSC: torch.Tensor) -> torch.Tensor | None:
+            if keep_BC is not None:
+                input_BSC.mul_(keep_BC.to(input_BSC.device, input_BSC.dtype)[:, None, :])
+            if tap is not None:
+                seen.append((group, input_BSC))
+            return None
+
+        return hook
+
+    for group in groups:
+        keep_BC = None if masker is None else masker.columns(group, items)
+        if keep_BC is not None or tap is not None:
+            hooks[group.output] = make(group, keep_BC)
+    return hooks, seen

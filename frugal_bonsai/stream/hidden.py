@@ -1,0 +1,62 @@
+"""The residual stream of every window in flight.
+
+In: the first layer's inputs. Out: slices of it on the compute device, written back after each
+layer. Holds windows * S * H elements: as many windows as planned on the device, the rest in host
+memory (pinned, when the device is a GPU).
+
+Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class HiddenStates:
+    """Hidden states of ``windows`` windows.
+
+    Args:
+        windows: number of windows (or of mask and window pairs).
+        window: S, tokens of each.
+        hidden: H.
+        device: where micro-batches are computed.
+        dtype: compute dtype.
+        resident: windows kept on the device; the rest spills to the host.
+    """
+
+    def __init__(
+        self,
+        windows: int,
+        window: int,
+        hidden: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        resident: int,
+    ) -> None:
+        self.windows, self.window, self.device = windows, window, device
+        self._resident = windows if device.type == "cpu" else min(windows, resident)
+        spilled = windows - self._resident
+        self._near = torch.empty(self._resident, window, hidden, dtype=dtype, device=device)
+        self._far = torch.empty(spilled, window, hidden, dtype=dtype, pin_memory=spilled > 0)
+
+    def read(self, items: slice) -> torch.Tensor:
+        """``[B, S, H]`` on the device; a view where the windows are resident."""
+        start, stop = items.start, min(items.stop, self.windows)
+        if stop <= self._resident:
+            return self._near[start:stop]
+        far_BSH = self._far[max(0, start - self._resident) : stop - self._resident]
+        far_BSH = far_BSH.to(self.device, non_blocking=True)
+        if start >= self._resident:
+            return far_BSH
+        return torch.cat([self._near[start:], far_BSH])
+
+    def write(self, items: slice, hidden_BSH: torch.Tensor) -> None:
+        """Keep these windows' new hidden states."""
+        start, stop = items.start, min(items.stop, self.windows)
+        near = max(0, min(stop, self._resident) - start)
+        if near:
+            self._near[start : start + near].copy_(hidden_BSH[:near])
+        if near < stop - start:
+            first = start + near - self._resident
+            self._far[first : stop - self._resident].copy_(hidden_BSH[near:], non_blocking=True)

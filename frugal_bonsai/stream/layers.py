@@ -1,0 +1,128 @@
+"""One layer after another in two reused buffers, the next one read in the background.
+
+In: a :class:`~frugal_bonsai.stream.source.LayerSource`. Out: for each layer, its parameters in the
+compute dtype. Holds two layers as stored and one dequantised; allocates nothing in the steady
+state. On CUDA the stored bytes go through pinned host buffers and a copy stream of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+
+from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.int8 import dequantise_into
+from frugal_bonsai.stream.source import LayerSource, Record, align
+
+Parameters = dict[str, torch.Tensor]
+
+
+class LayerStream:
+    """Streams layers from disk to a device.
+
+    Args:
+        source: where layers come from.
+        device: where they are computed.
+        dtype: compute dtype; a layer stored in this dtype is used where it lies.
+    """
+
+    def __init__(self, source: LayerSource, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        largest = max(source.layer_bytes(layer) for layer in range(source.layers))
+        pinned = device.type == "cuda"
+        self._host = [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._staged = (
+            [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
+            if pinned
+            else self._host
+        )
+        self._copies = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
+        self._arrived: list[torch.cuda.Event | None] = [None, None]
+        self._consumed: list[torch.cuda.Event | None] = [None, None]
+        self._dense = torch.empty(self._dense_bytes(), dtype=torch.uint8, device=device)
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
+
+    def _dense_bytes(self) -> int:
+        return max(
+            sum(
+                align(record.elements * self.dtype.itemsize)
+                for record in self.source.records(layer)
+                if not self._in_place(record)
+            )
+            for layer in range(self.source.layers)
+        )
+
+    def _in_place(self, record: Record) -> bool:
+        return record.scales_start is None and torch_dtype(record.dtype) == self.dtype
+
+    def visit(self) -> Iterator[tuple[int, Parameters]]:
+        """Yield ``(layer, parameters)`` in order; parameters are valid until the next one."""
+        pending: Future[None] = self._reader.submit(self._fetch, 0)
+        for layer in range(self.source.layers):
+            pending.result()
+            if layer + 1 < self.source.layers:
+                pending = self._reader.submit(self._fetch, layer + 1)
+            yield layer, self._dequantise(layer)
+            if self._copies is not None:
+                self._consumed[layer % 2] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(torch.cuda.current_stream(self.device))
+
+    def _fetch(self, layer: int) -> None:
+        slot = layer % 2
+        if self._copies is None:
+            self.source.read(layer, self._host[slot])
+            return
+        arrived = self._arrived[slot]
+        if arrived is not None:
+            arrived.synchronize()  # the pinned buffer is still being copied from
+        self.source.read(layer, self._host[slot])
+        size = self.source.layer_bytes(layer)
+        with torch.cuda.stream(self._copies):
+            consumed = self._consumed[slot]
+            if consumed is not None:
+                self._copies.wait_event(consumed)
+            self._staged[slot][:size].copy_(self._host[slot][:size], non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._copies)
+            self._arrived[slot] = event
+
+    def _dequantise(self, layer: int) -> Parameters:
+        slot, offset = layer % 2, 0
+        stored, parameters = self._staged[slot], Parameters()
+        arrived = self._arrived[slot]
+        if arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(arrived)
+        for record in self.source.records(layer):
+            if self._in_place(record):
+                parameters[record.name] = record.view(stored)
+                continue
+            size = math.prod(record.shape) * self.dtype.itemsize
+            out = self._dense[offset : offset + size].view(self.dtype).view(record.shape)
+            offset = align(offset + size)
+            if record.scales_start is None:
+                out.copy_(record.view(stored))
+            else:
+                dequantise_into(out, record.view(stored), record.scales(stored))
+            parameters[record.name] = out
+        return parameters
+
+    def close(self) -> None:
+        """Stop the background reader and let the buffers go."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+        self._host = self._staged = []
+        self._dense = torch.empty(0)
+
+    def __enter__(self) -> LayerStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

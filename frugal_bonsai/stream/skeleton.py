@@ -1,0 +1,195 @@
+"""Hugging Face's own model without its weights, and how it calls its layers.
+
+In: a model's config. Out: layer modules on the meta device whose parameters are passed at the call,
+what the model calls each of them with (rotary embeddings, masks), its final norm with real weights,
+and embedding rows looked up from disk. The model's own forward runs once with recording proxies in
+place of its layers, so nothing of it is written twice here. Holds the final norm and one window's
+rotary embeddings.
+
+Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.model.family import ModelSpec
+
+# Keys that name an output layout's own loading code; the streamed model needs the parent's classes.
+_LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
+
+
+class _Proxy(nn.Module):
+    """Stands where a layer stood and keeps what the model calls it with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Some models read attributes of a layer before they call it (attention_type, for example).
+        self._layer = [layer]
+        self.hidden_BSH: torch.Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, hidden_BSH: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            raise UnsupportedModelError(
+                "this model passes positional arguments to its layers, which cannot be replayed"
+            )
+        self.hidden_BSH, self.kwargs = hidden_BSH, kwargs
+        return hidden_BSH
+
+
+class Skeleton:
+    """A causal language model's modules on the meta device.
+
+    Args:
+        checkpoint: for the final norm and the embedding rows.
+        spec: its description.
+        device: where layers are computed.
+        dtype: compute dtype.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.spec, self.device, self.dtype = spec, device, dtype
+        self._checkpoint = checkpoint
+        model = build_empty_model(spec)
+        self._base = cast(nn.Module, getattr(model, spec.family.base_module))
+        layers = self._base.get_submodule(spec.family.layers_module)
+        self.layers: list[nn.Module] = list(cast(Iterable[nn.Module], layers))
+        self._check_tensors(model)
+        self._proxies = [_Proxy(layer) for layer in self.layers]
+        parent, _, name = spec.family.layers_module.rpartition(".")
+        setattr(self._base.get_submodule(parent), name, nn.ModuleList(self._proxies))
+        self._load_outer(model)
+        self.norm = self._base.get_submodule(spec.family.norm_module)
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+
+    def _check_tensors(self, model: nn.Module) -> None:
+        """Every parameter of the model must be in the checkpoint, in the same shape.
+
+        Shapes of what units own are the family table's to check: they may differ by layer.
+        """
+        spec, where = self.spec, self._checkpoint.folder
+        owned = {piece.tensor for group in spec.table.groups for piece in group.slices}
+        found = dict(spec.other_tensors)
+        for layer, tensors in enumerate(spec.layer_tensors):
+            found |= {spec.prefix(layer) + name: shape for name, shape in tensors.items()}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if spec.tied and name == spec.family.head:
+                continue
+            if name not in found:
+                raise CheckpointError(
+                    f"{where}: the checkpoint has no tensor {name!r}, which "
+                    f"{type(model).__name__} needs with this config.json"
+                )
+            if name not in owned and found[name] != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{where}: tensor {name!r} has shape {list(found[name])}, expected "
+                    f"{list(parameter.shape)} from config.json"
+                )
+
+    def _load_outer(self, model: nn.Module) -> None:
+        """Load what stands outside the layers, embedding and head excepted; move the buffers."""
+        from accelerate.utils import set_module_tensor_to_device
+
+        family = self.spec.family
+        for name in self.spec.other_tensors:
+            if name in (family.embedding, family.head):
+                continue
+            try:
+                value = self._checkpoint.read(name)
+                set_module_tensor_to_device(
+                    model, name, self.device, value=value, dtype=self.dtype, clear_cache=False
+                )
+            except (ValueError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{self._checkpoint.folder}: tensor {name!r} has no place in "
+                    f"{type(model).__name__}: {error}"
+                ) from error
+        for module in self._base.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(self.device))
+
+    def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """The first layer's input for these tokens, ``[B, S, H]`` in the compute dtype.
+
+        Rows of the embedding are read from disk, each distinct token once; positions, scaling and
+        whatever else the model does before its first layer is done by the model.
+        """
+        return self._run_base(self._rows(tokens_BS))
+
+    def layer_kwargs(self, window: int) -> list[dict[str, Any]]:
+        """What the model calls each layer with for windows of this many tokens."""
+        if window not in self._kwargs:
+            shape = (1, window, self.spec.hidden)
+            self._run_base(torch.zeros(shape, dtype=self.dtype, device=self.device))
+            self._kwargs = {window: [dict(proxy.kwargs) for proxy in self._proxies]}
+        return self._kwargs[window]
+
+    def step(
+        self, tokens_BS: torch.Tensor, position: int, cache: object
+    ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+        """First layer's input, and the layers' arguments, for one more token of each window.
+
+        Args:
+            tokens_BS: int64 ``[B, 1]``.
+            position: of these tokens.
+            cache: a transformers KV cache that holds the tokens before them.
+        """
+        position_BS = torch.full((len(tokens_BS), 1), position, device=self.device)
+        hidden_BSH = self._run_base(
+            self._rows(tokens_BS), past_key_values=cache, position_ids=position_BS, use_cache=True
+        )
+        return hidden_BSH, [dict(proxy.kwargs) for proxy in self._proxies]
+
+    def _rows(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        distinct, where = torch.unique(tokens_BS.cpu(), return_inverse=True)
+        rows = self._checkpoint.gather_rows(self.spec.family.embedding, distinct)
+        return rows.to(self.dtype)[where].to(self.device)
+
+    def _run_base(self, embedded_BSH: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            self._base(inputs_embeds=embedded_BSH, **{"use_cache": False, **kwargs})
+        hidden_BSH = self._proxies[0].hidden_BSH
+        assert hidden_BSH is not None
+        for proxy in self._proxies:
+            proxy.hidden_BSH = None
+        return hidden_BSH
+
+
+def build_empty_model(spec: ModelSpec) -> nn.Module:
+    """Hugging Face's model of this config on the meta device, buffers real.
+
+    Raises:
+        CheckpointError: transformers does not accept the config.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
+    try:
+        config = AutoConfig.for_model(**values)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"config.json: transformers does not accept it: {error}") from error
+    return cast(nn.Module, model.eval())

@@ -1,0 +1,156 @@
+"""Where a sweep's layers come from.
+
+A :class:`LayerSource` reads all of one layer into a caller's byte buffer and says where in it each
+tensor lies. Two exist: :class:`CheckpointSource` reads a checkpoint as it is (native precision,
+optionally through a keep mask: the *masked parent*), ``store.LayerStore`` the int8 working copy.
+
+Holds no weights; reads with pread into the buffer that it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
+from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.sizes import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT_BYTES = 64
+
+# Projection's weight -> a function that reads what recovery made of it, kept units alone.
+Refit = Mapping[str, "Callable[[], torch.Tensor]"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One tensor of a layer inside the layer's bytes.
+
+    Attributes:
+        name: name inside the layer (``mlp.down_proj.weight``).
+        shape: its shape.
+        dtype: safetensors dtype of the stored elements (``I8`` for quantised ones).
+        start: offset of the elements in the layer's bytes.
+        scales_start: offset of the fp32 row scales, None for a tensor in native precision.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    scales_start: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the elements, without scales."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+    def view(self, layer_bytes: torch.Tensor) -> torch.Tensor:
+        """The elements as a view of the layer's bytes (uint8)."""
+        piece = layer_bytes[self.start : self.start + self.size_bytes]
+        return piece.view(torch_dtype(self.dtype)).view(self.shape)
+
+    def scales(self, layer_bytes: torch.Tensor) -> torch.Tensor:
+        """The fp32 row scales as a view of the layer's bytes."""
+        assert self.scales_start is not None
+        piece = layer_bytes[self.scales_start : self.scales_start + 4 * self.shape[0]]
+        return piece.view(torch_dtype("F32"))
+
+
+class LayerSource(Protocol):
+    """Gives a sweep its layers."""
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+
+    def layer_bytes(self, layer: int) -> int:
+        """Size of the buffer that :meth:`read` fills."""
+
+    def records(self, layer: int) -> tuple[Record, ...]:
+        """Where each tensor of a layer lies in the buffer."""
+
+    def read(self, layer: int, buffer: torch.Tensor) -> None:
+        """Read a layer into the first ``layer_bytes(layer)`` bytes of a uint8 CPU tensor."""
+
+
+def align(offset: int) -> int:
+    """Round up to the alignment that vector loads like."""
+    return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class CheckpointSource:
+    """A checkpoint's layers as they are; with a mask, the masked parent.
+
+    Args:
+        checkpoint: the open checkpoint.
+        spec: its description.
+        mask: zeroes the removed units' columns of the output projections, which equals removing
+            them; shapes stay dense.
+        refit: projections refitted by recovery, kept rows or columns alone; scattered into the
+            dense shape in the source's dtype. Needs ``mask``.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        *,
+        mask: KeepMask | None = None,
+        refit: Refit | None = None,
+    ) -> None:
+        self._checkpoint, self._spec, self._mask, self._refit = checkpoint, spec, mask, refit or {}
+        self._cuts = slices_by_tensor(spec.table)
+        self._records = [self._lay_out(layer) for layer in range(spec.layers)]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return self._spec.layers
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of one layer in the source's precision, aligned."""
+        last = self._records[layer][-1]
+        return align(last.start + last.size_bytes)
+
+    def records(self, layer: int) -> tuple[Record, ...]:
+        """Where each tensor of a layer lies in the buffer."""
+        return self._records[layer]
+
+    def read(self, layer: int, buffer: torch.Tensor) -> None:
+        """Read a layer's tensors into a uint8 buffer, masked if there is a mask."""
+        prefix = self._spec.prefix(layer)
+        for record in self._records[layer]:
+            piece = buffer[record.start : record.start + record.size_bytes]
+            self._checkpoint.read_into(prefix + record.name, piece)
+        if self._mask is None:
+            return
+        by_name = {prefix + record.name: record for record in self._records[layer]}
+        for group in self._spec.table.of_layer(layer):
+            weight_HC = by_name[group.output_weight].view(buffer)
+            weight_HC[:, ~self._mask.columns(group)] = 0
+        for name in by_name.keys() & self._refit.keys():
+            weight, pieces = by_name[name].view(buffer), self._cuts[name]
+            axis = pieces[0][1].axis
+            kept = kept_indices(weight.shape[axis], pieces, self._mask)
+            weight.index_copy_(axis, kept, self._refit[name]().to(weight.dtype))
+
+    def _lay_out(self, layer: int) -> tuple[Record, ...]:
+        prefix, offset, records = self._spec.prefix(layer), 0, []
+        for name, shape in self._spec.layer_tensors[layer].items():
+            entry = self._checkpoint.tensors[prefix + name]
+            records.append(Record(name=name, shape=tuple(shape), dtype=entry.dtype, start=offset))
+            offset = align(offset + records[-1].size_bytes)
+        return tuple(records)

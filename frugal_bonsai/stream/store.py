@@ -1,0 +1,158 @@
+"""The working copy of a model's layers: one file a layer, row-wise int8 or native.
+
+In: a checkpoint, a keep mask and the refit output projections. Out: files of which each is one
+sequential read. Dead units are left out, so that later rounds read and compute less. A store is
+derived: it can be built again from checkpoint, mask and refits at any time. Building holds one
+tensor at a time, reading holds nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
+from frugal_bonsai.checkpoint.header import read_header
+from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
+from frugal_bonsai.checkpoint.writer import write_tensors
+from frugal_bonsai.errors import CheckpointError, OptionError
+from frugal_bonsai.int8 import quantise_rows
+from frugal_bonsai.model.cut import cut_tensor, slices_by_tensor
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.stream.source import Record, Refit
+
+if TYPE_CHECKING:
+    import torch
+
+INT8, NATIVE = "int8", "native"
+_SCALES = ".scales"
+
+
+class LayerStore:
+    """The layer files of one folder.
+
+    Raises:
+        CheckpointError: a layer file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, layers: int) -> None:
+        self._files: list[ReadFile] = []
+        self._records: list[tuple[Record, ...]] = []
+        self._spans: list[tuple[int, int]] = []
+        for layer in range(layers):
+            path = _layer_file(folder, layer)
+            records, span = _lay_out(path)
+            self._files.append(ReadFile(path))
+            self._records.append(records)
+            self._spans.append(span)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self._files)
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of one layer as stored."""
+        start, end = self._spans[layer]
+        return end - start
+
+    def records(self, layer: int) -> tuple[Record, ...]:
+        """Where each tensor of a layer lies in the buffer."""
+        return self._records[layer]
+
+    def read(self, layer: int, buffer: torch.Tensor) -> None:
+        """One sequential read of a whole layer into a uint8 CPU buffer."""
+        start, end = self._spans[layer]
+        file = self._files[layer]
+        file.advise_sequential(start, end - start)
+        file.read_into(tensor_bytes(buffer[: end - start]), start, f"layer {layer}")
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+
+def build_store(
+    folder: Path,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    *,
+    weights: str,
+    mask: KeepMask | None = None,
+    refit: Refit | None = None,
+    check_finite: bool = False,
+    progress: Progress | None = None,
+) -> LayerStore:
+    """Write every layer of a model into a folder and open the store.
+
+    Args:
+        folder: created if need be; layer files there are replaced one by one, atomically.
+        checkpoint: the dense model.
+        spec: its description.
+        weights: ``"int8"`` or ``"native"``.
+        mask: units that are left out.
+        refit: output projections that recovery has changed, ``[H, kept columns]``.
+        check_finite: refuse NaN and infinity in the source.
+        progress: told of each layer.
+
+    Raises:
+        OptionError: ``weights`` is neither.
+        CheckpointError: a tensor cannot be read or is not finite.
+        OutputError: the folder cannot be written or the disk is full.
+    """
+    if weights not in (INT8, NATIVE):
+        raise OptionError(f"--weights: {weights!r} is not one of {INT8}, {NATIVE}")
+    folder.mkdir(parents=True, exist_ok=True)
+    mask, refit = mask or KeepMask(spec.table), refit or {}
+    cuts = slices_by_tensor(spec.table)
+    if progress:
+        progress.sweep("writing the working store", spec.layers, 0)
+    for layer in range(spec.layers):
+        prefix, tensors = spec.prefix(layer), dict[str, "torch.Tensor"]()
+        for name in spec.layer_tensors[layer]:
+            full = prefix + name
+            if full in refit:
+                value = refit[full]()
+            else:
+                value = checkpoint.read(full, check_finite=check_finite)
+                value = cut_tensor(value, cuts.get(full, []), mask)
+            if weights == INT8 and value.dim() == 2:
+                tensors[name], tensors[name + _SCALES] = quantise_rows(value)
+            else:
+                tensors[name] = value.to(torch_dtype(checkpoint.tensors[full].dtype))
+        # Wide elements first, so that each tensor lies aligned in the layer's bytes.
+        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+        write_tensors(_layer_file(folder, layer), ordered)
+        if progress:
+            progress.step(f"layer {layer}")
+    return LayerStore(folder, spec.layers)
+
+
+def _layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer:05d}.safetensors"
+
+
+def _lay_out(path: Path) -> tuple[tuple[Record, ...], tuple[int, int]]:
+    entries, _ = read_header(path)
+    if not entries:
+        raise CheckpointError(f"{path}: holds no tensors; delete the run directory and start again")
+    first = min(entry.start for entry in entries.values())
+    last = max(entry.end for entry in entries.values())
+    records = []
+    for name, entry in entries.items():
+        if name.endswith(_SCALES):
+            continue
+        scales = entries.get(name + _SCALES)
+        records.append(
+            Record(
+                name=name,
+                shape=tuple(entry.shape),
+                dtype=entry.dtype,
+                start=entry.start - first,
+                scales_start=None if scales is None else scales.start - first,
+            )
+        )
+    return tuple(records), (first, last)

@@ -1,0 +1,1 @@
+"""Offline text sources for calibration and for the example model."""

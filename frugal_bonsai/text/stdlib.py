@@ -1,0 +1,185 @@
+"""Text that every CPython installation carries, as an offline text source.
+
+In: nothing but the running interpreter's own standard library, read as files. Out: documentation
+(pydoc topics and docstrings), module sources, and the same two for a handful of held-out modules.
+Nothing is imported from what is read, nothing is downloaded, and the order is that of the sorted
+file paths, so the text is a pure function of the Python version. It is not the same text under
+another Python version. Memory: the documentation is about 3 MB of text; sources come one at a time.
+
+The embedded example model is trained on `stdlib_documentation` and `stdlib_sources` and judged on
+`held_out_text`, which is why neither of the first two contains a held-out module.
+"""
+
+import ast
+import sys
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from frugal_bonsai.errors import CalibrationError
+
+HELD_OUT_MODULES: tuple[str, ...] = (
+    "argparse",
+    "calendar",
+    "colorsys",
+    "configparser",
+    "csv",
+    "fractions",
+    "graphlib",
+    "heapq",
+    "ipaddress",
+    "selectors",
+    "shlex",
+    "statistics",
+    "textwrap",
+)
+"""Modules kept out of training and of calibration: single files in Python 3.10 to 3.13, varied in
+subject, and without a near twin among the other modules (as `decimal` has in `_pydecimal`)."""
+
+# Tests and fixtures repeat each other; the tables are data, not prose or code. `this` is rot13.
+_EXCLUDED_FOLDERS = frozenset(
+    {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
+)
+_EXCLUDED_MODULES = frozenset({"encodings", "html.entities", "pydoc_data", "re._casefix", "this"})
+
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def stdlib_documentation() -> str:
+    """Return the standard library's documentation, less that of the held-out modules.
+
+    Returns:
+        The documents of `documentation_documents`, separated by blank lines.
+    """
+    return "\n\n".join(documentation_documents())
+
+
+def documentation_documents() -> Iterator[str]:
+    """Yield the documents of `stdlib_documentation`: one per pydoc topic, then one per module.
+
+    Yields:
+        A document, without blank lines around it. A module's document holds the docstrings of the
+        module and of its classes and functions, each under its qualified name and signature.
+
+    Raises:
+        CalibrationError: the interpreter's standard library is not on disk as source files.
+    """
+    yield from _topics()
+    for module, source in stdlib_sources():
+        document = module_documentation(module, source)
+        if document:
+            yield document
+
+
+def stdlib_sources() -> Iterator[tuple[str, str]]:
+    """Yield the standard library's modules, less tests, generated tables and held-out modules.
+
+    Yields:
+        A pair of the module's dotted name and its source text, in the order of the file paths.
+
+    Raises:
+        CalibrationError: the interpreter's standard library is not on disk as source files.
+    """
+    for module, path in _module_files():
+        if not _is_within(module, HELD_OUT_MODULES):
+            yield module, _read_source(path)
+
+
+def held_out_text() -> str:
+    """Return docstrings and source of each of `HELD_OUT_MODULES`, separated by blank lines.
+
+    Returns:
+        For each module its document, as in `documentation_documents`, and then its source.
+
+    Raises:
+        CalibrationError: the interpreter's standard library is not on disk as source files.
+    """
+    parts = []
+    for module, path in _module_files():
+        if _is_within(module, HELD_OUT_MODULES):
+            source = _read_source(path)
+            parts += [module_documentation(module, source), source.strip("\n")]
+    return "\n\n".join(parts)
+
+
+def module_documentation(module: str, source: str) -> str:
+    """Collect the docstrings of one module's source, without importing it.
+
+    Args:
+        module: the module's dotted name.
+        source: the module's source text.
+
+    Returns:
+        Each docstring, dedented, under the qualified name and signature of what it documents;
+        an empty string if the module has no docstring at all.
+    """
+    with warnings.catch_warnings():
+        # Invalid escapes inside the standard library are not the caller's concern.
+        warnings.simplefilter("ignore")
+        tree = ast.parse(source)
+    entries = []
+    for heading, node in _documented(module, tree):
+        docstring = ast.get_docstring(node)
+        if docstring:
+            entries.append(f"{heading}\n\n{docstring.strip()}")
+    return "\n\n".join(entries)
+
+
+def _documented(heading: str, node: _Documented) -> Iterator[tuple[str, _Documented]]:
+    yield heading, node
+    # A function's own inner functions are its private business.
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _documented(f"{heading}.{child.name}", child)
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            signature = ast.unparse(child.args)
+            yield from _documented(f"{heading}.{child.name}({signature})", child)
+
+
+def _topics() -> Iterator[str]:
+    # Parsed, not imported, like everything else here: an editor's `topics.py` cannot shadow it.
+    path = _stdlib_folder() / "pydoc_data" / "topics.py"
+    tree = ast.parse(_read_source(path))
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            topics: dict[str, str] = ast.literal_eval(node.value)
+            for name in sorted(topics):
+                yield topics[name].strip()
+
+
+def _module_files() -> Iterator[tuple[str, Path]]:
+    folder = _stdlib_folder()
+    relative = (PurePosixPath(path.relative_to(folder).as_posix()) for path in folder.rglob("*.py"))
+    for path in sorted(relative, key=lambda path: path.parts):
+        parts = path.with_suffix("").parts
+        # Also drops what a distributor or a build adds: sitecustomize, _sysconfigdata, config-*.
+        if parts[0] not in sys.stdlib_module_names or _EXCLUDED_FOLDERS.intersection(parts[:-1]):
+            continue
+        module = ".".join(parts).removesuffix(".__init__")
+        if not _is_within(module, _EXCLUDED_MODULES):
+            yield module, folder / path
+
+
+def _stdlib_folder() -> Path:
+    folder = Path(sysconfig.get_path("stdlib"))
+    for needed in ("argparse.py", "pydoc_data/topics.py"):
+        if not (folder / needed).is_file():
+            raise CalibrationError(
+                f"{folder}: expected the source files of Python's standard library, found no "
+                f"{needed}; use a Python that is not zipped or stripped, or another text source"
+            )
+    return folder
+
+
+def _is_within(module: str, names: frozenset[str] | tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in names)
+
+
+def _read_source(path: Path) -> str:
+    # tokenize.open honours the file's coding line and gives "\n" line ends on every system.
+    with tokenize.open(path) as file:
+        return file.read()

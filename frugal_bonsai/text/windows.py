@@ -1,0 +1,142 @@
+"""From text to token windows.
+
+In: text and a local tokenizer. Out: int64 tokens, cut into windows without overlap. Nothing is
+downloaded and no special token is added. The whole text is tokenised in one call, because no cut is
+exact for every tokenizer (SentencePiece models merge across any boundary): about 400 bytes a token
+while it runs, so callers bound the text's characters.
+
+Shape suffixes: T tokens, n windows, S tokens of a window.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal_bonsai.errors import CalibrationError, CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a checkpoint folder, from local files alone; runs no code of the folder.
+
+    ``AutoTokenizer`` loads the model's config first, and in transformers 5.23 Llama's config class
+    raises on head counts that differ between layers, and a config that names code of its own asks
+    to run it. The tokenizer depends on the architecture only, so for such folders the
+    architecture's default config stands in.
+
+    Args:
+        folder: a dense or a pruned model, either layout.
+
+    Returns:
+        A transformers tokenizer.
+
+    Raises:
+        CheckpointError: none in the folder, or one that transformers cannot read.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the "
+            "tokenizer's files from where the model came from"
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _require_json(folder / name)
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        config = _read_config(folder)
+        if config.get("per_layer_config") or config.get("auto_map"):
+            options["config"] = AutoConfig.for_model(config["model_type"])
+        return AutoTokenizer.from_pretrained(str(folder), **options)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise CheckpointError(_unreadable(folder, error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers package raises bare exceptions
+            raise
+        raise CheckpointError(_unreadable(folder, error)) from error
+
+
+def tokenise(text: str, tokenizer: Any) -> torch.Tensor:
+    """The tokens of a text, without special tokens.
+
+    Args:
+        text: any length; longer than the model's positions is no matter here.
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        int64 [T] on the CPU.
+    """
+    import torch
+
+    # Not verbose: transformers warns of texts beyond the model's maximum, which windows mend.
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_attention_mask=False, verbose=False, truncation=False
+    )
+    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+
+
+def cut_windows(
+    tokens_T: torch.Tensor, window: int, *, limit: int | None = None, what: str
+) -> torch.Tensor:
+    """Cut tokens into windows from the start, without overlap; the rest is dropped.
+
+    Args:
+        tokens_T: int64 [T].
+        window: S, tokens of a window.
+        limit: windows at most; None for all.
+        what: the text's name, for the error text.
+
+    Returns:
+        int64 [n, S], a view of the tokens; n is at least 1.
+
+    Raises:
+        CalibrationError: fewer tokens than one window.
+    """
+    if window < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"window and limit must be positive, got {window} and {limit}")
+    found_tokens = len(tokens_T)
+    count = found_tokens // window
+    if count == 0:
+        raise CalibrationError(
+            f"{what}: {found_tokens} tokens, shorter than one window of {window}; use a longer "
+            f"text or a --window of at most {max(found_tokens, 1)} tokens"
+        )
+    count = count if limit is None else min(count, limit)
+    return tokens_T[: count * window].view(count, window)
+
+
+def _require_json(path: Path) -> None:
+    """Refuse a damaged file by its own name before transformers meets it."""
+    if not path.is_file():
+        return
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``, or nothing where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    _require_json(path)
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    """What to say of a tokenizer that transformers refuses."""
+    lines = str(error).strip().splitlines() or ["no details"]
+    return (
+        f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {lines[0][:200]}); "
+        "download tokenizer.json and tokenizer_config.json again, or save the tokenizer again with "
+        "save_pretrained"
+    )

@@ -1,0 +1,179 @@
+"""Masked evaluation against Hugging Face's model with the units zeroed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    BIASES,
+    Tiny,
+    hugging_face_losses,
+    random_mask,
+    random_windows,
+    tiny_llama,
+)
+
+from frugal_bonsai.bonsai.design import (
+    Design,
+    GroupDesign,
+    draw_group_masks,
+    draw_pools,
+    draw_unit_masks,
+)
+from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.stream.store import NATIVE, build_store
+
+WINDOWS, WINDOW, MASKS = 3, 10, 4
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_llama(tmp_path_factory.mktemp("evaluate") / "m", **BIASES)
+
+
+def _design(mask: KeepMask, masks: int, *, level: str = "group") -> Design:
+    generator = torch.Generator().manual_seed(4)
+    score_N = torch.rand(mask.table.units, generator=generator, dtype=torch.float64)
+    pools = draw_pools(mask, score_N, 0.6)
+    if level == "unit":
+        return draw_unit_masks(pools, score_N, masks // 2, generator)
+    return draw_group_masks(pools, masks // 2, 0.5, generator)
+
+
+def _keep(design: Design, mask: KeepMask, number: int) -> KeepMask:
+    """One mask of a design as a keep mask of the dense model."""
+    if isinstance(design, GroupDesign):
+        row = design.off_MG[number].tolist()
+        members = design.pools.members
+        off = torch.cat([m[:count] for m, count in zip(members, row, strict=True)])
+    else:
+        off = design.units_K[design.off_MK[number]]
+    return mask.without(off)
+
+
+def _evaluate(
+    tiny: Tiny,
+    mask: KeepMask,
+    design: Design,
+    folder: Path,
+    *,
+    shared: bool,
+    perplexity: bool = False,
+    utility: Utility | None = None,
+    **limits: int,
+) -> Observations:
+    engine = tiny.engine(**{"micro_batch": 4, **limits})
+    store = build_store(folder, tiny.checkpoint, tiny.spec, weights=NATIVE, mask=mask)
+    with engine.stream(store) as stream:
+        seen = evaluate_masks(
+            engine,
+            stream,
+            design,
+            MASKS,
+            random_windows(WINDOWS, WINDOW),
+            shared=shared,
+            perplexity=perplexity,
+            utility=utility,
+        )
+    pairs = MASKS * WINDOWS + WINDOWS  # the unmasked windows are evaluated too, once
+    assert engine.sweep.forward_tokens == pairs * WINDOW
+    return seen
+
+
+def _nll(tiny: Tiny, mask: KeepMask) -> torch.Tensor:
+    """Mean loss of each window, float64 ``[W]``."""
+    tokens = random_windows(WINDOWS, WINDOW)
+    return hugging_face_losses(tiny.hugging_face(mask), tokens).double().mean(1)
+
+
+def _masks(tiny: Tiny, alive: str) -> KeepMask:
+    return KeepMask(tiny.spec.table) if alive == "dense" else random_mask(tiny.spec, off=0.3)
+
+
+@pytest.mark.parametrize("level", ["group", "unit"])
+@pytest.mark.parametrize("alive", ["dense", "pruned"])
+@pytest.mark.parametrize("waves", [1000, 4])
+def test_per_window_loss_is_the_windows_own_difference(
+    level: str, alive: str, waves: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    mask = _masks(tiny, alive)
+    design = _design(mask, MASKS * WINDOWS, level=level)
+    seen = _evaluate(tiny, mask, design, tmp_path, shared=False, windows_in_flight=waves)
+    base = _nll(tiny, mask)
+    assert seen.masks_I.tolist() == list(range(12))
+    assert seen.clusters_I.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert seen.base == pytest.approx(-float(base.mean()), rel=1e-5)
+    for number in range(12):
+        window = number // 2 % WINDOWS  # a mask and its complement share a window
+        expected = (_nll(tiny, _keep(design, mask, number)) - base)[window]
+        assert float(seen.loss_I[number]) == pytest.approx(float(expected), abs=2e-5)
+    assert seen.loss_I.dtype == torch.float64 and seen.loss_I.std() > 0.01
+
+
+@pytest.mark.parametrize("perplexity", [False, True])
+@pytest.mark.parametrize("alive", ["dense", "pruned"])
+def test_shared_masks_see_every_window_and_give_one_observation(
+    perplexity: bool, alive: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    mask = _masks(tiny, alive)
+    design = _design(mask, MASKS)
+    seen = _evaluate(tiny, mask, design, tmp_path, shared=True, perplexity=perplexity)
+    assert seen.masks_I.tolist() == [0, 1, 2, 3] and seen.clusters_I.tolist() == [0, 0, 1, 1]
+
+    def utility(nll: torch.Tensor) -> float:
+        return -float(nll.mean().exp()) if perplexity else -float(nll.mean())
+
+    base = utility(_nll(tiny, mask))
+    assert seen.base == pytest.approx(base, rel=1e-5)
+    for number in range(MASKS):
+        expected = base - utility(_nll(tiny, _keep(design, mask, number)))
+        scale = abs(base) if perplexity else 1.0
+        assert float(seen.loss_I[number]) == pytest.approx(expected, abs=2e-5 * scale)
+
+
+def test_per_window_perplexity_is_of_each_window(tiny: Tiny, tmp_path: Path) -> None:
+    mask = KeepMask(tiny.spec.table)
+    design = _design(mask, MASKS * WINDOWS)
+    seen = _evaluate(tiny, mask, design, tmp_path, shared=False, perplexity=True)
+    base = _nll(tiny, mask).exp()
+    expected = _nll(tiny, _keep(design, mask, 3)).exp()[1] - base[1]
+    assert float(seen.loss_I[3]) == pytest.approx(float(expected), rel=1e-3, abs=1e-3)
+    assert seen.base == pytest.approx(-float(base.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("perplexity", [True, False])
+def test_custom_utility_that_cannot_be_differentiated(
+    shared: bool, perplexity: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Accuracy of the next token; the perplexity setting has no say when there is one."""
+    mask = KeepMask(tiny.spec.table)
+    design = _design(mask, MASKS if shared else MASKS * WINDOWS)
+    shapes: set[tuple[int, ...]] = set()
+
+    def accuracy(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
+        shapes.add((*logits_SV.shape, *tokens_S.shape))
+        assert logits_SV.dtype == torch.float32 and tokens_S.dtype == torch.int64
+        return int((logits_SV[:-1].argmax(-1) == tokens_S[1:]).sum()) / 9 - float(tokens_S[0])
+
+    seen = _evaluate(
+        tiny, mask, design, tmp_path, shared=shared, perplexity=perplexity, utility=accuracy
+    )
+    assert shapes == {(WINDOW, 53, WINDOW)}
+    tokens = random_windows(WINDOWS, WINDOW)
+
+    def direct(keep: KeepMask) -> torch.Tensor:
+        model = tiny.hugging_face(keep)
+        with torch.no_grad():
+            values = [accuracy(model(window[None]).logits[0], window) for window in tokens]
+        return torch.tensor(values, dtype=torch.float64)
+
+    base = direct(mask)
+    assert seen.base == pytest.approx(float(base.mean()))
+    for number in range(len(seen.loss_I)):
+        change = base - direct(_keep(design, mask, number))
+        expected = change.mean() if shared else change[number // 2 % WINDOWS]
+        assert float(seen.loss_I[number]) == pytest.approx(float(expected), abs=1e-9)

@@ -1,0 +1,426 @@
+"""The rounds: they reach the target, resume to the same result, and give the golden masks."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tiny_models import (
+    BIASES,
+    Tiny,
+    hugging_face_losses,
+    random_windows,
+    sampled_windows,
+    tiny_llama,
+)
+
+from frugal_bonsai.bonsai import paper_regression, search
+from frugal_bonsai.bonsai.evaluate import Observations, Utility
+from frugal_bonsai.bonsai.search import Found, Search
+from frugal_bonsai.bonsai.settings import make_settings
+from frugal_bonsai.bonsai.state import StateFolder
+from frugal_bonsai.errors import OptionError, StateError
+from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
+from frugal_bonsai.progress import Silent
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_prune.json"
+# Small enough to be quick, large enough for three rounds.
+QUICK: dict[str, Any] = {
+    "sparsity": 0.3,
+    "step": 0.1,
+    "masks": 4,
+    "mask_windows": 6,
+    "weights": "native",
+}
+WINDOWS, WINDOW = 12, 16
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_llama(tmp_path_factory.mktemp("search") / "m", std=0.35)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny: Tiny) -> torch.Tensor:
+    return sampled_windows(tiny.hugging_face(), WINDOWS, WINDOW)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round writes its layers anew; that they are synced is tested with the writer."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def _search(
+    tiny: Tiny,
+    tokens: torch.Tensor,
+    folder: Path,
+    *,
+    layout: str = PER_LAYER,
+    preset: str = "default",
+    progress: Any = None,
+    resume: bool = False,
+    utility: Utility | None = None,
+    keep_inputs: bool = True,
+    **options: Any,
+) -> Found:
+    settings = make_settings(preset, {**QUICK, **options})
+    return Search(
+        tiny.engine(progress=progress, micro_batch=16),
+        settings,
+        layout_rules(tiny.spec, layout),
+        tokens,
+        state=StateFolder(folder / "state", settings.to_json()),
+        work=folder / "work",
+        keep_inputs=keep_inputs,
+        utility=utility,
+    ).run(resume=resume)
+
+
+def _sparsity(tiny: Tiny, found: Found) -> float:
+    return found.mask.removed_parameters() / tiny.spec.block_parameters
+
+
+def _check_target(tiny: Tiny, found: Found, layout: str) -> None:
+    """Within one unit of FFN for per-layer; within half a tile of every layer for uniform."""
+    unit = max(g.unit_parameters for g in tiny.spec.table.groups if g.kind == "ffn")
+    near = unit if layout == PER_LAYER else 3 * unit / 2
+    assert abs(_sparsity(tiny, found) - 0.3) <= (near + 1) / tiny.spec.block_parameters
+    counts = found.mask.counts()
+    assert all(min(kept) >= 1 for kept in counts.values())
+    if layout == UNIFORM:
+        assert all(len(set(kept)) == 1 for kept in counts.values())
+    reported = [r["sparsity"] for r in found.rounds]
+    assert reported == sorted(reported) and reported[-1] == pytest.approx(_sparsity(tiny, found))
+    assert [r["round"] for r in found.rounds] == list(range(1, len(found.rounds) + 1))
+
+
+# -- reaching the target ----------------------------------------------------------------------
+@pytest.mark.parametrize("layout", [PER_LAYER, UNIFORM])
+@pytest.mark.parametrize("method", ["group", "unit", "local"])
+@pytest.mark.parametrize("recovery", [True, False])
+def test_methods_and_layouts_reach_the_sparsity(
+    layout: str, method: str, recovery: bool, tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    found = _search(tiny, tokens, tmp_path, layout=layout, method=method, recovery=recovery)
+    _check_target(tiny, found, layout)
+    for report in found.rounds:
+        assert (report["r2"] is None) == (report["observations"] == 0)
+        assert report["observations"] in (0, 24)
+        assert ("perplexity" in report) == recovery
+    if method == "local":
+        assert all(report["observations"] == 0 for report in found.rounds)
+    elif layout == PER_LAYER or method == "unit":
+        assert all(report["observations"] == 24 for report in found.rounds)
+    cut = {p.tensor for g in tiny.spec.table.groups for p in g.slices if "bias" not in p.tensor}
+    assert set(found.refits) == (cut if recovery else set())
+
+
+@pytest.mark.parametrize(
+    "prior", ["activation", "wanda", "output", "fluctuation", "magnitude", "random"]
+)
+def test_every_prior(prior: str, tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    found = _search(tiny, tokens, tmp_path, prior=prior, recovery=False)
+    _check_target(tiny, found, PER_LAYER)
+
+
+@pytest.mark.parametrize("method", ["group", "unit"])
+@pytest.mark.parametrize("layout", [PER_LAYER, UNIFORM])
+def test_shared_design(
+    method: str, layout: str, tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    found = _search(tiny, tokens, tmp_path, method=method, layout=layout, design="shared", masks=8)
+    _check_target(tiny, found, layout)
+    assert {r["observations"] for r in found.rounds} <= {0, 8}
+
+
+@pytest.mark.parametrize("layout", [PER_LAYER, UNIFORM])
+def test_paper_preset_with_few_masks(
+    layout: str,
+    tiny: Tiny,
+    tokens: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, values in (("PENALTIES", (1e-4,)), ("RATE_FACTORS", (1.0,)), ("BATCHES", (32,))):
+        monkeypatch.setattr(paper_regression, name, values)
+    found = _search(tiny, tokens, tmp_path, preset="paper", masks=10, layout=layout)
+    _check_target(tiny, found, layout)
+    assert found.refits == {}
+    for report in found.rounds:
+        assert report["observations"] == 10
+        assert report["penalty"].split()[0] in ("l1", "l2")
+
+
+def test_one_pair_on_one_window(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """The smallest settings that are allowed: nothing to hold out, but a result."""
+    found = _search(tiny, tokens, tmp_path, masks=2, mask_windows=1)
+    _check_target(tiny, found, PER_LAYER)
+    assert all(report["r2"] is None and report["tau"] is None for report in found.rounds)
+
+
+def test_more_mask_windows_than_windows(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    found = _search(tiny, tokens[:3], tmp_path, mask_windows=16, recovery=False)
+    _check_target(tiny, found, PER_LAYER)
+    assert all(report["observations"] == 4 * 3 for report in found.rounds)
+
+
+def test_uniform_with_a_tile_does_not_pass_the_target(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """What is left below half a tile stays; no KV group of every layer goes for it."""
+    settings = make_settings("default", {**QUICK, "recovery": False})
+    rules = layout_rules(tiny.spec, UNIFORM, tile=4)
+    found = Search(
+        tiny.engine(),
+        settings,
+        rules,
+        tokens,
+        state=StateFolder(tmp_path / "state", {}),
+        work=tmp_path / "work",
+        keep_inputs=True,
+    ).run(resume=False)
+    channels = sum(g.unit_parameters for g in tiny.spec.table.groups if g.kind == "ffn")
+    half_tile = 2 * channels / tiny.spec.block_parameters
+    assert abs(_sparsity(tiny, found) - 0.3) <= half_tile
+    assert all(count % 4 == 0 for count in found.mask.counts()["ffn"])
+
+
+def test_unreachable_sparsity_is_refused_before_any_work(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=r"--sparsity: 0\.95 is beyond"):
+        _search(tiny, tokens, tmp_path, sparsity=0.95)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- what comes out ---------------------------------------------------------------------------
+def test_reported_perplexity_is_that_of_the_masked_parent_with_the_refits(tmp_path: Path) -> None:
+    tiny = tiny_llama(tmp_path / "m", std=0.35, dtype=torch.bfloat16, **BIASES)
+    tokens = sampled_windows(tiny.hugging_face(), WINDOWS, WINDOW)
+    found = _search(tiny, tokens, tmp_path)
+    for group in tiny.spec.table.groups:
+        refit = found.refits[group.output_weight]()
+        assert refit.dtype == torch.bfloat16
+        assert refit.shape == (24, int(found.mask.columns(group).sum()))
+    engine = tiny.engine()
+    with engine.stream(tiny.source(mask=found.mask, refit=found.refits)) as stream:
+        masked = engine.losses(stream, tokens, "masked parent").mean().exp()
+    report = found.rounds[-1]
+    # The sweep computes with the refit in fp32, the state keeps it in the source's bf16.
+    assert report["perplexity"] == pytest.approx(float(masked), rel=0.02)
+    dense = hugging_face_losses(tiny.hugging_face(), tokens).mean().exp()
+    assert report["dense_perplexity"] == pytest.approx(float(dense), rel=1e-4)
+
+
+def test_recovery_helps(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    many = sampled_windows(tiny.hugging_face(), 48, WINDOW, seed=1)
+    engine, losses = tiny.engine(), []
+    for recovery in (True, False):
+        found = _search(tiny, many, tmp_path / str(recovery), recovery=recovery)
+        with engine.stream(tiny.source(mask=found.mask, refit=found.refits)) as stream:
+            losses.append(float(engine.losses(stream, many, "x").mean()))
+    assert losses[0] < losses[1] - 0.1
+
+
+def test_forward_tokens_are_counted(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """Statistics once; a round is 4 masks on 6 windows, those windows unmasked, and recovery."""
+    found = _search(tiny, tokens, tmp_path)
+    windows = WINDOWS + len(found.rounds) * (4 * 6 + 6 + 2 * WINDOWS)
+    assert found.forward_tokens == windows * WINDOW
+    assert found.rounds[-1]["forward_tokens"] == found.forward_tokens
+
+
+def test_int8_working_store_is_the_default_and_close(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    found = _search(tiny, tokens, tmp_path, weights=None)
+    assert make_settings("default", {}).weights == "int8"
+    _check_target(tiny, found, PER_LAYER)
+    dense = hugging_face_losses(tiny.hugging_face(), tokens).mean().exp()
+    assert found.rounds[0]["dense_perplexity"] == pytest.approx(float(dense), rel=0.1)
+    assert found.rounds[0]["dense_perplexity"] != pytest.approx(float(dense), rel=1e-6)
+
+
+def test_seed_decides_and_only_the_seed(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    masks = [
+        _search(tiny, tokens, tmp_path / str(i), method="unit", seed=seed, recovery=False).mask
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    assert masks[0] == masks[1] and masks[0] != masks[2]
+
+
+def test_custom_utility_decides_what_goes(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """A utility that sees nothing but the first logit of the last token."""
+    calls = []
+
+    def utility(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
+        calls.append(tuple(logits_SV.shape))
+        return float(logits_SV[-1, 0] > 0) + float(logits_SV[-1, 0])
+
+    options: dict[str, Any] = {"method": "unit", "recovery": False}
+    own = _search(tiny, tokens, tmp_path / "own", utility=utility, **options)
+    loss = _search(tiny, tokens, tmp_path / "loss", **options)
+    _check_target(tiny, own, PER_LAYER)
+    assert set(calls) == {(WINDOW, 53)} and len(calls) == len(own.rounds) * (4 * 6 + 6)
+    assert own.mask != loss.mask
+
+
+def test_search_leaves_no_file_open(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    process = psutil.Process()
+    if not hasattr(process, "num_fds"):
+        pytest.skip("descriptors cannot be counted here")
+    before = process.num_fds()
+    found = _search(tiny, tokens, tmp_path)
+    assert found.rounds and process.num_fds() <= before + 1
+
+
+# -- resume -----------------------------------------------------------------------------------
+class Interrupt(Exception):
+    """Stands for Ctrl-C."""
+
+
+class InterruptAtRound(Silent):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def round(self, number: int, rounds: int, sparsity: float) -> None:
+        if number == self.number:
+            raise Interrupt
+
+
+class InterruptInRecovery(Silent):
+    """In the middle of a round: after two layers of its recovery have been saved."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.now, self.name, self.steps = number, 0, "", 0
+
+    def round(self, number: int, rounds: int, sparsity: float) -> None:
+        self.now = number
+
+    def sweep(self, name: str, steps: int, tokens_per_step: int) -> None:
+        self.name, self.steps = name, 0
+
+    def step(self, detail: str = "") -> None:
+        self.steps += 1
+        if (self.now, self.name, self.steps) == (self.number, "recovery", 2):
+            raise Interrupt
+
+
+def _without_time(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in report.items() if k != "seconds"} for report in rounds]
+
+
+def _assert_same(resumed: Found, whole: Found) -> None:
+    assert resumed.mask == whole.mask
+    assert resumed.forward_tokens == whole.forward_tokens
+    assert _without_time(resumed.rounds) == _without_time(whole.rounds)
+    assert set(resumed.refits) == set(whole.refits)
+    for name, read in whole.refits.items():
+        assert torch.equal(resumed.refits[name](), read()), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "unit", "prior": "random"},
+        {"recovery": False, "prior": "random"},
+        {"layout": UNIFORM},
+    ],
+    ids=["default", "unit", "no recovery", "uniform"],
+)
+def test_resume_after_each_round_ends_in_the_same_model(
+    options: dict[str, Any], tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    whole = _search(tiny, tokens, tmp_path / "whole", **options)
+    assert len(whole.rounds) >= 2
+    for number in range(2, len(whole.rounds) + 1):
+        folder = tmp_path / f"stopped {number}"
+        with pytest.raises(Interrupt):
+            _search(tiny, tokens, folder, progress=InterruptAtRound(number), **options)
+        saved = json.loads((folder / "state" / "state.json").read_text())
+        assert len(saved["rounds"]) == number - 1
+        _assert_same(_search(tiny, tokens, folder, resume=True, **options), whole)
+
+
+def test_resume_after_every_round_in_turn(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    whole = _search(tiny, tokens, tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    for number in range(2, len(whole.rounds) + 1):
+        with pytest.raises(Interrupt):
+            _search(tiny, tokens, folder, progress=InterruptAtRound(number), resume=number > 2)
+    _assert_same(_search(tiny, tokens, folder, resume=True), whole)
+
+
+def test_stop_in_the_middle_of_a_round_leaves_the_round_before_whole(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    whole = _search(tiny, tokens, tmp_path / "whole")
+    folder = tmp_path / "stopped"
+    with pytest.raises(Interrupt):
+        _search(tiny, tokens, folder, progress=InterruptInRecovery(2))
+    assert (folder / "state" / "round_001").is_dir() and (folder / "state" / "round_002").is_dir()
+    _assert_same(_search(tiny, tokens, folder, resume=True), whole)
+
+
+def test_resume_of_a_finished_run_does_nothing(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    whole = _search(tiny, tokens, tmp_path)
+    _assert_same(_search(tiny, tokens, tmp_path, resume=True), whole)
+
+
+def test_resume_with_other_settings_names_the_setting(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupt):
+        _search(tiny, tokens, tmp_path, progress=InterruptAtRound(2))
+    with pytest.raises(StateError, match=r"was made with masks = 4, now it is 6"):
+        _search(tiny, tokens, tmp_path, resume=True, masks=6)
+    with pytest.raises(StateError, match=r"was made with ridge = .*, now it is 0\.5"):
+        _search(tiny, tokens, tmp_path, resume=True, ridge=0.5)
+
+
+# -- golden -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["default", "unit", "local"])
+def test_golden_masks_and_utilities(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unchanged method keeps identical masks; tests/golden/README.md says how to renew them."""
+    tiny, tokens = tiny_llama(tmp_path / "m", std=0.35), random_windows(WINDOWS, WINDOW)
+    seen: list[Observations] = []
+    evaluate = search.evaluate_masks
+
+    def recorded(*args: Any, **kwargs: Any) -> Observations:
+        seen.append(evaluate(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(search, "evaluate_masks", recorded)
+    method = {"default": None}.get(name, name)
+    found = _search(tiny, tokens, tmp_path, method=method)
+    # Utility lost by the first eight masks of every round, and the model's own utility in it.
+    mine = {
+        "removed": found.mask.to_json(),
+        "utilities": [
+            {"base": round(s.base, 4), "lost": [round(x, 4) for x in s.loss_I[:8].tolist()]}
+            for s in seen
+        ],
+        "final_loss": round(float(torch.tensor(found.rounds[-1]["perplexity"]).log()), 4),
+    }
+    if os.environ.get("REGENERATE_GOLDEN"):
+        golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+        golden[name] = mine
+        GOLDEN.write_text(json.dumps(dict(sorted(golden.items())), indent=1) + "\n")
+    expected = json.loads(GOLDEN.read_text())[name]
+    assert mine["removed"] == expected["removed"]
+    assert len(mine["utilities"]) == len(expected["utilities"])
+    for ours, theirs in zip(mine["utilities"], expected["utilities"], strict=True):
+        assert ours["base"] == pytest.approx(theirs["base"], abs=2e-4)
+        assert ours["lost"] == pytest.approx(theirs["lost"], abs=2e-4)
+    assert mine["final_loss"] == pytest.approx(expected["final_loss"], abs=2e-4)

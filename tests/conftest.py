@@ -1,0 +1,43 @@
+"""Real models and text lie beside the repository, in ``../shared``, and never in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The machine is shared, and sums do not depend on the number of cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real models and text."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (real models and text), which is not part of the repository")
+    return SHARED
+
+
+def _model(shared: Path, name: str) -> Path:
+    folder = shared / "models" / name
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"needs ../shared/models/{name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories3m(shared: Path) -> Path:
+    """A real Llama: bf16, GQA 6/2, 3.1 M parameters, tied."""
+    return _model(shared, "stories3M")
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared: Path) -> Path:
+    """A real Llama: fp32, GQA 8/4, 0.26 M parameters, tied."""
+    return _model(shared, "stories260K")

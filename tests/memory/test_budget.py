@@ -1,0 +1,52 @@
+"""Caps as people give them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from frugal_bonsai.errors import BudgetError, OptionError
+from frugal_bonsai.memory.budget import find_device, make_budget
+from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes, resident_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_without_a_gpu_its_cap_is_said_to_have_no_effect() -> None:
+    budget = make_budget(CPU, "24GB", "1GB")
+    assert budget.host_bytes == 10**9 and budget.gpu_bytes is None
+    assert any("--max-gpu-mem has no effect" in note for note in budget.notes)
+    assert make_budget(CPU, None, "1GB").notes == ()
+
+
+def test_a_wrong_size_is_refused_even_where_it_has_no_effect() -> None:
+    with pytest.raises(OptionError, match="--max-gpu-mem"):
+        make_budget(CPU, "plenty", None)
+
+
+def test_without_a_cap_the_machine_keeps_some() -> None:
+    import psutil
+
+    budget = make_budget(CPU, None, None)
+    assert 0 < budget.host_bytes < psutil.virtual_memory().total
+
+
+def test_more_than_is_free_is_noted() -> None:
+    assert any("more than" in note for note in make_budget(CPU, None, "900TB").notes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(BudgetError, match="no CUDA device"):
+        find_device("cuda")
+    assert find_device() == CPU
+
+
+def test_meters() -> None:
+    before = peak_resident_bytes()
+    block = torch.ones(50_000_000)
+    assert peak_resident_bytes() >= before
+    assert resident_bytes() >= 200_000_000 * 0.9
+    assert peak_resident_bytes() >= resident_bytes() * 0.99
+    assert peak_gpu_bytes(CPU) is None
+    assert block[0] == 1

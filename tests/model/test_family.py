@@ -1,0 +1,182 @@
+"""A model's description from its config and headers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import BIASES, GQA, MHA, TIED, VARIANTS, Tiny, tiny_llama
+
+from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.model.family import describe_model, find_family
+from frugal_bonsai.model.units import ATTENTION, FFN
+
+
+def _tiny(folder: Path, changes: dict[str, Any]) -> Tiny:
+    return tiny_llama(folder / "model", **changes)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_numbers_are_those_of_hugging_faces_model(changes: dict[str, Any], tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, changes)
+    spec, model = tiny.spec, tiny.hugging_face()
+    assert spec.parameters == sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    assert spec.block_parameters == blocks
+    assert spec.layers == 3 and spec.hidden == 24 and spec.intermediate == 20
+    assert spec.vocabulary == 53 and spec.positions == 64
+    assert spec.tied == bool(changes.get("tie_word_embeddings"))
+    assert spec.head_tensor == ("model.embed_tokens.weight" if spec.tied else "lm_head.weight")
+    assert spec.head_dim == model.config.head_dim
+    assert [(g.layer, g.kind) for g in spec.table.groups] == [
+        (layer, kind) for layer in range(3) for kind in (ATTENTION, FFN)
+    ]
+    assert spec.prefix(2) == "model.layers.2."
+
+
+def test_gqa_unit_owns_its_heads(tmp_path: Path) -> None:
+    spec = _tiny(tmp_path, GQA).spec
+    attention, ffn = spec.table.of_layer(1)
+    widths = {s.tensor.removeprefix("model.layers.1."): (s.axis, s.width) for s in attention.slices}
+    assert widths == {
+        "self_attn.q_proj.weight": (0, 8),
+        "self_attn.k_proj.weight": (0, 4),
+        "self_attn.v_proj.weight": (0, 4),
+        "self_attn.o_proj.weight": (1, 8),
+    }
+    assert attention.count == 3 and attention.columns_per_unit == 8 and attention.columns == 24
+    assert attention.unit_parameters == (8 + 4 + 4 + 8) * 24
+    assert ffn.count == 20 and ffn.columns_per_unit == 1 and ffn.unit_parameters == 3 * 24
+    assert ffn.output == "mlp.down_proj"
+    assert ffn.output_weight == "model.layers.1.mlp.down_proj.weight"
+
+
+def test_biases_of_rows_belong_to_units_and_biases_of_outputs_do_not(tmp_path: Path) -> None:
+    spec = _tiny(tmp_path, BIASES).spec
+    attention, ffn = spec.table.of_layer(0)
+    assert attention.unit_parameters == (8 + 4 + 4 + 8) * 24 + (8 + 4 + 4)
+    assert ffn.unit_parameters == 3 * 24 + 2
+    owned = {piece.tensor for group in (attention, ffn) for piece in group.slices}
+    assert "model.layers.0.self_attn.q_proj.bias" in owned
+    assert "model.layers.0.self_attn.o_proj.bias" not in owned
+    assert "model.layers.0.mlp.down_proj.bias" not in owned
+
+
+def test_defaults_of_old_configs(tmp_path: Path) -> None:
+    """Configs without head_dim and num_key_value_heads: MHA with hidden / heads."""
+    tiny = _tiny(tmp_path, MHA)
+    config = dict(tiny.checkpoint.config)
+    for key in ("head_dim", "num_key_value_heads", "max_position_embeddings"):
+        config.pop(key)
+    spec = describe_model(config, tiny.checkpoint.shapes)
+    assert (spec.head_dim, spec.kv_heads, spec.positions) == (8, 3, 2048)
+
+
+def test_head_is_tied_where_the_config_is_silent_and_there_is_no_head(tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, TIED)
+    config = dict(tiny.checkpoint.config)
+    config.pop("tie_word_embeddings")
+    assert describe_model(config, tiny.checkpoint.shapes).tied
+
+
+def test_head_that_lies_beside_a_tied_embedding_is_not_counted(tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, TIED)
+    shapes = {**tiny.checkpoint.shapes, "lm_head.weight": (53, 24)}
+    spec = describe_model(tiny.checkpoint.config, shapes)
+    assert spec.tied and spec.parameters == tiny.spec.parameters
+    assert "lm_head.weight" not in spec.other_tensors
+
+
+def test_untied_without_a_head_is_refused(tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, GQA)
+    shapes = dict(tiny.checkpoint.shapes)
+    shapes.pop("lm_head.weight")
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings is false .* lm_head\.weight"):
+        describe_model(tiny.checkpoint.config, shapes)
+
+
+def test_unknown_architecture_lists_the_known_ones() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not supported; supported: .*llama"):
+        find_family({"model_type": "gpt2"}, source="x/config.json")
+    with pytest.raises(UnsupportedModelError, match="model_type None"):
+        find_family({})
+
+
+@pytest.mark.parametrize("kind", ["missing", "wrong"])
+@pytest.mark.parametrize(
+    "name", ["self_attn.k_proj.weight", "mlp.down_proj.weight", "mlp.gate_proj.weight"]
+)
+def test_tensor_missing_or_of_another_shape(name: str, kind: str, tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, GQA)
+    shapes, full = dict(tiny.checkpoint.shapes), f"model.layers.1.{name}"
+    rows, columns = shapes.pop(full)
+    text = f"no tensor '{full}'"
+    if kind == "wrong":
+        shapes[full] = (rows + 1, columns)
+        text = rf"tensor {full} has shape \[{rows + 1}, {columns}\], expected \[{rows}, {columns}\]"
+    with pytest.raises(CheckpointError, match=text):
+        describe_model(tiny.checkpoint.config, shapes, source="here/config.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", 0),
+        ("num_hidden_layers", "3"),
+        ("num_attention_heads", True),
+        ("intermediate_size", None),
+        ("intermediate_size", -4),
+        ("num_key_value_heads", 1.5),
+    ],
+)
+def test_config_value_that_is_no_number(key: str, value: object, tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, GQA)
+    with pytest.raises(CheckpointError, match=f"{key} is .*, expected a positive whole number"):
+        describe_model({**tiny.checkpoint.config, key: value}, tiny.checkpoint.shapes)
+
+
+def test_config_without_ffn_width(tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, GQA)
+    config = dict(tiny.checkpoint.config)
+    config.pop("intermediate_size")
+    with pytest.raises(CheckpointError, match="intermediate_size is None"):
+        describe_model(config, tiny.checkpoint.shapes)
+
+
+def test_heads_that_no_kv_head_divides(tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, GQA)
+    config = {**tiny.checkpoint.config, "num_key_value_heads": 4}
+    with pytest.raises(CheckpointError, match="6 is not a multiple of num_key_value_heads 4"):
+        describe_model(config, tiny.checkpoint.shapes)
+
+
+@pytest.mark.parametrize("key", ["1", "01", 1])
+def test_layers_of_their_own_width(key: object, tmp_path: Path) -> None:
+    tiny = _tiny(tmp_path, GQA)
+    shapes = dict(tiny.checkpoint.shapes)
+    layer = "model.layers.1."
+    for name, shape in {
+        "self_attn.q_proj.weight": (16, 24),
+        "self_attn.k_proj.weight": (8, 24),
+        "self_attn.v_proj.weight": (8, 24),
+        "self_attn.o_proj.weight": (24, 16),
+        "mlp.gate_proj.weight": (11, 24),
+        "mlp.up_proj.weight": (11, 24),
+        "mlp.down_proj.weight": (24, 11),
+    }.items():
+        shapes[layer + name] = shape
+    own = {"num_key_value_heads": 2, "num_attention_heads": 4, "intermediate_size": 11}
+    spec = describe_model({**tiny.checkpoint.config, "per_layer_config": {key: own}}, shapes)
+    assert [g.count for g in spec.table.groups] == [3, 20, 2, 11, 3, 20]
+    assert spec.intermediate == 20
+
+
+def test_real_model_is_described(stories3m: Path) -> None:
+    from frugal_bonsai.checkpoint.reader import Checkpoint
+
+    checkpoint = Checkpoint.open(stories3m)
+    spec = describe_model(checkpoint.config, checkpoint.shapes)
+    assert (spec.heads, spec.kv_heads, spec.tied) == (6, 2, True)
+    assert spec.query_heads_per_group == 3
+    assert 3.0e6 < spec.parameters < 3.2e6

@@ -1,0 +1,267 @@
+"""What the commands print: every figure there, whole, at 80 columns, in any encoding."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from rich.console import Console
+from summaries import make_round, make_summary
+
+from frugal_bonsai.report.tables import render_eval, render_inspect, render_plan, render_prune
+
+Render = Callable[[Mapping[str, Any], Console], None]
+
+PLAN: dict[str, Any] = {
+    "model": "org/base-7b",
+    "family": "llama",
+    "device": "cuda",
+    "device_name": "Some GPU 48GB",
+    "window": 2048,
+    "windows": 32,
+    "micro_batch": 8,
+    "windows_in_flight": 208,
+    "concurrent_masks": 13,
+    "rounds": 10,
+    "forward_tokens": 98_765_432,
+    "seconds": {"sweeps": 7200.0, "stores": 60.0, "total": 7260.0},
+    "binds": "disk",
+    "items": [
+        {
+            "name": "layer buffers",
+            "where": "host",
+            "size_bytes": 3 * 2**28,
+            "formula": "4 x layer as stored [int8] (a formula that needs more than a line)",
+        },
+        {"name": "logits", "where": "gpu", "size_bytes": 5 * 2**30, "formula": "tokens * v * 8"},
+    ],
+    "totals": {"host": 3 * 2**28, "gpu": 5 * 2**30, "disk": 13 * 2**30},
+    "caps": {"host": 8 * 2**30, "gpu": 24 * 2**30},
+    "binding": "logits",
+    "notes": ["the text is sampled first"],
+    "profile": "measured now",
+}
+INSPECT: dict[str, Any] = {
+    "model": "/data/models/[red]base",
+    "family": "llama",
+    "layers": 2,
+    "hidden": 4096,
+    "heads": 32,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "intermediate": 14336,
+    "vocabulary": 128_256,
+    "positions": 131_072,
+    "tied": False,
+    "dtypes": {"BF16": 16 * 2**30, "F32": 2**20},
+    "parameters": 8_030_261_248,
+    "block_parameters": 6_979_321_856,
+    "weight_bytes": 16 * 2**30 + 2**20,
+    "groups": [
+        {"kind": "attention", "units_per_layer": [8, 6], "parameters_per_unit": [5_242_880] * 2},
+        {"kind": "ffn", "units_per_layer": [14336, 9000], "parameters_per_unit": [12_288] * 2},
+    ],
+    "layouts": {"uniform": {"tile": 64, "attention_counts": [1, 2, 4, 8]}},
+}
+EVAL: dict[str, Any] = {
+    "model": "small",
+    "text": "file notes.txt",
+    "window": 256,
+    "windows": 1234,
+    "tokens": 314_670,
+    "perplexity": 44.98765,
+    "nll": 3.806388,
+    "weights": "native",
+    "seconds": 61.25,
+    "tokens_per_second": 5157.4,
+    "host_peak_bytes": 2**29,
+    "host_cap_bytes": 2**30,
+    "gpu_peak_bytes": None,
+    "gpu_cap_bytes": None,
+}
+ALL: list[tuple[Render, Mapping[str, Any]]] = [
+    (render_prune, make_summary()),
+    (render_plan, PLAN),
+    (render_inspect, INSPECT),
+    (render_eval, EVAL),
+]
+
+
+def printed(render: Render, values: Mapping[str, Any], width: int = 80) -> str:
+    stream = io.StringIO()
+    render(values, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def words(text: str) -> str:
+    """The text with every run of blanks as one: figures whole, whatever the layout."""
+    return " ".join(text.split())
+
+
+def row(text: str, start: str) -> list[str]:
+    """The cells of the row that begins so."""
+    line = next(line for line in text.splitlines() if line.startswith(start))
+    return re.split(r"\s{2,}", line.strip())
+
+
+@pytest.mark.parametrize(("render", "values"), ALL)
+def test_a_pipe_of_80_columns_is_enough(render: Render, values: Mapping[str, Any]) -> None:
+    text = printed(render, values)
+    copied = ("saved:", "load:")
+    assert all(len(line) <= 80 for line in text.splitlines() if not line.startswith(copied))
+    assert "\u2026" not in text and "\x1b" not in text
+
+
+@pytest.mark.parametrize(("render", "values"), ALL)
+def test_a_narrow_terminal_loses_no_figure(render: Render, values: Mapping[str, Any]) -> None:
+    def figures(text: str) -> set[str]:
+        return set(re.findall(r"(?<!\S)[\d.,%]*\d[\d.,%]*(?!\S)", text))
+
+    assert figures(printed(render, values, 30)) == figures(printed(render, values, 200))
+
+
+@pytest.mark.parametrize(("render", "values"), ALL)
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_every_encoding_can_print_it(
+    render: Render, values: Mapping[str, Any], encoding: str
+) -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    named = {**values, "model": "caf\u00e9 \u6a21\u578b \x1b[2J", "device_name": "GPU\u2122"}
+    render(named, Console(file=stream, width=80))
+    stream.flush()
+    text = raw.getvalue().decode(encoding)
+    assert "\\x1b[2J" in text and "\x1b" not in text
+    if encoding == "ascii":
+        assert "caf\\xe9" in text and ("----" in text or render is render_eval)
+    if encoding == "utf-8":
+        assert "\u6a21" in text and ("\u2500" in text or render is render_eval)
+
+
+@pytest.mark.parametrize(("render", "values"), ALL)
+def test_nothing_is_taken_for_markup(render: Render, values: Mapping[str, Any]) -> None:
+    assert "[bold]x[/] :smile:" in printed(render, {**values, "model": "[bold]x[/] :smile:"})
+
+
+def test_prune_before_and_after() -> None:
+    text = printed(render_prune, make_summary())
+    assert "org/base-7b: 50.0% of the block weights removed" in text
+    assert row(text, "parameters")[1:] == ["6,738,415,616", "3,500,412,928", "0.519"]
+    assert row(text, "block parameters")[1:] == ["6,476,005,376", "3,238,002,688", "0.500"]
+    assert row(text, "bytes on disk")[1:] == ["12.55 GiB", "6.52 GiB", "0.519"]
+    assert {"5.472", "12.346", "2.256"} <= set(text.split())
+    assert row(text, "perplexity, file notes.txt, window 256")[1:] == ["6.250", "12.500", "2.000"]
+    assert "8 windows of held-out calibration text and 40 windows of file notes.txt" in words(text)
+
+
+def test_prune_without_an_evaluation_text() -> None:
+    summary = make_summary(eval_text=None)
+    for side in ("before", "after"):
+        summary[side]["eval_perplexity"] = None
+    text = printed(render_prune, summary)
+    assert "notes.txt" not in text and "None" not in text
+
+
+def test_prune_says_what_the_run_was() -> None:
+    text = words(printed(render_prune, make_summary()))
+    assert "peak 3.00 GiB of 8.00 GiB of host memory" in text
+    assert "peak 21.00 GiB of 24.00 GiB of GPU memory" in text
+    assert "162,469,134 forward tokens, 90 min (preset default, seed 17)" in text
+    assert "32 windows of 2048 tokens" in text
+    assert "within 5.8e-07 on 1 window" in text
+    assert "note: --max-gpu-mem has no effect" in text
+
+
+def test_prune_ends_with_lines_to_copy() -> None:
+    lines = printed(render_prune, make_summary(out="/x" * 60)).splitlines()
+    assert lines[-2] == f"saved: {'/x' * 60} (uniform layout)"
+    assert lines[-1] == (
+        "load:  AutoModelForCausalLM.from_pretrained('/home/someone/out dir/small')"
+    )
+
+
+def test_layers_a_row_each_up_to_40() -> None:
+    text = printed(render_prune, make_summary(layers=40))
+    assert row(text, "0 ") == ["0", "2 of 4", "286 of 11,008", "61.2%"]
+    assert row(text, "39")[:3] == ["39", "2 of 4", "11,008 of 11,008"]
+    assert text.count("286 of 11,008") == 39
+
+
+def test_deep_models_have_equal_layers_merged() -> None:
+    text = printed(render_prune, make_summary(layers=80))
+    assert row(text, "0-78")[1:3] == ["2 of 4", "286 of 11,008"]
+    assert row(text, "79") == ["79", "2 of 4", "11,008 of 11,008", "0.0%"]
+    assert text.count("286 of 11,008") == 1
+
+
+def test_rounds_are_a_trust_report() -> None:
+    text = printed(render_prune, make_summary())
+    cells = ["1", "25.0%", "192", "0.77", "0.65", "34.57", "81,234,567", "12 min"]
+    assert row(text.split("how far to trust")[1], "1 ") == cells
+    assert "non-negative ridge 0.1 (round 1), non-negative ridge 0.01 (round 2)" in words(text)
+    assert "window 2048; dense 5.12" in words(text)
+
+
+def test_rounds_with_what_is_no_number_or_was_not_measured() -> None:
+    odd = make_round(1, 0.2, r2=float("nan"), tau=-0.5, perplexity=3.2e9)
+    local = make_round(2, 0.4, r2=None, tau=None, penalty=None, observations=0)
+    del local["perplexity"], local["dense_perplexity"]
+    text = printed(render_prune, make_summary(rounds=[odd, local]))
+    assert {"-0.50", "3.20e+09", "-"} <= set(text.split())
+    assert "nan" not in text and "None" not in text
+    text = printed(render_prune, make_summary(rounds=[local]))
+    assert "R2, tau:" not in text and "penalty:" not in text
+
+
+def test_plan_items_totals_and_time() -> None:
+    text = printed(render_plan, PLAN)
+    assert "memory plan: org/base-7b (llama) on Some GPU 48GB" in text
+    assert row(text, "logits") == ["logits", "gpu", "tokens * v * 8", "5.00 GiB"]
+    assert "[int8]" in text
+    assert row(text, "GPU memory") == [
+        *("GPU memory", "--max-gpu-mem", "5.00 GiB", "24.00 GiB", "21%"),
+    ]
+    assert row(text, "disk")[1:] == ["13.00 GiB", "-", "-"]
+    flat = words(text)
+    assert "fits under the caps; the largest item under the cap is: logits" in flat
+    assert "98,765,432 forward tokens" in flat
+    assert "about 2.0 h" in flat and "reading weights from disk sets the pace" in flat
+    assert "note: the text is sampled first" in flat
+    # What a first-time user reads below the tables.
+    assert len(text.split("memory: fits")[1].splitlines()) <= 10
+
+
+def test_plan_that_does_not_fit_says_what_to_raise() -> None:
+    plan = {**PLAN, "caps": {"host": 8 * 2**30, "gpu": 4 * 2**30}}
+    text = words(printed(render_plan, plan))
+    assert "does NOT fit: raise --max-gpu-mem;" in text and "125%" in text
+
+
+def test_plan_on_a_cpu_does_not_speak_of_a_gpu() -> None:
+    totals = {"host": 2**30, "gpu": 0, "disk": 2**30}
+    plan = {**PLAN, "caps": {"host": 2**31, "gpu": None}, "totals": totals, "items": []}
+    text = printed(render_plan, {**plan, "device_name": "a CPU"})
+    assert "GPU" not in text and "gpu" not in text and "50%" in text
+
+
+def test_inspect_names_units_and_says_module_once() -> None:
+    text = printed(render_inspect, INSPECT)
+    assert text.count("module") == 1
+    assert row(text, "parameters")[-1] == "8,030,261,248"
+    assert row(text, "their share")[-1] == "86.9%"
+    assert row(text, "of these in F32")[-1] == "1.00 MiB"
+    assert row(text, "KV groups") == ["KV groups", "6 to 8", "14", "5,242,880"]
+    assert row(text, "FFN channels")[1:] == ["9,000 to 14,336", "23,336", "12,288"]
+    assert "multiples of 64" in words(text) and "1, 2, 4, 8" in words(text)
+
+
+def test_eval_states_the_window_beside_the_perplexity() -> None:
+    text = printed(render_eval, EVAL)
+    assert row(text, "perplexity, window 256")[-1] == "44.9877"
+    assert {"3.80639", "1,234", "314,670", "native", "5,157"} <= set(text.split())
+    assert "peak 512.00 MiB of 1.00 GiB" in text and "GPU" not in text
+    both = printed(render_eval, {**EVAL, "gpu_peak_bytes": 2**30, "gpu_cap_bytes": 2**31})
+    assert "peak 1.00 GiB of 2.00 GiB" in both

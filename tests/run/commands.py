@@ -1,0 +1,61 @@
+"""The command line as users use it: subprocesses, one thread, offline."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from frugal_bonsai.cli import main
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+
+
+def frugal_bonsai(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    command = [sys.executable, "-m", "frugal_bonsai.cli", *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600, **options
+    )
+
+
+def succeed(*words: str | Path) -> dict[str, Any]:
+    """Run a command with ``--json`` that must succeed; its one JSON object."""
+    done = frugal_bonsai(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def fail(*words: str | Path) -> str:
+    """Run a command in this process that must fail as a user's error; its text.
+
+    The entry point itself runs, as in ``frugal_bonsai(...)``, without the seconds of a start.
+    """
+    errors = io.StringIO()
+    with mock.patch("sys.argv", ["frugal-bonsai", *map(str, words)]), redirect_stderr(errors):
+        try:
+            main()
+        except SystemExit as ended:
+            assert ended.code == 2, (ended.code, errors.getvalue())
+            return errors.getvalue()
+    raise AssertionError(f"succeeded: {words}")
+
+
+def python(code: str, *arguments: str | Path, **environment: str) -> str:
+    """Run code in a fresh Python; its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**ENVIRONMENT, **environment},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

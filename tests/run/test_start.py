@@ -1,0 +1,34 @@
+"""The command starts fast: no torch before a command needs it."""
+
+from __future__ import annotations
+
+from commands import frugal_bonsai, python
+
+
+def test_help_names_the_commands_and_imports_no_torch() -> None:
+    done = frugal_bonsai("--help")
+    assert done.returncode == 0
+    assert {"prune", "plan", "inspect", "eval"} <= set(done.stdout.split())
+    loaded = python(
+        "import sys, frugal_bonsai, frugal_bonsai.cli; print(' '.join(sys.modules))"
+    ).split()
+    assert not {"torch", "transformers", "numpy", "rich", "scipy"} & set(loaded)
+
+
+def test_every_option_of_prune_is_explained() -> None:
+    done = frugal_bonsai("prune", "--help")
+    assert done.returncode == 0
+    for option in ("--sparsity", "--max-gpu-mem", "--max-cpu-mem", "--calibration", "--resume"):
+        assert option in done.stdout
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    done = frugal_bonsai("prune", "example", "--no-such-option")
+    assert done.returncode == 2
+    assert "no-such-option" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_inspect_reads_headers_alone() -> None:
+    done = frugal_bonsai("inspect", "example")
+    assert done.returncode == 0, done.stderr
+    assert "llama" in done.stdout and "module" in done.stdout

@@ -1,0 +1,171 @@
+"""Tiny random Llamas on disk, and Hugging Face's own model as the oracle.
+
+Every parameter is random, norms and biases too, so that nothing is right by being zero or one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.memory.plan import SweepLimits
+from frugal_bonsai.model.cut import slices_by_tensor
+from frugal_bonsai.model.family import ModelSpec, describe_model
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.source import CheckpointSource
+
+CPU = torch.device("cpu")
+
+# hidden 24 is divisible by the query heads of one, two and three KV groups: all are legal counts.
+TINY: dict[str, Any] = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+GQA: dict[str, Any] = {}
+MHA: dict[str, Any] = {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
+BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa-untied": GQA,
+    "gqa-tied": TIED,
+    "mha-untied": MHA,
+    "mha-tied-biases": {**MHA, **TIED, **BIASES},
+    "gqa-biases": BIASES,
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A model on disk, open."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    spec: ModelSpec
+
+    def engine(
+        self, *, dtype: torch.dtype = torch.float32, progress: Any = None, **limits: int
+    ) -> Engine:
+        return Engine(
+            self.checkpoint,
+            self.spec,
+            device=CPU,
+            dtype=dtype,
+            limits=sweep_limits(**limits),
+            progress=progress,
+        )
+
+    def source(self, **options: Any) -> CheckpointSource:
+        return CheckpointSource(self.checkpoint, self.spec, **options)
+
+    def hugging_face(self, mask: KeepMask | None = None) -> LlamaForCausalLM:
+        """The model in fp32; with a mask, all weights of the removed units are zero."""
+        model = LlamaForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        if mask is not None:
+            zero_units(model, self.spec, mask)
+        return model
+
+
+def sweep_limits(**limits: int) -> SweepLimits:
+    values = {
+        "micro_batch": 4,
+        "windows_in_flight": 1000,
+        "resident_windows": 0,
+        "head_rows": 1000,
+        "head_tokens": 1000,
+    }
+    return SweepLimits(**{**values, **limits})
+
+
+def tiny_llama(
+    folder: Path,
+    *,
+    seed: int = 0,
+    std: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Tiny:
+    """Save a random Llama into a new folder and open it."""
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=std, generator=generator)
+            if "norm" in name:
+                parameter.add_(1.0)
+    model.to(dtype).save_pretrained(folder)
+    return open_tiny(folder)
+
+
+def open_tiny(folder: Path) -> Tiny:
+    checkpoint = Checkpoint.open(folder)
+    return Tiny(folder, checkpoint, describe_model(checkpoint.config, checkpoint.shapes))
+
+
+def zero_units(model: LlamaForCausalLM, spec: ModelSpec, mask: KeepMask) -> None:
+    """Zero every row and column that the removed units own (biases of rows too)."""
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, pieces in slices_by_tensor(spec.table).items():
+            for group, piece in pieces:
+                gone = (~mask.of(group)).repeat_interleave(piece.width).nonzero().flatten()
+                tensors[name].index_fill_(piece.axis, gone + piece.start, 0.0)
+
+
+def random_windows(
+    windows: int, window: int, *, seed: int = 0, vocabulary: int = 53
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocabulary, (windows, window), generator=generator)
+
+
+@torch.no_grad()
+def sampled_windows(
+    model: LlamaForCausalLM, windows: int, window: int, *, seed: int = 0
+) -> torch.Tensor:
+    """Windows sampled from the model itself: on these it is better than any change of it."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.vocab_size
+    tokens = torch.randint(3, vocabulary, (windows, 1), generator=generator)
+    while tokens.shape[1] < window:
+        chances = model(tokens).logits[:, -1].softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], dim=1)
+    return tokens
+
+
+@torch.no_grad()
+def hugging_face_losses(model: LlamaForCausalLM, tokens_NS: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of tokens 2..S, one window at a time, ``[N, S-1]``."""
+    losses = []
+    for tokens_S in tokens_NS:
+        logits = model(tokens_S[None]).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, tokens_S[1:], reduction="none"))
+    return torch.stack(losses)
+
+
+def random_mask(spec: ModelSpec, *, seed: int = 0, off: float = 0.4) -> KeepMask:
+    """Random units off, at least one of each group kept."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = KeepMask(spec.table)
+    for group in spec.table.groups:
+        order = torch.randperm(group.count, generator=generator)
+        mask.of(group)[order[: max(1, min(group.count - 1, round(off * group.count)))]] = False
+    return mask
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# From a clean clone to a pruned model: installs into .venv, prunes the embedded example to 50% under
+# a memory cap, prints before and after.   bash tools/quickstart.sh [DIR]
+. "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" "."
+out="${1:-out/example-50}"
+rm -rf "$out" "$out.run"
+mkdir -p "$(dirname "$out")"
+"$bin/frugal-bonsai" prune example --sparsity 0.5 --out "$out" --max-cpu-mem 2GB
