@@ -108,10 +108,11 @@ def read_windows(
 def make_engine(
     checkpoint: Checkpoint, spec: ModelSpec, plan: Any, device: Any, progress: Any
 ) -> Any:
-    """An engine within a plan's limits; on a GPU the cap is enforced in the allocator."""
-    from frugal_bonsai.memory.budget import enforce_gpu_cap
+    """An engine within a plan's limits; the caps are enforced in the allocators."""
+    from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
     from frugal_bonsai.stream.engine import Engine, compute_dtype
 
+    enforce_host_cap(plan.budget.host_bytes, plan.total_bytes("host"))
     if plan.budget.gpu_bytes is not None:
         enforce_gpu_cap(device, plan.budget.gpu_bytes)
     return Engine(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -50,3 +53,25 @@ def test_meters() -> None:
     assert peak_resident_bytes() >= resident_bytes() * 0.99
     assert peak_gpu_bytes(CPU) is None
     assert block[0] == 1
+
+
+HOLES = """
+import sys, torch
+from frugal_bonsai.memory.budget import enforce_host_cap
+from frugal_bonsai.memory.meter import resident_bytes
+enforce_host_cap(int(sys.argv[1]), 10**9)
+del_me = torch.ones(5_000_000)  # freed, it raises glibc's own threshold beyond 4 MB
+del del_me
+blocks = [torch.ones(1_000_000) for _ in range(50)]
+full = resident_bytes()
+del blocks[::2]
+print(full - resident_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize(("cap", "returned"), [(1_100_000_000, True), (2_000_000_000, False)])
+def test_near_the_cap_freed_blocks_go_back_to_the_system(cap: int, returned: bool) -> None:
+    words = [sys.executable, "-c", HOLES, str(cap)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 90_000_000) is returned
