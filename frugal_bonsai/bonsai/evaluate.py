@@ -18,6 +18,7 @@ from frugal_bonsai.bonsai.design import Design, DesignMasker
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.forward import Masker
+from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.layers import LayerStream
 
 # (logits fp32 [S, V], tokens int64 [S]) -> a number, higher is better; need not be differentiable.
@@ -61,6 +62,7 @@ class _WithUnmasked:
 def evaluate_masks(
     engine: Engine,
     stream: LayerStream,
+    head: Head,
     design: Design,
     masks: int,
     windows_WS: torch.Tensor,
@@ -74,6 +76,7 @@ def evaluate_masks(
     Args:
         engine: device, sweep, head.
         stream: the working store.
+        head: in the stream's arithmetic.
         design: with ``masks`` masks, or ``masks * W`` when they are not shared by the windows.
         masks: masks on each window.
         windows_WS: the mask windows.
@@ -90,7 +93,7 @@ def evaluate_masks(
         masks_I, where_I = pairs, pairs // 2 % windows
     tokens_IS = torch.cat([windows_WS[where_I], windows_WS])
     masker = _WithUnmasked(DesignMasker(design, masks_I), len(pairs))
-    scores_I = _scores(engine, stream, tokens_IS, masker, utility)
+    scores_I = _scores(engine, stream, head, tokens_IS, masker, utility)
     masked_I, base_W = scores_I[: len(pairs)], scores_I[len(pairs) :]
     perplexity = perplexity and utility is None
     if shared:
@@ -114,6 +117,7 @@ def _mean_utility(scores_MW: torch.Tensor, *, perplexity: bool) -> torch.Tensor:
 def _scores(
     engine: Engine,
     stream: LayerStream,
+    head: Head,
     tokens_IS: torch.Tensor,
     masker: Masker,
     utility: Utility | None,
@@ -121,7 +125,7 @@ def _scores(
     """Utility of each pair, float64 ``[I]``: -mean NLL, or the user's own."""
     if utility is None:
         losses_IS = engine.sweep.losses(
-            stream, engine.head, tokens_IS, masker=masker, name="masked evaluation"
+            stream, head, tokens_IS, masker=masker, name="masked evaluation"
         )
         return -losses_IS.double().mean(1)
     scores: list[float] = []
@@ -130,6 +134,6 @@ def _scores(
     ):
         with torch.inference_mode():
             for item in range(wave.stop - wave.start):
-                logits_SV = engine.head.logits(hidden.read(slice(item, item + 1)))[0]
+                logits_SV = head.logits(hidden.read(slice(item, item + 1)))[0]
                 scores.append(float(utility(logits_SV, tokens_IS[wave.start + item])))
     return torch.tensor(scores, dtype=torch.float64)

@@ -30,6 +30,7 @@ from frugal_bonsai.checkpoint.reader import torch_dtype
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.store import LayerStore, build_store
 
 Refits = dict[str, Callable[[], torch.Tensor]]
@@ -75,6 +76,7 @@ class Search:
         self._windows_NS, self._folder, self._work = windows_NS, state, work
         self._keep_inputs, self._utility = keep_inputs, utility
         self._working: LayerStore | None = None
+        self._head: Head | None = None  # of masked evaluation, written at its first use
         self._blocks = engine.spec.block_parameters
         check_reachable(KeepMask(engine.spec.table), settings.sparsity, rules, self._blocks)
 
@@ -222,10 +224,13 @@ class Search:
     ) -> Observations:
         settings, windows = self._settings, len(self._windows_NS)
         chosen = torch.randperm(windows, generator=generator)[: settings.mask_windows]
-        with self._engine.stream(store) as stream:
+        if self._head is None:
+            self._head = self._engine.evaluation_head(self._work / "head")
+        with self._engine.evaluation_stream(store) as stream:
             return evaluate_masks(
                 self._engine,
                 stream,
+                self._head,
                 design,
                 settings.masks,
                 self._windows_NS[chosen.sort().values],

@@ -156,14 +156,26 @@ class Checkpoint:
         import torch
 
         entry = self._entry(name)
+        rows = torch.empty((stop - start) * _row_bytes(entry), dtype=torch.uint8)
+        self.read_rows_into(name, start, stop, rows)
+        return rows.view(torch_dtype(entry.dtype)).view(stop - start, *entry.shape[1:])
+
+    def read_rows_into(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> None:
+        """Read rows ``start`` to ``stop`` (excluded) into the first bytes of a uint8 CPU buffer.
+
+        Raises:
+            CheckpointError: no such tensor or a failing read.
+            IndexError: rows that the tensor does not have.
+        """
+        entry = self._entry(name)
         row_bytes = _row_bytes(entry)
         if not 0 <= start <= stop <= entry.shape[0]:
             raise IndexError(f"rows {start}:{stop} of {name!r}, which has {entry.shape[0]}")
-        rows = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
         self._file(entry.file).read_into(
-            tensor_bytes(rows), entry.start + start * row_bytes, f"tensor {name!r}"
+            tensor_bytes(buffer[: (stop - start) * row_bytes]),
+            entry.start + start * row_bytes,
+            f"tensor {name!r}",
         )
-        return rows.view(torch_dtype(entry.dtype)).view(stop - start, *entry.shape[1:])
 
     def gather_rows(self, name: str, rows_K: torch.Tensor) -> torch.Tensor:
         """Rows of dimension 0 by index, such as the embeddings of some tokens.

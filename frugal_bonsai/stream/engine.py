@@ -1,11 +1,13 @@
 """One model, one device, one plan: what the sweeps of a run share.
 
-In: an open checkpoint, its description, device, compute dtype and the plan's limits. Out: streams,
-the head, the sweep. Holds the skeleton (final norm, rotary embeddings) and, where it fits in one
-chunk, the head.
+In: an open checkpoint, its description, device, compute dtype, the arithmetic of masked evaluation
+and the plan's limits. Out: streams, heads, the sweep. Holds the skeleton (final norm, rotary
+embeddings) and, where it fits in one chunk, the head.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -17,7 +19,11 @@ from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.skeleton import Skeleton
-from frugal_bonsai.stream.source import CheckpointSource, LayerSource
+from frugal_bonsai.stream.source import CheckpointSource, HeadSource, LayerSource
+from frugal_bonsai.stream.store import build_head_store
+
+FLOAT, INT8_PRODUCTS = "float", "int8"
+ARITHMETICS = (FLOAT, INT8_PRODUCTS)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -34,6 +40,8 @@ class Engine:
         device: where layers are computed.
         dtype: compute dtype.
         limits: from the memory plan.
+        arithmetic: of masked evaluation: ``"float"`` multiplies in the compute dtype, ``"int8"``
+            the stored codes.
         progress: told of each layer visit.
     """
 
@@ -45,19 +53,42 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         limits: SweepLimits,
+        arithmetic: str = FLOAT,
         progress: Progress | None = None,
     ) -> None:
         self.checkpoint, self.spec, self.device, self.dtype = checkpoint, spec, device, dtype
+        self.int8_products = arithmetic == INT8_PRODUCTS
         self.progress: Progress = progress or Silent()
         self.skeleton = Skeleton(checkpoint, spec, device=device, dtype=dtype)
-        self.head = Head(
-            checkpoint, self.skeleton, rows=limits.head_rows, tokens=limits.head_tokens
-        )
+        self._limits = limits
+        rows = HeadSource(checkpoint, spec, limits.head_rows)
+        self.head = self._head(rows, int8_products=False)
         self.sweep = Sweep(self.skeleton, limits, progress=self.progress)
 
     def stream(self, source: LayerSource) -> LayerStream:
-        """A stream of a source's layers; close it after use."""
+        """A stream of a source's layers in the compute dtype; close it after use."""
         return LayerStream(source, device=self.device, dtype=self.dtype)
+
+    def evaluation_stream(self, source: LayerSource) -> LayerStream:
+        """A stream of a source's layers in the arithmetic of masked evaluation."""
+        return LayerStream(
+            source, device=self.device, dtype=self.dtype, int8_products=self.int8_products
+        )
+
+    def evaluation_head(self, folder: Path) -> Head:
+        """The head in the arithmetic of masked evaluation; int8 rows are written to ``folder``."""
+        if not self.int8_products:
+            return self.head
+        rows = build_head_store(folder, self.checkpoint, self.spec, rows=self._limits.head_rows)
+        return self._head(rows, int8_products=True)
+
+    def _head(self, rows: LayerSource, *, int8_products: bool) -> Head:
+        def open_rows() -> LayerStream:
+            return LayerStream(
+                rows, device=self.device, dtype=self.dtype, int8_products=int8_products
+            )
+
+        return Head(self.skeleton, open_rows, tokens=self._limits.head_tokens)
 
     def native(self) -> LayerStream:
         """The checkpoint itself in its own precision."""

@@ -124,10 +124,14 @@ class Sweep:
         return hidden
 
     def embed(self, tokens_NS: torch.Tensor) -> HiddenStates:
-        """The first layer's inputs of these windows."""
+        """The first layer's inputs of these windows; a window that occurs again is copied."""
         hidden = self.hidden_states(tokens_NS)
-        for items in self.micro_batches(len(tokens_NS)):
-            hidden.write(items, self.skeleton.embed(tokens_NS[items]))
+        distinct_US, where_N = torch.unique(tokens_NS, dim=0, return_inverse=True)
+        for items in self.micro_batches(len(distinct_US)):
+            embedded_BSH = self.skeleton.embed(distinct_US[items])
+            for item, embedded_SH in enumerate(embedded_BSH, start=items.start):
+                for place in (where_N == item).nonzero().flatten().tolist():
+                    hidden.write(slice(place, place + 1), embedded_SH[None])
         return hidden
 
     def hidden_states(self, tokens_NS: torch.Tensor) -> HiddenStates:

@@ -1,83 +1,100 @@
 """The head as a phase of its own: final norm, logits, loss, in chunks of tokens and of vocabulary.
 
 In: the last layer's hidden states. Out: the negative log-likelihood of every token but the first,
-or logits. Head weights are read from disk in row chunks, so that neither V * H weights nor
-tokens * V logits are ever held whole unless they fit.
+or logits. Head weights are streamed in chunks of rows, the next one read in the background, so that
+neither V * H weights nor tokens * V logits are ever held whole unless they fit.
 
-Shape suffixes: B windows, S tokens, H hidden, V vocabulary (v a chunk of it), T = B * (S - 1).
+Shape suffixes: B windows, S tokens, H hidden, V vocabulary (v a chunk of it), T tokens of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn.functional import linear
 
-from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.stream.hidden import HiddenStates
+from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.skeleton import Skeleton
+from frugal_bonsai.stream.source import HEAD_WEIGHT
 
 
 class Head:
     """Final norm and output embedding of a model.
 
     Args:
-        checkpoint: where the head's rows are read.
         skeleton: gives the final norm, device and dtype.
-        rows: vocabulary rows held at a time.
-        tokens: tokens whose logits are held at a time (at least one window's).
+        open_rows: opens a stream of the head's chunks of rows.
+        tokens: tokens whose logits are held at a time.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, skeleton: Skeleton, *, rows: int, tokens: int
+        self, skeleton: Skeleton, open_rows: Callable[[], LayerStream], *, tokens: int
     ) -> None:
-        self._checkpoint, self._skeleton = checkpoint, skeleton
-        self._rows = min(rows, skeleton.spec.vocabulary)
-        self._tokens = tokens
+        self._skeleton, self._open_rows, self._tokens = skeleton, open_rows, tokens
         self._kept: torch.Tensor | None = None
 
     def nll(self, hidden: HiddenStates, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood in nats of tokens 2..S of each window, fp32 ``[B, S-1]``, CPU."""
+        """Negative log-likelihood in nats of tokens 2..S of each window, fp32 ``[B, S-1]``, CPU.
+
+        The hidden states are normed where they lie: they are of no other use afterwards.
+        """
         windows, window = tokens_BS.shape
         device = self._skeleton.device
         spread_BS = torch.full((windows, window - 1), -torch.inf, device=device)
         target_BS = torch.zeros(windows, window - 1, device=device)
-        following_BS = tokens_BS[:, 1:].to(device)
-        step = max(1, self._tokens // window)
-        for first, weight_vH in self._chunks():
-            stop = first + len(weight_vH)
-            for start in range(0, windows, step):
-                here = slice(start, min(start + step, windows))
-                logits_BSv = self._logits(hidden.read(here)[:, :-1], weight_vH).float()
-                next_BS = following_BS[here]
-                inside_BS = (next_BS >= first) & (next_BS < stop)
-                at_BS = (next_BS - first).clamp(0, stop - first - 1)
-                found_BS = logits_BSv.gather(-1, at_BS[..., None])[..., 0]
-                target_BS[here] += torch.where(inside_BS, found_BS, torch.zeros_like(found_BS))
-                spread_BS[here] = torch.logaddexp(spread_BS[here], logits_BSv.logsumexp(-1))
+        following_BS = tokens_BS[:, 1:].to(device).contiguous()
+        slices = list(self._window_slices(windows, window))
+        for here in slices:
+            hidden.write(here, self._skeleton.norm(hidden.read(here)))
+        first = 0
+        for weight_vH in self._chunks():
+            for here in slices:
+                normed_TH = hidden.read(here)[:, :-1].flatten(0, 1)
+                spread_T, target_T = spread_BS[here].view(-1), target_BS[here].view(-1)
+                following_T = following_BS[here].view(-1)
+                for start in range(0, len(normed_TH), self._tokens):
+                    block = slice(start, start + self._tokens)
+                    logits_Tv = linear(normed_TH[block], weight_vH).float()
+                    target_T[block] += _target_logits(logits_Tv, following_T[block] - first)
+                    _add_spread(spread_T[block], logits_Tv)
+            first += len(weight_vH)
         return (spread_BS - target_BS).cpu()
 
     def logits(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """Logits of all tokens over the whole vocabulary, fp32 ``[B, S, V]``."""
-        parts = [self._logits(hidden_BSH, weight_vH).float() for _, weight_vH in self._chunks()]
+        normed_BSH = self._skeleton.norm(hidden_BSH)
+        parts = [linear(normed_BSH, weight_vH).float() for weight_vH in self._chunks()]
         return torch.cat(parts, dim=-1)
 
-    def _logits(self, hidden_BSH: torch.Tensor, weight_vH: torch.Tensor) -> torch.Tensor:
-        normed_BSH = self._skeleton.norm(hidden_BSH)
-        return torch.nn.functional.linear(normed_BSH, weight_vH)
+    def _window_slices(self, windows: int, window: int) -> Iterator[slice]:
+        step = max(1, self._tokens // window)
+        for start in range(0, windows, step):
+            yield slice(start, min(start + step, windows))
 
-    def _chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield ``(first row, rows [v, H])``; a head that fits in one chunk is read once."""
-        vocabulary = self._skeleton.spec.vocabulary
-        if self._rows >= vocabulary:
-            if self._kept is None:
-                self._kept = self._read(0, vocabulary)
-            yield 0, self._kept
+    def _chunks(self) -> Iterator[torch.Tensor]:
+        """Yield rows ``[v, H]`` in order; a head that is one chunk is read once and kept."""
+        if self._kept is not None:
+            yield self._kept
             return
-        for first in range(0, vocabulary, self._rows):
-            yield first, self._read(first, min(first + self._rows, vocabulary))
+        with self._open_rows() as stream:
+            for _, parameters in stream.visit():
+                if stream.source.layers == 1:
+                    self._kept = parameters[HEAD_WEIGHT]
+                yield parameters[HEAD_WEIGHT]
 
-    def _read(self, first: int, stop: int) -> torch.Tensor:
-        skeleton = self._skeleton
-        rows_vH = self._checkpoint.read_rows(skeleton.spec.head_tensor, first, stop)
-        return rows_vH.to(skeleton.device, skeleton.dtype)
+
+def _target_logits(logits_Tv: torch.Tensor, following_T: torch.Tensor) -> torch.Tensor:
+    """Each token's logit of the one that follows, zero where that is not in this chunk."""
+    inside_T = (following_T >= 0) & (following_T < logits_Tv.shape[1])
+    at_T = following_T.clamp(0, logits_Tv.shape[1] - 1)
+    found_T = logits_Tv.gather(-1, at_T[:, None])[:, 0]
+    return torch.where(inside_T, found_T, torch.zeros_like(found_T))
+
+
+def _add_spread(spread_T: torch.Tensor, logits_Tv: torch.Tensor) -> None:
+    """Add a chunk to the running log-sum-exp in place; the logits are overwritten."""
+    largest_T1 = logits_Tv.amax(-1, keepdim=True)
+    sum_T = logits_Tv.sub_(largest_T1).exp_().sum(-1)
+    torch.logaddexp(spread_T, sum_T.log_().add_(largest_T1[:, 0]), out=spread_T)

@@ -1,7 +1,8 @@
 """One layer after another in two reused buffers, the next one read in the background.
 
 In: a :class:`~frugal_bonsai.stream.source.LayerSource`. Out: for each layer, its parameters in the
-compute dtype. Holds two layers as stored and one dequantised; allocates nothing in the steady
+compute dtype, or int8 weights as they are stored where the products take them so. Holds two layers
+as stored and one dequantised (of the int8 products' weights none); allocates nothing in the steady
 state. On CUDA the stored bytes go through pinned host buffers and a copy stream of their own.
 """
 
@@ -16,6 +17,7 @@ import torch
 
 from frugal_bonsai.checkpoint.reader import torch_dtype
 from frugal_bonsai.int8 import dequantise_into
+from frugal_bonsai.stream.int8_linear import CUDA_MULTIPLE, Int8Scratch, Int8Weight
 from frugal_bonsai.stream.source import LayerSource, Record, align
 
 Parameters = dict[str, torch.Tensor]
@@ -28,15 +30,26 @@ class LayerStream:
         source: where layers come from.
         device: where they are computed.
         dtype: compute dtype; a layer stored in this dtype is used where it lies.
+        int8_products: hand int8 weights out as :class:`Int8Weight` instead of dequantising them.
     """
 
-    def __init__(self, source: LayerSource, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        source: LayerSource,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        int8_products: bool = False,
+    ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
+        self._scratch = Int8Scratch(device) if int8_products else None
         largest = max(source.layer_bytes(layer) for layer in range(source.layers))
-        pinned = device.type == "cuda"
-        self._host = [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        pinned, slots = device.type == "cuda", min(2, source.layers)
+        self._host = [
+            torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(slots)
+        ]
         self._staged = (
-            [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
+            [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
             if pinned
             else self._host
         )
@@ -51,13 +64,18 @@ class LayerStream:
             sum(
                 align(record.elements * self.dtype.itemsize)
                 for record in self.source.records(layer)
-                if not self._in_place(record)
+                if not (self._in_place(record) or self._multiplied_as_stored(record))
             )
             for layer in range(self.source.layers)
         )
 
     def _in_place(self, record: Record) -> bool:
         return record.scales_start is None and torch_dtype(record.dtype) == self.dtype
+
+    def _multiplied_as_stored(self, record: Record) -> bool:
+        if self._scratch is None or record.scales_start is None:
+            return False
+        return self.device.type != "cuda" or all(n % CUDA_MULTIPLE == 0 for n in record.shape)
 
     def visit(self) -> Iterator[tuple[int, Parameters]]:
         """Yield ``(layer, parameters)`` in order; parameters are valid until the next one."""
@@ -66,7 +84,7 @@ class LayerStream:
             pending.result()
             if layer + 1 < self.source.layers:
                 pending = self._reader.submit(self._fetch, layer + 1)
-            yield layer, self._dequantise(layer)
+            yield layer, self._parameters(layer)
             if self._copies is not None:
                 self._consumed[layer % 2] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(torch.cuda.current_stream(self.device))
@@ -90,7 +108,7 @@ class LayerStream:
             event.record(self._copies)
             self._arrived[slot] = event
 
-    def _dequantise(self, layer: int) -> Parameters:
+    def _parameters(self, layer: int) -> Parameters:
         slot, offset = layer % 2, 0
         stored, parameters = self._staged[slot], Parameters()
         arrived = self._arrived[slot]
@@ -99,6 +117,10 @@ class LayerStream:
         for record in self.source.records(layer):
             if self._in_place(record):
                 parameters[record.name] = record.view(stored)
+                continue
+            if self._scratch is not None and self._multiplied_as_stored(record):
+                codes_OI, scales_O = record.view(stored), record.scales(stored)
+                parameters[record.name] = Int8Weight(codes_OI, scales_O, self._scratch)
                 continue
             size = math.prod(record.shape) * self.dtype.itemsize
             out = self._dense[offset : offset + size].view(self.dtype).view(record.shape)
@@ -115,6 +137,7 @@ class LayerStream:
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._host = self._staged = []
         self._dense = torch.empty(0)
+        self._scratch = None
 
     def __enter__(self) -> LayerStream:
         return self

@@ -1,8 +1,10 @@
 """Where a sweep's layers come from.
 
 A :class:`LayerSource` reads all of one layer into a caller's byte buffer and says where in it each
-tensor lies. Two exist: :class:`CheckpointSource` reads a checkpoint as it is (native precision,
-optionally through a keep mask: the *masked parent*), ``store.LayerStore`` the int8 working copy.
+tensor lies. :class:`CheckpointSource` reads a checkpoint as it is (native precision, optionally
+through a keep mask: the *masked parent*), ``store.LayerStore`` the int8 working copy. The head is
+streamed in the same way: each chunk of its rows counts as a layer of one tensor, ``weight``;
+:class:`HeadSource` reads them from a checkpoint, ``store.build_head_store`` quantises them.
 
 Holds no weights; reads with pread into the buffer that it is given.
 """
@@ -154,3 +156,53 @@ class CheckpointSource:
             records.append(Record(name=name, shape=tuple(shape), dtype=entry.dtype, start=offset))
             offset = align(offset + records[-1].size_bytes)
         return tuple(records)
+
+
+HEAD_WEIGHT = "weight"
+
+
+class HeadSource:
+    """A checkpoint's head (output embedding ``[V, H]``) as it is, in chunks of rows.
+
+    Args:
+        checkpoint: the open checkpoint.
+        spec: its description.
+        rows: rows of a chunk; the last one may have fewer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, rows: int) -> None:
+        self._checkpoint, self._name = checkpoint, spec.head_tensor
+        entry = checkpoint.tensors[self._name]
+        self._spans = head_spans(spec, rows)
+        self._records = [
+            (
+                Record(
+                    name=HEAD_WEIGHT, shape=(last - first, spec.hidden), dtype=entry.dtype, start=0
+                ),
+            )
+            for first, last in self._spans
+        ]
+
+    @property
+    def layers(self) -> int:
+        """Number of chunks."""
+        return len(self._spans)
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of one chunk."""
+        return self._records[layer][0].size_bytes
+
+    def records(self, layer: int) -> tuple[Record, ...]:
+        """The chunk's one tensor."""
+        return self._records[layer]
+
+    def read(self, layer: int, buffer: torch.Tensor) -> None:
+        """Read a chunk's rows into a uint8 buffer."""
+        first, last = self._spans[layer]
+        self._checkpoint.read_rows_into(self._name, first, last, buffer)
+
+
+def head_spans(spec: ModelSpec, rows: int) -> list[tuple[int, int]]:
+    """(first row, last row excluded) of each chunk of the head."""
+    vocabulary = spec.vocabulary
+    return [(first, min(first + rows, vocabulary)) for first in range(0, vocabulary, rows)]

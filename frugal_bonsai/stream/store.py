@@ -21,7 +21,7 @@ from frugal_bonsai.model.cut import cut_tensor, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
-from frugal_bonsai.stream.source import Record, Refit
+from frugal_bonsai.stream.source import HEAD_WEIGHT, Record, Refit, head_spans
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +129,25 @@ def build_store(
         if progress:
             progress.step(f"layer {layer}")
     return LayerStore(folder, spec.layers)
+
+
+def build_head_store(
+    folder: Path, checkpoint: Checkpoint, spec: ModelSpec, *, rows: int
+) -> LayerStore:
+    """Write the head as int8, one file a chunk of ``rows`` rows, and open it.
+
+    Raises:
+        CheckpointError: the head cannot be read.
+        OutputError: the folder cannot be written or the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    spans = head_spans(spec, rows)
+    for chunk, (first, last) in enumerate(spans):
+        codes, scales = quantise_rows(checkpoint.read_rows(spec.head_tensor, first, last))
+        # Wide elements first, as in a layer's file.
+        tensors = {HEAD_WEIGHT + _SCALES: scales, HEAD_WEIGHT: codes}
+        write_tensors(_layer_file(folder, chunk), tensors)
+    return LayerStore(folder, len(spans))
 
 
 def _layer_file(folder: Path, layer: int) -> Path:

@@ -71,6 +71,7 @@ def _evaluate(
         seen = evaluate_masks(
             engine,
             stream,
+            engine.head,
             design,
             MASKS,
             random_windows(WINDOWS, WINDOW),

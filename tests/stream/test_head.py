@@ -11,7 +11,9 @@ from tiny_models import CPU, TIED, Tiny, random_windows, relative, tiny_llama
 
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.hidden import HiddenStates
+from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.skeleton import Skeleton
+from frugal_bonsai.stream.source import HeadSource
 
 CHUNKS = [(1000, 1000), (53, 10), (52, 1), (7, 1000), (1, 20), (27, 9)]
 
@@ -26,7 +28,12 @@ def _hidden(windows: int, window: int, *, scale: float = 1.0) -> HiddenStates:
 
 def _head(tiny: Tiny, rows: int, tokens: int) -> Head:
     skeleton = Skeleton(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.float32)
-    return Head(tiny.checkpoint, skeleton, rows=rows, tokens=tokens)
+    source = HeadSource(tiny.checkpoint, tiny.spec, rows)
+
+    def open_rows() -> LayerStream:
+        return LayerStream(source, device=CPU, dtype=torch.float32)
+
+    return Head(skeleton, open_rows, tokens=tokens)
 
 
 @pytest.mark.parametrize("changes", [{}, TIED], ids=["untied", "tied"])
@@ -43,10 +50,10 @@ def test_losses_and_logits_do_not_depend_on_chunks(
         logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten(), reduction="none"
     ).view(5, 8)
     head = _head(tiny, rows, tokens)
+    assert relative(head.logits(hidden.read(slice(0, 5))), logits) < 1e-5
     found = head.nll(hidden, windows)
     assert found.shape == (5, 8) and found.dtype == torch.float32
     assert relative(found, expected) < 1e-5
-    assert relative(head.logits(hidden.read(slice(0, 5))), logits) < 1e-5
 
 
 @torch.no_grad()
@@ -62,19 +69,20 @@ def test_large_logits_do_not_overflow(tmp_path: Path) -> None:
     assert relative(found.double(), expected) < 1e-5
 
 
+@torch.no_grad()
 def test_head_in_one_chunk_is_read_once_and_else_once_a_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = tiny_llama(tmp_path / "m")
     reads: list[tuple[int, int]] = []
-    read_rows = tiny.checkpoint.read_rows
+    read_rows_into = tiny.checkpoint.read_rows_into
 
-    def counted(name: str, start: int, stop: int) -> torch.Tensor:
+    def counted(name: str, start: int, stop: int, buffer: torch.Tensor) -> None:
         assert name == "lm_head.weight"
         reads.append((start, stop))
-        return read_rows(name, start, stop)
+        read_rows_into(name, start, stop, buffer)
 
-    monkeypatch.setattr(tiny.checkpoint, "read_rows", counted)
+    monkeypatch.setattr(tiny.checkpoint, "read_rows_into", counted)
     whole, chunked = _head(tiny, 53, 10), _head(tiny, 20, 10)
     for _ in range(2):
         whole.nll(_hidden(6, 5), random_windows(6, 5))

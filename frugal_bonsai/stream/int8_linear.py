@@ -1,0 +1,136 @@
+"""Matrix products with int8 codes as they are stored: nothing is dequantised.
+
+In: inputs in the compute dtype and a weight's codes and row scales. Out: what ``linear`` gives,
+with each token's input rounded to int8 by its own largest element (dynamic, token-wise; LLM.int8(),
+Dettmers et al. 2022, section 2, without outliers). The integer products are exact and a token's
+scale is its own, so no token's result depends on its neighbours. Holds a block of tokens as int8,
+fp32 and int32.
+
+Shape suffixes: T tokens, I input columns, O output rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+# Tokens whose products are held at a time: their accumulators stay in a CPU's cache.
+BLOCK_TOKENS = 256
+# CUDA's kernel wants more than 16 rows, and multiples of 8 in the other sizes.
+_LEAST_ROWS, CUDA_MULTIPLE = 32, 8
+
+
+class Int8Scratch:
+    """Reused memory of the products of one stream; grows to the largest weight and stays."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised ``[rows, columns]``, valid until the next call with this dtype."""
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < rows * columns:
+            with torch.inference_mode(False):  # usable inside and outside of inference mode
+                buffer = torch.empty(rows * columns, dtype=dtype, device=self._device)
+            self._buffers[dtype] = buffer
+        return buffer[: rows * columns].view(rows, columns)
+
+
+def scratch_bytes(rows: int, columns: int) -> int:
+    """What a scratch holds for weights of at most ``rows`` and ``columns``."""
+    return BLOCK_TOKENS * (4 * rows + 5 * columns)
+
+
+class Int8Weight(torch.Tensor):
+    """Codes int8 ``[O, I]`` that ``torch.nn.functional.linear`` multiplies as they are.
+
+    Args:
+        codes_OI: int8, not copied.
+        scales_O: fp32, W ~ codes * scales / 127.
+        scratch: memory for the products.
+    """
+
+    scales_O: torch.Tensor
+    scratch: Int8Scratch
+
+    @staticmethod
+    def __new__(
+        cls, codes_OI: torch.Tensor, scales_O: torch.Tensor, scratch: Int8Scratch
+    ) -> Int8Weight:
+        """A view of the codes that carries its scales."""
+        weight = torch.Tensor._make_subclass(cls, codes_OI)
+        weight.scales_O, weight.scratch = scales_O, scratch
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Products with these codes; everything else sees a plain int8 tensor."""
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _linear(
+    input: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    codes_OI, scratch = weight.as_subclass(torch.Tensor), weight.scratch
+    scales_O = (weight.scales_O / 127.0).to(torch.float32)
+    rows, columns = codes_OI.shape
+    input_TI = input.reshape(-1, columns)
+    output_TO = input.new_empty(len(input_TI), rows)
+    # A GPU has memory for all at once and nothing to win from blocks.
+    block = BLOCK_TOKENS if input.device.type == "cpu" else max(1, len(input_TI))
+    for start in range(0, len(input_TI), block):
+        block_TI, out_TO = input_TI[start : start + block], output_TO[start : start + block]
+        _multiply_block(block_TI, codes_OI, scales_O, out_TO, scratch)
+    if bias is not None:
+        output_TO += bias
+    return output_TO.view(*input.shape[:-1], rows)
+
+
+def _multiply_block(
+    input_TI: torch.Tensor,
+    codes_OI: torch.Tensor,
+    scales_O: torch.Tensor,
+    output_TO: torch.Tensor,
+    scratch: Int8Scratch,
+) -> None:
+    """Write ``input @ (codes * scales).T`` into ``output_TO``."""
+    tokens, columns = input_TI.shape
+    padded = max(tokens, _LEAST_ROWS)
+    scaled_TI = scratch.take(tokens, columns, torch.float32)
+    largest_T1 = torch.abs(input_TI, out=scaled_TI).amax(1, keepdim=True)
+    # A token of zeros has codes of zero, whatever it is multiplied by.
+    step_T1 = largest_T1.clamp_min_(torch.finfo(torch.float32).tiny).div_(127.0)
+    torch.div(input_TI, step_T1, out=scaled_TI).round_()
+    rounded_TI = scratch.take(padded, columns, torch.int8)
+    rounded_TI[:tokens].copy_(scaled_TI)
+    rounded_TI[tokens:].zero_()
+    sums_TO = scratch.take(padded, len(codes_OI), torch.int32)
+    torch._int_mm(rounded_TI, codes_OI.t(), out=sums_TO)
+    if output_TO.dtype == torch.float32:
+        torch.mul(sums_TO[:tokens], step_T1, out=output_TO).mul_(scales_O)
+    else:
+        output_TO.copy_((sums_TO[:tokens] * step_T1).mul_(scales_O))
+
+
+def has_int8_products(device: torch.device) -> bool:
+    """Whether torch multiplies int8 matrices on this device (it has no kernel on some)."""
+    scratch = Int8Scratch(device)
+    codes_OI = torch.ones(32, 32, dtype=torch.int8, device=device)
+    weight = Int8Weight(codes_OI, torch.ones(32, device=device), scratch)
+    try:
+        torch.nn.functional.linear(torch.ones(32, 32, device=device), weight)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return True
