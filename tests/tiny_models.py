@@ -17,7 +17,7 @@ from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.cut import slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.engine import FLOAT, Engine
 from frugal_bonsai.stream.source import CheckpointSource
 
 CPU = torch.device("cpu")
@@ -58,7 +58,12 @@ class Tiny:
     spec: ModelSpec
 
     def engine(
-        self, *, dtype: torch.dtype = torch.float32, progress: Any = None, **limits: int
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        arithmetic: str = FLOAT,
+        progress: Any = None,
+        **limits: int,
     ) -> Engine:
         return Engine(
             self.checkpoint,
@@ -66,6 +71,7 @@ class Tiny:
             device=CPU,
             dtype=dtype,
             limits=sweep_limits(**limits),
+            arithmetic=arithmetic,
             progress=progress,
         )
 

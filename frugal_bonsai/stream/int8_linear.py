@@ -1,12 +1,13 @@
 """Matrix products with int8 codes as they are stored: nothing is dequantised.
 
-In: inputs in the compute dtype and a weight's codes and row scales. Out: what ``linear`` gives,
-with each token's input rounded to int8 by its own largest element (dynamic, token-wise; LLM.int8(),
-Dettmers et al. 2022, section 2, without outliers). The integer products are exact and a token's
-scale is its own, so no token's result depends on its neighbours. Holds a block of tokens as int8,
-fp32 and int32.
+In: inputs in the compute dtype and a weight's codes and row scales. Out: what ``linear`` gives.
+Each token's input is written as two int8 digits, x ~ step * (d1 + d2 / 254) with the token's own
+step = max|x| / 127: 16 bits, of which one digit alone (LLM.int8()'s dynamic rounding, Dettmers et
+al. 2022, section 2) would leave 8, too few to rank units by. The integer products are exact and a
+token's step is its own, so no token's result depends on its neighbours. Holds the digits and sums
+of a block of tokens.
 
-Shape suffixes: T tokens, I input columns, O output rows.
+Shape suffixes: T tokens, I input columns, O output rows, D the two digits.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 
 import torch
 
-# Tokens whose products are held at a time: their accumulators stay in a CPU's cache.
-BLOCK_TOKENS = 256
+# Tokens whose products are held at a time: their sums stay in a CPU's cache.
+BLOCK_TOKENS = 128
+# The first digit leaves at most half a step, the second divides that half in 127.
+_SECOND_DIGIT = 254.0
 # CUDA's kernel wants more than 16 rows, and multiples of 8 in the other sizes.
 _LEAST_ROWS, CUDA_MULTIPLE = 32, 8
 
@@ -41,7 +44,7 @@ class Int8Scratch:
 
 def scratch_bytes(rows: int, columns: int) -> int:
     """What a scratch holds for weights of at most ``rows`` and ``columns``."""
-    return BLOCK_TOKENS * (4 * rows + 5 * columns)
+    return BLOCK_TOKENS * (2 * 4 * rows + 2 * (1 + 4) * columns)
 
 
 class Int8Weight(torch.Tensor):
@@ -107,21 +110,28 @@ def _multiply_block(
 ) -> None:
     """Write ``input @ (codes * scales).T`` into ``output_TO``."""
     tokens, columns = input_TI.shape
-    padded = max(tokens, _LEAST_ROWS)
-    scaled_TI = scratch.take(tokens, columns, torch.float32)
+    input_TI = input_TI.float()
+    floats_2TI = scratch.take(2 * tokens, columns, torch.float32).view(2, tokens, columns)
+    scaled_TI, whole_TI = floats_2TI[0], floats_2TI[1]
     largest_T1 = torch.abs(input_TI, out=scaled_TI).amax(1, keepdim=True)
-    # A token of zeros has codes of zero, whatever it is multiplied by.
+    # A token of zeros has digits of zero, whatever it is divided by.
     step_T1 = largest_T1.clamp_min_(torch.finfo(torch.float32).tiny).div_(127.0)
-    torch.div(input_TI, step_T1, out=scaled_TI).round_()
-    rounded_TI = scratch.take(padded, columns, torch.int8)
-    rounded_TI[:tokens].copy_(scaled_TI)
-    rounded_TI[tokens:].zero_()
-    sums_TO = scratch.take(padded, len(codes_OI), torch.int32)
-    torch._int_mm(rounded_TI, codes_OI.t(), out=sums_TO)
-    if output_TO.dtype == torch.float32:
-        torch.mul(sums_TO[:tokens], step_T1, out=output_TO).mul_(scales_O)
-    else:
-        output_TO.copy_((sums_TO[:tokens] * step_T1).mul_(scales_O))
+    torch.div(input_TI, step_T1, out=scaled_TI)
+    padded = max(tokens, _LEAST_ROWS)
+    digits_DTI = scratch.take(2 * padded, columns, torch.int8).view(2, padded, columns)
+    digits_DTI[:, tokens:].zero_()
+    digits_DTI[0, :tokens].copy_(torch.round(scaled_TI, out=whole_TI))
+    rest_TI = scaled_TI.sub_(whole_TI)
+    digits_DTI[1, :tokens].copy_(rest_TI.mul_(_SECOND_DIGIT).round_())
+    # The rows of both digits in one product: the kernel packs the weight at every call.
+    sums_DTO = scratch.take(2 * padded, len(codes_OI), torch.int32)
+    torch._int_mm(digits_DTI.flatten(0, 1), codes_OI.t(), out=sums_DTO)
+    sums_DTO = sums_DTO.view(2, padded, -1)
+    float_TO = output_TO if output_TO.dtype == torch.float32 else output_TO.float()
+    torch.div(sums_DTO[1, :tokens], _SECOND_DIGIT, out=float_TO)
+    float_TO.add_(sums_DTO[0, :tokens]).mul_(step_T1).mul_(scales_O)
+    if float_TO is not output_TO:
+        output_TO.copy_(float_TO)
 
 
 def has_int8_products(device: torch.device) -> bool:
