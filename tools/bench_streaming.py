@@ -1,0 +1,301 @@
+"""The streaming engine against its yardsticks: ratios within one run, on this machine.
+
+Figures, each the ratio of the medians of runs that alternate (above 1: ours is faster):
+
+    streamed      the same model resident in memory, same sweep and arithmetic, against streamed
+    masked        Hugging Face's own forward over the same tokens (fp32) against the masked sweep
+    int8          the same forward against the masked sweep with int8 products
+    offload       accelerate.disk_offload running the masks one at a time, against the masked sweep
+    cold          a plain sequential pread of the same bytes against a sweep of few windows, cold
+
+    python tools/make_shape_checkpoint.py llama-3.2-1b M
+    python tools/bench_streaming.py M [--figures streamed,masked,int8,offload,cold] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frugal_bonsai.memory.plan import SweepLimits
+from frugal_bonsai.model.units import UnitGroup
+from frugal_bonsai.run.prepare import Model, open_model
+from frugal_bonsai.stream.engine import FLOAT, INT8_PRODUCTS, Engine
+from frugal_bonsai.stream.int8_linear import Int8Scratch, Int8Weight
+from frugal_bonsai.stream.layers import LayerStream, Parameters
+from frugal_bonsai.stream.store import INT8, build_store
+
+CPU = torch.device("cpu")
+FIGURES = ("streamed", "masked", "int8", "offload", "cold")
+
+
+class HalfOff:
+    """A masker: each window keeps a random half of every group's columns, as a search's does."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor:
+        """Bool ``[B, C]``."""
+        generator = torch.Generator().manual_seed(self._seed + group.layer)
+        keep_U = torch.rand(group.count, generator=generator) > 0.5
+        return keep_U.repeat_interleave(group.columns_per_unit).expand(items.stop - items.start, -1)
+
+
+class Resident(LayerStream):
+    """A stream whose layers were all read, and dequantised where they are, before."""
+
+    def __init__(self, stream: LayerStream) -> None:
+        self.source, self.device, self.dtype = stream.source, stream.device, stream.dtype
+        self._layers = [_own(parameters) for _, parameters in stream.visit()]
+
+    def visit(self) -> Iterator[tuple[int, Parameters]]:
+        """As the stream did."""
+        yield from enumerate(self._layers)
+
+    def close(self) -> None:
+        """Let the layers go."""
+        self._layers = []
+
+
+def _own(parameters: Parameters) -> Parameters:
+    scratch, own = Int8Scratch(CPU), Parameters()
+    for name, value in parameters.items():
+        if isinstance(value, Int8Weight):
+            codes_OI = value.as_subclass(torch.Tensor).clone()
+            own[name] = Int8Weight(codes_OI, value.scales_O.clone(), scratch)
+        else:
+            own[name] = value.clone()
+    return own
+
+
+class Bench:
+    """One model, its store, and sweeps of windows over it."""
+
+    def __init__(self, model: Model, given: argparse.Namespace, work: Path) -> None:
+        self.model, self.given, self.work = model, given, work
+        self.store = build_store(work / "store", model.checkpoint, model.spec, weights=INT8)
+        generator = torch.Generator().manual_seed(0)
+        shape = (given.windows, given.window)
+        self.tokens_NS = torch.randint(model.spec.vocabulary, shape, generator=generator)
+        self.engines = {name: self._engine(name) for name in (FLOAT, INT8_PRODUCTS)}
+        self.heads = {
+            name: engine.evaluation_head(work / "head") for name, engine in self.engines.items()
+        }
+
+    def _engine(self, arithmetic: str) -> Engine:
+        spec, given = self.model.spec, self.given
+        micro_batch = max(1, given.micro_batch_tokens // given.window)
+        limits = SweepLimits(
+            micro_batch=micro_batch,
+            windows_in_flight=10**6,
+            resident_windows=0,
+            head_rows=max(1, 64 * 2**20 // (4 * spec.hidden)),
+            head_tokens=given.head_tokens,
+        )
+        return Engine(
+            self.model.checkpoint,
+            spec,
+            device=CPU,
+            dtype=torch.float32,
+            limits=limits,
+            arithmetic=arithmetic,
+        )
+
+    def sweep(self, arithmetic: str, stream: LayerStream, windows: int | None = None) -> None:
+        """One masked sweep."""
+        engine, tokens_NS = self.engines[arithmetic], self.tokens_NS[:windows]
+        engine.sweep.losses(stream, self.heads[arithmetic], tokens_NS, masker=HalfOff())
+
+    # -- figures --------------------------------------------------------------------------------
+    def streamed(self) -> None:
+        """Streamed against resident."""
+        for arithmetic, engine in self.engines.items():
+            with engine.evaluation_stream(self.store) as stream:
+                resident = Resident(stream)
+                self._compare(
+                    f"streamed, {arithmetic}",
+                    lambda r=resident, a=arithmetic: self.sweep(a, r),
+                    lambda s=stream, a=arithmetic: self.sweep(a, s),
+                )
+                resident.close()
+
+    def masked(self) -> None:
+        """Against Hugging Face's forward, fp32."""
+        self._against_forward("masked", FLOAT)
+
+    def int8(self) -> None:
+        """The int8 products against the same forward."""
+        self._against_forward("int8", INT8_PRODUCTS)
+
+    def _against_forward(self, name: str, arithmetic: str) -> None:
+        model = load_model(self.model.folder, torch.float32)
+        batches = sorted({1, min(4, self.given.windows), self.given.windows})
+        best = min(batches, key=lambda size: seconds(lambda: self._forward(model, size)))
+        with self.engines[arithmetic].evaluation_stream(self.store) as stream:
+            self._compare(
+                f"{name}, its forward in batches of {best} (the fastest of {batches})",
+                lambda: self._forward(model, best),
+                lambda: self.sweep(arithmetic, stream),
+            )
+
+    def _forward(self, model: Any, batch: int) -> None:
+        """Hugging Face's forward and the loss of every token."""
+        with torch.inference_mode():
+            for tokens_BS in self.tokens_NS.split(batch):
+                logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits[:, :-1]
+                torch.nn.functional.cross_entropy(
+                    logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten(), reduction="none"
+                )
+
+    def offload(self) -> None:
+        """Masks one at a time through accelerate.disk_offload, each on its window."""
+        from accelerate import disk_offload
+
+        folder = self.work / "offloaded"
+        model = load_model(self.model.folder, torch.bfloat16)
+        disk_offload(model, str(folder), execution_device=CPU)
+        masks = min(self.given.offload_masks, len(self.tokens_NS))
+
+        def one_at_a_time() -> None:
+            for window in range(masks):
+                with masked(model, self.model, window), torch.inference_mode():
+                    tokens_1S = self.tokens_NS[window : window + 1]
+                    model(input_ids=tokens_1S, labels=tokens_1S, use_cache=False)
+
+        for arithmetic, engine in self.engines.items():
+            with engine.evaluation_stream(self.store) as stream:
+                self._compare(
+                    f"offload (bf16), {masks} masks, against {arithmetic} over "
+                    f"{len(self.tokens_NS)}, seconds a mask",
+                    one_at_a_time,
+                    lambda s=stream, a=arithmetic: self.sweep(a, s),
+                    shares=(masks, len(self.tokens_NS)),
+                )
+
+    def cold(self) -> None:
+        """Few windows, nothing in the page cache."""
+        files = sorted((self.work / "store").iterdir()) + sorted((self.work / "head").iterdir())
+        buffer = bytearray(max(file.stat().st_size for file in files))
+
+        def plain() -> None:
+            drop(files)
+            for file in files:
+                with file.open("rb", buffering=0) as source:
+                    os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                    source.readinto(buffer)
+
+        with self.engines[INT8_PRODUCTS].evaluation_stream(self.store) as stream:
+
+            def sweep() -> None:
+                drop(files)
+                self.sweep(INT8_PRODUCTS, stream, self.given.cold_windows)
+
+            self._compare(
+                f"cold, {self.given.cold_windows} windows, {sum(map(size, files)) / 2**30:.2f} GiB",
+                plain,
+                sweep,
+            )
+
+    def _compare(
+        self,
+        name: str,
+        yardstick: Callable[[], None],
+        ours: Callable[[], None],
+        shares: tuple[int, int] = (1, 1),
+    ) -> None:
+        ours()  # buffers are there, lazily imported code is loaded
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(self.given.repeat):
+            for run, found, share in zip((yardstick, ours), times, shares, strict=True):
+                found.append(seconds(run) / share)
+        theirs, mine = (statistics.median(found) for found in times)
+        spread = max(max(found) / min(found) for found in times)
+        print(
+            f"| {name} | {theirs:.2f} s | {mine:.2f} s | **{theirs / mine:.2f}** | {spread:.2f} |",
+            flush=True,
+        )
+
+
+@contextmanager
+def masked(model: Any, opened: Model, window: int) -> Iterator[None]:
+    """The mask of one window as hooks on a Hugging Face model."""
+    handles, masker = [], HalfOff()
+    for group in opened.spec.table.groups:
+        keep_C = masker.columns(group, slice(window, window + 1))[0]
+        module = model.model.layers[group.layer].get_submodule(group.output)
+
+        def hook(_: Any, args: tuple[torch.Tensor], keep_C: torch.Tensor = keep_C) -> Any:
+            return (args[0] * keep_C,)
+
+        handles.append(module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model as anyone loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Of one run."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def size(file: Path) -> int:
+    """In bytes."""
+    return file.stat().st_size
+
+
+def drop(files: list[Path]) -> None:
+    """Out of the page cache with these files."""
+    for file in files:
+        with file.open("rb") as source, suppress(OSError):
+            os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--figures", default=",".join(FIGURES))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--cold-windows", type=int, default=1)
+    parser.add_argument("--offload-masks", type=int, default=2)
+    parser.add_argument("--micro-batch-tokens", type=int, default=1024)
+    parser.add_argument("--head-tokens", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="where the working store is written")
+    given = parser.parse_args()
+    chosen = given.figures.split(",")
+    if unknown := set(chosen) - set(FIGURES):
+        parser.error(f"unknown figures {sorted(unknown)}, known are {', '.join(FIGURES)}")
+    torch.set_num_threads(given.threads)
+    print("| figure | yardstick | ours | ratio | largest / smallest of the runs |")
+    print("|---|---|---|---|---|", flush=True)
+    with open_model(given.model) as model, tempfile.TemporaryDirectory(dir=given.work) as work:
+        bench = Bench(model, given, Path(work))
+        for figure in chosen:
+            getattr(bench, figure)()
+
+
+if __name__ == "__main__":
+    main()
