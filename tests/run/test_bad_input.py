@@ -78,12 +78,25 @@ def test_an_index_that_points_outside(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(model: Path, tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"],
+)
+def test_weights_that_are_not_finite(model: Path, tmp_path: Path, name: str, value: float) -> None:
     weights = load_file(model / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = value
+    weights[name].view(-1)[7] = value
     save_file(weights, model / "model.safetensors")
     text = prune(model, tmp_path)
-    assert "model.layers.2.mlp.up_proj.weight" in text and "1 of" in text
+    assert "model.safetensors" in text and name in text and "1 of" in text
+
+
+def test_eval_of_weights_that_are_not_finite(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors")
+    words = ("eval", model, "--text", model / "README.md", "--window", "64", "--windows", "2")
+    text = fail(*words, "--json")
+    assert "model.safetensors" in text and "model.norm.weight" in text
 
 
 def test_a_tensor_of_a_wrong_shape(model: Path, tmp_path: Path) -> None:
