@@ -117,6 +117,15 @@ def test_a_tensor_of_a_dtype_that_is_no_weight(model: Path, tmp_path: Path) -> N
     assert name in text and "I32" in text
 
 
+def test_a_tensor_that_the_architecture_does_not_have(model: Path, tmp_path: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.3.self_attn.o_proj.bias"  # config.json says attention_bias false
+    weights[name] = torch.ones(192, dtype=torch.bfloat16)
+    save_file(weights, model / "model.safetensors")
+    text = prune(model, tmp_path)
+    assert name in text and "attention_bias" in text
+
+
 def test_pickled_weights_alone(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     assert "save_pretrained" in prune(model, tmp_path)
@@ -145,6 +154,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         (("--max-cpu-mem", "lots"), "--max-cpu-mem"),
         (("--max-cpu-mem", "100MB"), "smallest --max-cpu-mem that works"),
         (("--device", "cuda"), "CUDA"),
+        (("--device", "tpu"), "'tpu' is not cpu, cuda or cuda:N"),
         (("--max-shard-size", "0"), "--max-shard-size"),
         (("--calibration", "no/such:thing"), "stdlib"),
     ],
@@ -168,6 +178,13 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
     (out / "mine.txt").write_text("keep me", encoding="utf-8")
     assert "exists" in prune("example", tmp_path)
     assert (out / "mine.txt").read_text(encoding="utf-8") == "keep me"
+
+
+def test_an_output_under_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep me", encoding="utf-8")
+    text = prune("example", tmp_path, "--out", tmp_path / "file" / "a" / "out")
+    assert "file is a file, not a folder" in text
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "keep me"
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
