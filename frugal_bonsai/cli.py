@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -242,10 +243,17 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        out = _option_value("--out")
-        hint = f"; finished rounds are in {out}.run, add --resume to continue" if out else ""
-        click.echo(f"frugal-bonsai: stopped{hint}", err=True)
+        click.echo(f"frugal-bonsai: stopped{_resume_hint(_option_value('--out'))}", err=True)
         sys.exit(130)
+
+
+def _resume_hint(out: str | None) -> str:
+    """What is left after Ctrl-C: a run without a finished round leaves no folder."""
+    if out is None:
+        return ""
+    if Path(f"{out}.run").is_dir():
+        return f"; finished rounds are in {out}.run, add --resume to continue"
+    return " before a round was finished; nothing is left behind"
 
 
 def _option_value(name: str) -> str | None:

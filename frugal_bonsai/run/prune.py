@@ -227,6 +227,8 @@ def _search(
     }
     folder = run_folder(out)
     state = StateFolder(folder, identity)
+    if resume and not state.exists:
+        engine.progress.note(f"--resume: {folder} holds no finished round, starting with the first")
     search = Search(
         engine,
         ready.settings,

@@ -174,6 +174,26 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_in_the_same_mask(tmp_path: Path)
     assert not (tmp_path / "stopped.run").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent another way on Windows")
+def test_ctrl_c_before_the_first_round_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "frugal_bonsai.cli", "prune", "example", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert running.stderr is not None
+    while "held-out perplexity" not in running.stderr.readline():
+        assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "nothing is left behind" in errors and "--resume" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tables_on_a_pipe_are_plain_and_name_the_load_line(tmp_path: Path) -> None:
     out = tmp_path / "table"
     done = frugal_bonsai(
