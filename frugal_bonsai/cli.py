@@ -209,7 +209,7 @@ def _watched(given: dict[str, Any]) -> Iterator[Any]:
 
     device = find_device(given["device"])
     budget = make_budget(device, given["max_gpu_mem"], given["max_cpu_mem"])
-    with make_progress(budget.host_bytes) as progress:
+    with make_progress(budget.host_bytes, gpu_cap_bytes=budget.gpu_bytes) as progress:
         yield progress
 
 

@@ -90,7 +90,14 @@ def evaluate_masks(
         masks_I, where_I = pairs, pairs // 2 % windows
     tokens_IS = torch.cat([windows_WS[where_I], windows_WS])
     masker = _WithUnmasked(DesignMasker(design, masks_I), len(pairs))
-    scores_I = _scores(engine, stream, tokens_IS, masker, utility)
+    each = windows if shared else 1
+
+    def name(wave: slice) -> str:
+        last = min(-(-wave.stop // each), len(pairs) // each)
+        first = min(wave.start // each + 1, last)
+        return f"masked evaluation, masks {first:,}-{last:,} of {len(pairs) // each:,}"
+
+    scores_I = _scores(engine, stream, tokens_IS, masker, utility, name)
     masked_I, base_W = scores_I[: len(pairs)], scores_I[len(pairs) :]
     perplexity = perplexity and utility is None
     if shared:
@@ -117,17 +124,14 @@ def _scores(
     tokens_IS: torch.Tensor,
     masker: Masker,
     utility: Utility | None,
+    name: Callable[[slice], str],
 ) -> torch.Tensor:
     """Utility of each pair, float64 ``[I]``: -mean NLL, or the user's own."""
     if utility is None:
-        losses_IS = engine.sweep.losses(
-            stream, engine.head, tokens_IS, masker=masker, name="masked evaluation"
-        )
+        losses_IS = engine.sweep.losses(stream, engine.head, tokens_IS, masker=masker, name=name)
         return -losses_IS.double().mean(1)
     scores: list[float] = []
-    for wave, hidden in engine.sweep.hidden_waves(
-        stream, tokens_IS, masker=masker, name="masked evaluation"
-    ):
+    for wave, hidden in engine.sweep.hidden_waves(stream, tokens_IS, masker=masker, name=name):
         with torch.inference_mode():
             for item in range(wave.stop - wave.start):
                 logits_SV = engine.head.logits(hidden.read(slice(item, item + 1)))[0]
