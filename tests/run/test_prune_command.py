@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -238,24 +239,17 @@ def test_a_utility_of_ones_own_need_not_be_differentiable(tmp_path: Path) -> Non
     assert summary["sparsity"] == pytest.approx(0.1, abs=0.01)
 
 
-def test_windows_sampled_from_the_model_itself(tmp_path: Path) -> None:
-    summary = succeed(
-        "prune",
-        "example",
-        "--out",
-        tmp_path / "self",
-        "--calibration",
-        "self",
-        "--sparsity",
-        "0.05",
-        "--method",
-        "local",
-        "--windows",
-        "4",
-        "--window",
-        "32",
-        "--max-cpu-mem",
-        "2GB",
-    )
+def test_windows_sampled_from_the_model_itself_and_its_time_said_first(tmp_path: Path) -> None:
+    words = ("example", "--calibration", "self", "--sparsity", "0.05", "--method", "local")
+    words += ("--windows", "4", "--window", "32", "--max-cpu-mem", "2GB")
+    said = re.compile(r"5 windows of 32 tokens are sampled .* 31 sweeps .* about \d+ s")
+    plan = succeed("plan", *words)
+    assert any(said.search(note) for note in plan["notes"])
+    assert any(i["name"].startswith("KV cache of the text") for i in plan["items"])
+    done = frugal_bonsai("prune", *words, "--out", tmp_path / "self", "--json")
+    assert done.returncode == 0, done.stderr
+    told = said.search(done.stderr)
+    assert told is not None and told.start() < done.stderr.index("sampling calibration text")
+    summary = json.loads(done.stdout)
     assert summary["calibration"]["source"].startswith("self")
     assert summary["calibration"]["windows"] == 4
