@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from frugal_bonsai.errors import FrugalBonsaiError
+from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -237,27 +237,28 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except FrugalBonsaiError as error:
-        click.echo(f"frugal-bonsai: {error}", err=True)
+        hint = _kept_hint(_option_value("--out")) if isinstance(error, OutputError) else ""
+        click.echo(f"frugal-bonsai: {error}{hint}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(f"frugal-bonsai: stopped{_resume_hint(_option_value('--out'))}", err=True)
+        out = _option_value("--out")
+        nothing = " before a round was finished; nothing is left behind" if out else ""
+        click.echo(f"frugal-bonsai: stopped{_kept_hint(out) or nothing}", err=True)
         sys.exit(130)
 
 
-def _resume_hint(out: str | None) -> str:
-    """What is left after Ctrl-C: a run without a finished round leaves no folder."""
-    if out is None:
+def _kept_hint(out: str | None) -> str:
+    """How to go on, where a run is kept: one without a finished round leaves no folder."""
+    if out is None or not Path(f"{out}.run").is_dir():
         return ""
-    if Path(f"{out}.run").is_dir():
-        return f"; finished rounds are in {out}.run, add --resume to continue"
-    return " before a round was finished; nothing is left behind"
+    return f"; finished rounds are in {out}.run, add --resume to continue"
 
 
 def _option_value(name: str) -> str | None:
-    """The value of an option as typed, for the message after Ctrl-C."""
+    """The value of an option as typed, for the message about a run that ended early."""
     for at, word in enumerate(sys.argv):
         if word == name and at + 1 < len(sys.argv):
             return sys.argv[at + 1].rstrip("/\\")

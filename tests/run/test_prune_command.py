@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT, fail, frugal_bonsai, python, succeed
 
+from frugal_bonsai.errors import OutputError
+
 # Small, but the whole method: rounds, masks, regression, recovery, verify.
 QUICK = ("--windows", "12", "--window", "128", "--masks", "4", "--mask-windows", "4")
 
@@ -193,6 +195,25 @@ def test_ctrl_c_before_the_first_round_leaves_nothing_and_says_so(tmp_path: Path
     assert running.returncode == 130, errors
     assert "nothing is left behind" in errors and "--resume" not in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_run_for_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("prune", "example", "--out", tmp_path / "out", "--sparsity", "0.1", "--step", "0.1")
+    words += ("--method", "local", "--max-cpu-mem", "4GB", *QUICK[:4])
+
+    def full(*_: object) -> None:
+        raise OutputError("out: the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("frugal_bonsai.rewrite.shrink.require_free_space", full)
+        errors = fail(*words)
+    run = tmp_path / "out.run"
+    assert f"the disk is full; finished rounds are in {run}, add --resume" in errors
+    assert list(tmp_path.iterdir()) == [run]
+    summary = succeed(*words, "--resume")
+    assert len(summary["rounds"]) == 1 and not run.exists()
 
 
 def test_tables_on_a_pipe_are_plain_and_name_the_load_line(tmp_path: Path) -> None:
