@@ -9,12 +9,14 @@ Shape suffixes: M masks, W mask windows, I pairs, S tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from frugal_bonsai.bonsai.design import Design, DesignMasker
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.forward import Masker
@@ -80,6 +82,9 @@ def evaluate_masks(
         shared: every mask runs on every window and gives one observation.
         perplexity: utility is -perplexity instead of -mean NLL.
         utility: a user's own, instead of both.
+
+    Raises:
+        OptionError: the user's own utility is no finite number.
     """
     windows = len(windows_WS)
     pairs = torch.arange(masks * windows)
@@ -135,5 +140,11 @@ def _scores(
         with torch.inference_mode():
             for item in range(wave.stop - wave.start):
                 logits_SV = engine.head.logits(hidden.read(slice(item, item + 1)))[0]
-                scores.append(float(utility(logits_SV, tokens_IS[wave.start + item])))
+                score = float(utility(logits_SV, tokens_IS[wave.start + item]))
+                if not math.isfinite(score):
+                    raise OptionError(
+                        f"utility: returned {score} for a masked sub-model, expected a finite "
+                        "number, higher is better; return a very low one where it is undefined"
+                    )
+                scores.append(score)
     return torch.tensor(scores, dtype=torch.float64)

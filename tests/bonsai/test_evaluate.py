@@ -23,6 +23,7 @@ from frugal_bonsai.bonsai.design import (
     draw_unit_masks,
 )
 from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import NATIVE, build_store
 
@@ -219,3 +220,22 @@ def test_progress_says_which_masks_are_evaluated(
             perplexity=False,
         )
     assert seen.names == [f"masked evaluation, {masks}" for masks in expected]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_utility_that_is_no_number_is_refused(tiny: Tiny, value: float) -> None:
+    engine, mask = tiny.engine(), KeepMask(tiny.spec.table)
+    with (
+        engine.stream(tiny.source()) as stream,
+        pytest.raises(OptionError, match=f"utility: returned {value}"),
+    ):
+        evaluate_masks(
+            engine,
+            stream,
+            _design(mask, MASKS),
+            MASKS,
+            random_windows(WINDOWS, WINDOW),
+            shared=True,
+            perplexity=False,
+            utility=lambda logits_SV, tokens_S: value,
+        )
