@@ -12,7 +12,9 @@ import torch
 from commands import fail, frugal_bonsai
 from safetensors.torch import load_file, save_file
 
+from frugal_bonsai.checkpoint.folder import SINGLE_FILE
 from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.text.windows import load_tokenizer
 
 
 @pytest.fixture
@@ -126,9 +128,19 @@ def test_a_tensor_that_the_architecture_does_not_have(model: Path, tmp_path: Pat
     assert name in text and "attention_bias" in text
 
 
-def test_pickled_weights_alone(model: Path, tmp_path: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    assert "save_pretrained" in prune(model, tmp_path)
+def test_pickled_weights_alone_and_the_line_that_converts_them(model: Path, tmp_path: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    text = prune(model, tmp_path)
+    assert "pytorch_model.bin" in text
+    line = text.split('python -c "')[1].rsplit('"', 1)[0]
+    exec(line, {})
+    converted = tmp_path / "model-safetensors"
+    # It has all that a prune needs: this one goes on to the next error.
+    assert "uniform layout can hold" in prune(converted, tmp_path, "--sparsity", "0.999")
+    load_tokenizer(converted)
+    expected = torch.load(model / "pytorch_model.bin")
+    assert all(torch.equal(w, expected[n]) for n, w in load_file(converted / SINGLE_FILE).items())
 
 
 def test_an_architecture_without_a_table(model: Path, tmp_path: Path) -> None:
