@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
-from frugal_bonsai.errors import FrugalBonsaiError
+from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -208,7 +209,7 @@ def _watched(given: dict[str, Any]) -> Iterator[Any]:
 
     device = find_device(given["device"])
     budget = make_budget(device, given["max_gpu_mem"], given["max_cpu_mem"])
-    with make_progress(budget.host_bytes) as progress:
+    with make_progress(budget.host_bytes, gpu_cap_bytes=budget.gpu_bytes) as progress:
         yield progress
 
 
@@ -236,20 +237,28 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except FrugalBonsaiError as error:
-        click.echo(f"frugal-bonsai: {error}", err=True)
+        hint = _kept_hint(_option_value("--out")) if isinstance(error, OutputError) else ""
+        click.echo(f"frugal-bonsai: {error}{hint}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         out = _option_value("--out")
-        hint = f"; finished rounds are in {out}.run, add --resume to continue" if out else ""
-        click.echo(f"frugal-bonsai: stopped{hint}", err=True)
+        nothing = " before a round was finished; nothing is left behind" if out else ""
+        click.echo(f"frugal-bonsai: stopped{_kept_hint(out) or nothing}", err=True)
         sys.exit(130)
 
 
+def _kept_hint(out: str | None) -> str:
+    """How to go on, where a run is kept: one without a finished round leaves no folder."""
+    if out is None or not Path(f"{out}.run").is_dir():
+        return ""
+    return f"; finished rounds are in {out}.run, add --resume to continue"
+
+
 def _option_value(name: str) -> str | None:
-    """The value of an option as typed, for the message after Ctrl-C."""
+    """The value of an option as typed, for the message about a run that ended early."""
     for at, word in enumerate(sys.argv):
         if word == name and at + 1 < len(sys.argv):
             return sys.argv[at + 1].rstrip("/\\")

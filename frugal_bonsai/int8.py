@@ -8,6 +8,7 @@ Shape suffixes: O output rows, I input columns.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,10 +20,16 @@ _BLOCK_BYTES = 8 * 2**20
 
 def has_bitsandbytes() -> bool:
     """Whether bitsandbytes can be imported here (it has no wheel for some platforms)."""
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    # It warns of kernels of its 4-bit path, which nothing here needs.
+    logger.setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401  # the import is the question
     except ImportError:
         return False
+    finally:
+        logger.setLevel(level)
     return True
 
 

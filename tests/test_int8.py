@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -98,3 +99,12 @@ def test_without_bitsandbytes_the_torch_path_is_taken(monkeypatch: pytest.Monkey
     weight_OI = _weight(5, 8)
     found, expected = quantise_rows(weight_OI), quantise_rows(weight_OI, use_bitsandbytes=False)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_asking_for_bitsandbytes_says_nothing() -> None:
+    """It warns of missing 4-bit kernels on some processors, in the middle of our progress."""
+    code = "from frugal_bonsai.int8 import has_bitsandbytes; has_bitsandbytes()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout + done.stderr == ""

@@ -3,6 +3,7 @@
 # a memory cap, prints before and after.   bash tools/quickstart.sh [DIR]
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" "."
 out="${1:-out/example-50}"
-rm -rf "$out" "$out.run"
+# So that it works twice in a row; a folder that the user names is not removed.
+[ $# -gt 0 ] || rm -rf "$out" "$out.run"
 mkdir -p "$(dirname "$out")"
 "$bin/frugal-bonsai" prune example --sparsity 0.5 --out "$out" --max-cpu-mem 2GB

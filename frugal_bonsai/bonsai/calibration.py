@@ -84,10 +84,6 @@ def sample_windows(
         else first_token
     )
     cache = DynamicCache()
-    engine.progress.note(
-        f"sampling {count} windows of {window} tokens from the model: {window - 1} sweeps over its "
-        f"layers; the time left is shown after the first"
-    )
     engine.progress.sweep("sampling calibration text", window - 1, count * (window - 1))
     with torch.inference_mode(), engine.native() as stream:
         for position in range(window - 1):

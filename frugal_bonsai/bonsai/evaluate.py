@@ -9,12 +9,14 @@ Shape suffixes: M masks, W mask windows, I pairs, S tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from frugal_bonsai.bonsai.design import Design, DesignMasker
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.forward import Masker
@@ -83,6 +85,9 @@ def evaluate_masks(
         shared: every mask runs on every window and gives one observation.
         perplexity: utility is -perplexity instead of -mean NLL.
         utility: a user's own, instead of both.
+
+    Raises:
+        OptionError: the user's own utility is no finite number.
     """
     windows = len(windows_WS)
     pairs = torch.arange(masks * windows)
@@ -93,7 +98,14 @@ def evaluate_masks(
         masks_I, where_I = pairs, pairs // 2 % windows
     tokens_IS = torch.cat([windows_WS[where_I], windows_WS])
     masker = _WithUnmasked(DesignMasker(design, masks_I), len(pairs))
-    scores_I = _scores(engine, stream, head, tokens_IS, masker, utility)
+    each = windows if shared else 1
+
+    def name(wave: slice) -> str:
+        last = min(-(-wave.stop // each), len(pairs) // each)
+        first = min(wave.start // each + 1, last)
+        return f"masked evaluation, masks {first:,}-{last:,} of {len(pairs) // each:,}"
+
+    scores_I = _scores(engine, stream, head, tokens_IS, masker, utility, name)
     masked_I, base_W = scores_I[: len(pairs)], scores_I[len(pairs) :]
     perplexity = perplexity and utility is None
     if shared:
@@ -121,19 +133,22 @@ def _scores(
     tokens_IS: torch.Tensor,
     masker: Masker,
     utility: Utility | None,
+    name: Callable[[slice], str],
 ) -> torch.Tensor:
     """Utility of each pair, float64 ``[I]``: -mean NLL, or the user's own."""
     if utility is None:
-        losses_IS = engine.sweep.losses(
-            stream, head, tokens_IS, masker=masker, name="masked evaluation"
-        )
+        losses_IS = engine.sweep.losses(stream, head, tokens_IS, masker=masker, name=name)
         return -losses_IS.double().mean(1)
     scores: list[float] = []
-    for wave, hidden in engine.sweep.hidden_waves(
-        stream, tokens_IS, masker=masker, name="masked evaluation"
-    ):
+    for wave, hidden in engine.sweep.hidden_waves(stream, tokens_IS, masker=masker, name=name):
         with torch.inference_mode():
             for item in range(wave.stop - wave.start):
                 logits_SV = head.logits(hidden.read(slice(item, item + 1)))[0]
-                scores.append(float(utility(logits_SV, tokens_IS[wave.start + item])))
+                score = float(utility(logits_SV, tokens_IS[wave.start + item]))
+                if not math.isfinite(score):
+                    raise OptionError(
+                        f"utility: returned {score} for a masked sub-model, expected a finite "
+                        "number, higher is better; return a very low one where it is undefined"
+                    )
+                scores.append(score)
     return torch.tensor(scores, dtype=torch.float64)

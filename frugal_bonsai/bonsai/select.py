@@ -222,8 +222,17 @@ def check_reachable(mask: KeepMask, sparsity: float, rules: LayoutRules, blocks:
     """Refuse a sparsity that the layout cannot hold.
 
     Raises:
-        OptionError: even the smallest legal counts leave too much.
+        OptionError: even the smallest legal counts leave too much, or the layout is uniform and the
+            model's layers already differ in width.
     """
+    for kind in mask.table.kinds:
+        counts = {group.count for group in mask.table.groups if group.kind == kind}
+        if rules.uniform and len(counts) > 1:
+            raise OptionError(
+                "--layout: uniform keeps the same number of units in every layer, but this model's "
+                f"have {min(counts)} to {max(counts)} {kind} units: it has been pruned already; "
+                "take --layout per-layer, or prune the dense model that it was made from"
+            )
     most = 0
     for group in mask.table.groups:
         smallest = rules.legal_counts(group.kind, group.count)[0]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from frugal_bonsai.bonsai.prior import Prior
-from frugal_bonsai.checkpoint.commit import write_json
+from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import write_tensors
@@ -75,7 +75,7 @@ class StateFolder:
         """Commit the state of a finished round; the round's refits are in its folder already."""
         number = len(state.rounds)
         folder = self.round_folder(number)
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         if state.prior is not None:
             write_tensors(folder / "prior.safetensors", {"score": state.prior.score_N})
         write_json(
@@ -144,7 +144,7 @@ class StateFolder:
     def save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
         """Keep one layer's refit projections for round ``number``."""
         folder = self.round_folder(number)
-        folder.mkdir(parents=True, exist_ok=True)
+        _make_folder(folder)
         write_tensors(folder / f"refit_{layer:05d}.safetensors", weights)
 
     def refits(
@@ -169,6 +169,11 @@ class StateFolder:
                 stay_K = now[then].nonzero().flatten()
                 readers[name] = _RefitReader(path, name, piece.axis, stay_K)
         return readers
+
+
+def _make_folder(folder: Path) -> None:
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:

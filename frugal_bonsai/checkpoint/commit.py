@@ -112,7 +112,7 @@ def require_no_output(out: Path) -> None:
     """Check that a directory can still be created under this name.
 
     Raises:
-        OutputError: something is there, other than an empty directory.
+        OutputError: something is there, other than an empty directory, or a folder above is none.
     """
     with output_errors(out):
         if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -121,6 +121,9 @@ def require_no_output(out: Path) -> None:
             raise OutputError(
                 f"{out}: the output directory exists and is not empty; name another, or remove it"
             )
+        above = next(folder for folder in out.absolute().parents if folder.exists())
+        if not above.is_dir():
+            raise OutputError(f"{out}: {above} is a file, not a folder; name another directory")
 
 
 def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -179,8 +179,9 @@ def _no_weights(folder: Path) -> str:
         return (
             f"{folder}: has only pickled weights ({', '.join(pickles)}), which can run code when "
             "they are opened; convert them once, if you trust them, with\n"
-            '  python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained({str(folder)!r}, dtype='auto')"
-            f'.save_pretrained({str(folder) + "-safetensors"!r}, safe_serialization=True)"'
+            '  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"a, b = {str(folder)!r}, {str(folder) + '-safetensors'!r}; "
+            "M.from_pretrained(a, dtype='auto').save_pretrained(b); "
+            'T.from_pretrained(a).save_pretrained(b)"'
         )
     return f"{folder}: has no weights, {expected}; download the model again"

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
+from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.checkpoint.folder import find_tensors, read_config
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.errors import CheckpointError
@@ -43,8 +44,6 @@ TORCH_NAMES = {
     "U64": "uint64",
     "F64": "float64",
 }
-
-_CHECK_CHUNK_ELEMENTS = 2**20  # elements that the finiteness check looks at together
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -122,7 +121,7 @@ class Checkpoint:
         entry = self._entry(name)
         tensor = self.read_into(name, torch.empty(entry.size_bytes, dtype=torch.uint8))
         if check_finite:
-            self._check_finite(entry, tensor)
+            require_finite(entry, tensor)
         return tensor
 
     def read_into(self, name: str, buffer_uint8: torch.Tensor) -> torch.Tensor:
@@ -252,24 +251,6 @@ class Checkpoint:
             if path not in self._files:
                 self._files[path] = ReadFile(path)
             return self._files[path]
-
-    def _check_finite(self, entry: TensorEntry, tensor: torch.Tensor) -> None:
-        """Refuse NaN and infinity, looking at a chunk at a time."""
-        if not tensor.dtype.is_floating_point:
-            return
-        bad = 0
-        flat = tensor.view(-1)
-        for begin in range(0, len(flat), _CHECK_CHUNK_ELEMENTS):
-            chunk = flat[begin : begin + _CHECK_CHUNK_ELEMENTS]
-            if chunk.element_size() == 1:  # torch has no isfinite for 8-bit floats
-                chunk = chunk.float()
-            bad += chunk.numel() - int(chunk.isfinite().sum())
-        if bad:
-            raise CheckpointError(
-                f"{entry.file}: tensor {entry.name!r}: {bad} of {tensor.numel()} values are NaN or "
-                "infinite; such a model cannot be pruned: download it again or use another "
-                "checkpoint"
-            )
 
 
 def _buffer_view(entry: TensorEntry, buffer_uint8: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.checkpoint.finite import require_finite_on_disk
+from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.layers import LayerStream
 
@@ -39,6 +41,17 @@ class Perplexity:
 def measure_perplexity(
     engine: Engine, stream: LayerStream, windows_NS: torch.Tensor, *, name: str = "perplexity"
 ) -> Perplexity:
-    """Perplexity of a streamed model on windows of tokens."""
+    """Perplexity of a streamed model on windows of tokens.
+
+    Raises:
+        CheckpointError: the mean loss is no finite number; names the weights that cause it.
+    """
     losses_NS = engine.losses(stream, windows_NS, name)
-    return Perplexity(nll=float(losses_NS.double().mean()), tokens=losses_NS.numel())
+    nll = float(losses_NS.double().mean())
+    if not math.isfinite(nll):
+        require_finite_on_disk(engine.checkpoint, engine.checkpoint.tensors)
+        raise CheckpointError(
+            f"{engine.checkpoint.folder}: {name}: the mean loss is {nll}, though all weights are "
+            f"finite: the model overflows in {engine.dtype}; use another checkpoint"
+        )
+    return Perplexity(nll=nll, tokens=losses_NS.numel())

@@ -8,11 +8,12 @@ is told to give freed blocks back at once.
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from frugal_bonsai.errors import BudgetError
+from frugal_bonsai.errors import BudgetError, OptionError
 from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -51,14 +52,22 @@ def find_device(device: str | None = None) -> torch.device:
     """The device to compute on: what the user names, else the GPU if there is one.
 
     Raises:
-        BudgetError: a GPU was asked for and there is none.
+        OptionError: no name of a device.
+        BudgetError: a GPU was asked for and there is none, or none of that number.
     """
     import torch
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BudgetError(f"--device: {device} was asked for, but torch finds no CUDA device here")
+    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", device, re.ASCII) is None:
+        raise OptionError(f"--device: {device!r} is not cpu, cuda or cuda:N")
+    if device.startswith("cuda"):
+        found, number = torch.cuda.device_count(), torch.device(device).index or 0
+        if number >= found:
+            raise BudgetError(
+                f"--device: {device} was asked for, but torch finds "
+                f"{found or 'no'} CUDA device{'s' * (found > 1)} here"
+            )
     return torch.device(device)
 
 

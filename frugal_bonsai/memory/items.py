@@ -4,7 +4,8 @@ In: shapes, caps, the work, a choice of micro-batch and windows in flight. Out: 
 Pure. The formulas are explained and compared with measurements in docs/memory.md.
 
 Legend: P parameters of the largest layer, H hidden, I FFN channels, V vocabulary, S tokens of a
-window, m windows of a micro-batch, n windows in flight, c bytes of a compute element.
+window, m windows of a micro-batch, n windows in flight, c bytes of a compute element, L layers, K
+KV heads of D elements.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Work:
         weights: ``"int8"`` or ``"native"`` working store; None streams the checkpoint itself.
         full_logits: a custom utility needs all logits of a window.
         store_copies: stores on disk (dense and working).
+        sampled: windows that are sampled from the model first, together; 0 for none.
     """
 
     window: int
@@ -71,6 +73,7 @@ class Work:
     weights: str | None = None
     full_logits: bool = False
     store_copies: int = 0
+    sampled: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +180,8 @@ class PlanItems:
         items += self._head_items(choice, near)
         if self._work.gram:
             items += self._gram(near)
+        if self._work.sampled:
+            items.append(self._sampling(near))
         if choice.keep_inputs:
             tokens = choice.in_flight * self._work.window
             columns = self._columns[ATTENTION] + self._columns[FFN]
@@ -295,6 +300,17 @@ class PlanItems:
                 formula="tokens * v * 8 (logits and their exponentials)",
             ),
         ]
+
+    def _sampling(self, near: str) -> PlanItem:
+        # A cache grows by concatenation: while a layer's does, its old one is held too.
+        spec, windows = self._spec, self._work.sampled
+        cache = 2 * self._work.window * spec.kv_heads * spec.head_dim * (spec.layers + 1)
+        return PlanItem(
+            name="KV cache of the text that is sampled",
+            where=near,
+            size_bytes=windows * (cache * self._compute + 12 * spec.vocabulary),
+            formula="windows*(2*S*K*D*(L+1)*c + 12*V)",
+        )
 
     def _gram(self, near: str) -> list[PlanItem]:
         widest = max(self._columns.values())

@@ -34,6 +34,14 @@ def peak_resident_bytes() -> int:
     return int(peak) * (1 if sys.platform == "darwin" else 1024)
 
 
+def reserved_gpu_bytes() -> int:
+    """Memory that torch's allocator has reserved now on all GPUs; 0 before torch is there."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return sum(int(torch.cuda.memory_reserved(n)) for n in range(torch.cuda.device_count()))
+
+
 def peak_gpu_bytes(device: torch.device) -> int | None:
     """Largest memory that torch's allocator has reserved on a GPU; None on a CPU."""
     if device.type != "cuda":

@@ -33,22 +33,23 @@ def compare_logits(
         windows_NS: a few windows; their first tokens are used.
 
     Raises:
-        VerifyError: the difference is larger than the compute dtype explains.
+        VerifyError: the difference is larger than the compute dtype explains, or is no number.
     """
     tokens_NS = windows_NS[:, :VERIFY_TOKENS]
     with parent.stream(masked) as stream:
         expected = parent.sweep.run(stream, tokens_NS, name="verify: masked parent")
     with rewritten.native() as stream:
         found = rewritten.sweep.run(stream, tokens_NS, name="verify: rewritten model")
-    largest, scale = 0.0, 0.0
+    # Tensors: Python's max would drop a NaN.
+    largest = scale = torch.zeros((), device=parent.device)
     with torch.inference_mode():
         for window in range(len(tokens_NS)):
             one = slice(window, window + 1)
             wanted_SV = parent.head.logits(expected.read(one))
             difference_SV = wanted_SV - rewritten.head.logits(found.read(one))
-            scale = max(scale, float(wanted_SV.abs().max()))
-            largest = max(largest, float(difference_SV.abs().max()))
-    relative = largest / max(scale, 1e-30)
+            scale = torch.maximum(scale, wanted_SV.abs().max())
+            largest = torch.maximum(largest, difference_SV.abs().max())
+    relative = float(largest) / max(float(scale), 1e-30)
     if not relative <= TOLERANCE[parent.dtype]:
         raise VerifyError(
             f"the rewritten model's logits differ from the masked parent's by {relative:.2e} of "

@@ -24,9 +24,15 @@ from frugal_bonsai.run.prepare import (
     measured_base_bytes,
     open_model,
 )
+from frugal_bonsai.text.sources import SELF
 
 if TYPE_CHECKING:
     import torch
+
+    from frugal_bonsai.memory.hardware import HardwareProfile
+
+# What one call of a layer costs beside its arithmetic, which is small for one token a window.
+_LAYER_CALL_SECONDS = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +112,7 @@ def plan_prune(
         weights=settings.weights,
         full_logits=custom_utility,
         store_copies=2,
+        sampled=sampled_windows(ready),
     )
     base = measured_base_bytes(model.spec, int8=settings.weights == "int8")
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
@@ -158,11 +165,8 @@ def describe_plan(
         store_bytes=one_store,
     )
     notes = list(ready.budget.notes)
-    if ready.source == "self":
-        notes.append(
-            f"calibration text is sampled from the model first: {ready.window - 1} sweeps over "
-            f"all layers, about {_sampling_seconds(profile, model, one_store, ready.window):.0f} s"
-        )
+    if ready.source == SELF:
+        notes.append(_sampling_note(model, ready, profile))
     return {
         "model": model.name,
         "family": model.spec.family.model_type,
@@ -203,6 +207,32 @@ def plan_items(memory: MemoryPlan) -> list[dict[str, Any]]:
     ]
 
 
-def _sampling_seconds(profile: Any, model: Model, store_bytes: int, window: int) -> float:
-    # Sampling streams the checkpoint in its own precision, about twice the int8 store.
-    return float(window * 2 * store_bytes / profile.disk_bytes_per_second)
+def sampling_note(model: Model, ready: Prepared) -> str:
+    """How long ``self`` samples its windows, for who is about to wait for it."""
+    from frugal_bonsai.memory.hardware import measure_profile
+    from frugal_bonsai.stream.engine import compute_dtype
+
+    file = next(iter(model.checkpoint.tensors.values())).file
+    return _sampling_note(
+        model, ready, measure_profile(model.spec, ready.device, compute_dtype(ready.device), file)
+    )
+
+
+def _sampling_note(model: Model, ready: Prepared, profile: HardwareProfile) -> str:
+    from frugal_bonsai.report.words import duration
+
+    sweeps, count = ready.window - 1, sampled_windows(ready)
+    disk = sweeps * model.checkpoint.weight_bytes / profile.disk_bytes_per_second
+    compute = sweeps * count * 2 * model.spec.parameters / profile.flops
+    calls = sweeps * model.spec.layers * _LAYER_CALL_SECONDS
+    return (
+        f"{count} windows of {ready.window} tokens are sampled from the model first: {sweeps} "
+        f"sweeps over all its layers, one a token, about {duration(max(disk, compute + calls))}"
+    )
+
+
+def sampled_windows(ready: Prepared) -> int:
+    """Windows that ``self`` samples: to search on and to hold out; 0 for other sources."""
+    from frugal_bonsai.bonsai.calibration import held_out_count
+
+    return ready.windows + held_out_count(ready.windows) if ready.source == SELF else 0

@@ -20,16 +20,24 @@ from frugal_bonsai.checkpoint.commit import (
     require_no_output,
     staged_directory,
 )
+from frugal_bonsai.checkpoint.finite import require_finite_on_disk
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import describe_model
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.options import PruneOptions
-from frugal_bonsai.run.plan import Prepared, plan_prune, prepare
+from frugal_bonsai.run.plan import (
+    Prepared,
+    plan_prune,
+    prepare,
+    sampled_windows,
+    sampling_note,
+)
 from frugal_bonsai.run.prepare import Model, make_engine, open_model, read_windows
 from frugal_bonsai.run.summary import Job, Texts, describe, load_line, write_papers
 from frugal_bonsai.sizes import parse_bytes
+from frugal_bonsai.text.sources import SELF
 
 if TYPE_CHECKING:
     from frugal_bonsai.bonsai.calibration import Calibration
@@ -95,6 +103,8 @@ def prune(
         if on_plan is not None:
             on_plan(memory)
         require_free_space(out.parent, memory.total_bytes("disk"), "the working stores")
+        # Those of the layers are checked as the working store is written.
+        require_finite_on_disk(opened.checkpoint, opened.spec.other_tensors)
         engine = make_engine(opened.checkpoint, opened.spec, memory, ready.device, progress)
         calibration = _calibrate(opened, ready, texts, engine)
         source = texts.source_name
@@ -147,7 +157,7 @@ def _read_texts(model: Model, ready: Prepared, options: PruneOptions) -> Texts:
         eval_name, eval_NS = read_windows(
             model, options.eval_text, ready.window, windows=None, option="--eval-text"
         )
-    if ready.source == "self":
+    if ready.source == SELF:
         return Texts(
             source_name="self (sampled from the model)",
             windows_nS=None,
@@ -169,14 +179,15 @@ def _read_texts(model: Model, ready: Prepared, options: PruneOptions) -> Texts:
 
 
 def _calibrate(model: Model, ready: Prepared, texts: Texts, engine: Engine) -> Calibration:
-    from frugal_bonsai.bonsai.calibration import held_out_count, sample_windows, split_windows
+    from frugal_bonsai.bonsai.calibration import sample_windows, split_windows
 
     windows_nS = texts.windows_nS
     if windows_nS is None:
+        engine.progress.note(sampling_note(model, ready))
         first = model.spec.config.get("bos_token_id")
         windows_nS = sample_windows(
             engine,
-            ready.windows + held_out_count(ready.windows),
+            sampled_windows(ready),
             ready.window,
             first_token=first if isinstance(first, int) else None,
             seed=ready.settings.seed,
@@ -224,6 +235,8 @@ def _search(
     }
     folder = run_folder(out)
     state = StateFolder(folder, identity)
+    if resume and not state.exists:
+        engine.progress.note(f"--resume: {folder} holds no finished round, starting with the first")
     search = Search(
         engine,
         ready.settings,

@@ -11,7 +11,7 @@ of an output projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -71,7 +71,7 @@ class Sweep:
         tokens_NS: torch.Tensor,
         *,
         masker: Masker | None = None,
-        name: str = "evaluating",
+        name: str | Callable[[slice], str] = "evaluating",
     ) -> torch.Tensor:
         """Negative log-likelihood of tokens 2..S of each pair, fp32 ``[N, S-1]`` on the CPU."""
         losses = []
@@ -81,11 +81,21 @@ class Sweep:
         return torch.cat(losses).clone()
 
     def hidden_waves(
-        self, stream: LayerStream, tokens_NS: torch.Tensor, *, masker: Masker | None, name: str
+        self,
+        stream: LayerStream,
+        tokens_NS: torch.Tensor,
+        *,
+        masker: Masker | None,
+        name: str | Callable[[slice], str],
     ) -> Iterator[tuple[slice, HiddenStates]]:
-        """Run all pairs, as many at a time as the plan lets in flight; yield each wave's end."""
+        """Run all pairs, as many at a time as the plan lets in flight; yield each wave's end.
+
+        The name of the sweep, for the progress, may be made from the wave's pairs.
+        """
         for wave in self.waves(len(tokens_NS)):
-            yield wave, self.run(stream, tokens_NS[wave], masker=_shifted(masker, wave), name=name)
+            called = name if isinstance(name, str) else name(wave)
+            shifted = _shifted(masker, wave)
+            yield wave, self.run(stream, tokens_NS[wave], masker=shifted, name=called)
 
     def run(
         self,

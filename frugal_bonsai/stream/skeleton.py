@@ -83,16 +83,24 @@ class Skeleton:
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
     def _check_tensors(self, model: nn.Module) -> None:
-        """Every parameter of the model must be in the checkpoint, in the same shape.
+        """Every parameter of the model must be in the checkpoint, in the same shape, and no other.
 
-        Shapes of what units own are the family table's to check: they may differ by layer.
+        Shapes of what units own are the family table's to check: they may differ by layer. Tensors
+        outside the layers that have no place are found as they are loaded.
         """
         spec, where = self.spec, self._checkpoint.folder
         owned = {piece.tensor for group in spec.table.groups for piece in group.slices}
         found = dict(spec.other_tensors)
         for layer, tensors in enumerate(spec.layer_tensors):
             found |= {spec.prefix(layer) + name: shape for name, shape in tensors.items()}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in sorted(found.keys() - spec.other_tensors.keys() - parameters.keys()):
+            raise CheckpointError(
+                f"{self._checkpoint.tensors[name].file}: tensor {name!r} has no place in "
+                f"{type(model).__name__} with this config.json (a bias needs attention_bias or "
+                "mlp_bias there); does config.json belong to these weights?"
+            )
+        for name, parameter in parameters.items():
             if spec.tied and name == spec.family.head:
                 continue
             if name not in found:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
@@ -105,7 +106,8 @@ def build_store(
     """
     if weights not in (INT8, NATIVE):
         raise OptionError(f"--weights: {weights!r} is not one of {INT8}, {NATIVE}")
-    folder.mkdir(parents=True, exist_ok=True)
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     mask, refit = mask or KeepMask(spec.table), refit or {}
     cuts = slices_by_tensor(spec.table)
     if progress:

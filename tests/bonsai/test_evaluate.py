@@ -23,6 +23,7 @@ from frugal_bonsai.bonsai.design import (
     draw_unit_masks,
 )
 from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import NATIVE, build_store
 
@@ -178,3 +179,66 @@ def test_custom_utility_that_cannot_be_differentiated(
         change = base - direct(_keep(design, mask, number))
         expected = change.mean() if shared else change[number // 2 % WINDOWS]
         assert float(seen.loss_I[number]) == pytest.approx(float(expected), abs=1e-9)
+
+
+class _Named:
+    """Keeps the names of sweeps."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def round(self, number: int, rounds: int, sparsity: float) -> None: ...
+
+    def sweep(self, name: str, steps: int, tokens_per_step: int) -> None:
+        self.names.append(name)
+
+    def step(self, detail: str = "") -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"),
+    [
+        (True, ["masks 1-2 of 4", "masks 2-4 of 4", "masks 4-4 of 4"]),
+        (False, ["masks 1-5 of 12", "masks 6-10 of 12", "masks 11-12 of 12"]),
+    ],
+)
+def test_progress_says_which_masks_are_evaluated(
+    tmp_path: Path, shared: bool, expected: list[str]
+) -> None:
+    tiny, seen = tiny_llama(tmp_path / "m"), _Named()
+    mask = KeepMask(tiny.spec.table)
+    engine = tiny.engine(progress=seen, windows_in_flight=5)
+    with engine.stream(tiny.source()) as stream:
+        evaluate_masks(
+            engine,
+            stream,
+            engine.head,
+            _design(mask, MASKS if shared else MASKS * WINDOWS),
+            MASKS,
+            random_windows(WINDOWS, WINDOW),
+            shared=shared,
+            perplexity=False,
+        )
+    assert seen.names == [f"masked evaluation, {masks}" for masks in expected]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_utility_that_is_no_number_is_refused(tiny: Tiny, value: float) -> None:
+    engine, mask = tiny.engine(), KeepMask(tiny.spec.table)
+    with (
+        engine.stream(tiny.source()) as stream,
+        pytest.raises(OptionError, match=f"utility: returned {value}"),
+    ):
+        evaluate_masks(
+            engine,
+            stream,
+            engine.head,
+            _design(mask, MASKS),
+            MASKS,
+            random_windows(WINDOWS, WINDOW),
+            shared=True,
+            perplexity=False,
+            utility=lambda logits_SV, tokens_S: value,
+        )

@@ -286,3 +286,11 @@ def test_legal_head_counts_and_tile_bound_the_reach() -> None:
     check_reachable(mask, most - 0.001, rules, blocks)
     with pytest.raises(OptionError, match=r"uniform layout can hold: at most 0\.500.*tile 16"):
         check_reachable(mask, most + 0.001, rules, blocks)
+
+
+def test_the_uniform_layout_refuses_layers_that_already_differ() -> None:
+    table = UnitTable((*_table(layers=2).groups, *_table(layers=3, channels=20).groups[4:]))
+    mask, blocks = KeepMask(table), table.parameters
+    check_reachable(mask, 0.1, _rules(PER_LAYER), blocks)
+    with pytest.raises(OptionError, match=r"20 to 32 ffn units.*--layout per-layer"):
+        check_reachable(mask, 0.1, _rules(UNIFORM), blocks)

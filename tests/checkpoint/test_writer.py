@@ -312,7 +312,7 @@ class TestStagedDirectory:
     def test_a_parent_that_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with (
-            pytest.raises(OutputError, match=r"out: cannot be written .*check that .*file is a"),
+            pytest.raises(OutputError, match=r"out: .*file is a file, not a folder"),
             staged_directory(tmp_path / "file" / "out"),
         ):
             raise AssertionError("not reached")

@@ -67,7 +67,7 @@ FOLDERS: dict[str, tuple[Fill, list[str]]] = {
             "only pickled weights (pytorch_model.bin, x.pth)",
             "AutoModelForCausalLM",
             "save_pretrained",
-            "safe_serialization=True",
+            "T.from_pretrained(a).save_pretrained(b)",
         ],
     ),
     "other names": (

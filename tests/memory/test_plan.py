@@ -72,6 +72,18 @@ def test_parameters_of_the_shapes() -> None:
     assert LLAMA_70B.parameters == 70_553_706_496
 
 
+def test_the_cache_of_sampled_windows_is_planned_and_refused_by_its_name() -> None:
+    work = replace(WORK, sampled=36)
+    name = "KV cache of the text that is sampled"
+    plan = plan_memory(LLAMA_8B, cuda(24), work, base_bytes=500 * MIB)
+    cache_of_a_layer = 2 * 36 * 2048 * 8 * 128 * 2  # keys and values in bf16
+    assert item(plan, name, "gpu") == 33 * cache_of_a_layer + 36 * 128256 * 12
+    without = plan_memory(LLAMA_8B, cuda(24), WORK, base_bytes=500 * MIB)
+    assert name not in {i.name for i in without.items}
+    with pytest.raises(BudgetError, match=name):
+        plan_memory(LLAMA_8B, cuda(8), work, base_bytes=500 * MIB)
+
+
 def test_items_follow_their_formulas() -> None:
     plan = plan_memory(LLAMA_8B, cuda(24), WORK, base_bytes=500 * MIB)
     layer = 218_112_000  # parameters of one layer, norms included

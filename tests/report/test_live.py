@@ -11,8 +11,9 @@ from collections.abc import Callable
 import pytest
 
 from frugal_bonsai.progress import Progress
-from frugal_bonsai.report import live
-from frugal_bonsai.report.live import LiveProgress, PlainProgress, Tracker, make_progress
+from frugal_bonsai.report import tracker
+from frugal_bonsai.report.live import LiveProgress, PlainProgress, make_progress
+from frugal_bonsai.report.tracker import Tracker
 
 GIB = 2**30
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
@@ -40,7 +41,7 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         read.append(1)
         return 3 * GIB // 2
 
-    monkeypatch.setattr(live, "resident_bytes", resident_bytes)
+    monkeypatch.setattr(tracker, "resident_bytes", resident_bytes)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     return read
@@ -121,6 +122,15 @@ def test_memory_is_read_at_most_twice_a_second(readings: list[int]) -> None:
         clock.now += 0.0101
         assert tracker.memory_text() == "memory 1.50 of 2.00 GiB"
     assert len(readings) == 2
+
+
+def test_on_a_gpu_its_memory_stands_beside_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker, "reserved_gpu_bytes", lambda: 3 * GIB)
+    stream = io.StringIO()
+    progress = PlainProgress(2 * GIB, stream, gpu_cap_bytes=24 * GIB)
+    progress.round(1, 10, 0.0)
+    expected = "memory 1.50 of 2.00 GiB, GPU 3.00 of 24.00 GiB"
+    assert stream.getvalue() == f"round 1 of 10, 0.0% removed, {expected}\n"
 
 
 def test_a_pipe_gets_plain_lines_and_a_terminal_the_display(

@@ -12,7 +12,9 @@ import torch
 from commands import fail, frugal_bonsai
 from safetensors.torch import load_file, save_file
 
+from frugal_bonsai.checkpoint.folder import SINGLE_FILE
 from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.text.windows import load_tokenizer
 
 
 @pytest.fixture
@@ -78,12 +80,25 @@ def test_an_index_that_points_outside(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(model: Path, tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"],
+)
+def test_weights_that_are_not_finite(model: Path, tmp_path: Path, name: str, value: float) -> None:
     weights = load_file(model / "model.safetensors")
-    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = value
+    weights[name].view(-1)[7] = value
     save_file(weights, model / "model.safetensors")
     text = prune(model, tmp_path)
-    assert "model.layers.2.mlp.up_proj.weight" in text and "1 of" in text
+    assert "model.safetensors" in text and name in text and "1 of" in text
+
+
+def test_eval_of_weights_that_are_not_finite(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, model / "model.safetensors")
+    words = ("eval", model, "--text", model / "README.md", "--window", "64", "--windows", "2")
+    text = fail(*words, "--json")
+    assert "model.safetensors" in text and "model.norm.weight" in text
 
 
 def test_a_tensor_of_a_wrong_shape(model: Path, tmp_path: Path) -> None:
@@ -104,9 +119,28 @@ def test_a_tensor_of_a_dtype_that_is_no_weight(model: Path, tmp_path: Path) -> N
     assert name in text and "I32" in text
 
 
-def test_pickled_weights_alone(model: Path, tmp_path: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    assert "save_pretrained" in prune(model, tmp_path)
+def test_a_tensor_that_the_architecture_does_not_have(model: Path, tmp_path: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.3.self_attn.o_proj.bias"  # config.json says attention_bias false
+    weights[name] = torch.ones(192, dtype=torch.bfloat16)
+    save_file(weights, model / "model.safetensors")
+    text = prune(model, tmp_path)
+    assert name in text and "attention_bias" in text
+
+
+def test_pickled_weights_alone_and_the_line_that_converts_them(model: Path, tmp_path: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    text = prune(model, tmp_path)
+    assert "pytorch_model.bin" in text
+    line = text.split('python -c "')[1].rsplit('"', 1)[0]
+    exec(line, {})
+    converted = tmp_path / "model-safetensors"
+    # It has all that a prune needs: this one goes on to the next error.
+    assert "uniform layout can hold" in prune(converted, tmp_path, "--sparsity", "0.999")
+    load_tokenizer(converted)
+    expected = torch.load(model / "pytorch_model.bin")
+    assert all(torch.equal(w, expected[n]) for n, w in load_file(converted / SINGLE_FILE).items())
 
 
 def test_an_architecture_without_a_table(model: Path, tmp_path: Path) -> None:
@@ -132,6 +166,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         (("--max-cpu-mem", "lots"), "--max-cpu-mem"),
         (("--max-cpu-mem", "100MB"), "smallest --max-cpu-mem that works"),
         (("--device", "cuda"), "CUDA"),
+        (("--device", "tpu"), "'tpu' is not cpu, cuda or cuda:N"),
         (("--max-shard-size", "0"), "--max-shard-size"),
         (("--calibration", "no/such:thing"), "stdlib"),
     ],
@@ -155,6 +190,13 @@ def test_an_output_that_exists(tmp_path: Path) -> None:
     (out / "mine.txt").write_text("keep me", encoding="utf-8")
     assert "exists" in prune("example", tmp_path)
     assert (out / "mine.txt").read_text(encoding="utf-8") == "keep me"
+
+
+def test_an_output_under_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep me", encoding="utf-8")
+    text = prune("example", tmp_path, "--out", tmp_path / "file" / "a" / "out")
+    assert "file is a file, not a folder" in text
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "keep me"
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from commands import ENVIRONMENT, fail, frugal_bonsai, python, succeed
+
+from frugal_bonsai.errors import OutputError
 
 # Small, but the whole method: rounds, masks, regression, recovery, verify.
 QUICK = ("--windows", "12", "--window", "128", "--masks", "4", "--mask-windows", "4")
@@ -174,6 +177,45 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_in_the_same_mask(tmp_path: Path)
     assert not (tmp_path / "stopped.run").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent another way on Windows")
+def test_ctrl_c_before_the_first_round_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "frugal_bonsai.cli", "prune", "example", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert running.stderr is not None
+    while "held-out perplexity" not in running.stderr.readline():
+        assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    assert "nothing is left behind" in errors and "--resume" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_run_for_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("prune", "example", "--out", tmp_path / "out", "--sparsity", "0.1", "--step", "0.1")
+    words += ("--method", "local", "--max-cpu-mem", "4GB", *QUICK[:4])
+
+    def full(*_: object) -> None:
+        raise OutputError("out: the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("frugal_bonsai.rewrite.shrink.require_free_space", full)
+        errors = fail(*words)
+    run = tmp_path / "out.run"
+    assert f"the disk is full; finished rounds are in {run}, add --resume" in errors
+    assert list(tmp_path.iterdir()) == [run]
+    summary = succeed(*words, "--resume")
+    assert len(summary["rounds"]) == 1 and not run.exists()
+
+
 def test_tables_on_a_pipe_are_plain_and_name_the_load_line(tmp_path: Path) -> None:
     out = tmp_path / "table"
     done = frugal_bonsai(
@@ -218,24 +260,17 @@ def test_a_utility_of_ones_own_need_not_be_differentiable(tmp_path: Path) -> Non
     assert summary["sparsity"] == pytest.approx(0.1, abs=0.01)
 
 
-def test_windows_sampled_from_the_model_itself(tmp_path: Path) -> None:
-    summary = succeed(
-        "prune",
-        "example",
-        "--out",
-        tmp_path / "self",
-        "--calibration",
-        "self",
-        "--sparsity",
-        "0.05",
-        "--method",
-        "local",
-        "--windows",
-        "4",
-        "--window",
-        "32",
-        "--max-cpu-mem",
-        "2GB",
-    )
+def test_windows_sampled_from_the_model_itself_and_its_time_said_first(tmp_path: Path) -> None:
+    words = ("example", "--calibration", "self", "--sparsity", "0.05", "--method", "local")
+    words += ("--windows", "4", "--window", "32", "--max-cpu-mem", "2GB")
+    said = re.compile(r"5 windows of 32 tokens are sampled .* 31 sweeps .* about \d+ s")
+    plan = succeed("plan", *words)
+    assert any(said.search(note) for note in plan["notes"])
+    assert any(i["name"].startswith("KV cache of the text") for i in plan["items"])
+    done = frugal_bonsai("prune", *words, "--out", tmp_path / "self", "--json")
+    assert done.returncode == 0, done.stderr
+    told = said.search(done.stderr)
+    assert told is not None and told.start() < done.stderr.index("sampling calibration text")
+    summary = json.loads(done.stdout)
     assert summary["calibration"]["source"].startswith("self")
     assert summary["calibration"]["windows"] == 4

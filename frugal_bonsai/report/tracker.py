@@ -1,0 +1,146 @@
+"""The figures of a run: round, sweep, rate, time left, memory in use against the caps.
+
+In: the calls of a :class:`~frugal_bonsai.progress.Progress`. Out: short texts for both displays.
+Holds a few numbers; read by the live display's thread while the run writes them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from frugal_bonsai.memory.meter import reserved_gpu_bytes, resident_bytes
+from frugal_bonsai.report.words import duration
+from frugal_bonsai.sizes import GIB
+
+Clock = Callable[[], float]
+
+# Seconds between two readings of memory.
+_METER_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Where the run is; replaced whole, since the display reads from another thread."""
+
+    number: int
+    rounds: int
+    sparsity: float
+    began: float
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """Where the sweep is; replaced whole, as above."""
+
+    name: str
+    steps: int
+    tokens: int
+    began: float
+    done: int = 0
+    stepped: float = 0.0
+    unit: str = ""
+
+
+class Tracker:
+    """The figures of a run: what both displays show.
+
+    Args:
+        cap_bytes: cap on resident memory.
+        clock: seconds, never backwards.
+        gpu_cap_bytes: cap on device memory; None without a GPU.
+    """
+
+    def __init__(
+        self, cap_bytes: int, clock: Clock = time.monotonic, gpu_cap_bytes: int | None = None
+    ) -> None:
+        self._cap_bytes, self._clock, self._gpu_cap_bytes = cap_bytes, clock, gpu_cap_bytes
+        self._memory, self._gpu_memory, self._read_at = 0, 0, -float("inf")
+        self._first: _Round | None = None
+        self._round: _Round | None = None
+        self._sweep: _Sweep | None = None
+
+    def round(self, number: int, rounds: int, sparsity: float) -> None:
+        """A round begins."""
+        self._round = _Round(number, rounds, sparsity, self._clock())
+        self._first = self._first or self._round
+
+    def sweep(self, name: str, steps: int, tokens: int) -> None:
+        """A sweep begins; ``tokens`` pass each of its steps."""
+        self._sweep = _Sweep(name, steps, tokens, self._clock())
+
+    def step(self, detail: str = "") -> None:
+        """A step is done; ``detail`` such as "layer 3" says what the steps are."""
+        now = self._sweep
+        if now is None:
+            return
+        unit = f" {detail.split()[0]}s" if detail.split() else now.unit
+        self._sweep = _Sweep(
+            now.name, now.steps, now.tokens, now.began, now.done + 1, self._clock(), unit
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the sweep is through."""
+        return self._sweep is not None and self._sweep.done >= self._sweep.steps
+
+    @property
+    def round_share(self) -> float | None:
+        """Share of the rounds that are done; None before the first."""
+        now = self._round
+        return None if now is None else (now.number - 1) / max(now.rounds, 1)
+
+    @property
+    def sweep_share(self) -> float:
+        """Share of the sweep that is done."""
+        now = self._sweep
+        return 0.0 if now is None else min(now.done / max(now.steps, 1), 1.0)
+
+    def round_text(self) -> str:
+        """``round 3 of 10, 10.0% removed``; empty before the first."""
+        now = self._round
+        if now is None:
+            return ""
+        return f"round {now.number} of {now.rounds}, {now.sparsity:.1%} removed"
+
+    def run_left_text(self) -> str:
+        """``about 12 min of rounds left``, once a round has finished."""
+        first, now = self._first, self._round
+        if first is None or now is None or now.number <= first.number:
+            return ""
+        each = (now.began - first.began) / (now.number - first.number)
+        ahead = each * (now.rounds - now.number + 1) - (self._clock() - now.began)
+        return f"about {duration(ahead)} of rounds left"
+
+    def sweep_name(self) -> str:
+        """The sweep's name."""
+        return "" if self._sweep is None else self._sweep.name
+
+    def sweep_text(self) -> str:
+        """``3 of 32 layers, 5,000 tokens/s, 12 s left``; at its end ``in 14 s``."""
+        now = self._sweep
+        if now is None:
+            return ""
+        parts = [f"{now.done} of {now.steps}{now.unit}"]
+        spent = now.stepped - now.began
+        if now.done and spent > 0 and now.tokens:
+            # All tokens pass all steps: a step is one layer's share of the way.
+            parts.append(f"{now.tokens * now.done / max(now.steps, 1) / spent:,.0f} tokens/s")
+        if self.finished:
+            parts.append(f"in {duration(spent)}")
+        elif now.done:
+            ahead = spent / now.done * (now.steps - now.done)
+            parts.append(f"{duration(ahead - (self._clock() - now.stepped))} left")
+        return ", ".join(parts)
+
+    def memory_text(self) -> str:
+        """``memory 0.53 of 2.00 GiB``, on a GPU ``, GPU 3.20 of 24.00 GiB`` behind it."""
+        now, cap = self._clock(), self._gpu_cap_bytes
+        if now - self._read_at >= _METER_SECONDS:
+            self._memory, self._read_at = resident_bytes(), now
+            self._gpu_memory = 0 if cap is None else reserved_gpu_bytes()
+        text = f"memory {self._memory / GIB:.2f} of {self._cap_bytes / GIB:.2f} GiB"
+        if cap is not None:
+            text += f", GPU {self._gpu_memory / GIB:.2f} of {cap / GIB:.2f} GiB"
+        return text

@@ -1,0 +1,38 @@
+"""Verify: what it lets through and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import open_tiny, tiny_llama
+
+from frugal_bonsai.errors import VerifyError
+from frugal_bonsai.rewrite.verify import compare_logits
+
+WINDOWS_NS = torch.arange(2 * 16).view(2, 16) % 53
+
+
+def compare_with_changed(tmp_path: Path, value: float) -> float:
+    """A model against its copy, of which one weight has been set to ``value``."""
+    dense = tiny_llama(tmp_path / "dense")
+    folder = tmp_path / "copy"
+    tiny_llama(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][2, 3] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = open_tiny(folder)
+    return compare_logits(dense.engine(), dense.source(), changed.engine(), WINDOWS_NS)
+
+
+def test_equal_models_pass(tmp_path: Path) -> None:
+    dense = tiny_llama(tmp_path / "dense")
+    assert compare_logits(dense.engine(), dense.source(), dense.engine(), WINDOWS_NS) == 0
+
+
+@pytest.mark.parametrize("value", [3.0, float("inf"), float("nan")])
+def test_one_wrong_weight_is_an_error(tmp_path: Path, value: float) -> None:
+    with pytest.raises(VerifyError, match="differ from the masked parent"):
+        compare_with_changed(tmp_path, value)
