@@ -26,14 +26,15 @@ class Moments:
         self.gram_CC = torch.zeros(columns, columns, device=device) if gram else None
 
     def add(self, input_BSC: torch.Tensor) -> None:
-        """Add one micro-batch's inputs."""
+        """Add one micro-batch's inputs: all of it, or nothing when memory runs out."""
         input_TC = input_BSC.flatten(0, 1).float()
-        self.tokens += len(input_TC)
-        self.sum_C += input_TC.sum(0)
+        sum_C = input_TC.sum(0)
         if self.gram_CC is None:
             self.square_C += input_TC.square().sum(0)
         else:
             self.gram_CC.addmm_(input_TC.T, input_TC)
+        self.sum_C += sum_C
+        self.tokens += len(input_TC)
 
     @property
     def mean_square_C(self) -> torch.Tensor:

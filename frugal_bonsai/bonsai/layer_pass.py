@@ -43,6 +43,18 @@ class LayerPass:
         """Hugging Face's layer."""
         return self.sweep.skeleton.layers[self.layer]
 
+    def room(self, columns: int) -> HiddenStates:
+        """Room on the device for the inputs of a projection of all windows, not written yet."""
+        skeleton, hidden = self.sweep.skeleton, self.hidden_pruned
+        return HiddenStates(
+            hidden.windows,
+            hidden.window,
+            columns,
+            device=skeleton.device,
+            dtype=skeleton.dtype,
+            resident=hidden.windows,
+        )
+
     def known(self, items: slice) -> ExitStack:
         """A context in which the refitted sublayers return their new outputs."""
         # All outputs first: one that is computed again runs the module, which must be whole.
@@ -64,17 +76,6 @@ class LayerPass:
         hidden_BSH = self.hidden_pruned.read(items)
         with self.known(items):
             return capture_input(self.module, self.pruned, hidden_BSH, self.kwargs, projection)
-
-
-class KeptInputs:
-    """A projection's inputs, held since they were first computed."""
-
-    def __init__(self, inputs: dict[int, torch.Tensor]) -> None:
-        self._inputs = inputs
-
-    def __call__(self, items: slice) -> torch.Tensor:
-        """``[B, S, C]`` of a micro-batch."""
-        return self._inputs[items.start]
 
 
 class InputsAgain:

@@ -60,10 +60,18 @@ def refit_inputs(
     hidden = work.pruned[f"{projections[0]}.weight"].shape[1]
     device = work.sweep.skeleton.device
     gram_HH, cross_HH = (torch.zeros(hidden, hidden, device=device) for _ in range(2))
-    for items in work.sweep.micro_batches(windows):
-        input_TH = work.inputs(projections[0], items).flatten(0, 1).float()
-        gram_HH.addmm_(input_TH.T, input_TH)
-        cross_HH.addmm_(input_TH.T, _dense_input(work, projections[0], items, first=first))
+
+    batches = work.sweep.batches
+
+    def add(items: slice) -> None:
+        input_BSH = work.inputs(projections[0], items)
+        dense_BSH = _dense_input(work, projections[0], items, first=first)
+        batches.run(len(input_BSH), lambda part: _add_product(gram_HH, input_BSH[part]))
+        batches.run(
+            len(input_BSH), lambda part: _add_product(cross_HH, input_BSH[part], dense_BSH[part])
+        )
+
+    batches.run(windows, add)
     refits = {}
     for projection in projections:
         name = f"{projection}.weight"
@@ -83,12 +91,19 @@ def refit_inputs(
     return refits
 
 
+def _add_product(
+    sum_HH: torch.Tensor, input_BSH: torch.Tensor, other_BSH: torch.Tensor | None = None
+) -> None:
+    """Add X^T Y over tokens, or X^T X."""
+    input_TH = input_BSH.flatten(0, 1).float()
+    other_TH = input_TH if other_BSH is None else other_BSH.flatten(0, 1).float()
+    sum_HH.addmm_(input_TH.T, other_TH)
+
+
 def _dense_input(work: LayerPass, projection: str, items: slice, *, first: bool) -> torch.Tensor:
-    """The dense model's input of a projection, fp32 ``[T, H]``."""
+    """The dense model's input of a projection, ``[B, S, H]``."""
     if first:
         hidden_BSH = work.hidden_dense.read(items)
-        input_BSH = capture_input(work.module, work.dense, hidden_BSH, work.kwargs, projection)
-    else:
-        assert work.dense_inputs is not None
-        input_BSH = work.dense_inputs.read(items)
-    return input_BSH.flatten(0, 1).float()
+        return capture_input(work.module, work.dense, hidden_BSH, work.kwargs, projection)
+    assert work.dense_inputs is not None
+    return work.dense_inputs.read(items)
