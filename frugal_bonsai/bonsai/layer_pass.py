@@ -33,6 +33,8 @@ class LayerPass:
     hidden_dense: HiddenStates
     hidden_pruned: HiddenStates
     kwargs: dict[str, Any]
+    # Brings a refit weight to the place and dtype in which it is saved.
+    cast: Callable[[str, torch.Tensor], torch.Tensor]
     # The dense model's inputs of the last sublayer's projections, when those are refitted too.
     dense_inputs: HiddenStates | None = None
     # Outputs of the sublayers that have been refitted, as functions of a micro-batch.
@@ -42,6 +44,17 @@ class LayerPass:
     def module(self) -> torch.nn.Module:
         """Hugging Face's layer."""
         return self.sweep.skeleton.layers[self.layer]
+
+    def adopt(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute with a refit weight from now on; the weight as it will be saved.
+
+        It overwrites the parameter that it replaces, and is not held a second time where it is
+        saved as it is computed with.
+        """
+        parameter = self.pruned[name]
+        parameter.copy_(weight)
+        kept = self.cast(self.sweep.skeleton.spec.prefix(self.layer) + name, weight)
+        return parameter if kept is weight and parameter.dtype == weight.dtype else kept
 
     def room(self, columns: int) -> HiddenStates:
         """Room on the device for the inputs of a projection of all windows, not written yet."""

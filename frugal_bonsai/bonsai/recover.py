@@ -12,7 +12,8 @@ give on the pruned model's drifted input what the dense ones give on their own (
 
 Aiming at the *dense* residual, not at the pruned layer's own old output, corrects the drift of all
 layers before. Holds two layers, two sets of hidden states, one Gram matrix, and (if the plan
-allows) the inputs X of one layer, else they are computed again.
+allows) the inputs X of one layer, else they are computed again. A refit weight takes the place of
+the weight that it replaces.
 
 Shape suffixes: N windows, B those of a micro-batch, S tokens, H hidden, C kept columns.
 """
@@ -25,7 +26,7 @@ from functools import partial
 
 import torch
 
-from frugal_bonsai.bonsai.gram import Moments, ridge_refit
+from frugal_bonsai.bonsai.gram import Moments, ridge_refit_
 from frugal_bonsai.bonsai.layer_pass import InputsAgain, LayerPass, RefitOutput
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
 from frugal_bonsai.bonsai.recover_inputs import input_projections, refit_inputs
@@ -61,7 +62,10 @@ class Recovery:
         sweep: device, micro-batches, progress and token count.
         ridge: lambda as a share of the Gram matrix's mean diagonal.
         keep_inputs: hold the inputs of one layer's projections for all windows.
-        save: called with each layer's refit weights by full tensor name.
+        save: called with each layer's refit weights by full tensor name; it must copy what it
+            keeps, their memory is the layer's own.
+        cast: brings a refit weight (full name, fp32) to the place and dtype in which it is saved,
+            as soon as it is there.
         mask: given, the projections *into* each sublayer are refitted first; None leaves them.
     """
 
@@ -72,9 +76,11 @@ class Recovery:
         ridge: float,
         keep_inputs: bool,
         save: Callable[[int, dict[str, torch.Tensor]], None],
+        cast: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
         mask: KeepMask | None = None,
     ) -> None:
         self._sweep, self._ridge, self._keep, self._save = sweep, ridge, keep_inputs, save
+        self._cast = cast or (lambda _, weight: weight)
         self._mask = mask
 
     def run(
@@ -111,6 +117,7 @@ class Recovery:
                     hidden_dense,
                     hidden_pruned,
                     kwargs[layer],
+                    self._cast,
                     dense_inputs,
                 )
                 self._refit_layer(work, len(tokens_NS), prior, residual)
@@ -139,10 +146,10 @@ class Recovery:
                 weight_HC, moments, left, inputs = self._solve(work, group, windows, last=last)
             prior.add(group, moments, weight_HC)
             residual.append(left)
-            refits[group.output_weight] = weight_HC
+            refits[group.output_weight] = work.adopt(f"{group.output}.weight", weight_HC)
             bias_H = work.pruned.get(f"{group.output}.bias")
             work.outputs[group.output] = RefitOutput(
-                inputs, weight_HC.to(work.sweep.skeleton.dtype), bias_H
+                inputs, work.pruned[f"{group.output}.weight"], bias_H
             )
         work.sweep.batches.run(windows, partial(_advance, work))
         self._save(work.layer, refits)
@@ -191,7 +198,7 @@ class Recovery:
         bias_H = work.pruned.get(f"{group.output}.bias")
         columns, device = weight_HC.shape[1], weight_HC.device
         moments = Moments(columns, device=device, gram=True)
-        cross = _Cross(columns, weight_HC.shape[0], device)
+        cross = _Cross(weight_HC.shape[0], columns, device)
         kept = work.room(columns) if self._keep else None
         batches = work.sweep.batches
 
@@ -207,32 +214,24 @@ class Recovery:
             batches.run(len(input_BSC), lambda part: cross.add(input_BSC[part], target_BSH[part]))
 
         batches.run(windows, add)
-        assert moments.gram_CC is not None
-        where = f"recovery of {group.output_weight}"
-        refit_HC = ridge_refit(
-            moments.gram_CC, cross.sum_CH, weight_HC, ridge=self._ridge, where=where
-        )
-        refit_CH = refit_HC.T
-        explained = (
-            2 * (refit_CH * cross.sum_CH).sum() - (refit_CH * (moments.gram_CC @ refit_CH)).sum()
-        )
-        left = 1.0 - float(explained) / max(cross.energy, 1e-300)
+        factor = moments.factor(self._ridge, where=f"recovery of {group.output_weight}")
+        left = 1.0 - ridge_refit_(factor, cross.sum_HC, weight_HC) / max(cross.energy, 1e-300)
         inputs = kept.read if kept is not None else InputsAgain(work, group.output)
-        return refit_HC, moments, left, inputs
+        return cross.sum_HC, moments, left, inputs
 
 
 class _Cross:
-    """Running sums over tokens of ``x t^T`` and of the targets' energy."""
+    """Running sums over tokens of ``t x^T`` and of the targets' energy."""
 
-    def __init__(self, columns: int, hidden: int, device: torch.device) -> None:
-        self.sum_CH = torch.zeros(columns, hidden, device=device)
+    def __init__(self, hidden: int, columns: int, device: torch.device) -> None:
+        self.sum_HC = torch.zeros(hidden, columns, device=device)
         self.energy = 0.0
 
     def add(self, input_BSC: torch.Tensor, target_BSH: torch.Tensor) -> None:
         """Add one micro-batch: all of it, or nothing when memory runs out."""
         target_TH = target_BSH.flatten(0, 1).float()
-        energy = float(target_TH.double().square().sum())
-        self.sum_CH.addmm_(input_BSC.flatten(0, 1).float().T, target_TH)
+        energy = float(torch.linalg.vector_norm(target_TH, dtype=torch.float64)) ** 2
+        self.sum_HC.addmm_(target_TH.T, input_BSC.flatten(0, 1).float())
         self.energy += energy
 
 

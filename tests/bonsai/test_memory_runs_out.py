@@ -118,10 +118,10 @@ def test_recovery_lacks_memory_for_its_sums(
 def test_recovery_that_lacks_memory_for_its_solve_is_the_users_error(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refit(*_: Any, **__: Any) -> torch.Tensor:
+    def refit(*_: Any) -> float:
         raise MemoryError
 
-    monkeypatch.setattr(recover, "ridge_refit", refit)
+    monkeypatch.setattr(recover, "ridge_refit_", refit)
     with pytest.raises(BudgetError, match=r"in recovery of model\.layers\.0\.self_attn\.o_proj"):
         _recover(tiny.engine(), tiny, tmp_path / "s", keep=True)
 
