@@ -2,18 +2,17 @@
 
 In: micro-batches of inputs. Out: second moments, and the two closed forms that the method takes
 from them: the exact layerwise loss of removing a unit, and the refit of a projection. Holds one
-``[C, C]`` fp32 matrix a group (for Llama-3-8B's FFN 0.8 GB), on the compute device.
+``[C, C]`` fp32 matrix a group (for Llama-3-8B's FFN 0.8 GB), on the compute device, which is
+factorised and inverted where it lies (factor.py).
 
-Shape suffixes: C columns of an output projection, U units, H hidden, T tokens.
+Shape suffixes: C columns of an output projection, U units, H hidden, R some rows of H, T tokens.
 """
 
 from __future__ import annotations
 
 import torch
 
-from frugal_bonsai.errors import CheckpointError
-
-_LARGEST_DAMPING = 1.0
+from frugal_bonsai.bonsai.factor import BLOCK, DampedFactor
 
 
 class Moments:
@@ -24,61 +23,50 @@ class Moments:
         self.sum_C = torch.zeros(columns, dtype=torch.float64, device=device)
         self.square_C = torch.zeros(columns, dtype=torch.float64, device=device)
         self.gram_CC = torch.zeros(columns, columns, device=device) if gram else None
+        self._factor: DampedFactor | None = None
 
     def add(self, input_BSC: torch.Tensor) -> None:
-        """Add one micro-batch's inputs."""
+        """Add one micro-batch's inputs: all of it, or nothing when memory runs out."""
         input_TC = input_BSC.flatten(0, 1).float()
-        self.tokens += len(input_TC)
-        self.sum_C += input_TC.sum(0)
+        sum_C = input_TC.sum(0)
         if self.gram_CC is None:
             self.square_C += input_TC.square().sum(0)
         else:
             self.gram_CC.addmm_(input_TC.T, input_TC)
+        self.sum_C += sum_C
+        self.tokens += len(input_TC)
 
     @property
     def mean_square_C(self) -> torch.Tensor:
         """E[x^2] of each column, float64."""
-        total = self.square_C if self.gram_CC is None else self.gram_CC.diagonal().double()
-        return total / self.tokens
+        if self.gram_CC is None or self._factor is not None:
+            return self.square_C / self.tokens
+        return self.gram_CC.diagonal().double() / self.tokens
 
     @property
     def variance_C(self) -> torch.Tensor:
         """Var[x] of each column, float64."""
         return (self.mean_square_C - (self.sum_C / self.tokens).square()).clamp_min(0)
 
+    def factor(self, damping: float, *, where: str) -> DampedFactor:
+        """The factor of ``x x^T``, which takes the Gram matrix's memory: nothing is added any more.
 
-def damped_factor(gram_CC: torch.Tensor, damping: float, *, where: str) -> torch.Tensor:
-    """Cholesky factor of ``gram + damping * mean(diagonal) * I``.
-
-    A matrix that is not positive definite in fp32 gets ten times the damping, until it is.
-
-    Raises:
-        CheckpointError: the matrix is not finite, so the model's activations are not.
-    """
-    scale = gram_CC.diagonal().mean().clamp_min(torch.finfo(gram_CC.dtype).tiny)
-    if not bool(torch.isfinite(scale)):
-        raise CheckpointError(
-            f"{where}: activations are not finite; the model overflows on this text in this "
-            f"precision, try --weights native or another calibration text"
-        )
-    while damping <= _LARGEST_DAMPING:
-        damped_CC = gram_CC.clone()
-        damped_CC.diagonal().add_(damping * scale)
-        factor = torch.linalg.cholesky_ex(damped_CC)
-        if int(factor.info) == 0:
-            factor_CC: torch.Tensor = factor.L
-            return factor_CC
-        damping *= 10
-    raise CheckpointError(f"{where}: the Gram matrix of its inputs is not positive definite")
+        Args:
+            damping: share of the mean diagonal that is added to the diagonal.
+            where: name for error texts.
+        """
+        assert self.gram_CC is not None
+        if self._factor is None:
+            self.square_C.copy_(self.gram_CC.diagonal())
+            self._factor = DampedFactor(self.gram_CC, damping, where=where)
+        elif self._factor.asked != damping:
+            self._factor.restore()
+            self._factor = DampedFactor(self.gram_CC, damping, where=where)
+        return self._factor
 
 
 def exact_loss_U(
-    gram_CC: torch.Tensor,
-    weight_HC: torch.Tensor,
-    columns_per_unit: int,
-    *,
-    damping: float,
-    where: str,
+    factor: DampedFactor, weight_HC: torch.Tensor, columns_per_unit: int
 ) -> torch.Tensor:
     """What optimal compensation cannot give back when one unit goes: fp32 ``[U]``, summed over H.
 
@@ -87,44 +75,41 @@ def exact_loss_U(
     Frantar and Alistarh 2022).
 
     Args:
-        gram_CC: E[x x^T].
+        factor: of G; used up.
         weight_HC: the projection's weight.
         columns_per_unit: columns that one unit owns.
-        damping: share of the mean diagonal that is added to the diagonal.
-        where: name for error texts.
     """
-    inverse_CC = torch.cholesky_inverse(damped_factor(gram_CC, damping, where=where))
     if columns_per_unit == 1:
-        return weight_HC.float().square().sum(0) / inverse_CC.diagonal()
-    units = len(gram_CC) // columns_per_unit
+        return weight_HC.float().square().sum(0) / factor.inverse_diagonal()
     losses = []
-    for unit in range(units):
+    for unit, inverse_KK in enumerate(factor.inverse_blocks(columns_per_unit)):
         own = slice(unit * columns_per_unit, (unit + 1) * columns_per_unit)
         block_HK = weight_HC[:, own].float()
-        solved_KH = torch.linalg.solve(inverse_CC[own, own], block_HK.T)
+        solved_KH = torch.linalg.solve(inverse_KK, block_HK.T)
         losses.append((block_HK.T * solved_KH).sum())
     return torch.stack(losses)
 
 
-def ridge_refit(
-    gram_CC: torch.Tensor,
-    cross_CH: torch.Tensor,
-    anchor_HC: torch.Tensor,
-    *,
-    ridge: float,
-    where: str,
-) -> torch.Tensor:
-    """``argmin ||T - X W'^T||^2 + lambda ||W' - W||^2``: the refit weight ``[H, C]``.
+def ridge_refit_(factor: DampedFactor, cross_HC: torch.Tensor, anchor_HC: torch.Tensor) -> float:
+    """Write ``argmin ||T - X W'^T||^2 + lambda ||W' - W||^2`` over ``cross_HC``.
 
     Args:
-        gram_CC: X^T X.
-        cross_CH: X^T T.
-        anchor_HC: W, the weight to stay close to.
-        ridge: lambda as a share of the Gram matrix's mean diagonal.
-        where: name for error texts.
+        factor: of X^T X + lambda I.
+        cross_HC: T^T X, fp32; becomes the refit weight.
+        anchor_HC: W, the weight to stay close to, any floating dtype.
+
+    Returns:
+        How much of T's energy W' explains: ``2 <X W'^T, T> - ||X W'^T||^2``.
     """
-    anchor_CH = anchor_HC.float().T
-    # In terms of the change D = W' - W: (G + lambda I) D = X^T T - G W.
-    wanted_CH = cross_CH - gram_CC @ anchor_CH
-    factor_CC = damped_factor(gram_CC, ridge, where=where)
-    return (anchor_CH + torch.cholesky_solve(wanted_CH, factor_CC)).T.contiguous()
+    explained = 0.0
+    for start in range(0, len(cross_HC), BLOCK):
+        cross_RC = cross_HC[start : start + BLOCK]
+        anchor_RC = anchor_HC[start : start + BLOCK].float()
+        # In terms of the change D = W' - W: D (G + lambda I) = T^T X - W G.
+        change_RC = factor.solve(cross_RC - factor.times_gram(anchor_RC))
+        refit_RC = anchor_RC + change_RC
+        # W' G = T^T X - lambda D turns the energy that W' explains into two products.
+        explained += float((refit_RC * cross_RC).sum())
+        explained += factor.added * float((refit_RC * change_RC).sum())
+        cross_RC.copy_(refit_RC)
+    return explained

@@ -33,6 +33,8 @@ class LayerPass:
     hidden_dense: HiddenStates
     hidden_pruned: HiddenStates
     kwargs: dict[str, Any]
+    # Brings a refit weight to the place and dtype in which it is saved.
+    cast: Callable[[str, torch.Tensor], torch.Tensor]
     # The dense model's inputs of the last sublayer's projections, when those are refitted too.
     dense_inputs: HiddenStates | None = None
     # Outputs of the sublayers that have been refitted, as functions of a micro-batch.
@@ -42,6 +44,29 @@ class LayerPass:
     def module(self) -> torch.nn.Module:
         """Hugging Face's layer."""
         return self.sweep.skeleton.layers[self.layer]
+
+    def adopt(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Compute with a refit weight from now on; the weight as it will be saved.
+
+        It overwrites the parameter that it replaces, and is not held a second time where it is
+        saved as it is computed with.
+        """
+        parameter = self.pruned[name]
+        parameter.copy_(weight)
+        kept = self.cast(self.sweep.skeleton.spec.prefix(self.layer) + name, weight)
+        return parameter if kept is weight and parameter.dtype == weight.dtype else kept
+
+    def room(self, columns: int) -> HiddenStates:
+        """Room on the device for the inputs of a projection of all windows, not written yet."""
+        skeleton, hidden = self.sweep.skeleton, self.hidden_pruned
+        return HiddenStates(
+            hidden.windows,
+            hidden.window,
+            columns,
+            device=skeleton.device,
+            dtype=skeleton.dtype,
+            resident=hidden.windows,
+        )
 
     def known(self, items: slice) -> ExitStack:
         """A context in which the refitted sublayers return their new outputs."""
@@ -64,17 +89,6 @@ class LayerPass:
         hidden_BSH = self.hidden_pruned.read(items)
         with self.known(items):
             return capture_input(self.module, self.pruned, hidden_BSH, self.kwargs, projection)
-
-
-class KeptInputs:
-    """A projection's inputs, held since they were first computed."""
-
-    def __init__(self, inputs: dict[int, torch.Tensor]) -> None:
-        self._inputs = inputs
-
-    def __call__(self, items: slice) -> torch.Tensor:
-        """``[B, S, C]`` of a micro-batch."""
-        return self._inputs[items.start]
 
 
 class InputsAgain:

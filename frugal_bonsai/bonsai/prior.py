@@ -75,14 +75,9 @@ def _random(s: _Scored) -> torch.Tensor:
 
 
 def _exact(s: _Scored) -> torch.Tensor:
-    assert s.moments.gram_CC is not None
-    return exact_loss_U(
-        s.moments.gram_CC / s.moments.tokens,
-        s.weight_HC,
-        s.group.columns_per_unit,
-        damping=s.damping,
-        where=s.group.name,
-    )
+    factor = s.moments.factor(s.damping, where=s.group.name)
+    loss_U = exact_loss_U(factor, s.weight_HC, s.group.columns_per_unit)
+    return loss_U / s.moments.tokens  # the moments are sums over tokens, the loss is a mean
 
 
 PRIORS: dict[str, Callable[[_Scored], torch.Tensor]] = {
@@ -132,7 +127,10 @@ class PriorBuilder:
         return self.name == "exact"
 
     def add(self, group: UnitGroup, moments: Moments, weight_HC: torch.Tensor) -> None:
-        """Score one group from its moments and its projection's weight (kept columns)."""
+        """Score one group from its moments and its projection's weight (kept columns).
+
+        ``exact`` uses the Gram matrix up.
+        """
         scored = _Scored(moments, weight_HC, group, self._damping, self._generator)
         score_U = PRIORS[self.name](scored)
         alive_U = self._mask.of(group)
@@ -161,6 +159,6 @@ class PriorTap:
 
     def end_layer(self, layer: int, parameters: Parameters) -> None:
         """Score the layer's groups and let their moments go."""
-        for group, moments in self._moments.items():
+        for group in list(self._moments):
+            moments = self._moments.pop(group)
             self._builder.add(group, moments, parameters[f"{group.output}.weight"])
-        self._moments.clear()

@@ -12,20 +12,22 @@ give on the pruned model's drifted input what the dense ones give on their own (
 
 Aiming at the *dense* residual, not at the pruned layer's own old output, corrects the drift of all
 layers before. Holds two layers, two sets of hidden states, one Gram matrix, and (if the plan
-allows) the inputs X of one layer, else they are computed again.
+allows) the inputs X of one layer, else they are computed again. A refit weight takes the place of
+the weight that it replaces.
 
 Shape suffixes: N windows, B those of a micro-batch, S tokens, H hidden, C kept columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from frugal_bonsai.bonsai.gram import Moments, ridge_refit
-from frugal_bonsai.bonsai.layer_pass import InputsAgain, KeptInputs, LayerPass, RefitOutput
+from frugal_bonsai.bonsai.gram import Moments, ridge_refit_
+from frugal_bonsai.bonsai.layer_pass import InputsAgain, LayerPass, RefitOutput
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
 from frugal_bonsai.bonsai.recover_inputs import input_projections, refit_inputs
 from frugal_bonsai.model.units import KeepMask, UnitGroup
@@ -33,6 +35,7 @@ from frugal_bonsai.stream.call import call_layer, capture_output
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.layers import LayerStream
+from frugal_bonsai.stream.micro_batch import memory_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,10 @@ class Recovery:
         sweep: device, micro-batches, progress and token count.
         ridge: lambda as a share of the Gram matrix's mean diagonal.
         keep_inputs: hold the inputs of one layer's projections for all windows.
-        save: called with each layer's refit weights by full tensor name.
+        save: called with each layer's refit weights by full tensor name; it must copy what it
+            keeps, their memory is the layer's own.
+        cast: brings a refit weight (full name, fp32) to the place and dtype in which it is saved,
+            as soon as it is there.
         mask: given, the projections *into* each sublayer are refitted first; None leaves them.
     """
 
@@ -70,9 +76,11 @@ class Recovery:
         ridge: float,
         keep_inputs: bool,
         save: Callable[[int, dict[str, torch.Tensor]], None],
+        cast: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
         mask: KeepMask | None = None,
     ) -> None:
         self._sweep, self._ridge, self._keep, self._save = sweep, ridge, keep_inputs, save
+        self._cast = cast or (lambda _, weight: weight)
         self._mask = mask
 
     def run(
@@ -109,6 +117,7 @@ class Recovery:
                     hidden_dense,
                     hidden_pruned,
                     kwargs[layer],
+                    self._cast,
                     dense_inputs,
                 )
                 self._refit_layer(work, len(tokens_NS), prior, residual)
@@ -133,48 +142,46 @@ class Recovery:
                 refits |= refit_inputs(
                     work, group, self._mask, windows, ridge=self._ridge, first=at == 0
                 )
-            targets = self._targets(work, group, windows, last=last)
-            weight_HC, moments, left, inputs = self._solve(work, group, targets)
+            with memory_for(f"recovery of {group.output_weight}"):
+                weight_HC, moments, left, inputs = self._solve(work, group, windows, last=last)
             prior.add(group, moments, weight_HC)
             residual.append(left)
-            refits[group.output_weight] = weight_HC
+            refits[group.output_weight] = work.adopt(f"{group.output}.weight", weight_HC)
             bias_H = work.pruned.get(f"{group.output}.bias")
             work.outputs[group.output] = RefitOutput(
-                inputs, weight_HC.to(work.sweep.skeleton.dtype), bias_H
+                inputs, work.pruned[f"{group.output}.weight"], bias_H
             )
-        for items in work.sweep.micro_batches(windows):
-            hidden_BSH = work.hidden_pruned.read(items)
-            with work.known(items):
-                output_BSH = call_layer(work.module, work.pruned, hidden_BSH, work.kwargs)
-            work.hidden_pruned.write(items, output_BSH)
+        work.sweep.batches.run(windows, partial(_advance, work))
         self._save(work.layer, refits)
 
-    def _targets(
-        self, work: LayerPass, group: UnitGroup, windows: int, *, last: bool
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """For each micro-batch, the dense residual after the sublayer minus the pruned before it.
+    def _target(
+        self, work: LayerPass, group: UnitGroup, items: slice, *, last: bool
+    ) -> tuple[torch.Tensor, Callable[[], None]]:
+        """The dense residual after the sublayer minus the pruned before it; what is to be kept.
 
         The dense layer is computed once, with its first sublayer; its output then replaces the
-        dense hidden states, which are the target of the last sublayer.
+        dense hidden states, which are the target of the last sublayer. That is done by the second
+        result, once nothing can go wrong any more.
         """
-        for items in work.sweep.micro_batches(windows):
-            if last:
-                dense_BSH = work.hidden_dense.read(items)
-            else:
-                before_BSH = work.hidden_dense.read(items)
-                after_BSH, sublayer_BSH, input_BSH = capture_output(
-                    work.module,
-                    work.dense,
-                    before_BSH,
-                    work.kwargs,
-                    group.output,
-                    input_of=self._last_input(work),
-                )
-                if work.dense_inputs is not None and input_BSH is not None:
-                    work.dense_inputs.write(items, input_BSH)
-                dense_BSH = before_BSH + sublayer_BSH
-                work.hidden_dense.write(items, after_BSH)
-            yield items, dense_BSH - work.residual(items)
+        if last:
+            return work.hidden_dense.read(items) - work.residual(items), _nothing
+        before_BSH = work.hidden_dense.read(items)
+        after_BSH, sublayer_BSH, input_BSH = capture_output(
+            work.module,
+            work.dense,
+            before_BSH,
+            work.kwargs,
+            group.output,
+            input_of=self._last_input(work),
+        )
+        target_BSH = before_BSH + sublayer_BSH - work.residual(items)
+
+        def keep() -> None:
+            if work.dense_inputs is not None and input_BSH is not None:
+                work.dense_inputs.write(items, input_BSH)
+            work.hidden_dense.write(items, after_BSH)
+
+        return target_BSH, keep
 
     def _last_input(self, work: LayerPass) -> str | None:
         """The module whose dense input is kept for the last sublayer's own refit."""
@@ -184,36 +191,57 @@ class Recovery:
         return input_projections(spec, spec.table.of_layer(work.layer)[-1])[0]
 
     def _solve(
-        self,
-        work: LayerPass,
-        group: UnitGroup,
-        targets: Iterator[tuple[slice, torch.Tensor]],
+        self, work: LayerPass, group: UnitGroup, windows: int, *, last: bool
     ) -> tuple[torch.Tensor, Moments, float, Callable[[slice], torch.Tensor]]:
         """Accumulate the Gram matrix and the cross moments, then solve."""
         weight_HC = work.pruned[f"{group.output}.weight"]
         bias_H = work.pruned.get(f"{group.output}.bias")
-        moments = Moments(weight_HC.shape[1], device=weight_HC.device, gram=True)
-        cross_CH = torch.zeros(weight_HC.shape[1], weight_HC.shape[0], device=weight_HC.device)
-        energy = 0.0
-        kept: dict[int, torch.Tensor] = {}
-        for items, target_BSH in targets:
-            input_BSC = work.inputs(group.output, items)
+        columns, device = weight_HC.shape[1], weight_HC.device
+        moments = Moments(columns, device=device, gram=True)
+        cross = _Cross(weight_HC.shape[0], columns, device)
+        kept = work.room(columns) if self._keep else None
+        batches = work.sweep.batches
+
+        def add(items: slice) -> None:
+            target_BSH, keep = self._target(work, group, items, last=last)
             if bias_H is not None:
                 target_BSH = target_BSH - bias_H
-            target_TH = target_BSH.flatten(0, 1).float()
-            moments.add(input_BSC)
-            cross_CH.addmm_(input_BSC.flatten(0, 1).float().T, target_TH)
-            energy += float(target_TH.double().square().sum())
-            if self._keep:
-                kept[items.start] = input_BSC
-        assert moments.gram_CC is not None
-        where = f"recovery of {group.output_weight}"
-        refit_HC = ridge_refit(moments.gram_CC, cross_CH, weight_HC, ridge=self._ridge, where=where)
-        refit_CH = refit_HC.T
-        explained = (
-            2 * (refit_CH * cross_CH).sum() - (refit_CH * (moments.gram_CC @ refit_CH)).sum()
-        )
-        left = 1.0 - float(explained) / max(energy, 1e-300)
+            input_BSC = work.inputs(group.output, items)
+            keep()
+            if kept is not None:
+                kept.write(items, input_BSC)
+            batches.run(len(input_BSC), lambda part: moments.add(input_BSC[part]))
+            batches.run(len(input_BSC), lambda part: cross.add(input_BSC[part], target_BSH[part]))
 
-        inputs = KeptInputs(kept) if self._keep else InputsAgain(work, group.output)
-        return refit_HC, moments, left, inputs
+        batches.run(windows, add)
+        factor = moments.factor(self._ridge, where=f"recovery of {group.output_weight}")
+        left = 1.0 - ridge_refit_(factor, cross.sum_HC, weight_HC) / max(cross.energy, 1e-300)
+        inputs = kept.read if kept is not None else InputsAgain(work, group.output)
+        return cross.sum_HC, moments, left, inputs
+
+
+class _Cross:
+    """Running sums over tokens of ``t x^T`` and of the targets' energy."""
+
+    def __init__(self, hidden: int, columns: int, device: torch.device) -> None:
+        self.sum_HC = torch.zeros(hidden, columns, device=device)
+        self.energy = 0.0
+
+    def add(self, input_BSC: torch.Tensor, target_BSH: torch.Tensor) -> None:
+        """Add one micro-batch: all of it, or nothing when memory runs out."""
+        target_TH = target_BSH.flatten(0, 1).float()
+        energy = float(torch.linalg.vector_norm(target_TH, dtype=torch.float64)) ** 2
+        self.sum_HC.addmm_(target_TH.T, input_BSC.flatten(0, 1).float())
+        self.energy += energy
+
+
+def _advance(work: LayerPass, items: slice) -> None:
+    """The refit layer's output takes the place of its input."""
+    hidden_BSH = work.hidden_pruned.read(items)
+    with work.known(items):
+        output_BSH = call_layer(work.module, work.pruned, hidden_BSH, work.kwargs)
+    work.hidden_pruned.write(items, output_BSH)
+
+
+def _nothing() -> None:
+    """Nothing is to be kept."""

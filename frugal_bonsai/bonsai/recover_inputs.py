@@ -7,7 +7,7 @@ With X the pruned model's input to them, N the dense model's, W_d the dense weig
     W' = argmin ||N W_d^T - X W'^T||^2 + lambda ||W' - W||^2 ,
 
 so that they give on the drifted input what the dense ones give on the true one. The targets are
-linear in N, hence X^T N is all that has to be summed: no projection is computed for it, and the
+linear in N, hence N^T X is all that has to be summed: no projection is computed for it, and the
 sweep spends no more tokens. Holds two ``[H, H]`` matrices.
 
 Shape suffixes: H hidden, R kept rows of a projection.
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import torch
 
-from frugal_bonsai.bonsai.gram import ridge_refit
+from frugal_bonsai.bonsai.factor import BLOCK
+from frugal_bonsai.bonsai.gram import Moments, ridge_refit_
 from frugal_bonsai.bonsai.layer_pass import LayerPass
 from frugal_bonsai.model.cut import kept_indices
 from frugal_bonsai.model.family import ModelSpec
@@ -59,11 +60,19 @@ def refit_inputs(
     projections = input_projections(spec, group)
     hidden = work.pruned[f"{projections[0]}.weight"].shape[1]
     device = work.sweep.skeleton.device
-    gram_HH, cross_HH = (torch.zeros(hidden, hidden, device=device) for _ in range(2))
-    for items in work.sweep.micro_batches(windows):
-        input_TH = work.inputs(projections[0], items).flatten(0, 1).float()
-        gram_HH.addmm_(input_TH.T, input_TH)
-        cross_HH.addmm_(input_TH.T, _dense_input(work, projections[0], items, first=first))
+    moments = Moments(hidden, device=device, gram=True)
+    cross_HH = torch.zeros(hidden, hidden, device=device)  # N^T X
+    batches = work.sweep.batches
+
+    def add(items: slice) -> None:
+        input_BSH = work.inputs(projections[0], items)
+        dense_BSH = _dense_input(work, projections[0], items, first=first)
+        batches.run(len(input_BSH), lambda part: moments.add(input_BSH[part]))
+        batches.run(
+            len(input_BSH), lambda part: _add_product(cross_HH, dense_BSH[part], input_BSH[part])
+        )
+
+    batches.run(windows, add)
     refits = {}
     for projection in projections:
         name = f"{projection}.weight"
@@ -71,24 +80,34 @@ def refit_inputs(
         piece = next(piece for piece in group.slices if piece.tensor == full)
         dense_RH = work.dense[name]
         rows = kept_indices(len(dense_RH), [(group, piece)], mask).to(device)
-        weight_RH = ridge_refit(
-            gram_HH,
-            cross_HH @ dense_RH[rows].float().T,
-            work.pruned[name],
-            ridge=ridge,
-            where=f"recovery of {full}",
-        )
-        refits[full] = weight_RH
-        work.pruned[name] = weight_RH.to(work.sweep.skeleton.dtype)
+        factor = moments.factor(ridge, where=f"recovery of {full}")
+        weight_RH = _rows_times(dense_RH, rows, cross_HH)
+        ridge_refit_(factor, weight_RH, work.pruned[name])
+        refits[full] = work.adopt(name, weight_RH)
     return refits
 
 
+def _rows_times(
+    weight_RH: torch.Tensor, rows: torch.Tensor, right_HH: torch.Tensor
+) -> torch.Tensor:
+    """Some rows of a weight times a matrix, fp32, without a copy of all these rows."""
+    product_RH = torch.empty(len(rows), right_HH.shape[1], device=right_HH.device)
+    for start in range(0, len(rows), BLOCK):
+        some = slice(start, start + BLOCK)
+        torch.mm(weight_RH[rows[some]].float(), right_HH, out=product_RH[some])
+    return product_RH
+
+
+def _add_product(sum_HH: torch.Tensor, left_BSH: torch.Tensor, right_BSH: torch.Tensor) -> None:
+    """Add L^T R over tokens."""
+    left_TH, right_TH = left_BSH.flatten(0, 1).float(), right_BSH.flatten(0, 1).float()
+    sum_HH.addmm_(left_TH.T, right_TH)
+
+
 def _dense_input(work: LayerPass, projection: str, items: slice, *, first: bool) -> torch.Tensor:
-    """The dense model's input of a projection, fp32 ``[T, H]``."""
+    """The dense model's input of a projection, ``[B, S, H]``."""
     if first:
         hidden_BSH = work.hidden_dense.read(items)
-        input_BSH = capture_input(work.module, work.dense, hidden_BSH, work.kwargs, projection)
-    else:
-        assert work.dense_inputs is not None
-        input_BSH = work.dense_inputs.read(items)
-    return input_BSH.flatten(0, 1).float()
+        return capture_input(work.module, work.dense, hidden_BSH, work.kwargs, projection)
+    assert work.dense_inputs is not None
+    return work.dense_inputs.read(items)

@@ -256,7 +256,8 @@ class Search:
             engine.sweep,
             ridge=self._settings.ridge,
             keep_inputs=self._keep_inputs,
-            save=lambda layer, weights: self._save_refit(number, layer, weights),
+            save=lambda layer, weights: self._folder.save_refit(number, layer, weights),
+            cast=self._as_saved,
             mask=state.mask if self._settings.refit == "all" else None,
         )
         with engine.stream(dense) as parent, engine.stream(store) as pruned:
@@ -270,17 +271,10 @@ class Search:
             "recovery_residual": sum(result.residual) / len(result.residual),
         }
 
-    def _save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
-        """Keep refit weights in the source's dtype, which is what the rewriter writes."""
-        checkpoint = self._engine.checkpoint
-        self._folder.save_refit(
-            number,
-            layer,
-            {
-                name: w.to(torch_dtype(checkpoint.tensors[name].dtype)).cpu()
-                for name, w in weights.items()
-            },
-        )
+    def _as_saved(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A refit weight in the source's dtype, which is what the rewriter writes."""
+        entry = self._engine.checkpoint.tensors[name]
+        return weight.to(device="cpu", dtype=torch_dtype(entry.dtype))
 
 
 def _report(number: int, judgement: Judgement, mask: KeepMask, blocks: int) -> dict[str, Any]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # What the CUDA context and its kernels take outside torch's allocator, where it cannot be measured.
 NOMINAL_CONTEXT_BYTES = 600 * MIB
+# No context is as large: so much in use outside the allocator is another program's.
+_LARGEST_CONTEXT_BYTES = 2 * GIB
 # Left to the rest of the machine when the user names no cap.
 _LEAVE_HOST_BYTES = GIB
 # glibc keeps freed blocks below a threshold that it raises by itself up to 32 MiB, and places the
@@ -39,12 +41,14 @@ class Budget:
         device: ``"cpu"`` or ``"cuda"``.
         host_bytes: cap on this process's resident memory.
         gpu_bytes: cap on device memory, context included; None without a GPU.
+        context_bytes: what the CUDA context takes of it: measured, else nominal.
         notes: what the user should know about the caps.
     """
 
     device: str
     host_bytes: int
     gpu_bytes: int | None = None
+    context_bytes: int = NOMINAL_CONTEXT_BYTES
     notes: tuple[str, ...] = ()
 
 
@@ -101,22 +105,69 @@ def make_budget(
                 "--max-gpu-mem has no effect: there is no GPU; --max-cpu-mem caps this run"
             )
         return Budget(device="cpu", host_bytes=host, notes=tuple(notes))
+    context = measure_context(device)
+    if context > _LARGEST_CONTEXT_BYTES:
+        notes.append(
+            f"{format_bytes(context)} of the GPU are in use outside this program's tensors, so "
+            f"another program is there; its CUDA context is taken to be "
+            f"{format_bytes(NOMINAL_CONTEXT_BYTES)}"
+        )
+        context = NOMINAL_CONTEXT_BYTES
     free_gpu, total_gpu = torch.cuda.mem_get_info(device)
-    gpu = free_gpu if max_gpu_mem is None else parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+    if max_gpu_mem is None:
+        gpu = free_gpu + context
+    else:
+        gpu = parse_bytes(max_gpu_mem, option="--max-gpu-mem")
     if gpu > total_gpu:
         notes.append(f"--max-gpu-mem is more than the GPU's {format_bytes(total_gpu)}")
         gpu = total_gpu
-    return Budget(device="cuda", host_bytes=host, gpu_bytes=gpu, notes=tuple(notes))
+    return Budget(
+        device="cuda", host_bytes=host, gpu_bytes=gpu, context_bytes=context, notes=tuple(notes)
+    )
 
 
-def enforce_gpu_cap(device: torch.device, cap_bytes: int) -> None:
-    """Bound torch's allocator to the cap less the CUDA context."""
+def measure_context(device: torch.device) -> int:
+    """Device memory in use that torch's allocator does not count: context, kernels, libraries.
+
+    Kernels are loaded at their first use, so one matrix product and one attention run first. The
+    driver counts the whole device: another program on it is counted too.
+    """
     import torch
 
+    ones = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    torch.nn.functional.scaled_dot_product_attention(ones, ones @ ones, ones)
+    torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
-    context = max(0, total - free - torch.cuda.memory_reserved(device))
-    share = max(0.0, (cap_bytes - min(context, NOMINAL_CONTEXT_BYTES)) / total)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    return max(0, total - free - torch.cuda.memory_reserved(device))
+
+
+def enforce_gpu_cap(device: torch.device, budget: Budget) -> None:
+    """Bound torch's allocator to the cap less the CUDA context.
+
+    Raises:
+        BudgetError: the context alone takes the cap.
+    """
+    import torch
+
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    torch.cuda.set_per_process_memory_fraction(allocator_share(budget, total), device)
+
+
+def allocator_share(budget: Budget, total_bytes: int) -> float:
+    """The share of the device that torch's allocator may take.
+
+    Raises:
+        BudgetError: the context alone takes the cap.
+    """
+    assert budget.gpu_bytes is not None
+    left = budget.gpu_bytes - budget.context_bytes
+    if left <= 0:
+        raise BudgetError(
+            f"--max-gpu-mem {format_bytes(budget.gpu_bytes)} is not more than what the CUDA "
+            f"context takes on this device ({format_bytes(budget.context_bytes)}); nothing is left "
+            f"for the model"
+        )
+    return min(1.0, left / total_bytes)
 
 
 def enforce_host_cap(cap_bytes: int, planned_bytes: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from frugal_bonsai.memory.budget import NOMINAL_CONTEXT_BYTES, Budget
+from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
@@ -171,8 +171,8 @@ class PlanItems:
                 PlanItem(
                     name="CUDA context",
                     where=GPU,
-                    size_bytes=NOMINAL_CONTEXT_BYTES,
-                    formula="nominal",
+                    size_bytes=self._budget.context_bytes,
+                    formula="measured",
                 )
             )
         items += self._weights(near)
@@ -194,9 +194,7 @@ class PlanItems:
                 )
             )
         for where in (GPU, HOST):
-            own = [
-                i for i in items if i.where == where and i.formula not in ("measured", "nominal")
-            ]
+            own = [i for i in items if i.where == where and i.formula != "measured"]
             if own:
                 items.append(
                     PlanItem(

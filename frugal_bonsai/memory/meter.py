@@ -42,10 +42,15 @@ def reserved_gpu_bytes() -> int:
     return sum(int(torch.cuda.memory_reserved(n)) for n in range(torch.cuda.device_count()))
 
 
-def peak_gpu_bytes(device: torch.device) -> int | None:
-    """Largest memory that torch's allocator has reserved on a GPU; None on a CPU."""
+def peak_gpu_bytes(device: torch.device, context_bytes: int) -> int | None:
+    """Largest device memory so far: reserved by torch's allocator, and the context beside it.
+
+    Args:
+        device: None is returned for a CPU.
+        context_bytes: of the CUDA context, which the allocator does not see.
+    """
     if device.type != "cuda":
         return None
     import torch
 
-    return int(torch.cuda.max_memory_reserved(device))
+    return int(torch.cuda.max_memory_reserved(device)) + context_bytes

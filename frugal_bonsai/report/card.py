@@ -173,9 +173,12 @@ def _how(summary: Values) -> str:
         summary["memory"],
         summary["settings"],
     )
-    peak = f"{format_bytes(memory['host_peak_bytes'])} of host memory"
+    peak = f"{_peak(memory, 'host')} of host memory"
     if memory["gpu_peak_bytes"] is not None:
-        peak += f" and {format_bytes(memory['gpu_peak_bytes'])} of GPU memory"
+        peak += f" and {_peak(memory, 'gpu')} of GPU memory"
+    batch = plural(memory["final_micro_batch"], "window")
+    if memory["final_micro_batch"] < memory["planned_micro_batch"]:
+        batch += f" (planned {memory['planned_micro_batch']}; memory ran out)"
     facts = (
         ("preset", f"`{summary['preset']}`"),
         ("calibration text", _source(calibration["source"])),
@@ -186,9 +189,15 @@ def _how(summary: Values) -> str:
         ("forward tokens", f"{summary['forward_tokens']:,}"),
         ("time", duration(summary["seconds"])),
         ("peak", peak),
+        ("micro-batch", batch),
     )
     chosen = ((f"`{name}`", f"`{value}`") for name, value in settings.items())
     return "\n".join((_table(("", ""), facts), _table(("setting", "value"), chosen)))
+
+
+def _peak(memory: Values, where: str) -> str:
+    predicted = format_bytes(memory[f"{where}_predicted_bytes"])
+    return f"{format_bytes(memory[f'{where}_peak_bytes'])} (predicted {predicted})"
 
 
 def _kept(summary: Values) -> str:

@@ -154,6 +154,12 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
         peaks.append(f"{_peak(memory, 'gpu')} of GPU memory")
     sheet.heading("the run")
     sheet.say(f"memory: {', '.join(peaks)}")
+    if memory["final_micro_batch"] < memory["planned_micro_batch"]:
+        sheet.say(
+            f"memory ran out on the way: micro-batches were planned with "
+            f"{plural(memory['planned_micro_batch'], 'window')} and ended with "
+            f"{memory['final_micro_batch']}"
+        )
     sheet.say(
         f"spent: {summary['forward_tokens']:,} forward tokens, {duration(summary['seconds'])} "
         f"(preset {summary['preset']}, seed {summary['settings']['seed']})"
@@ -294,7 +300,9 @@ def render_eval(result: Values, console: Console) -> None:
 
 
 def _peak(memory: Values, where: str) -> str:
-    """``peak 0.50 GiB of 2.00 GiB``."""
-    cap = memory[f"{where}_cap_bytes"]
-    peak = f"peak {format_bytes(memory[f'{where}_peak_bytes'])}"
+    """``peak 0.50 GiB (predicted 0.48 GiB) of 2.00 GiB``."""
+    cap, predicted = memory[f"{where}_cap_bytes"], memory[f"{where}_predicted_bytes"]
+    peak = (
+        f"peak {format_bytes(memory[f'{where}_peak_bytes'])} (predicted {format_bytes(predicted)})"
+    )
     return peak if cap is None else f"{peak} of {format_bytes(cap)}"

@@ -17,6 +17,7 @@ from frugal_bonsai.run.prepare import (
     open_model,
     read_windows,
 )
+from frugal_bonsai.run.summary import describe_memory
 
 
 def evaluate(
@@ -49,7 +50,6 @@ def evaluate(
     """
     from frugal_bonsai.evaluate.perplexity import measure_perplexity
     from frugal_bonsai.memory.budget import find_device, make_budget
-    from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
     from frugal_bonsai.memory.plan import Work, plan_memory
     from frugal_bonsai.rewrite.shrink import require_tied_head
     from frugal_bonsai.stream.store import INT8, build_store
@@ -93,9 +93,6 @@ def evaluate(
             "weights": weights,
             "seconds": seconds,
             "tokens_per_second": windows_NS.numel() / seconds,
-            "host_peak_bytes": peak_resident_bytes(),
-            "host_cap_bytes": budget.host_bytes,
-            "gpu_peak_bytes": peak_gpu_bytes(place),
-            "gpu_cap_bytes": budget.gpu_bytes,
+            **describe_memory(plan, engine),
             "notes": list(budget.notes),
         }

@@ -114,7 +114,7 @@ def make_engine(
 
     enforce_host_cap(plan.budget.host_bytes, plan.total_bytes("host"))
     if plan.budget.gpu_bytes is not None:
-        enforce_gpu_cap(device, plan.budget.gpu_bytes)
+        enforce_gpu_cap(device, plan.budget)
     return Engine(
         checkpoint,
         spec,

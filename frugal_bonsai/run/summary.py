@@ -57,8 +57,6 @@ class Job:
 
 def describe(job: Job, found: Found) -> dict[str, Any]:
     """What was asked for and found, without the figures before and after."""
-    from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
-
     model, ready, texts = job.model, job.ready, job.texts
     table = model.spec.table
     return {
@@ -83,14 +81,31 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
         "layer_sparsity": _layer_sparsity(model, found.mask),
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
-        "memory": {
-            "host_cap_bytes": ready.budget.host_bytes,
-            "host_peak_bytes": peak_resident_bytes(),
-            "gpu_cap_bytes": ready.budget.gpu_bytes,
-            "gpu_peak_bytes": peak_gpu_bytes(ready.device),
-            "plan": plan_items(job.memory),
-        },
+        "memory": describe_memory(job.memory, job.engine),
         "notes": list(ready.budget.notes),
+    }
+
+
+def describe_memory(memory: MemoryPlan, engine: Engine) -> dict[str, Any]:
+    """Caps, what the plan predicted and what was measured; micro-batches as planned and at the end.
+
+    Args:
+        memory: the plan.
+        engine: that has done the work.
+    """
+    from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
+
+    budget, gpu = memory.budget, memory.budget.gpu_bytes is not None
+    return {
+        "host_cap_bytes": budget.host_bytes,
+        "host_predicted_bytes": memory.total_bytes("host"),
+        "host_peak_bytes": peak_resident_bytes(),
+        "gpu_cap_bytes": budget.gpu_bytes,
+        "gpu_predicted_bytes": memory.total_bytes("gpu") if gpu else None,
+        "gpu_peak_bytes": peak_gpu_bytes(engine.device, budget.context_bytes),
+        "planned_micro_batch": engine.sweep.batches.planned,
+        "final_micro_batch": engine.sweep.batches.size,
+        "plan": plan_items(memory),
     }
 
 

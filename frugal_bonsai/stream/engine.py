@@ -88,7 +88,9 @@ class Engine:
                 rows, device=self.device, dtype=self.dtype, int8_products=int8_products
             )
 
-        return Head(self.skeleton, open_rows, tokens=self._limits.head_tokens)
+        return Head(
+            self.skeleton, open_rows, tokens=self._limits.head_tokens, progress=self.progress
+        )
 
     def native(self) -> LayerStream:
         """The checkpoint itself in its own precision."""

@@ -3,7 +3,8 @@
 In: windows of tokens, optionally a keep mask for each, optionally a tap on the inputs of the output
 projections. Out: the loss of every token. A layer is read and dequantised once per wave, however
 many masks and windows are in flight. Holds the hidden states of a wave, one layer, one
-micro-batch's activations. Never lets one window's result depend on its neighbours.
+micro-batch's activations. Never lets one window's result depend on its neighbours. When memory runs
+out inside a layer, its micro-batch halves and the layer goes on with the windows that are left.
 
 Shape suffixes: N pairs of mask and window, B those of a micro-batch, S tokens, H hidden, C columns
 of an output projection.
@@ -12,7 +13,7 @@ of an output projection.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -23,6 +24,7 @@ from frugal_bonsai.stream.call import InputHook, call_layer
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import LayerStream, Parameters
+from frugal_bonsai.stream.micro_batch import MicroBatches
 from frugal_bonsai.stream.skeleton import Skeleton
 
 
@@ -37,7 +39,11 @@ class Tap(Protocol):
     """Sees the inputs of the output projections, and each layer's end."""
 
     def inputs(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
-        """One micro-batch's input of an output projection, in the compute dtype."""
+        """One micro-batch's input of an output projection, in the compute dtype.
+
+        Must change nothing before everything that it allocates is there: when memory runs out, it
+        is called again with parts of the micro-batch.
+        """
 
     def end_layer(self, layer: int, parameters: Parameters) -> None:
         """All windows have passed a layer; its parameters are still valid."""
@@ -49,6 +55,7 @@ class Sweep:
     Attributes:
         forward_tokens: tokens that went through the whole model so far, partial passes counted by
             their share.
+        batches: the micro-batches, and what became of their size.
 
     Args:
         skeleton: the model without weights.
@@ -60,8 +67,8 @@ class Sweep:
         self, skeleton: Skeleton, limits: SweepLimits, *, progress: Progress | None = None
     ) -> None:
         self.skeleton, self.limits = skeleton, limits
-        self.micro_batch = limits.micro_batch
         self.progress: Progress = progress or Silent()
+        self.batches = MicroBatches(limits.micro_batch, progress=self.progress)
         self.forward_tokens = 0
 
     def losses(
@@ -110,23 +117,10 @@ class Sweep:
         kwargs = self.skeleton.layer_kwargs(tokens_NS.shape[1])
         hidden = self.embed(tokens_NS)
         self.progress.sweep(name, self.skeleton.spec.layers, tokens_NS.numel())
-        table = self.skeleton.spec.table
         with torch.inference_mode():
             for layer, parameters in stream.visit():
-                groups = table.of_layer(layer)
-                for items in self.micro_batches(len(tokens_NS)):
-                    hooks, seen = _hooks(groups, masker, tap, items)
-                    output_BSH = call_layer(
-                        self.skeleton.layers[layer],
-                        parameters,
-                        hidden.read(items),
-                        kwargs[layer],
-                        hooks,
-                    )
-                    hidden.write(items, output_BSH)
-                    if tap is not None:
-                        for group, input_BSC in seen:
-                            tap.inputs(group, input_BSC)
+                visit = _LayerVisit(self, layer, parameters, kwargs[layer], hidden, masker, tap)
+                self.batches.run(len(tokens_NS), visit)
                 if tap is not None:
                     tap.end_layer(layer, parameters)
                 self.progress.step(f"layer {layer}")
@@ -137,11 +131,14 @@ class Sweep:
         """The first layer's inputs of these windows; a window that occurs again is copied."""
         hidden = self.hidden_states(tokens_NS)
         distinct_US, where_N = torch.unique(tokens_NS, dim=0, return_inverse=True)
-        for items in self.micro_batches(len(distinct_US)):
+
+        def embed(items: slice) -> None:
             embedded_BSH = self.skeleton.embed(distinct_US[items])
             for item, embedded_SH in enumerate(embedded_BSH, start=items.start):
                 for place in (where_N == item).nonzero().flatten().tolist():
                     hidden.write(slice(place, place + 1), embedded_SH[None])
+
+        self.batches.run(len(distinct_US), embed)
         return hidden
 
     def hidden_states(self, tokens_NS: torch.Tensor) -> HiddenStates:
@@ -158,16 +155,49 @@ class Sweep:
 
     def waves(self, windows: int) -> Iterator[slice]:
         """Slices of at most ``windows_in_flight`` windows."""
-        return _slices(windows, self.limits.windows_in_flight)
-
-    def micro_batches(self, windows: int) -> Iterator[slice]:
-        """Slices of at most ``micro_batch`` windows."""
-        return _slices(windows, self.micro_batch)
+        step = self.limits.windows_in_flight
+        for start in range(0, windows, step):
+            yield slice(start, min(start + step, windows))
 
 
-def _slices(count: int, step: int) -> Iterator[slice]:
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+class _LayerVisit:
+    """One layer over any micro-batch of a wave."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        layer: int,
+        parameters: Parameters,
+        kwargs: dict[str, Any],
+        hidden: HiddenStates,
+        masker: Masker | None,
+        tap: Tap | None,
+    ) -> None:
+        self._batches = sweep.batches
+        self._module = sweep.skeleton.layers[layer]
+        self._groups = sweep.skeleton.spec.table.of_layer(layer)
+        self._parameters, self._kwargs = parameters, kwargs
+        self._hidden, self._masker, self._tap = hidden, masker, tap
+
+    def __call__(self, items: slice) -> None:
+        """Compute the layer, then keep its output, then show the tap the inputs."""
+        hooks, seen = _hooks(self._groups, self._masker, self._tap, items)
+        self._hidden.write(
+            items,
+            call_layer(
+                self._module, self._parameters, self._hidden.read(items), self._kwargs, hooks
+            ),
+        )
+        if self._tap is not None:
+            _show(self._tap, seen, self._batches, items.stop - items.start)
+
+
+def _show(
+    tap: Tap, seen: list[tuple[UnitGroup, torch.Tensor]], batches: MicroBatches, windows: int
+) -> None:
+    """The layer is done: what the tap lacks memory for is shown to it in smaller parts."""
+    for group, input_BSC in seen:
+        batches.run(windows, lambda part, g=group, x=input_BSC: tap.inputs(g, x[part]))  # type: ignore[misc]
 
 
 class _Shifted:

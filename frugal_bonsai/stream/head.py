@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.functional import linear
 
+from frugal_bonsai.progress import Progress
 from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import LayerStream
+from frugal_bonsai.stream.micro_batch import MicroBatches
 from frugal_bonsai.stream.skeleton import Skeleton
 from frugal_bonsai.stream.source import HEAD_WEIGHT
 
@@ -26,13 +28,25 @@ class Head:
     Args:
         skeleton: gives the final norm, device and dtype.
         open_rows: opens a stream of the head's chunks of rows.
-        tokens: tokens whose logits are held at a time.
+        tokens: tokens whose logits are held at a time; fewer once memory has run out.
+        progress: told when it has.
+
+    Attributes:
+        batches: how many tokens' logits are held at a time.
     """
 
     def __init__(
-        self, skeleton: Skeleton, open_rows: Callable[[], LayerStream], *, tokens: int
+        self,
+        skeleton: Skeleton,
+        open_rows: Callable[[], LayerStream],
+        *,
+        tokens: int,
+        progress: Progress | None = None,
     ) -> None:
-        self._skeleton, self._open_rows, self._tokens = skeleton, open_rows, tokens
+        self._skeleton, self._open_rows = skeleton, open_rows
+        self.batches = MicroBatches(
+            tokens, unit="tokens", what="block of logits", progress=progress
+        )
         self._kept: torch.Tensor | None = None
 
     def nll(self, hidden: HiddenStates, tokens_BS: torch.Tensor) -> torch.Tensor:
@@ -45,20 +59,27 @@ class Head:
         spread_BS = torch.full((windows, window - 1), -torch.inf, device=device)
         target_BS = torch.zeros(windows, window - 1, device=device)
         following_BS = tokens_BS[:, 1:].to(device).contiguous()
-        slices = list(self._window_slices(windows, window))
-        for here in slices:
+
+        def norm(here: slice) -> None:
             hidden.write(here, self._skeleton.norm(hidden.read(here)))
+
+        self.batches.run(windows, norm, weight=window)
         first = 0
         for weight_vH in self._chunks():
-            for here in slices:
+
+            def add(here: slice, first: int = first, weight_vH: torch.Tensor = weight_vH) -> None:
+                losses = _Losses(
+                    following_BS[here].view(-1) - first,
+                    target_BS[here].view(-1),
+                    spread_BS[here].view(-1),
+                )
                 normed_TH = hidden.read(here)[:, :-1].flatten(0, 1)
-                spread_T, target_T = spread_BS[here].view(-1), target_BS[here].view(-1)
-                following_T = following_BS[here].view(-1)
-                for start in range(0, len(normed_TH), self._tokens):
-                    block = slice(start, start + self._tokens)
-                    logits_Tv = linear(normed_TH[block], weight_vH).float()
-                    target_T[block] += _target_logits(logits_Tv, following_T[block] - first)
-                    _add_spread(spread_T[block], logits_Tv)
+                self.batches.run(
+                    len(normed_TH),
+                    lambda block: losses.add(block, linear(normed_TH[block], weight_vH)),
+                )
+
+            self.batches.run(windows, add, weight=window)
             first += len(weight_vH)
         return (spread_BS - target_BS).cpu()
 
@@ -67,11 +88,6 @@ class Head:
         normed_BSH = self._skeleton.norm(hidden_BSH)
         parts = [linear(normed_BSH, weight_vH).float() for weight_vH in self._chunks()]
         return torch.cat(parts, dim=-1)
-
-    def _window_slices(self, windows: int, window: int) -> Iterator[slice]:
-        step = max(1, self._tokens // window)
-        for start in range(0, windows, step):
-            yield slice(start, min(start + step, windows))
 
     def _chunks(self) -> Iterator[torch.Tensor]:
         """Yield rows ``[v, H]`` in order; a head that is one chunk is read once and kept."""
@@ -85,6 +101,30 @@ class Head:
                 yield parameters[HEAD_WEIGHT]
 
 
+class _Losses:
+    """Some tokens' running sums over the chunks of the vocabulary, changed in place.
+
+    Args:
+        following_T: the tokens that follow, counted from the chunk's first row.
+        target_T: their logits, where they have been met.
+        spread_T: log-sum-exp of the logits so far.
+    """
+
+    def __init__(
+        self, following_T: torch.Tensor, target_T: torch.Tensor, spread_T: torch.Tensor
+    ) -> None:
+        self._following_T, self._target_T, self._spread_T = following_T, target_T, spread_T
+
+    def add(self, block: slice, logits_Tv: torch.Tensor) -> None:
+        """Add a chunk of the vocabulary for some of the tokens; the logits are overwritten."""
+        logits_Tv = logits_Tv.float()
+        target_T = _target_logits(logits_Tv, self._following_T[block])
+        spread_T = torch.logaddexp(self._spread_T[block], _log_sum_exp_(logits_Tv))
+        # Nothing has changed so far: had memory run out, these tokens would be tried again.
+        self._target_T[block] += target_T
+        self._spread_T[block] = spread_T
+
+
 def _target_logits(logits_Tv: torch.Tensor, following_T: torch.Tensor) -> torch.Tensor:
     """Each token's logit of the one that follows, zero where that is not in this chunk."""
     inside_T = (following_T >= 0) & (following_T < logits_Tv.shape[1])
@@ -93,8 +133,8 @@ def _target_logits(logits_Tv: torch.Tensor, following_T: torch.Tensor) -> torch.
     return torch.where(inside_T, found_T, torch.zeros_like(found_T))
 
 
-def _add_spread(spread_T: torch.Tensor, logits_Tv: torch.Tensor) -> None:
-    """Add a chunk to the running log-sum-exp in place; the logits are overwritten."""
+def _log_sum_exp_(logits_Tv: torch.Tensor) -> torch.Tensor:
+    """Over the vocabulary, without a second copy of the logits, which are overwritten."""
     largest_T1 = logits_Tv.amax(-1, keepdim=True)
     sum_T = logits_Tv.sub_(largest_T1).exp_().sum(-1)
-    torch.logaddexp(spread_T, sum_T.log_().add_(largest_T1[:, 0]), out=spread_T)
+    return sum_T.log_().add_(largest_T1[:, 0])

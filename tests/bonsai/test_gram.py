@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal_bonsai.bonsai.gram import Moments, damped_factor, exact_loss_U, ridge_refit
-from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.bonsai.factor import DampedFactor
+from frugal_bonsai.bonsai.gram import Moments, exact_loss_U, ridge_refit_
 
 CPU = torch.device("cpu")
 TOKENS, COLUMNS, HIDDEN = 400, 12, 7
@@ -17,6 +17,10 @@ def _inputs(seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(COLUMNS, COLUMNS, generator=generator) + 2 * torch.eye(COLUMNS)
     return torch.randn(TOKENS, COLUMNS, generator=generator) @ mixed + 0.5
+
+
+def factor_of(gram: torch.Tensor, damping: float) -> DampedFactor:
+    return DampedFactor(gram.clone(), damping, where="here")
 
 
 def _weight(seed: int = 1) -> torch.Tensor:
@@ -68,7 +72,7 @@ def test_exact_loss_is_what_the_best_refit_cannot_give_back(columns_per_unit: in
         refit = torch.linalg.lstsq(inputs[:, keep], target).solution
         brute.append((target - inputs[:, keep] @ refit).square().sum() / TOKENS)
     gram = (inputs.T @ inputs / TOKENS).float()
-    found = exact_loss_U(gram, weight.float(), columns_per_unit, damping=1e-7, where="here")
+    found = exact_loss_U(factor_of(gram, 1e-7), weight.float(), columns_per_unit)
     assert found.shape == (COLUMNS // columns_per_unit,)
     torch.testing.assert_close(found.double(), torch.stack(brute), rtol=1e-3, atol=0)
 
@@ -78,9 +82,9 @@ def test_blocks_of_one_column_equal_the_column_form() -> None:
     inputs, weight = _inputs(), _weight()
     wide_inputs, wide_weight = torch.zeros(TOKENS, 2 * COLUMNS), torch.zeros(HIDDEN, 2 * COLUMNS)
     wide_inputs[:, ::2], wide_weight[:, ::2] = inputs, weight
-    plain = exact_loss_U(inputs.T @ inputs, weight, 1, damping=1e-6, where="")
+    plain = exact_loss_U(factor_of(inputs.T @ inputs, 1e-6), weight, 1)
     # Its mean diagonal is half as large, so that half the damping share is the same damping.
-    blocks = exact_loss_U(wide_inputs.T @ wide_inputs, wide_weight, 2, damping=2e-6, where="")
+    blocks = exact_loss_U(factor_of(wide_inputs.T @ wide_inputs, 2e-6), wide_weight, 2)
     torch.testing.assert_close(plain, blocks, rtol=1e-3, atol=0)
 
 
@@ -95,43 +99,33 @@ def test_refit_is_the_least_squares_solution_of_the_augmented_system(ridge: floa
     rows = torch.cat([inputs, root * torch.eye(COLUMNS, dtype=torch.float64)])
     wanted = torch.cat([target, root * anchor.T])
     expected = torch.linalg.lstsq(rows, wanted).solution.T
-    found = ridge_refit(
-        gram.float(), (inputs.T @ target).float(), anchor.float(), ridge=ridge, where=""
-    )
-    assert found.shape == (HIDDEN, COLUMNS) and found.is_contiguous()
+    found = (target.T @ inputs).float()
+    explained = ridge_refit_(factor_of(gram.float(), ridge), found, anchor.float())
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    left = (target - inputs @ expected.T).square().sum()
+    assert explained == pytest.approx(float(target.square().sum() - left), rel=1e-4)
 
 
 def test_refit_of_what_fits_already_changes_nothing() -> None:
     inputs, anchor = _inputs(), _weight()
-    found = ridge_refit(
-        inputs.T @ inputs, inputs.T @ (inputs @ anchor.T), anchor, ridge=1e-3, where=""
-    )
+    found = (inputs @ anchor.T).T @ inputs
+    ridge_refit_(factor_of(inputs.T @ inputs, 1e-3), found, anchor)
     torch.testing.assert_close(found, anchor, rtol=1e-4, atol=1e-4)
 
 
-def test_matrix_that_is_a_little_indefinite_gets_ten_times_the_damping_until_it_is_not() -> None:
-    """As fp32 sums leave it: 1e-5 and 1e-4 of the mean diagonal are not enough, 1e-3 is."""
-    gram = torch.diag(torch.tensor([1.0, 1.0, -1e-4]))
-    factor = damped_factor(gram, 1e-5, where="here")
-    added = (factor @ factor.T - gram).diagonal()
-    torch.testing.assert_close(added, torch.full((3,), 1e-3 * 2 / 3), rtol=1e-2, atol=0)
-    assert torch.equal(gram, torch.diag(torch.tensor([1.0, 1.0, -1e-4])))
-
-
 def test_dead_inputs_do_not_divide_by_zero() -> None:
-    loss = exact_loss_U(torch.zeros(4, 4), torch.ones(2, 4), 1, damping=1e-4, where="here")
+    loss = exact_loss_U(factor_of(torch.zeros(4, 4), 1e-4), torch.ones(2, 4), 1)
     assert loss.isfinite().all() and (loss < 1e-30).all()
 
 
-def test_activations_that_are_not_finite_are_refused() -> None:
-    gram = torch.eye(3)
-    gram[1, 1] = float("inf")
-    with pytest.raises(CheckpointError, match="layer 3 ffn: activations are not finite"):
-        damped_factor(gram, 1e-3, where="layer 3 ffn")
-
-
-def test_indefinite_matrix_is_refused() -> None:
-    gram = torch.diag(torch.tensor([3.0, -30.0, 30.0]))
-    with pytest.raises(CheckpointError, match=r"x: the Gram matrix .* is not positive definite"):
-        damped_factor(gram, 1e-3, where="x")
+def test_moments_factor_again_for_another_damping() -> None:
+    moments = Moments(COLUMNS, device=CPU, gram=True)
+    moments.add(_inputs()[None])
+    assert moments.gram_CC is not None
+    gram = moments.gram_CC.clone()
+    first = moments.factor(1e-2, where="here")
+    assert moments.factor(1e-2, where="here") is first
+    second = moments.factor(1e-1, where="here")
+    wanted = torch.linalg.inv(gram.double() + second.added * torch.eye(COLUMNS)).diagonal()
+    torch.testing.assert_close(second.inverse_diagonal().double(), wanted, rtol=1e-4, atol=0)
+    assert second.added == pytest.approx(10 * first.added)

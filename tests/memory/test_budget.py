@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from frugal_bonsai.errors import BudgetError, OptionError
-from frugal_bonsai.memory.budget import find_device, make_budget
+from frugal_bonsai.memory.budget import Budget, allocator_share, find_device, make_budget
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes, resident_bytes
+from frugal_bonsai.sizes import GIB
 
 CPU = torch.device("cpu")
 
@@ -38,6 +40,18 @@ def test_more_than_is_free_is_noted() -> None:
     assert any("more than" in note for note in make_budget(CPU, None, "900TB").notes)
 
 
+def test_the_whole_context_is_subtracted_from_the_gpu_cap() -> None:
+    budget = Budget(device="cuda", host_bytes=GIB, gpu_bytes=8 * GIB, context_bytes=GIB)
+    assert allocator_share(budget, 16 * GIB) == pytest.approx(7 / 16)
+    assert allocator_share(replace(budget, gpu_bytes=64 * GIB), 16 * GIB) == 1.0
+
+
+def test_a_gpu_cap_below_the_context_is_refused() -> None:
+    budget = Budget(device="cuda", host_bytes=GIB, gpu_bytes=GIB // 2, context_bytes=GIB)
+    with pytest.raises(BudgetError, match=r"512\.00 MiB .* CUDA context .* \(1\.00 GiB\)"):
+        allocator_share(budget, 16 * GIB)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(BudgetError, match="no CUDA device"):
@@ -51,7 +65,7 @@ def test_meters() -> None:
     assert peak_resident_bytes() >= before
     assert resident_bytes() >= 200_000_000 * 0.9
     assert peak_resident_bytes() >= resident_bytes() * 0.99
-    assert peak_gpu_bytes(CPU) is None
+    assert peak_gpu_bytes(CPU, 0) is None
     assert block[0] == 1
 
 

@@ -49,9 +49,13 @@ def make_summary(layers: int = 3, **changes: Any) -> dict[str, Any]:
         "seconds": 5400.0,
         "memory": {
             "host_cap_bytes": 8 * 2**30,
+            "host_predicted_bytes": 3 * 2**30,
             "host_peak_bytes": 3 * 2**30,
             "gpu_cap_bytes": 24 * 2**30,
+            "gpu_predicted_bytes": 20 * 2**30,
             "gpu_peak_bytes": 21 * 2**30,
+            "planned_micro_batch": 8,
+            "final_micro_batch": 8,
             "plan": [],
         },
         "verify": {"max_relative_difference": 5.8e-7, "windows": 1},

@@ -88,7 +88,9 @@ def test_how_it_was_made() -> None:
         "| calibration windows | 32 |",
         "| seed | 17 |",
         "| forward tokens | 162,469,134 |",
-        "| peak | 3.00 GiB of host memory and 21.00 GiB of GPU memory |",
+        "| peak | 3.00 GiB (predicted 3.00 GiB) of host memory and 21.00 GiB (predicted "
+        "20.00 GiB) of GPU memory |",
+        "| micro-batch | 8 windows |",
         "| `method` | `group` |",
         "| `recovery` | `True` |",
     ):

@@ -78,6 +78,7 @@ EVAL: dict[str, Any] = {
     "seconds": 61.25,
     "tokens_per_second": 5157.4,
     "host_peak_bytes": 2**29,
+    "host_predicted_bytes": 2**29,
     "host_cap_bytes": 2**30,
     "gpu_peak_bytes": None,
     "gpu_cap_bytes": None,
@@ -167,12 +168,20 @@ def test_prune_without_an_evaluation_text() -> None:
 
 def test_prune_says_what_the_run_was() -> None:
     text = words(printed(render_prune, make_summary()))
-    assert "peak 3.00 GiB of 8.00 GiB of host memory" in text
-    assert "peak 21.00 GiB of 24.00 GiB of GPU memory" in text
+    assert "peak 3.00 GiB (predicted 3.00 GiB) of 8.00 GiB of host memory" in text
+    assert "peak 21.00 GiB (predicted 20.00 GiB) of 24.00 GiB of GPU memory" in text
+    assert "memory ran out" not in text
     assert "162,469,134 forward tokens, 90 min (preset default, seed 17)" in text
     assert "32 windows of 2048 tokens" in text
     assert "within 5.8e-07 on 1 window" in text
     assert "note: --max-gpu-mem has no effect" in text
+
+
+def test_prune_says_that_memory_ran_out() -> None:
+    summary = make_summary()
+    summary["memory"] |= {"planned_micro_batch": 8, "final_micro_batch": 2}
+    text = words(printed(render_prune, summary))
+    assert "micro-batches were planned with 8 windows and ended with 2" in text
 
 
 def test_prune_ends_with_lines_to_copy() -> None:
@@ -262,6 +271,7 @@ def test_eval_states_the_window_beside_the_perplexity() -> None:
     text = printed(render_eval, EVAL)
     assert row(text, "perplexity, window 256")[-1] == "44.9877"
     assert {"3.80639", "1,234", "314,670", "native", "5,157"} <= set(text.split())
-    assert "peak 512.00 MiB of 1.00 GiB" in text and "GPU" not in text
-    both = printed(render_eval, {**EVAL, "gpu_peak_bytes": 2**30, "gpu_cap_bytes": 2**31})
-    assert "peak 1.00 GiB of 2.00 GiB" in both
+    assert "peak 512.00 MiB (predicted 512.00 MiB) of 1.00 GiB" in text and "GPU" not in text
+    gpu = {"gpu_peak_bytes": 2**30, "gpu_predicted_bytes": 2**29, "gpu_cap_bytes": 2**31}
+    both = printed(render_eval, {**EVAL, **gpu})
+    assert "peak 1.00 GiB (predicted 512.00 MiB) of 2.00 GiB" in both
