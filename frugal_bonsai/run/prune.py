@@ -25,8 +25,10 @@ from frugal_bonsai.errors import StateError
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import describe_model
 from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.report.words import duration
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.plan import Prepared, plan_prune, prepare
+from frugal_bonsai.run.predict import predict
 from frugal_bonsai.run.prepare import Model, make_engine, open_model, read_windows
 from frugal_bonsai.run.summary import Job, Texts, describe, load_line, write_papers
 from frugal_bonsai.sizes import parse_bytes
@@ -94,6 +96,11 @@ def prune(
         )
         if on_plan is not None:
             on_plan(memory)
+        predicted = predict(
+            opened, ready, memory, texts.planned_windows, eval_windows=texts.eval_windows
+        )
+        if predicted is not None:
+            progress.note(f"predicted: about {duration(predicted['seconds'])}")
         require_free_space(out.parent, memory.total_bytes("disk"), "the working stores")
         engine = make_engine(opened.checkpoint, opened.spec, memory, ready.device, progress)
         calibration = _calibrate(opened, ready, texts, engine)
@@ -120,7 +127,8 @@ def prune(
         )
         summary = _rewrite(job, found, staged, shard_bytes, before)
         summary |= {"out": str(out), "load": load_line(out, ready.rules.layout)}
-        summary |= {"preset": options.preset, "seconds": time.monotonic() - started}
+        summary |= {"preset": options.preset, "predicted": predicted}
+        summary |= {"seconds": time.monotonic() - started}
         write_papers(staged, summary)
     shutil.rmtree(run_folder(out), ignore_errors=True)
     return summary
