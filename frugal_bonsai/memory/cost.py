@@ -153,9 +153,10 @@ def attention_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
     """Norm, q, k, v, rotary embedding, attention; the input of o_proj, without o_proj itself.
 
     Elements read and written a token: 7 H for the norm (square, mean, two products), 10 for each
-    column of q and k (two products, a sum, a half negated and joined).
+    column of q and k (two products, a sum, a half negated and joined); q, k and v read their input
+    and write their output, which counts where H is small.
     """
-    elements = 7 * w.hidden + 10 * (w.query + w.key)
+    elements = 7 * w.hidden + 10 * (w.query + w.key) + 3 * w.hidden + w.query + 2 * w.key
     return Cost(
         products=2 * w.attention_in * tokens,
         # Two products of S/2 keys on average, 2 operations each, for every query column.
@@ -168,9 +169,10 @@ def attention_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
 def ffn_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
     """Norm, gate, up, activation; the input of down_proj, without down_proj itself.
 
-    Elements: 7 H for the norm, 5 I for the activation and the product with it.
+    Elements: 7 H for the norm, 5 I for the activation and the product with it; gate and up read
+    their input and write their output.
     """
-    elements = 7 * w.hidden + 5 * w.ffn
+    elements = 7 * w.hidden + 5 * w.ffn + 2 * w.hidden + 2 * w.ffn
     return Cost(
         products=2 * w.ffn_in * tokens,
         traffic=elements * batch.element_bytes * tokens,
@@ -179,10 +181,10 @@ def ffn_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
 
 
 def outputs_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
-    """o_proj and down_proj, the two residual sums, and the hidden state kept: 8 H elements."""
+    """o_proj and down_proj (input and output), two residual sums, the hidden state kept: 8 H."""
     return Cost(
         products=2 * (w.attention_out + w.ffn_out) * tokens,
-        traffic=8 * w.hidden * batch.element_bytes * tokens,
+        traffic=(10 * w.hidden + w.query + w.ffn) * batch.element_bytes * tokens,
         fresh=batch.fresh(tokens, hidden=(w.hidden, 4)),
     )
 
@@ -195,16 +197,15 @@ def layer_cost(w: LayerWidths, batch: Batch, tokens: float, *, masked: bool = Fa
     return cost + Cost(traffic=mask, calls=tokens / (batch.micro_batch * batch.window))
 
 
-def int8_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
-    """What int8 x int8 adds to a layer's forward: inputs quantised, results scaled.
+def int8_cost(w: LayerWidths, tokens: float) -> Cost:
+    """What int8 x int8 adds to a layer's forward: inputs rounded, sums scaled, for each projection.
 
-    An input is read for its largest element, read again and written as int8 (2 c + 1 bytes), once
-    for each of q, k, v, o, gate, up and down; a result is read as int32 and written (4 + c).
+    An element of an input takes 33 bytes (absolute, largest, divided, rounded in fp32, to int8), an
+    element of a result 16 (scaled by token, then by row).
     """
     inputs = 5 * w.hidden + w.query + w.ffn
     outputs = w.query + 2 * w.key + 2 * w.hidden + 2 * w.ffn
-    c = batch.element_bytes
-    return Cost(traffic=tokens * (inputs * (2 * c + 1) + outputs * (4 + c)))
+    return Cost(traffic=tokens * (33 * inputs + 16 * outputs))
 
 
 def dequantise_cost(w: LayerWidths, stored_bytes: float, compute_bytes: int) -> Cost:
@@ -226,19 +227,17 @@ def head_cost(
 ) -> Cost:
     """Final norm, logits and their log-sum-exp, in chunks of ``rows`` of the vocabulary.
 
-    The norm is computed for each chunk (7 H). A logit is written and read by the log-sum-exp for
-    its largest, its exponential (in and out) and the sum: 16 bytes in fp32; from bf16 it is
-    converted first (2 + 4). Logits and exponentials are blocks of their own.
+    The norm is computed once (7 H, and 2 H to keep it), its result gathered for each chunk (2 H).
+    The log-sum-exp reads a logit for the largest, reads and writes the difference to it and the
+    exponential, and reads that for the sum: 24 bytes in fp32; from bf16 it is converted first
+    (2 + 4).
     """
     chunks = math.ceil(spec.vocabulary / rows)
     logits = tokens * spec.vocabulary
-    each = 16 + (6 if batch.element_bytes == 2 else 0)
-    fresh = 2 * 4 * logits if rows * chunk_tokens * 4 >= FRESH_BLOCK_BYTES else 0.0
-    return Cost(
-        products=2 * spec.hidden * logits,
-        traffic=each * logits + 7 * spec.hidden * batch.element_bytes * tokens * chunks,
-        fresh=fresh,
-    )
+    each = 24 + (6 if batch.element_bytes == 2 else 0)
+    hidden = (9 + 2 * chunks) * spec.hidden * batch.element_bytes * tokens
+    fresh = 4 * logits if rows * chunk_tokens * 4 >= FRESH_BLOCK_BYTES else 0.0
+    return Cost(products=2 * spec.hidden * logits, traffic=each * logits + hidden, fresh=fresh)
 
 
 def gram_cost(columns: float, tokens: float) -> Cost:
@@ -255,10 +254,11 @@ def exact_prior_cost(w: LayerWidths) -> Cost:
 def refit_outputs_cost(w: LayerWidths, tokens: float) -> Cost:
     """o_proj and down_proj refitted: Gram and cross moments, then a solve with H right sides.
 
-    The cross moments X^T T cost 2 C H a token, the energy of the target 36 bytes an element (it is
-    summed in fp64). The solve: a factor C^3/3, 2 C^2 H of substitution, and G W twice as a product.
+    The cross moments X^T T cost 2 C H a token. A target takes a sum and two differences (9 H) and
+    its energy 36 bytes an element (it is summed in fp64). The solve: a factor C^3/3, 2 C^2 H of
+    substitution, and G W twice as a product.
     """
-    cost = Cost(traffic=2 * 36 * w.hidden * tokens)
+    cost = Cost(traffic=2 * (36 + 9 * 4) * w.hidden * tokens)
     for columns in (w.query, w.ffn):
         cost += gram_cost(columns, tokens)
         square = columns**2 * w.hidden

@@ -98,10 +98,10 @@ class _Estimate:
             w, batch = self._widths.kept(share), self._batch(pairs)
             layer = layer_cost(w, batch, tokens, masked=True)
             if arithmetic == INT8:
-                layer += int8_cost(w, batch, tokens)
-            cost += layer * self._spec.layers + self._layers_read(w, pairs)
-        phase = self._phase("masked evaluation", cost, arithmetic)
-        return phase + self._phase("head", self._head(pairs) * self._work.rounds)
+                layer += int8_cost(w, tokens)
+            cost += layer * self._spec.layers + self._head(pairs)
+            cost += self._layers_read(w, pairs, as_stored=arithmetic == INT8)
+        return self._phase("masked evaluation", cost, arithmetic)
 
     def _recovery(self) -> Phase:
         """After each round, the dense and the pruned model side by side."""
@@ -156,12 +156,23 @@ class _Estimate:
         chunks = math.ceil(spec.vocabulary / rows)
         return cost + Cost(copy=again * self._element + chunks * spilled * self._element)
 
-    def _layers_read(self, w: LayerWidths, windows: int, *, native: bool = False) -> Cost:
-        """What each wave does once a layer: read, copy, dequantise; hidden states that spill."""
+    def _layers_read(
+        self, w: LayerWidths, windows: int, *, native: bool = False, as_stored: bool = False
+    ) -> Cost:
+        """What each wave does once a layer: read, copy, dequantise; hidden states that spill.
+
+        Args:
+            w: the layer.
+            windows: in all.
+            native: the checkpoint is read, not the store.
+            as_stored: int8 products take the codes as they are.
+        """
         waves, layers = self._waves(windows), self._spec.layers
         stored = 1 if self._work.int8_store and not native else self._work.source_bytes
         read = waves * layers * w.parameters * stored
-        cost = dequantise_cost(w, stored, self._element) * (waves * layers) + Cost(read=read)
+        cost = Cost(read=read)
+        if not as_stored:
+            cost += dequantise_cost(w, stored, self._element) * (waves * layers)
         if not self._cuda:
             return cost
         in_wave = min(windows, self._limits.windows_in_flight)

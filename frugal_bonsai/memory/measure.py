@@ -150,13 +150,15 @@ def measure_solves(timer: Timer, *, columns: int = 2048) -> float:
 
 
 def measure_memory(timer: Timer) -> float:
-    """Bytes a second of elementwise work: an FFN's activation and a norm, 4,096 tokens of 512.
+    """Bytes a second of elementwise work: an FFN's activation and a norm, 4,096 tokens of 1,024.
 
-    Counted as cost.py counts: 5 elements for the activation, 7 for the norm.
+    The arrays of 16 MiB are small enough to be used again when they are freed, and together, like
+    those of a layer, too large for a cache. Counted as cost.py counts: 5 elements for the
+    activation, 7 for the norm.
     """
     import torch
 
-    element, tokens, width = (2, 16384, 4096) if timer.device.type == CUDA else (4, 4096, 512)
+    element, tokens, width = (2, 16384, 4096) if timer.device.type == CUDA else (4, 4096, 1024)
     gate = _random(timer.device, DEFAULT_ARITHMETIC[timer.device.type], tokens, width)
 
     def run() -> None:

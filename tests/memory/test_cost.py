@@ -56,8 +56,9 @@ def test_a_layer() -> None:
     # Every parameter but the norms multiplies every token once.
     assert found.products == 2 * (32 + 16 + 48 + 24) * 20
     assert found.attention == 2 * 10 * 4 * 20
-    # 7 H + 10 (q + k); 7 H + 5 I; 8 H; four bytes each.
-    assert found.traffic == (28 + 60 + 28 + 30 + 32) * 4 * 20
+    # 7 H + 10 (q + k); 7 H + 5 I; 8 H; inputs 5 H + q + I and outputs q + 2 k + 2 I + 2 H of the
+    # projections; four bytes each.
+    assert found.traffic == (28 + 60 + 28 + 30 + 32 + 30 + 28) * 4 * 20
     assert (found.calls, found.fresh) == (1, 0)
     masked = cost.layer_cost(SMALL, BATCH, 20, masked=True)
     assert masked.traffic - found.traffic == 2 * (4 + 6) * 4 * 20
@@ -80,13 +81,13 @@ def test_the_head_in_chunks_of_the_vocabulary() -> None:
     spec = example()
     one = cost.head_cost(spec, BATCH, 100, rows=4096, chunk_tokens=100)
     assert one.products == 2 * 192 * 4096 * 100
-    assert one.traffic == 16 * 4096 * 100 + 7 * 192 * 4 * 100
+    assert one.traffic == 24 * 4096 * 100 + (9 + 2) * 192 * 4 * 100
     four = cost.head_cost(spec, BATCH, 100, rows=1024, chunk_tokens=100)
     assert four.products == one.products
-    assert four.traffic - one.traffic == 3 * 7 * 192 * 4 * 100
+    assert four.traffic - one.traffic == 3 * 2 * 192 * 4 * 100
     assert one.fresh == 0
     large = cost.head_cost(spec, BATCH, 100, rows=4096, chunk_tokens=2048)
-    assert large.fresh == 2 * 4 * 4096 * 100
+    assert large.fresh == 4 * 4096 * 100
 
 
 def test_gram_matrices_and_the_exact_prior() -> None:
@@ -109,4 +110,4 @@ def test_refits() -> None:
 
 def test_what_int8_adds() -> None:
     inputs, outputs = 5 * 4 + 4 + 6, 4 + 2 * 2 + 2 * 4 + 2 * 6
-    assert cost.int8_cost(SMALL, BATCH, 20).traffic == 20 * (inputs * 9 + outputs * 8)
+    assert cost.int8_cost(SMALL, 20).traffic == 20 * (inputs * 33 + outputs * 16)
