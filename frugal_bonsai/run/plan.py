@@ -169,7 +169,7 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
 
     With a profile, on the profile's machine, whatever this one is.
     """
-    with open_model(model) as opened:
+    with open_model(model, headers_only=True) as opened:
         ready = prepare(opened, options, elsewhere=options.profile is not None)
         memory = plan_prune(opened, ready, ready.windows)
         return describe_plan(opened, ready, memory, ready.windows)
