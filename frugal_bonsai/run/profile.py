@@ -152,8 +152,10 @@ def _measure_start(device: torch.device) -> float:
     import torch
 
     before, started = os.times(), time.perf_counter()
-    subprocess.run([sys.executable, "-c", _START], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", _START], capture_output=True, text=True)
     wall, after = time.perf_counter() - started, os.times()
+    if done.returncode:
+        raise RuntimeError(f"a command does not start here:\n{done.stderr}")
     spent = after.children_user + after.children_system
     spent -= before.children_user + before.children_system
     alone = device.type != CUDA and torch.get_num_threads() == 1

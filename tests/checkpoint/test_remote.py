@@ -95,7 +95,7 @@ def test_a_download_that_was_stopped_half_way_does_not_count(
 def test_a_repository_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, cached=None)
     hub.metadata = NotASafetensorsRepoError("'org/name' is not a safetensors repo")
-    with pytest.raises(CheckpointError, match="no safetensors.*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"no safetensors.*save_pretrained"):
         open_headers("org/name")
 
 
