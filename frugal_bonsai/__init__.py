@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from frugal_bonsai.run.inspect import inspect
     from frugal_bonsai.run.options import PruneOptions
     from frugal_bonsai.run.plan import plan
+    from frugal_bonsai.run.profile import profile
     from frugal_bonsai.run.prune import prune
     from frugal_bonsai.text.windows import load_tokenizer
 
@@ -21,6 +22,7 @@ __all__ = [
     "load_pruned",
     "load_tokenizer",
     "plan",
+    "profile",
     "prune",
 ]
 
@@ -33,6 +35,7 @@ _HOMES = {
     "load_pruned": "frugal_bonsai.rewrite.load",
     "load_tokenizer": "frugal_bonsai.text.windows",
     "plan": "frugal_bonsai.run.plan",
+    "profile": "frugal_bonsai.run.profile",
     "prune": "frugal_bonsai.run.prune",
 }
 

@@ -34,6 +34,11 @@ _caps = _options(
     click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1.  [default: GPU if any]"),
     click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
 )
+_profile = click.option(
+    "--profile",
+    metavar="FILE",
+    help="Hardware profile: plan for that machine; prune predicts its time.",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _search = _options(
     click.option(
@@ -115,6 +120,7 @@ def cli() -> None:
 @click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
 @_search
 @_caps
+@_profile
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
 @click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
 @_json
@@ -133,15 +139,49 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 @click.argument("model")
 @_search
 @_caps
+@_profile
 @_json
 def plan_command(model: str, as_json: bool, **given: Any) -> None:
     """Show what pruning MODEL would hold in memory and how long it would take; runs nothing."""
-    from frugal_bonsai.report.tables import render_plan
+    from frugal_bonsai.report.plan_tables import render_plan
 
     _set_threads(given.pop("threads"))
     from frugal_bonsai.run.plan import plan
 
     _print(plan(model, _prune_options(given)), render_plan, as_json=as_json)
+
+
+@cli.command(name="profile")
+@click.option("--out", metavar="FILE", help="TOML file to write; replaced if it is a profile.")
+@click.option("--report", is_flag=True, help="Print the table with --out too.")
+@click.option(
+    "--dir",
+    "folder",
+    default=".",
+    metavar="DIR",
+    help="On the disk to measure.  [default: here]",
+)
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1.  [default: GPU if any]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--quick", is_flag=True, help="Rougher, in a few seconds; for a first look.")
+@_json
+def profile_command(report: bool, threads: int | None, as_json: bool, **given: Any) -> None:
+    """Measure this machine: disk, memory, matrix products, copies; under a minute."""
+    from frugal_bonsai.report.plan_tables import render_profile
+
+    _set_threads(threads)
+    import psutil
+
+    from frugal_bonsai.report.live import make_progress
+
+    with make_progress(int(psutil.virtual_memory().total)) as progress:
+        from frugal_bonsai.run.profile import profile
+
+        measured = profile(progress=progress, **given)
+    if as_json or report or measured["out"] is None:
+        _print(measured, render_profile, as_json=as_json)
+    if measured["out"] is not None:
+        click.echo(f"saved: {measured['out']}", err=as_json)
 
 
 @cli.command(name="inspect")

@@ -7,6 +7,8 @@ In: ``example``, a local folder, or a hub id. Out: the folder. Downloads only wh
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +33,16 @@ def find_model(model: str) -> Path:
         CheckpointError: nothing of that name, a file, or a failed download; the text says what was
             tried.
     """
+    folder = local_folder(model)
+    return _download(model) if folder is None else folder
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder of a model that is here; None for what has the form of a hub id.
+
+    Raises:
+        CheckpointError: a file, or neither a folder nor an id.
+    """
     if model == EXAMPLE:
         return _example_folder()
     try:
@@ -46,7 +58,7 @@ def find_model(model: str) -> Path:
             f"({path.parent})"
         )
     if _HUB_ID.fullmatch(model):
-        return _download(model)
+        return None
     raise CheckpointError(
         f"MODEL {model!r} is neither a local folder (looked for {path.absolute()}) nor a hub id of "
         f"the form org/name, nor {EXAMPLE!r}; check the spelling"
@@ -67,6 +79,17 @@ def _example_folder() -> Path:
 def _download(model: str) -> Path:
     """A hub repository's files, from the cache or the network."""
     from huggingface_hub import snapshot_download
+
+    with hub_errors(model):
+        folder = snapshot_download(
+            model, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_LEFT_OUT)
+        )
+    return Path(folder)
+
+
+@contextmanager
+def hub_errors(model: str) -> Iterator[None]:
+    """Turn what the hub and the connection raise into a :class:`CheckpointError`."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # The transport's own error (requests, httpx) is a base of the hub's: errors of the connection
@@ -74,12 +97,9 @@ def _download(model: str) -> Path:
     transport = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     expected: tuple[type[Exception], ...] = (OSError, ValueError, *transport)
     try:
-        folder = snapshot_download(
-            model, allow_patterns=list(HUB_FILES), ignore_patterns=list(HUB_LEFT_OUT)
-        )
+        yield
     except expected as error:
         raise CheckpointError(_download_failed(model, error)) from error
-    return Path(folder)
 
 
 def _download_failed(model: str, error: Exception) -> str:

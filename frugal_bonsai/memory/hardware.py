@@ -1,153 +1,182 @@
-"""What this machine can do: measured rates, and the time that a plan will take.
+"""What a machine can do: a :class:`HardwareProfile`, measured or nominal.
 
-In: a device and shapes. Out: a :class:`HardwareProfile`, and :class:`TimeEstimate`. Measures for
-well under a second; holds two small matrices and a read buffer.
+In: rates. Out: a checked, frozen profile, and the caps that its memory gives. Holds nothing and
+touches no device: a profile of a machine with a GPU is read, and planned for, on one without.
+Measuring is in measure.py, files in profile_file.py, what follows from the rates in time_model.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import platform
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
-from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.sizes import MIB
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     import torch
 
-# Attention, norms and copies beside the matrix products: a layer runs at this share of their rate.
-_LAYER_EFFICIENCY = 0.6
-_NOMINAL_DISK_BYTES_PER_SECOND = 1_000_000_000
+CPU, CUDA = "cpu", "cuda"
+FP32, BF16, INT8 = "fp32", "bf16", "int8"
+ARITHMETIC = (FP32, BF16, INT8)
+# What sweeps compute in, where the user names nothing else.
+DEFAULT_ARITHMETIC = {CPU: FP32, CUDA: BF16}
+# What a process holds before the model, where it cannot be measured because the machine is another
+# one: Python, torch and transformers; with CUDA also its libraries and the context's host side.
+NOMINAL_BASE_BYTES = {CPU: 600 * MIB, CUDA: 2 * GIB}
+# Left to the rest of the machine when the user names no cap.
+_LEAVE_HOST_BYTES = GIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
-    """Rates of one machine.
+    """Rates and sizes of one machine.
 
     Attributes:
-        name: of the device, for people.
-        flops: of a matrix product at the model's shapes, per second.
-        disk_bytes_per_second: of sequential reads.
-        source: how the rates were got.
+        name: of the machine, for people.
+        device: ``cpu`` or ``cuda``: where layers are computed.
+        source: measured when and how, or ``nominal`` with where each number comes from.
+        host_bytes: of host memory.
+        gpu_bytes: of device memory; None on a CPU.
+        disk_cold_bytes_per_second: sequential reads of a file that is not in the page cache.
+        disk_warm_bytes_per_second: the same of a file that is.
+        disk_write_bytes_per_second: sequential writes, fsync included.
+        copy_bytes_per_second: pinned host memory to the device; None on a CPU.
+        memory_bytes_per_second: elementwise operations on memory that is used again: bytes read
+            and written, a second.
+        fresh_bytes_per_second: first writes to memory that the system has just given (page faults);
+            None where the allocator keeps what it has, as CUDA's does.
+        attention_flops_per_second: causal attention in torch's fused kernel, counted as 2 S H_q
+            operations a token.
+        solve_flops_per_second: Cholesky factors, inverses and solves in fp32.
+        call_seconds: what one call of a layer costs beside its arithmetic.
+        start_seconds: a command's start: imports and the model's skeleton.
+        products: operations a second of matrix products in ``fp32``, ``bf16`` and ``int8``
+            (int8 x int8 -> int32); what the device cannot do is absent.
     """
 
     name: str
-    flops: float
-    disk_bytes_per_second: float
+    device: str
     source: str
+    host_bytes: int
+    gpu_bytes: int | None = None
+    disk_cold_bytes_per_second: float
+    disk_warm_bytes_per_second: float
+    disk_write_bytes_per_second: float
+    copy_bytes_per_second: float | None = None
+    memory_bytes_per_second: float
+    fresh_bytes_per_second: float | None = None
+    attention_flops_per_second: float
+    solve_flops_per_second: float
+    call_seconds: float
+    start_seconds: float
+    products: Mapping[str, float]
 
+    def __post_init__(self) -> None:
+        for name in ("name", "source"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise OptionError(f"{name} is {value!r}, expected a text")
+        if self.device not in (CPU, CUDA):
+            raise OptionError(f"device is {self.device!r}, expected {CPU} or {CUDA}")
+        optional = ("gpu_bytes", "copy_bytes_per_second", "fresh_bytes_per_second")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("name", "device", "source", "products"):
+                continue
+            if value is None and field.name in optional:
+                continue
+            _require_positive(field.name, value, zero=field.name.endswith("_seconds"))
+        for name in ("gpu_bytes", "copy_bytes_per_second"):
+            if (getattr(self, name) is None) is (self.device == CUDA):
+                needs = "needs" if self.device == CUDA else "has no"
+                raise OptionError(f"a {self.device} profile {needs} {name}")
+        self._check_products()
 
-@dataclass(frozen=True, kw_only=True)
-class TimeEstimate:
-    """Seconds of a prune, and which resource binds the sweeps."""
-
-    sweeps_seconds: float
-    stores_seconds: float
-    binds: str
+    def _check_products(self) -> None:
+        if not isinstance(self.products, Mapping):
+            raise OptionError(f"products is {self.products!r}, expected a table of rates")
+        for name, rate in self.products.items():
+            if name not in ARITHMETIC:
+                raise OptionError(
+                    f"products.{name} is unknown, expected one of {', '.join(ARITHMETIC)}"
+                )
+            _require_positive(f"products.{name}", rate)
+        for name in (FP32, DEFAULT_ARITHMETIC[self.device]):
+            if name not in self.products:
+                raise OptionError(f"products.{name} is missing; a {self.device} computes in it")
 
     @property
-    def total_seconds(self) -> float:
-        """Everything."""
-        return self.sweeps_seconds + self.stores_seconds
+    def arithmetic(self) -> str:
+        """What sweeps compute in by default."""
+        return DEFAULT_ARITHMETIC[self.device]
+
+
+def _require_positive(name: str, value: object, *, zero: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and name.endswith("_bytes"):
+        number = isinstance(value, int)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[arg-type,operator]
+        kind = "whole number" if name.endswith("_bytes") else "number"
+        raise OptionError(f"{name} is {value!r}, expected a positive {kind}")
 
 
 def device_name(device: torch.device) -> str:
     """The device's name for people."""
     import torch
 
-    if device.type == "cuda":
+    if device.type == CUDA:
         return str(torch.cuda.get_device_name(device))
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' * (threads != 1)}"
 
 
-def measure_profile(
-    spec: ModelSpec, device: torch.device, dtype: torch.dtype, file: Path
-) -> HardwareProfile:
-    """Measure matrix products at the FFN's shape, and a read of up to 64 MiB of ``file``."""
-    return HardwareProfile(
-        name=device_name(device),
-        flops=_measure_flops(spec, device, dtype),
-        disk_bytes_per_second=_measure_disk(file),
-        source="measured now for less than a second; the file may have been in the page cache",
-    )
-
-
-def _measure_flops(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> float:
-    import torch
-
-    tokens, width = 512, min(spec.intermediate, 4096)
-    input_TH = torch.ones(tokens, spec.hidden, device=device, dtype=dtype)
-    weight_IH = torch.ones(width, spec.hidden, device=device, dtype=dtype)
-    best = float("inf")
-    deadline = time.perf_counter() + 0.25
-    while time.perf_counter() < deadline:
-        started = time.perf_counter()
-        for _ in range(4):
-            torch.nn.functional.linear(input_TH, weight_IH)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 4 * 2 * tokens * spec.hidden * width / best
-
-
-def _measure_disk(path: Path) -> float:
-    import torch
-
-    size = min(path.stat().st_size, 64 * MIB)
-    buffer = torch.empty(size, dtype=torch.uint8)
-    file = ReadFile(path)
+def _processor() -> str:
+    """The processor's own name where the system tells it."""
     try:
-        started = time.perf_counter()
-        file.read_into(tensor_bytes(buffer), 0, "disk rate")
-        seconds = time.perf_counter() - started
-    finally:
-        file.close()
-    # A cached read says nothing about the disk: do not promise more than a usual one.
-    return min(size / max(seconds, 1e-9), 2 * _NOMINAL_DISK_BYTES_PER_SECOND)
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123  # no regular file
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: what Python knows
+    return f"{platform.processor() or platform.machine()} CPU"
 
 
-def flops_per_token(spec: ModelSpec, window: int) -> float:
-    """Arithmetic of one token through all layers and the head."""
-    attention = 2 * 2 * spec.heads * spec.head_dim * window / 2 * spec.layers
-    return 2 * spec.block_parameters + attention + 2 * spec.vocabulary * spec.hidden
+def profile_budget(
+    profile: HardwareProfile, max_gpu_mem: str | int | None, max_cpu_mem: str | int | None
+) -> Budget:
+    """Caps for the profile's machine: the options, else its memory.
 
-
-def estimate_time(
-    profile: HardwareProfile,
-    spec: ModelSpec,
-    *,
-    window: int,
-    forward_tokens: int,
-    gram_tokens: int,
-    sweeps: int,
-    stores: int,
-    store_bytes: int,
-) -> TimeEstimate:
-    """Time of all sweeps and store builds.
-
-    Args:
-        profile: rates.
-        spec: shapes.
-        window: S.
-        forward_tokens: tokens through the whole model.
-        gram_tokens: tokens whose Gram matrices are collected in every layer.
-        sweeps: passes over the layers on disk.
-        stores: how often a store is built.
-        store_bytes: bytes of one store.
+    Raises:
+        OptionError: a size that is none.
     """
-    gram = 2 * sum(group.columns**2 for group in spec.table.groups)
-    arithmetic = forward_tokens * flops_per_token(spec, window) / _LAYER_EFFICIENCY
-    arithmetic += gram_tokens * gram
-    compute = arithmetic / profile.flops
-    disk = sweeps * store_bytes / profile.disk_bytes_per_second
-    # A build reads the source (two bytes an element or more), quantises and writes.
-    stores_seconds = stores * store_bytes * 4 / profile.disk_bytes_per_second
-    return TimeEstimate(
-        sweeps_seconds=max(compute, disk),
-        stores_seconds=stores_seconds,
-        binds="compute" if compute >= disk else "disk",
+    notes: list[str] = []
+    host = max(profile.host_bytes - _LEAVE_HOST_BYTES, profile.host_bytes // 2)
+    if max_cpu_mem is not None:
+        host = parse_bytes(max_cpu_mem, option="--max-cpu-mem")
+        if host > profile.host_bytes:
+            notes.append(_more_than("--max-cpu-mem", host, profile.host_bytes))
+    if profile.gpu_bytes is None:
+        if max_gpu_mem is not None:
+            parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+            notes.append("--max-gpu-mem has no effect: the profile's machine has no GPU")
+        return Budget(device=CPU, host_bytes=host, notes=tuple(notes))
+    gpu = profile.gpu_bytes
+    if max_gpu_mem is not None:
+        gpu = parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+        if gpu > profile.gpu_bytes:
+            notes.append(_more_than("--max-gpu-mem", gpu, profile.gpu_bytes))
+            gpu = profile.gpu_bytes
+    return Budget(device=CUDA, host_bytes=host, gpu_bytes=gpu, notes=tuple(notes))
+
+
+def _more_than(option: str, cap_bytes: int, own_bytes: int) -> str:
+    return (
+        f"{option} {format_bytes(cap_bytes)} is more than the profile's {format_bytes(own_bytes)}"
     )

@@ -1,7 +1,8 @@
 """What the commands print on standard output: plain values in, a rich console out.
 
-In: the summary, plan, description or evaluation that ``--json`` prints. Out: tables and a few lines
-of text, at 80 columns, on a terminal or a pipe. Computes nothing but ratios and shares.
+In: the summary, description or evaluation that ``--json`` prints. Out: tables and a few lines of
+text, at 80 columns, on a terminal or a pipe. Computes nothing but ratios and shares. What ``plan``
+and ``profile`` print is in plan_tables.py.
 """
 
 from __future__ import annotations
@@ -30,13 +31,6 @@ if TYPE_CHECKING:
 Values = Mapping[str, Any]
 # Models with more layers than this have runs of equal layers merged into one row.
 _MOST_ROWS = 40
-_CAP_OPTIONS = {"gpu": "--max-gpu-mem", "host": "--max-cpu-mem"}
-_PLACES = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
-_BINDS = {
-    "compute": "arithmetic sets the pace",
-    "disk": "reading weights from disk sets the pace",
-    "copy": "copying to the GPU sets the pace",
-}
 
 
 def render_prune(summary: Values, console: Console) -> None:
@@ -172,63 +166,6 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
         f"verified: logits equal the masked parent's within "
         f"{verify['max_relative_difference']:.1e} on {plural(verify['windows'], 'window')}"
     )
-
-
-def render_plan(plan: Values, console: Console) -> None:
-    """An itemised plan, and in a few lines whether and how it will work.
-
-    Args:
-        plan: what :func:`frugal_bonsai.plan` returns.
-        console: where to.
-    """
-    plan, sheet = all_printable(plan, console.encoding), Sheet(console)
-    sheet.heading(f"memory plan: {plan['model']} ({plan['family']}) on {plan['device_name']}")
-    sheet.table(
-        ("item", "where", "formula", "size"),
-        [
-            (item["name"], item["where"], item["formula"], format_bytes(item["size_bytes"]))
-            for item in plan["items"]
-        ],
-        left=3,
-    )
-    _say_totals(plan, sheet)
-    seconds = plan["seconds"]
-    sheet.say(
-        f"work: {plural(plan['rounds'], 'round')} over {plural(plan['windows'], 'window')} of "
-        f"{plan['window']} tokens, {plan['forward_tokens']:,} forward tokens at most"
-    )
-    sheet.say(
-        f"time: about {duration(seconds['total'])} ({duration(seconds['sweeps'])} of sweeps, "
-        f"{duration(seconds['stores'])} writing stores); "
-        f"{_BINDS.get(plan['binds'], plan['binds'])}"
-    )
-    sheet.say(
-        f"at once: micro-batches of {plural(plan['micro_batch'], 'window')}, "
-        f"{plan['windows_in_flight']:,} in flight, {plural(plan['concurrent_masks'], 'mask')} a "
-        "sweep"
-    )
-    sheet.say(f"rates: {plan['profile']}")
-    for note in plan["notes"]:
-        sheet.say(f"note: {note}")
-
-
-def _say_totals(plan: Values, sheet: Sheet) -> None:
-    totals, caps = plan["totals"], plan["caps"]
-    rows, over = [], []
-    for where in ("gpu", "host", "disk"):
-        cap, total = caps.get(where), totals.get(where, 0)
-        if cap is None and not total:
-            continue
-        if cap is not None and total > cap:
-            over.append(_CAP_OPTIONS[where])
-        share = NOTHING if cap is None else f"{total / cap:.0%}"
-        size = NOTHING if cap is None else format_bytes(cap)
-        rows.append((_PLACES[where], _CAP_OPTIONS.get(where, ""), format_bytes(total), size, share))
-    sheet.heading("totals")
-    sheet.table(("place", "option", "needed", "cap", "used"), rows, left=2)
-    sheet.blank()
-    verdict = f"does NOT fit: raise {' and '.join(over)}" if over else "fits under the caps"
-    sheet.say(f"memory: {verdict}; the largest item under the cap is: {plan['binding']}")
 
 
 def render_inspect(info: Values, console: Console) -> None:

@@ -11,7 +11,7 @@ from frugal_bonsai.run.prepare import DEFAULT_TILE, open_model
 
 def inspect(model: str) -> dict[str, Any]:
     """What a model is, as plain values; reads no weights."""
-    with open_model(model) as opened:
+    with open_model(model, headers_only=True) as opened:
         spec, checkpoint = opened.spec, opened.checkpoint
         dtypes: Counter[str] = Counter()
         for entry in checkpoint.tensors.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.errors import OptionError
@@ -27,6 +28,8 @@ class PruneOptions:
         max_cpu_mem: cap on resident memory.
         max_shard_size: of the output.
         device: None takes a GPU where there is one.
+        profile: hardware profile (TOML): ``plan`` plans for that machine; ``prune`` takes its rates
+            for the time that it predicts.
     """
 
     preset: str = "default"
@@ -41,6 +44,7 @@ class PruneOptions:
     max_cpu_mem: str | int | None = None
     max_shard_size: str | int = "5GB"
     device: str | None = None
+    profile: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.windows is not None and self.windows < 1:

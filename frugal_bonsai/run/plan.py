@@ -6,15 +6,21 @@ plan as plain values.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.bonsai.settings import PruneSettings, make_settings
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.estimate import estimate_time
+from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile, profile_budget
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
+from frugal_bonsai.memory.profile_file import read_profile
+from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
 from frugal_bonsai.run.options import PruneOptions
+from frugal_bonsai.run.predict import describe_phases, forward_tokens, prune_work
 from frugal_bonsai.run.prepare import (
     DEFAULT_SOURCE,
     DEFAULT_TILE,
@@ -29,11 +35,6 @@ from frugal_bonsai.text.sources import SELF
 if TYPE_CHECKING:
     import torch
 
-    from frugal_bonsai.memory.hardware import HardwareProfile
-
-# What one call of a layer costs beside its arithmetic, which is small for one token a window.
-_LAYER_CALL_SECONDS = 1e-3
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -47,6 +48,8 @@ class Prepared:
         source: calibration source as named.
         device: where to compute.
         budget: caps.
+        profile: of the machine that is planned for; None is this one.
+        elsewhere: that machine is another one, so nothing here is asked.
     """
 
     settings: PruneSettings
@@ -56,22 +59,29 @@ class Prepared:
     source: str
     device: torch.device
     budget: Budget
+    profile: HardwareProfile | None = None
+    elsewhere: bool = False
 
 
-def prepare(model: Model, options: PruneOptions) -> Prepared:
+def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> Prepared:
     """Check the options against the model.
+
+    Args:
+        model: the model.
+        options: the user's.
+        elsewhere: plan for the profile's machine: its device, its memory; no device here is asked.
 
     Raises:
         FrugalBonsaiError: an option that cannot work.
     """
     from frugal_bonsai.bonsai.calibration import window_count
     from frugal_bonsai.bonsai.select import check_reachable
-    from frugal_bonsai.memory.budget import find_device, make_budget
     from frugal_bonsai.model.units import KeepMask
 
     settings = make_settings(options.preset, options.method)
     window = choose_window(model.spec, options.window)
-    device = find_device(options.device)
+    profile = None if options.profile is None else read_profile(Path(options.profile))
+    device = _device(options, profile, elsewhere=elsewhere)
     rules = layout_rules(
         model.spec, options.layout, tile=options.tile, default_tile=DEFAULT_TILE[device.type]
     )
@@ -86,8 +96,44 @@ def prepare(model: Model, options: PruneOptions) -> Prepared:
         windows=window_count(window, options.windows),
         source=options.calibration or default_source,
         device=device,
-        budget=make_budget(device, options.max_gpu_mem, options.max_cpu_mem),
+        budget=_budget(device, options, profile if elsewhere else None),
+        profile=profile,
+        elsewhere=elsewhere,
     )
+
+
+def _device(
+    options: PruneOptions, profile: HardwareProfile | None, *, elsewhere: bool
+) -> torch.device:
+    """Where to compute: on this machine, or on the profile's."""
+    import torch
+
+    from frugal_bonsai.memory.budget import find_device
+
+    wanted = options.device
+    if elsewhere and profile is not None:
+        if wanted is not None and torch.device(wanted).type != profile.device:
+            raise OptionError(_other_device(f"--device {wanted}", options, profile))
+        return torch.device(profile.device)
+    device = find_device(wanted)
+    if profile is not None and device.type != profile.device:
+        raise OptionError(_other_device(f"this run's device is {device.type}", options, profile))
+    return device
+
+
+def _other_device(found: str, options: PruneOptions, profile: HardwareProfile) -> str:
+    return (
+        f"--profile {options.profile}: is of a {profile.device} ({profile.name}), but {found}; "
+        f"leave --device out for plan, measure this machine with `frugal-bonsai profile` for prune"
+    )
+
+
+def _budget(device: torch.device, options: PruneOptions, profile: HardwareProfile | None) -> Budget:
+    from frugal_bonsai.memory.budget import make_budget
+
+    if profile is not None:
+        return profile_budget(profile, options.max_gpu_mem, options.max_cpu_mem)
+    return make_budget(device, options.max_gpu_mem, options.max_cpu_mem)
 
 
 def plan_prune(
@@ -114,26 +160,20 @@ def plan_prune(
         store_copies=2,
         sampled=sampled_windows(ready),
     )
-    base = measured_base_bytes(model.spec, int8=settings.weights == "int8")
+    if ready.elsewhere:
+        base = NOMINAL_BASE_BYTES[ready.device.type]
+    else:
+        base = measured_base_bytes(model.spec, int8=settings.weights == "int8")
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
 
 
-def expected_tokens(settings: PruneSettings, window: int, windows: int) -> tuple[int, int, int]:
-    """(rounds, forward tokens, of these with Gram matrices) that a prune will spend at most."""
-    rounds = math.ceil(settings.sparsity / settings.step - 1e-9)
-    mask_windows = min(settings.mask_windows, windows)
-    masked = 0 if settings.method == "local" else mask_windows * (settings.masks + 1)
-    calibration = windows * window
-    each = 2 * calibration if settings.recovery else calibration
-    statistics = calibration if settings.recovery else 0
-    gram = (rounds + 1) * calibration
-    return rounds, statistics + rounds * (each + masked * window), gram
-
-
 def plan(model: str, options: PruneOptions) -> dict[str, Any]:
-    """What a prune would hold and how long it would take, as plain values."""
-    with open_model(model) as opened:
-        ready = prepare(opened, options)
+    """What a prune would hold and how long it would take, as plain values.
+
+    With a profile, on the profile's machine, whatever this one is.
+    """
+    with open_model(model, headers_only=True) as opened:
+        ready = prepare(opened, options, elsewhere=options.profile is not None)
         memory = plan_prune(opened, ready, ready.windows)
         return describe_plan(opened, ready, memory, ready.windows)
 
@@ -142,34 +182,18 @@ def describe_plan(
     model: Model, ready: Prepared, memory: MemoryPlan, windows: int
 ) -> dict[str, Any]:
     """A memory plan and its time estimate as plain values."""
-    from frugal_bonsai.memory.hardware import estimate_time, measure_profile
-    from frugal_bonsai.stream.engine import compute_dtype
+    from frugal_bonsai.run.profile import quick_profile
 
-    file = next(iter(model.checkpoint.tensors.values())).file
-    profile = measure_profile(model.spec, ready.device, compute_dtype(ready.device), file)
-    rounds, tokens, gram = expected_tokens(ready.settings, ready.window, windows)
-    one_store = memory.total_bytes("disk") // 2
-    waves = math.ceil(
-        min(ready.settings.mask_windows, windows)
-        * (ready.settings.masks + 1)
-        / memory.limits.windows_in_flight
-    )
-    estimate = estimate_time(
-        profile,
-        model.spec,
-        window=ready.window,
-        forward_tokens=tokens,
-        gram_tokens=gram,
-        sweeps=1 + rounds * (waves + 2 * int(ready.settings.recovery)),
-        stores=1 + rounds * (1 + int(ready.settings.recovery)),
-        store_bytes=one_store,
-    )
+    profile = ready.profile or quick_profile(ready.device)
+    work = prune_work(model, ready, memory, windows)
+    estimate = estimate_time(model.spec, work, memory.limits, profile)
     notes = list(ready.budget.notes)
-    if ready.source == SELF:
-        notes.append(_sampling_note(model, ready, profile))
+    if work.sampled_tokens:
+        notes.append(_sampling_note(ready, estimate))
     return {
         "model": model.name,
         "family": model.spec.family.model_type,
+        "parameters": model.spec.parameters,
         "device": ready.device.type,
         "device_name": profile.name,
         "window": ready.window,
@@ -177,21 +201,25 @@ def describe_plan(
         "micro_batch": memory.limits.micro_batch,
         "windows_in_flight": memory.limits.windows_in_flight,
         "concurrent_masks": memory.concurrent_masks,
-        "rounds": rounds,
-        "forward_tokens": tokens,
-        "seconds": {
-            "sweeps": estimate.sweeps_seconds,
-            "stores": estimate.stores_seconds,
-            "total": estimate.total_seconds,
-        },
+        "rounds": work.rounds,
+        "forward_tokens": forward_tokens(work),
+        "phases": describe_phases(estimate),
+        "seconds": estimate.total_seconds,
         "binds": estimate.binds,
-        "items": plan_items(memory),
+        "items": _named_base(plan_items(memory), ready),
         "totals": {where: memory.total_bytes(where) for where in ("host", "gpu", "disk")},
         "caps": {"host": ready.budget.host_bytes, "gpu": ready.budget.gpu_bytes},
         "binding": memory.binding.name,
         "notes": notes,
         "profile": profile.source,
     }
+
+
+def _named_base(items: list[dict[str, Any]], ready: Prepared) -> list[dict[str, Any]]:
+    """What another machine's process holds is nominal, not measured."""
+    if ready.elsewhere:
+        items[0]["formula"] = "nominal"
+    return items
 
 
 def plan_items(memory: MemoryPlan) -> list[dict[str, Any]]:
@@ -207,27 +235,23 @@ def plan_items(memory: MemoryPlan) -> list[dict[str, Any]]:
     ]
 
 
-def sampling_note(model: Model, ready: Prepared) -> str:
+def sampling_note(model: Model, ready: Prepared, memory: MemoryPlan) -> str:
     """How long ``self`` samples its windows, for who is about to wait for it."""
-    from frugal_bonsai.memory.hardware import measure_profile
-    from frugal_bonsai.stream.engine import compute_dtype
+    from frugal_bonsai.run.profile import quick_profile
 
-    file = next(iter(model.checkpoint.tensors.values())).file
-    return _sampling_note(
-        model, ready, measure_profile(model.spec, ready.device, compute_dtype(ready.device), file)
-    )
+    profile = ready.profile or quick_profile(ready.device)
+    work = prune_work(model, ready, memory, ready.windows)
+    return _sampling_note(ready, estimate_time(model.spec, work, memory.limits, profile))
 
 
-def _sampling_note(model: Model, ready: Prepared, profile: HardwareProfile) -> str:
+def _sampling_note(ready: Prepared, estimate: TimeEstimate) -> str:
     from frugal_bonsai.report.words import duration
 
-    sweeps, count = ready.window - 1, sampled_windows(ready)
-    disk = sweeps * model.checkpoint.weight_bytes / profile.disk_bytes_per_second
-    compute = sweeps * count * 2 * model.spec.parameters / profile.flops
-    calls = sweeps * model.spec.layers * _LAYER_CALL_SECONDS
+    [phase] = [phase for phase in estimate.phases if phase.name == SAMPLING]
     return (
-        f"{count} windows of {ready.window} tokens are sampled from the model first: {sweeps} "
-        f"sweeps over all its layers, one a token, about {duration(max(disk, compute + calls))}"
+        f"{sampled_windows(ready)} windows of {ready.window} tokens are sampled from the model "
+        f"first: {ready.window - 1} sweeps over all its layers, one a token, "
+        f"about {duration(phase.seconds)}"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.model.family import ModelSpec, describe_model
 
@@ -47,13 +48,16 @@ class Model:
 
 
 @contextmanager
-def open_model(name: str) -> Iterator[Model]:
-    """Find, open and describe a model: a folder, a hub id, or ``example``."""
-    folder = find_model(name)
-    with Checkpoint.open(folder) as checkpoint:
-        spec = describe_model(
-            checkpoint.config, checkpoint.shapes, source=str(folder / "config.json")
-        )
+def open_model(name: str, *, headers_only: bool = False) -> Iterator[Model]:
+    """Find, open and describe a model: a folder, a hub id, or ``example``.
+
+    Args:
+        name: what the user typed.
+        headers_only: of a hub model only config and headers are fetched; its weights are not read.
+    """
+    with open_headers(name) if headers_only else Checkpoint.open(find_model(name)) as checkpoint:
+        source = str(checkpoint.folder / "config.json")
+        spec = describe_model(checkpoint.config, checkpoint.shapes, source=source)
         _require_floating(checkpoint)
         yield Model(name=name, checkpoint=checkpoint, spec=spec)
 

@@ -26,6 +26,7 @@ from frugal_bonsai.errors import StateError
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import describe_model
 from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.report.words import duration
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.plan import (
     Prepared,
@@ -34,6 +35,7 @@ from frugal_bonsai.run.plan import (
     sampled_windows,
     sampling_note,
 )
+from frugal_bonsai.run.predict import predict
 from frugal_bonsai.run.prepare import Model, make_engine, open_model, read_windows
 from frugal_bonsai.run.summary import Job, Texts, describe, load_line, write_papers
 from frugal_bonsai.sizes import parse_bytes
@@ -102,11 +104,16 @@ def prune(
         )
         if on_plan is not None:
             on_plan(memory)
+        predicted = predict(
+            opened, ready, memory, texts.planned_windows, eval_windows=texts.eval_windows
+        )
+        if predicted is not None:
+            progress.note(f"predicted: about {duration(predicted['seconds'])}")
         require_free_space(out.parent, memory.total_bytes("disk"), "the working stores")
         # Those of the layers are checked as the working store is written.
         require_finite_on_disk(opened.checkpoint, opened.spec.other_tensors)
         engine = make_engine(opened.checkpoint, opened.spec, memory, ready.device, progress)
-        calibration = _calibrate(opened, ready, texts, engine)
+        calibration = _calibrate(opened, ready, memory, texts, engine)
         source = texts.source_name
         progress.note(
             f"calibration: {source}, {len(calibration.windows_NS)} windows of {ready.window} "
@@ -130,7 +137,8 @@ def prune(
         )
         summary = _rewrite(job, found, staged, shard_bytes, before)
         summary |= {"out": str(out), "load": load_line(out, ready.rules.layout)}
-        summary |= {"preset": options.preset, "seconds": time.monotonic() - started}
+        summary |= {"preset": options.preset, "predicted": predicted}
+        summary |= {"seconds": time.monotonic() - started}
         write_papers(staged, summary)
     shutil.rmtree(run_folder(out), ignore_errors=True)
     return summary
@@ -178,12 +186,14 @@ def _read_texts(model: Model, ready: Prepared, options: PruneOptions) -> Texts:
     )
 
 
-def _calibrate(model: Model, ready: Prepared, texts: Texts, engine: Engine) -> Calibration:
+def _calibrate(
+    model: Model, ready: Prepared, memory: MemoryPlan, texts: Texts, engine: Engine
+) -> Calibration:
     from frugal_bonsai.bonsai.calibration import sample_windows, split_windows
 
     windows_nS = texts.windows_nS
     if windows_nS is None:
-        engine.progress.note(sampling_note(model, ready))
+        engine.progress.note(sampling_note(model, ready, memory))
         first = model.spec.config.get("bos_token_id")
         windows_nS = sample_windows(
             engine,

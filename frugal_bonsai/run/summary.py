@@ -41,6 +41,11 @@ class Texts:
     eval_NS: torch.Tensor | None
     planned_windows: int
 
+    @property
+    def eval_windows(self) -> int:
+        """Windows of the user's own text."""
+        return 0 if self.eval_NS is None else len(self.eval_NS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

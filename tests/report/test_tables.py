@@ -8,42 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
+from plans import PLAN, PROFILE
 from rich.console import Console
 from summaries import make_round, make_summary
 
-from frugal_bonsai.report.tables import render_eval, render_inspect, render_plan, render_prune
+from frugal_bonsai.report.plan_tables import render_plan, render_profile
+from frugal_bonsai.report.tables import render_eval, render_inspect, render_prune
 
 Render = Callable[[Mapping[str, Any], Console], None]
 
-PLAN: dict[str, Any] = {
-    "model": "org/base-7b",
-    "family": "llama",
-    "device": "cuda",
-    "device_name": "Some GPU 48GB",
-    "window": 2048,
-    "windows": 32,
-    "micro_batch": 8,
-    "windows_in_flight": 208,
-    "concurrent_masks": 13,
-    "rounds": 10,
-    "forward_tokens": 98_765_432,
-    "seconds": {"sweeps": 7200.0, "stores": 60.0, "total": 7260.0},
-    "binds": "disk",
-    "items": [
-        {
-            "name": "layer buffers",
-            "where": "host",
-            "size_bytes": 3 * 2**28,
-            "formula": "4 x layer as stored [int8] (a formula that needs more than a line)",
-        },
-        {"name": "logits", "where": "gpu", "size_bytes": 5 * 2**30, "formula": "tokens * v * 8"},
-    ],
-    "totals": {"host": 3 * 2**28, "gpu": 5 * 2**30, "disk": 13 * 2**30},
-    "caps": {"host": 8 * 2**30, "gpu": 24 * 2**30},
-    "binding": "logits",
-    "notes": ["the text is sampled first"],
-    "profile": "measured now",
-}
 INSPECT: dict[str, Any] = {
     "model": "/data/models/[red]base",
     "family": "llama",
@@ -86,9 +59,12 @@ EVAL: dict[str, Any] = {
 ALL: list[tuple[Render, Mapping[str, Any]]] = [
     (render_prune, make_summary()),
     (render_plan, PLAN),
+    (render_profile, PROFILE),
     (render_inspect, INSPECT),
     (render_eval, EVAL),
 ]
+# Their tables have no head, hence no rule below it.
+NO_HEADS = (render_eval, render_profile)
 
 
 def printed(render: Render, values: Mapping[str, Any], width: int = 80) -> str:
@@ -131,20 +107,22 @@ def test_every_encoding_can_print_it(
 ) -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
-    named = {**values, "model": "caf\u00e9 \u6a21\u578b \x1b[2J", "device_name": "GPU\u2122"}
+    name = "caf\u00e9 \u6a21\u578b \x1b[2J"
+    named = {**values, "model": name, "name": name, "device_name": "GPU\u2122"}
     render(named, Console(file=stream, width=80))
     stream.flush()
     text = raw.getvalue().decode(encoding)
     assert "\\x1b[2J" in text and "\x1b" not in text
     if encoding == "ascii":
-        assert "caf\\xe9" in text and ("----" in text or render is render_eval)
+        assert "caf\\xe9" in text and ("----" in text or render in NO_HEADS)
     if encoding == "utf-8":
-        assert "\u6a21" in text and ("\u2500" in text or render is render_eval)
+        assert "\u6a21" in text and ("\u2500" in text or render in NO_HEADS)
 
 
 @pytest.mark.parametrize(("render", "values"), ALL)
 def test_nothing_is_taken_for_markup(render: Render, values: Mapping[str, Any]) -> None:
-    assert "[bold]x[/] :smile:" in printed(render, {**values, "model": "[bold]x[/] :smile:"})
+    name = "[bold]x[/] :smile:"
+    assert name in printed(render, {**values, "model": name, "name": name})
 
 
 def test_prune_before_and_after() -> None:
@@ -223,37 +201,6 @@ def test_rounds_with_what_is_no_number_or_was_not_measured() -> None:
     assert "nan" not in text and "None" not in text
     text = printed(render_prune, make_summary(rounds=[local]))
     assert "R2, tau:" not in text and "penalty:" not in text
-
-
-def test_plan_items_totals_and_time() -> None:
-    text = printed(render_plan, PLAN)
-    assert "memory plan: org/base-7b (llama) on Some GPU 48GB" in text
-    assert row(text, "logits") == ["logits", "gpu", "tokens * v * 8", "5.00 GiB"]
-    assert "[int8]" in text
-    assert row(text, "GPU memory") == [
-        *("GPU memory", "--max-gpu-mem", "5.00 GiB", "24.00 GiB", "21%"),
-    ]
-    assert row(text, "disk")[1:] == ["13.00 GiB", "-", "-"]
-    flat = words(text)
-    assert "fits under the caps; the largest item under the cap is: logits" in flat
-    assert "98,765,432 forward tokens" in flat
-    assert "about 2.0 h" in flat and "reading weights from disk sets the pace" in flat
-    assert "note: the text is sampled first" in flat
-    # What a first-time user reads below the tables.
-    assert len(text.split("memory: fits")[1].splitlines()) <= 10
-
-
-def test_plan_that_does_not_fit_says_what_to_raise() -> None:
-    plan = {**PLAN, "caps": {"host": 8 * 2**30, "gpu": 4 * 2**30}}
-    text = words(printed(render_plan, plan))
-    assert "does NOT fit: raise --max-gpu-mem;" in text and "125%" in text
-
-
-def test_plan_on_a_cpu_does_not_speak_of_a_gpu() -> None:
-    totals = {"host": 2**30, "gpu": 0, "disk": 2**30}
-    plan = {**PLAN, "caps": {"host": 2**31, "gpu": None}, "totals": totals, "items": []}
-    text = printed(render_plan, {**plan, "device_name": "a CPU"})
-    assert "GPU" not in text and "gpu" not in text and "50%" in text
 
 
 def test_inspect_names_units_and_says_module_once() -> None:

@@ -1,0 +1,283 @@
+"""What one step of a prune asks of a machine: operations and bytes, not yet seconds.
+
+In: a layer's widths, tokens, sizes from the memory plan. Out: a :class:`Cost`. Pure. Each function
+is one formula with its reason; time_model.py adds them up and divides by a machine's rates.
+
+Legend: H hidden, C input columns of an output projection, I FFN channels, V vocabulary, S tokens of
+a window, m windows of a micro-batch, c bytes of a compute element.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import ATTENTION
+from frugal_bonsai.sizes import MIB
+
+# glibc gives blocks of at least this size back to the system when they are freed and gets them anew
+# (its threshold adapts up to here and no further); their pages are then touched for a first time.
+FRESH_BLOCK_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Work, by the resource that it needs.
+
+    Attributes:
+        products: operations of matrix products in the sweep's arithmetic.
+        fp32_products: operations of matrix products that are always fp32 (Gram matrices, refits).
+        attention: operations of causal attention.
+        solves: operations of Cholesky factors, inverses and solves.
+        traffic: bytes that elementwise operations read and write.
+        fresh: bytes of freshly allocated blocks of at least 32 MiB.
+        calls: calls of a layer.
+        read: bytes from disk.
+        write: bytes to disk.
+        copy: bytes between host and device.
+    """
+
+    products: float = 0.0
+    fp32_products: float = 0.0
+    attention: float = 0.0
+    solves: float = 0.0
+    traffic: float = 0.0
+    fresh: float = 0.0
+    calls: float = 0.0
+    read: float = 0.0
+    write: float = 0.0
+    copy: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(**{f.name: getattr(self, f.name) * times for f in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWidths:
+    """One layer, at the mean of the model's layers (they differ in a model that has been pruned).
+
+    Attributes:
+        hidden: H.
+        query: C_o, input columns of o_proj.
+        key: columns of k (and of v).
+        ffn: I.
+        attention_in: parameters of q, k and v.
+        attention_out: of o_proj.
+        ffn_in: of gate and up.
+        ffn_out: of down_proj.
+        parameters: all, norms and biases included.
+        query_unit: columns of o_proj that one unit owns.
+    """
+
+    hidden: float
+    query: float
+    key: float
+    ffn: float
+    attention_in: float
+    attention_out: float
+    ffn_in: float
+    ffn_out: float
+    parameters: float
+    query_unit: float
+
+    @property
+    def projections(self) -> float:
+        """Parameters that multiply every token."""
+        return self.attention_in + self.attention_out + self.ffn_in + self.ffn_out
+
+    def kept(self, share: float) -> LayerWidths:
+        """The layer with this share of its units left, both kinds alike."""
+        same = {"hidden": self.hidden, "query_unit": self.query_unit}
+        scaled = {f.name: getattr(self, f.name) * share for f in fields(self)}
+        return LayerWidths(**{**scaled, **same})
+
+
+def layer_widths(spec: ModelSpec) -> LayerWidths:
+    """The mean layer of a model."""
+    sums = dict.fromkeys(("query", "ffn", "attention_in", "attention_out", "ffn_in", "ffn_out"), 0)
+    for group in spec.table.groups:
+        kind = "attention" if group.kind == ATTENTION else "ffn"
+        sums["query" if kind == "attention" else "ffn"] += group.columns
+        shapes, prefix = spec.layer_tensors[group.layer], spec.prefix(group.layer)
+        for piece in group.slices:
+            shape = shapes[piece.tensor.removeprefix(prefix)]
+            if len(shape) == 2:
+                side = "out" if piece.tensor == group.output_weight else "in"
+                sums[f"{kind}_{side}"] += math.prod(shape)
+    mean = {name: total / spec.layers for name, total in sums.items()}
+    units = next(g.columns_per_unit for g in spec.table.groups if g.kind == ATTENTION)
+    return LayerWidths(
+        hidden=spec.hidden,
+        key=(mean["attention_in"] / spec.hidden - mean["query"]) / 2,
+        parameters=spec.block_parameters / spec.layers,
+        query_unit=units,
+        **mean,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How tokens pass through a layer.
+
+    Attributes:
+        window: S.
+        micro_batch: m.
+        element_bytes: c.
+    """
+
+    window: int
+    micro_batch: int
+    element_bytes: int
+
+    def is_fresh(self, width: float) -> bool:
+        """Whether a micro-batch's activation of this width is a block that is allocated anew."""
+        size = self.micro_batch * self.window * width * self.element_bytes
+        return size >= FRESH_BLOCK_BYTES
+
+    def fresh(self, tokens: float, **arrays: tuple[float, int]) -> float:
+        """Bytes of new blocks: ``name=(width, how many)`` of one layer call."""
+        return sum(
+            tokens * width * count * self.element_bytes
+            for width, count in arrays.values()
+            if self.is_fresh(width)
+        )
+
+
+def attention_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
+    """Norm, q, k, v, rotary embedding, attention; the input of o_proj, without o_proj itself.
+
+    Elements read and written a token: 7 H for the norm (square, mean, two products), 10 for each
+    column of q and k (two products, a sum, a half negated and joined); q, k and v read their input
+    and write their output, which counts where H is small.
+    """
+    elements = 7 * w.hidden + 10 * (w.query + w.key) + 3 * w.hidden + w.query + 2 * w.key
+    return Cost(
+        products=2 * w.attention_in * tokens,
+        # Two products of S/2 keys on average, 2 operations each, for every query column.
+        attention=2 * batch.window * w.query * tokens,
+        traffic=elements * batch.element_bytes * tokens,
+        fresh=batch.fresh(tokens, norm=(w.hidden, 3), query=(w.query, 6), key=(w.key, 6)),
+    )
+
+
+def ffn_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
+    """Norm, gate, up, activation; the input of down_proj, without down_proj itself.
+
+    Elements: 7 H for the norm, 5 I for the activation and the product with it; gate and up read
+    their input and write their output.
+    """
+    elements = 7 * w.hidden + 5 * w.ffn + 2 * w.hidden + 2 * w.ffn
+    return Cost(
+        products=2 * w.ffn_in * tokens,
+        traffic=elements * batch.element_bytes * tokens,
+        fresh=batch.fresh(tokens, norm=(w.hidden, 3), ffn=(w.ffn, 4)),
+    )
+
+
+def outputs_cost(w: LayerWidths, batch: Batch, tokens: float) -> Cost:
+    """o_proj and down_proj (input and output), two residual sums, the hidden state kept: 8 H."""
+    return Cost(
+        products=2 * (w.attention_out + w.ffn_out) * tokens,
+        traffic=(10 * w.hidden + w.query + w.ffn) * batch.element_bytes * tokens,
+        fresh=batch.fresh(tokens, hidden=(w.hidden, 4)),
+    )
+
+
+def layer_cost(w: LayerWidths, batch: Batch, tokens: float, *, masked: bool = False) -> Cost:
+    """One forward of a layer; a mask multiplies the inputs of both output projections in place."""
+    cost = attention_cost(w, batch, tokens) + ffn_cost(w, batch, tokens)
+    cost += outputs_cost(w, batch, tokens)
+    mask = 2 * (w.query + w.ffn) * batch.element_bytes * tokens if masked else 0.0
+    return cost + Cost(traffic=mask, calls=tokens / (batch.micro_batch * batch.window))
+
+
+def int8_cost(w: LayerWidths, tokens: float) -> Cost:
+    """What int8 x int8 adds to a layer's forward: inputs rounded, sums scaled, for each projection.
+
+    An element of an input takes 33 bytes (absolute, largest, divided, rounded in fp32, to int8), an
+    element of a result 16 (scaled by token, then by row).
+    """
+    inputs = 5 * w.hidden + w.query + w.ffn
+    outputs = w.query + 2 * w.key + 2 * w.hidden + 2 * w.ffn
+    return Cost(traffic=tokens * (33 * inputs + 16 * outputs))
+
+
+def dequantise_cost(w: LayerWidths, stored_bytes: float, compute_bytes: int) -> Cost:
+    """A stored layer written into the compute buffer: read, write; int8 also scaled in place.
+
+    Args:
+        w: the layer.
+        stored_bytes: of one element as stored: 1 is int8.
+        compute_bytes: c.
+    """
+    if stored_bytes == compute_bytes:
+        return Cost()
+    passes = 3 if stored_bytes == 1 else 1
+    return Cost(traffic=w.parameters * (stored_bytes + passes * compute_bytes))
+
+
+def head_cost(
+    spec: ModelSpec, batch: Batch, tokens: float, *, rows: int, chunk_tokens: int
+) -> Cost:
+    """Final norm, logits and their log-sum-exp, in chunks of ``rows`` of the vocabulary.
+
+    The norm is computed once (7 H, and 2 H to keep it), its result gathered for each chunk (2 H).
+    The log-sum-exp reads a logit for the largest, reads and writes the difference to it and the
+    exponential, and reads that for the sum: 24 bytes in fp32; from bf16 it is converted first
+    (2 + 4).
+    """
+    chunks = math.ceil(spec.vocabulary / rows)
+    logits = tokens * spec.vocabulary
+    each = 24 + (6 if batch.element_bytes == 2 else 0)
+    hidden = (9 + 2 * chunks) * spec.hidden * batch.element_bytes * tokens
+    fresh = 4 * logits if rows * chunk_tokens * 4 >= FRESH_BLOCK_BYTES else 0.0
+    return Cost(products=2 * spec.hidden * logits, traffic=each * logits + hidden, fresh=fresh)
+
+
+def gram_cost(columns: float, tokens: float) -> Cost:
+    """X x^T of an input with so many columns, added up over tokens, in fp32."""
+    return Cost(fp32_products=2 * columns**2 * tokens)
+
+
+def exact_prior_cost(w: LayerWidths) -> Cost:
+    """A Cholesky factor (C^3/3) and an inverse (2 C^3/3) a group, small solves for KV groups."""
+    blocks = w.query / w.query_unit * (w.query_unit**3 / 3 + 2 * w.query_unit**2 * w.hidden)
+    return Cost(solves=w.query**3 + w.ffn**3 + blocks)
+
+
+def refit_outputs_cost(w: LayerWidths, tokens: float) -> Cost:
+    """o_proj and down_proj refitted: Gram and cross moments, then a solve with H right sides.
+
+    The cross moments X^T T cost 2 C H a token. A target takes a sum and two differences (9 H) and
+    its energy 36 bytes an element (it is summed in fp64). The solve: a factor C^3/3, 2 C^2 H of
+    substitution, and G W twice as a product.
+    """
+    cost = Cost(traffic=2 * (36 + 9 * 4) * w.hidden * tokens)
+    for columns in (w.query, w.ffn):
+        cost += gram_cost(columns, tokens)
+        square = columns**2 * w.hidden
+        cost += Cost(
+            fp32_products=2 * columns * w.hidden * tokens + 4 * square,
+            solves=columns**3 / 3 + 2 * square,
+        )
+    return cost
+
+
+def refit_inputs_cost(w: LayerWidths, tokens: float) -> Cost:
+    """q, k, v, gate and up refitted: X^T X and X^T N of both sublayers, one solve a projection.
+
+    A solve: a factor H^3/3 and 2 H^2 R of substitution for R rows; X^T N W and G W are products.
+    """
+    h = w.hidden
+    rows = (w.attention_in + w.ffn_in) / h
+    projections = 3 + round(w.ffn_in / h / w.ffn)
+    return Cost(
+        fp32_products=2 * 2 * 2 * h**2 * tokens + 2 * 2 * h**2 * rows,
+        solves=projections * h**3 / 3 + 2 * h**2 * rows,
+    )

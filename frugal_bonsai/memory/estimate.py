@@ -1,0 +1,277 @@
+"""The phases of a prune, each from its formulas: shapes and a profile in, seconds out.
+
+In: shapes, a :class:`~frugal_bonsai.memory.time_model.PruneWork`, the plan's sizes, a
+:class:`~frugal_bonsai.memory.hardware.HardwareProfile`. Out: a
+:class:`~frugal_bonsai.memory.time_model.TimeEstimate`. Pure: it measures nothing and fits nothing;
+operations and bytes come from cost.py, rates from the profile.
+"""
+
+from __future__ import annotations
+
+import math
+
+from frugal_bonsai.memory.cost import (
+    Batch,
+    Cost,
+    LayerWidths,
+    attention_cost,
+    dequantise_cost,
+    exact_prior_cost,
+    ffn_cost,
+    gram_cost,
+    head_cost,
+    int8_cost,
+    layer_cost,
+    layer_widths,
+    outputs_cost,
+    refit_inputs_cost,
+    refit_outputs_cost,
+)
+from frugal_bonsai.memory.hardware import CUDA, FP32, INT8, HardwareProfile
+from frugal_bonsai.memory.items import SweepLimits
+from frugal_bonsai.memory.time_model import SAMPLING, Phase, PruneWork, TimeEstimate
+from frugal_bonsai.model.family import ModelSpec
+
+# Bytes that row-wise quantisation reads and writes an element, beside the source's own: to fp16,
+# compared with zero, absolute, largest, scaled in fp32, rounded, to int8, copied.
+_QUANTISE_BYTES = 33
+# Left of host memory to everything else when the page cache is thought through.
+_LEAVE_BYTES = 2**30
+
+
+def estimate_time(
+    spec: ModelSpec, work: PruneWork, limits: SweepLimits, profile: HardwareProfile
+) -> TimeEstimate:
+    """Predict a prune's time.
+
+    Args:
+        spec: shapes.
+        work: what is done.
+        limits: the memory plan's.
+        profile: the machine.
+    """
+    return TimeEstimate(phases=tuple(_Estimate(spec, work, limits, profile).phases()))
+
+
+class _Estimate:
+    def __init__(
+        self, spec: ModelSpec, work: PruneWork, limits: SweepLimits, profile: HardwareProfile
+    ) -> None:
+        self._spec, self._work, self._limits, self._profile = spec, work, limits, profile
+        self._cuda = profile.device == CUDA
+        self._element = 2 if self._cuda else 4
+        self._widths = layer_widths(spec)
+        self._calibration = work.windows * work.window
+
+    def phases(self) -> list[Phase]:
+        """All phases of a prune, in order of appearance."""
+        work = self._work
+        phases = [Phase(name="starting", compute=self._profile.start_seconds)]
+        if work.sampled_tokens:
+            phases.append(self._sampling())
+        phases += [self._reporting(), self._stores(), self._statistics()]
+        if work.pairs:
+            phases.append(self._masked())
+        if work.recovery:
+            phases.append(self._recovery())
+        return [*phases, self._rewriting()]
+
+    def _statistics(self) -> Phase:
+        """The first prior; without recovery also one after each round but the last."""
+        again = [] if self._work.recovery else list(self._work.shares[1:-1])
+        cost = Cost()
+        for share in (self._work.shares[0], *again):
+            w = self._widths.kept(share)
+            layer = layer_cost(w, self._batch(self._work.windows), self._calibration)
+            if self._work.exact_prior:
+                layer += gram_cost(w.query, self._calibration) + gram_cost(w.ffn, self._calibration)
+                layer += exact_prior_cost(w)
+            cost += layer * self._spec.layers + self._layers_read(w, self._work.windows)
+        return self._phase("statistics", cost)
+
+    def _masked(self) -> Phase:
+        """Every round's masks, with the layers that the rounds before have left."""
+        pairs, cost = self._work.pairs, Cost()
+        arithmetic = self._work.arithmetic or self._profile.arithmetic
+        tokens = pairs * self._work.window
+        for share in self._work.shares[:-1]:
+            w, batch = self._widths.kept(share), self._batch(pairs)
+            layer = layer_cost(w, batch, tokens, masked=True)
+            if arithmetic == INT8:
+                layer += int8_cost(w, tokens)
+            cost += layer * self._spec.layers + self._head(pairs)
+            cost += self._layers_read(w, pairs, as_stored=arithmetic == INT8)
+        return self._phase("masked evaluation", cost, arithmetic)
+
+    def _recovery(self) -> Phase:
+        """After each round, the dense and the pruned model side by side."""
+        tokens, windows, cost = self._calibration, self._work.windows, Cost()
+        batch = self._batch(windows)
+        for share in self._work.shares[1:]:
+            w = self._widths.kept(share)
+            layer = layer_cost(self._widths, batch, tokens) + self._pruned_layer(w, batch, tokens)
+            layer += refit_outputs_cost(w, tokens)
+            if self._work.refit_inputs:
+                layer += refit_inputs_cost(w, tokens)
+            if self._work.exact_prior:
+                layer += exact_prior_cost(w)
+            cost += layer * self._spec.layers + self._head(windows) * 2
+            cost += self._layers_read(self._widths, windows) + self._layers_read(w, windows)
+        return self._phase("recovery", cost)
+
+    def _pruned_layer(self, w: LayerWidths, batch: Batch, tokens: float) -> Cost:
+        """The pruned model's layer while its projections are refitted in turn.
+
+        With inputs held, attention and the FFN's first half run once. The refitted o_proj is
+        applied again wherever its output is needed: for the FFN's target, its inputs (and their
+        own refit), and at the layer's end. Without, what leads to it is computed again each time.
+        """
+        uses = 3 + int(self._work.refit_inputs)
+        attention, ffn = attention_cost(w, batch, tokens), ffn_cost(w, batch, tokens)
+        first = Cost(products=2 * w.attention_out * tokens)
+        if not self._work.keep_inputs:
+            # At the end down_proj's inputs are computed again, and for them o_proj's output.
+            attention, ffn, uses = attention * (2 + uses), ffn * 2, uses + 1
+        cost = attention + ffn + first * (uses - 1) + outputs_cost(w, batch, tokens)
+        return cost + Cost(calls=5 * tokens / (batch.micro_batch * batch.window))
+
+    def _head(self, windows: int) -> Cost:
+        """The head over windows; read again each wave where it does not fit in one chunk."""
+        spec, limits = self._spec, self._limits
+        tokens = windows * self._work.window
+        batch = self._batch(windows)
+        rows = min(limits.head_rows, spec.vocabulary)
+        cost = head_cost(spec, batch, tokens, rows=rows, chunk_tokens=limits.head_tokens)
+        if rows >= spec.vocabulary:
+            return cost
+        weights = spec.vocabulary * spec.hidden
+        again = self._waves(windows) * weights
+        cost += Cost(
+            read=again * self._work.source_bytes,
+            traffic=again * (self._work.source_bytes + self._element),
+        )
+        if not self._cuda:
+            return cost
+        spilled = max(0, windows - limits.resident_windows) * self._work.window * spec.hidden
+        chunks = math.ceil(spec.vocabulary / rows)
+        return cost + Cost(copy=again * self._element + chunks * spilled * self._element)
+
+    def _layers_read(
+        self, w: LayerWidths, windows: int, *, native: bool = False, as_stored: bool = False
+    ) -> Cost:
+        """What each wave does once a layer: read, copy, dequantise; hidden states that spill.
+
+        Args:
+            w: the layer.
+            windows: in all.
+            native: the checkpoint is read, not the store.
+            as_stored: int8 products take the codes as they are.
+        """
+        waves, layers = self._waves(windows), self._spec.layers
+        stored = 1 if self._work.int8_store and not native else self._work.source_bytes
+        read = waves * layers * w.parameters * stored
+        cost = Cost(read=read)
+        if not as_stored:
+            cost += dequantise_cost(w, stored, self._element) * (waves * layers)
+        if not self._cuda:
+            return cost
+        in_wave = min(windows, self._limits.windows_in_flight)
+        spilled = max(0, in_wave - self._limits.resident_windows) * waves
+        state = self._work.window * self._spec.hidden * self._element
+        return cost + Cost(copy=read + 2 * layers * spilled * state)
+
+    def _stores(self) -> Phase:
+        """The dense store, then after each round one to recover from and one with the refits."""
+        work, source = self._work, self._work.source_bytes
+        shares = [work.shares[0]]
+        for at, share in enumerate(work.shares[1:], start=1):
+            last = at == work.rounds
+            shares += [share] * (int(work.recovery or not last) + int(work.recovery and not last))
+        blocks, cost = self._spec.block_parameters, Cost()
+        for share in shares:
+            stored = share * blocks * (1 if work.int8_store else source)
+            quantise = share * blocks * (source + _QUANTISE_BYTES) if work.int8_store else 0.0
+            cost += Cost(read=blocks * source, traffic=quantise, write=stored)
+        return self._phase("building stores", cost, overlaps=False)
+
+    def _native_sweep(self, share: float, windows: int, tokens: float) -> Cost:
+        """A sweep over a checkpoint in its own precision."""
+        w = self._widths.kept(share)
+        layer = layer_cost(w, self._batch(windows), tokens)
+        return layer * self._spec.layers + self._layers_read(w, windows, native=True)
+
+    def _reporting(self) -> Phase:
+        """Perplexity on held-out windows and on the user's text, dense and pruned."""
+        windows, cost = self._work.reported, Cost()
+        for share in (self._work.shares[0], self._work.shares[-1]):
+            cost += self._native_sweep(share, windows, windows * self._work.window)
+            cost += self._head(windows)
+        return self._phase("perplexity", cost, cold=True)
+
+    def _rewriting(self) -> Phase:
+        """The checkpoint read and its kept part written; both models swept over a few tokens."""
+        work, spec = self._work, self._spec
+        after = (
+            spec.parameters - (1 - work.shares[-1]) * spec.block_parameters
+        ) * work.source_bytes
+        verify = self._native_sweep(1.0, 1, 0) + self._native_sweep(work.shares[-1], 1, 0)
+        cost = Cost(read=spec.parameters * work.source_bytes, write=after) + verify
+        return self._phase("rewriting", cost, cold=True, overlaps=False)
+
+    def _sampling(self) -> Phase:
+        """Calibration text drawn from the model: a sweep for each token of a window."""
+        windows = self._work.windows + self._work.reported
+        one = self._native_sweep(1.0, windows, windows) + Cost(
+            products=2 * self._spec.vocabulary * self._spec.hidden * windows
+        )
+        return self._phase(SAMPLING, one * self._work.sampled_tokens, cold=True)
+
+    def _batch(self, windows: int) -> Batch:
+        """A micro-batch never holds more than the windows there are."""
+        return Batch(
+            window=self._work.window,
+            micro_batch=max(1, min(self._limits.micro_batch, windows)),
+            element_bytes=self._element,
+        )
+
+    def _waves(self, windows: int) -> int:
+        return math.ceil(windows / self._limits.windows_in_flight)
+
+    def _disk_rate(self, *, cold: bool) -> float:
+        """Stores are read from the page cache where it can hold them; checkpoints never."""
+        stored = 1 if self._work.int8_store else self._work.source_bytes
+        stores = 2 * self._spec.block_parameters * stored
+        room = self._profile.host_bytes - self._work.planned_bytes - _LEAVE_BYTES
+        if cold or stores > room:
+            return self._profile.disk_cold_bytes_per_second
+        return self._profile.disk_warm_bytes_per_second
+
+    def _phase(
+        self,
+        name: str,
+        cost: Cost,
+        arithmetic: str | None = None,
+        *,
+        cold: bool = False,
+        overlaps: bool = True,
+    ) -> Phase:
+        profile = self._profile
+        rate = profile.products[arithmetic or profile.arithmetic]
+        elementwise = cost.traffic / profile.memory_bytes_per_second
+        if profile.fresh_bytes_per_second is not None:
+            elementwise += cost.fresh / profile.fresh_bytes_per_second
+        return Phase(
+            name=name,
+            compute=cost.products / rate
+            + cost.fp32_products / profile.products[FP32]
+            + cost.attention / profile.attention_flops_per_second
+            + cost.solves / profile.solve_flops_per_second
+            + cost.calls * profile.call_seconds,
+            elementwise=elementwise,
+            disk=cost.read / self._disk_rate(cold=cold)
+            + cost.write / profile.disk_write_bytes_per_second,
+            copy=0.0
+            if profile.copy_bytes_per_second is None
+            else cost.copy / profile.copy_bytes_per_second,
+            overlaps=overlaps,
+        )

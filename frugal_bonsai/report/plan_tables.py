@@ -1,0 +1,152 @@
+"""What ``plan`` and ``profile`` print: the verdict first, then what it rests on.
+
+In: the plan or profile that ``--json`` prints. Out: text and tables on a rich console, at 80
+columns, on a terminal or a pipe. Computes nothing but shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from frugal_bonsai.report.sheet import Sheet
+from frugal_bonsai.report.words import NOTHING, all_printable, duration, plural
+from frugal_bonsai.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Values = Mapping[str, Any]
+_CAP_OPTIONS = {"gpu": "--max-gpu-mem", "host": "--max-cpu-mem"}
+_PLACES = {"gpu": "GPU memory", "host": "host memory", "disk": "disk"}
+_BINDS = {
+    "compute": "arithmetic sets the pace",
+    "disk": "the disk sets the pace",
+    "copy": "copying to the GPU sets the pace",
+}
+_RESOURCES = ("compute", "elementwise", "disk", "copy")
+
+
+def render_plan(plan: Values, console: Console) -> None:
+    """Whether it fits, how long it takes and what binds, in ten lines; then every item.
+
+    Args:
+        plan: what :func:`frugal_bonsai.plan` returns.
+        console: where to.
+    """
+    plan, sheet = all_printable(plan, console.encoding), Sheet(console)
+    sheet.heading(
+        f"{plan['model']} ({plan['family']}, {_count(plan['parameters'])} parameters) on "
+        f"{plan['device_name']}"
+    )
+    sheet.say(_fits(plan))
+    sheet.say(f"time: about {duration(plan['seconds'])}; {_BINDS[plan['binds']]}")
+    sheet.blank()
+    _phases(plan, sheet)
+    sheet.heading("what is held")
+    sheet.table(
+        ("item", "where", "formula", "size"),
+        [
+            (item["name"], item["where"], item["formula"], format_bytes(item["size_bytes"]))
+            for item in plan["items"]
+        ],
+        left=3,
+    )
+    sheet.blank()
+    sheet.say(
+        f"work: {plural(plan['rounds'], 'round')} over {plural(plan['windows'], 'window')} of "
+        f"{plan['window']} tokens, {plan['forward_tokens']:,} forward tokens at most"
+    )
+    sheet.say(
+        f"at once: micro-batches of {plural(plan['micro_batch'], 'window')}, "
+        f"{plan['windows_in_flight']:,} in flight, {plural(plan['concurrent_masks'], 'mask')} a "
+        "sweep"
+    )
+    sheet.say(f"rates: {plan['profile']}")
+    for note in plan["notes"]:
+        sheet.say(f"note: {note}")
+
+
+def _count(parameters: int) -> str:
+    """``70.6 billion``."""
+    for scale, word in ((10**9, "billion"), (10**6, "million")):
+        if parameters >= scale:
+            return f"{parameters / scale:.1f} {word}"
+    return f"{parameters:,}"
+
+
+def _fits(plan: Values) -> str:
+    """``fits: GPU memory 21.00 GiB of 22.35 GiB (94%), ..., disk 13.00 GiB; largest: logits``."""
+    totals, caps = plan["totals"], plan["caps"]
+    parts, over = [], []
+    for where, place in _PLACES.items():
+        cap, total = caps.get(where), totals.get(where, 0)
+        if cap is None and not total:
+            continue
+        if cap is None:
+            parts.append(f"{place} {format_bytes(total)}")
+            continue
+        if total > cap:
+            over.append(_CAP_OPTIONS[where])
+        parts.append(f"{place} {format_bytes(total)} of {format_bytes(cap)} ({total / cap:.0%})")
+    verdict = f"does NOT fit, raise {' and '.join(over)}" if over else "fits"
+    return f"{verdict}: {', '.join(parts)}; largest: {plan['binding']}"
+
+
+def _phases(plan: Values, sheet: Sheet) -> None:
+    """Seconds of each phase by resource; what binds it."""
+    phases = plan["phases"]
+    used = [name for name in _RESOURCES if any(phase[name] > 0 for phase in phases)]
+    rows = [
+        (
+            phase["name"],
+            phase["binds"],
+            _time(phase["seconds"]),
+            *(_time(phase[name]) for name in used),
+        )
+        for phase in phases
+    ]
+    total = ("in all", plan["binds"], _time(plan["seconds"]))
+    rows.append((*total, *(_time(sum(phase[name] for phase in phases)) for name in used)))
+    sheet.table(("phase", "bound by", "time", *used), rows, left=2)
+
+
+def _time(seconds: float) -> str:
+    if seconds <= 0:
+        return NOTHING
+    return "< 1 s" if seconds < 1 else duration(seconds)
+
+
+def render_profile(profile: Values, console: Console) -> None:
+    """A machine's rates.
+
+    Args:
+        profile: what :func:`frugal_bonsai.profile` returns.
+        console: where to.
+    """
+    profile, sheet = all_printable(profile, console.encoding), Sheet(console)
+    sheet.heading(f"{profile['name']} ({profile['device']})")
+    rows = [("host memory", format_bytes(profile["host_bytes"]))]
+    if profile["gpu_bytes"] is not None:
+        rows.append(("GPU memory", format_bytes(profile["gpu_bytes"])))
+    for key, name in (
+        ("disk_cold_bytes_per_second", "disk, cold read"),
+        ("disk_warm_bytes_per_second", "disk, read from the page cache"),
+        ("disk_write_bytes_per_second", "disk, write with fsync"),
+        ("copy_bytes_per_second", "host to GPU, pinned"),
+        ("memory_bytes_per_second", "memory, elementwise operations"),
+        ("fresh_bytes_per_second", "memory, first write to new blocks"),
+    ):
+        if profile[key] is not None:
+            rows.append((name, f"{profile[key] / 1e9:,.2f} GB/s"))
+    for name, rate in profile["products"].items():
+        rows.append((f"matrix products, {name}", f"{rate / 1e12:,.3f} Tflop/s"))
+    for key, name in (
+        ("attention_flops_per_second", "attention"),
+        ("solve_flops_per_second", "Cholesky factors and solves, fp32"),
+    ):
+        rows.append((name, f"{profile[key] / 1e12:,.3f} Tflop/s"))
+    rows.append(("a layer call beside its arithmetic", f"{profile['call_seconds'] * 1e3:,.2f} ms"))
+    rows.append(("a command's start", f"{profile['start_seconds']:,.1f} s"))
+    sheet.table(("", ""), rows)
+    sheet.say(f"source: {profile['source']}")

@@ -1,0 +1,193 @@
+"""``profile``: measure this machine, for the time that ``plan`` and ``prune`` predict.
+
+In: a device, a folder on the disk to measure. Out: a :class:`HardwareProfile`, as a TOML file or
+plain values. Also the second's worth of measuring that ``plan`` does when no profile is given.
+Holds what memory/measure.py holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from frugal_bonsai.memory.hardware import CUDA, HardwareProfile, device_name
+from frugal_bonsai.memory.measure import (
+    Timer,
+    measure_attention,
+    measure_copy,
+    measure_fresh,
+    measure_memory,
+    measure_products,
+    measure_solves,
+)
+from frugal_bonsai.memory.measure_disk import DiskRates, measure_disk
+from frugal_bonsai.memory.profile_file import require_replaceable, write_profile
+from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.sizes import GIB, MIB
+
+if TYPE_CHECKING:
+    import torch
+
+# What a command does before its first sweep, in a process of its own.
+_START = (
+    "import scipy.optimize, scipy.stats; from frugal_bonsai.run.prepare import *; "
+    "from frugal_bonsai.stream.engine import Engine; from frugal_bonsai.bonsai import search\n"
+    "with open_model('example') as model: measured_base_bytes(model.spec, int8=True)"
+)
+# Where a second's measuring cannot say: a usual NVMe disk's rates (docs/hardware.md).
+_NOMINAL_DISK = DiskRates(cold=1.5e9, warm=4e9, write=1e9, note="disk rates nominal")
+_NOMINAL_START_SECONDS = 6.0
+_CALLS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Effort:
+    """How thoroughly to measure."""
+
+    seconds: float
+    solve_columns: int
+    disk_bytes: int
+    small: bool
+
+
+_THOROUGH = _Effort(seconds=1.0, solve_columns=2048, disk_bytes=GIB, small=False)
+_QUICK = _Effort(seconds=0.1, solve_columns=512, disk_bytes=64 * MIB, small=True)
+
+
+def profile(
+    *,
+    out: str | Path | None = None,
+    device: str | None = None,
+    folder: str | Path = ".",
+    quick: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure this machine.
+
+    Args:
+        out: TOML file to write; one that is a profile is replaced, anything else refused.
+        device: None takes a GPU where there is one.
+        folder: on the disk to measure; a file of about 1 GiB is written there and removed.
+        quick: small shapes and a small file: a few seconds, rougher.
+        progress: told what is measured.
+
+    Returns:
+        The profile's fields as plain values, and ``out``.
+
+    Raises:
+        FrugalBonsaiError: no such device, no room, or ``out`` is something else.
+    """
+    from frugal_bonsai.memory.budget import find_device
+
+    if out is not None:
+        require_replaceable(Path(out))
+    where = find_device(device)
+    measured = measure_machine(where, Path(folder), quick=quick, progress=progress or Silent())
+    if out is not None:
+        write_profile(measured, Path(out))
+    values = dataclasses.asdict(measured)
+    return {**values, "out": None if out is None else str(out)}
+
+
+def measure_machine(
+    device: torch.device, folder: Path, *, quick: bool, progress: Progress
+) -> HardwareProfile:
+    """Every rate of this machine."""
+    effort = _QUICK if quick else _THOROUGH
+    progress.note(f"measuring the disk at {folder}")
+    disk = measure_disk(folder, effort.disk_bytes)
+    progress.note("measuring a command's start")
+    start = _measure_start(device)
+    return _measured(device, disk, effort, start=start, progress=progress)
+
+
+def quick_profile(device: torch.device) -> HardwareProfile:
+    """About a second of measuring; the disk's rates and a command's start are nominal."""
+    return _measured(device, _NOMINAL_DISK, _QUICK, start=_NOMINAL_START_SECONDS, progress=Silent())
+
+
+def _measured(
+    device: torch.device, disk: DiskRates, effort: _Effort, *, start: float, progress: Progress
+) -> HardwareProfile:
+    import psutil
+    import torch
+
+    timer = Timer(device=device, seconds=effort.seconds)
+    progress.note("measuring matrix products")
+    products = measure_products(timer, quick=effort.small)
+    progress.note("measuring attention, solves, memory and calls")
+    gpu_bytes = torch.cuda.mem_get_info(device)[1] if device.type == CUDA else None
+    return HardwareProfile(
+        name=device_name(device),
+        device=device.type,
+        source=(
+            f"measured {time.strftime('%Y-%m-%d')} by frugal-bonsai {version('frugal-bonsai')}, "
+            f"torch {torch.__version__}{', quick' if effort.small else ''}; {disk.note}"
+        ),
+        host_bytes=int(psutil.virtual_memory().total),
+        gpu_bytes=gpu_bytes,
+        disk_cold_bytes_per_second=disk.cold,
+        disk_warm_bytes_per_second=disk.warm,
+        disk_write_bytes_per_second=disk.write,
+        copy_bytes_per_second=measure_copy(timer),
+        memory_bytes_per_second=measure_memory(timer),
+        fresh_bytes_per_second=measure_fresh(timer),
+        attention_flops_per_second=measure_attention(timer),
+        solve_flops_per_second=measure_solves(timer, columns=effort.solve_columns),
+        call_seconds=_measure_call(timer),
+        start_seconds=start,
+        products=products,
+    )
+
+
+def _measure_start(device: torch.device) -> float:
+    """Seconds of a command's start; processor time where one thread computes, as in Timer."""
+    import torch
+
+    before, started = os.times(), time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", _START], capture_output=True, text=True)
+    wall, after = time.perf_counter() - started, os.times()
+    if done.returncode:
+        raise RuntimeError(f"a command does not start here:\n{done.stderr}")
+    spent = after.children_user + after.children_system
+    spent -= before.children_user + before.children_system
+    alone = device.type != CUDA and torch.get_num_threads() == 1
+    return spent if alone and spent > 0 else wall  # Windows does not count children
+
+
+def _measure_call(timer: Timer) -> float:
+    """Seconds of one layer call with next to no arithmetic: the example's layer, two tokens."""
+    import torch
+
+    from frugal_bonsai.run.prepare import open_model
+    from frugal_bonsai.stream.call import call_layer
+    from frugal_bonsai.stream.engine import compute_dtype
+    from frugal_bonsai.stream.skeleton import Skeleton
+
+    dtype = compute_dtype(timer.device)
+    with open_model("example") as model, torch.inference_mode():
+        skeleton = Skeleton(model.checkpoint, model.spec, device=timer.device, dtype=dtype)
+        kwargs = skeleton.layer_kwargs(2)[0]
+        parameters = {
+            name: torch.ones(shape, device=timer.device, dtype=dtype)
+            for name, shape in model.spec.layer_tensors[0].items()
+        }
+        hidden_BSH = torch.ones(1, 2, model.spec.hidden, device=timer.device, dtype=dtype)
+        hooks = {group.output: _nothing for group in model.spec.table.of_layer(0)}
+
+        def run() -> None:
+            for _ in range(_CALLS):
+                call_layer(skeleton.layers[0], parameters, hidden_BSH, kwargs, hooks)
+
+        return timer.best(run) / _CALLS
+
+
+def _nothing(_: torch.Tensor) -> None:
+    """A hook that changes nothing."""

@@ -1,0 +1,113 @@
+"""Formulas of operations and bytes, against small cases computed by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.memory import cost
+from frugal_bonsai.memory.cost import Batch, Cost, LayerWidths, layer_widths
+from frugal_bonsai.model.family import ModelSpec, describe_model
+
+# H 4, one KV group of two query heads of 2, I 6.
+SMALL = LayerWidths(
+    hidden=4,
+    query=4,
+    key=2,
+    ffn=6,
+    attention_in=4 * (4 + 2 + 2),
+    attention_out=16,
+    ffn_in=48,
+    ffn_out=24,
+    parameters=128,
+    query_unit=4,
+)
+BATCH = Batch(window=10, micro_batch=2, element_bytes=4)
+
+
+def example() -> ModelSpec:
+    checkpoint = Checkpoint.open(find_model("example"))
+    return describe_model(checkpoint.config, checkpoint.shapes)
+
+
+def test_widths_of_the_example() -> None:
+    w = layer_widths(example())
+    assert (w.hidden, w.query, w.key, w.ffn, w.query_unit) == (192, 256, 128, 512, 64)
+    assert w.attention_in == 192 * (256 + 128 + 128)
+    assert (w.attention_out, w.ffn_in, w.ffn_out) == (192 * 256, 2 * 192 * 512, 192 * 512)
+    assert w.parameters == w.projections + 2 * 192
+
+
+def test_a_share_of_the_units() -> None:
+    half = layer_widths(example()).kept(0.5)
+    assert (half.hidden, half.query, half.ffn, half.query_unit) == (192, 128, 256, 64)
+    assert half.projections == layer_widths(example()).projections / 2
+
+
+def test_costs_add_up() -> None:
+    both = Cost(products=3, read=1) + Cost(products=4, write=2)
+    assert both == Cost(products=7, read=1, write=2)
+    assert both * 2 == Cost(products=14, read=2, write=4)
+
+
+def test_a_layer() -> None:
+    found = cost.layer_cost(SMALL, BATCH, 20)
+    # Every parameter but the norms multiplies every token once.
+    assert found.products == 2 * (32 + 16 + 48 + 24) * 20
+    assert found.attention == 2 * 10 * 4 * 20
+    # 7 H + 10 (q + k); 7 H + 5 I; 8 H; inputs 5 H + q + I and outputs q + 2 k + 2 I + 2 H of the
+    # projections; four bytes each.
+    assert found.traffic == (28 + 60 + 28 + 30 + 32 + 30 + 28) * 4 * 20
+    assert (found.calls, found.fresh) == (1, 0)
+    masked = cost.layer_cost(SMALL, BATCH, 20, masked=True)
+    assert masked.traffic - found.traffic == 2 * (4 + 6) * 4 * 20
+
+
+def test_only_large_blocks_are_new_ones() -> None:
+    # 4,096 tokens: 6,000 columns are 98 MB, 2,000 are 33 MB, just below 32 MiB.
+    batch = Batch(window=1024, micro_batch=4, element_bytes=4)
+    assert batch.is_fresh(6000) and batch.is_fresh(2048) and not batch.is_fresh(2000)
+    assert batch.fresh(1024, wide=(6000, 4), narrow=(2000, 3)) == 1024 * 6000 * 4 * 4
+
+
+@pytest.mark.parametrize(("stored", "traffic"), [(4, 0), (2, 128 * 6), (1, 128 * 13)])
+def test_dequantising(stored: int, traffic: int) -> None:
+    # As stored: read; int8 written, then scaled in place (read and written again).
+    assert cost.dequantise_cost(SMALL, stored, 4).traffic == traffic
+
+
+def test_the_head_in_chunks_of_the_vocabulary() -> None:
+    spec = example()
+    one = cost.head_cost(spec, BATCH, 100, rows=4096, chunk_tokens=100)
+    assert one.products == 2 * 192 * 4096 * 100
+    assert one.traffic == 24 * 4096 * 100 + (9 + 2) * 192 * 4 * 100
+    four = cost.head_cost(spec, BATCH, 100, rows=1024, chunk_tokens=100)
+    assert four.products == one.products
+    assert four.traffic - one.traffic == 3 * 2 * 192 * 4 * 100
+    assert one.fresh == 0
+    large = cost.head_cost(spec, BATCH, 100, rows=4096, chunk_tokens=2048)
+    assert large.fresh == 4 * 4096 * 100
+
+
+def test_gram_matrices_and_the_exact_prior() -> None:
+    assert cost.gram_cost(6, 20).fp32_products == 2 * 36 * 20
+    # Factor and inverse of 4 x 4 and 6 x 6; the one KV group's block of 4 with 4 right sides.
+    assert cost.exact_prior_cost(SMALL).solves == pytest.approx(64 + 216 + 64 / 3 + 2 * 16 * 4)
+
+
+def test_refits() -> None:
+    outputs = cost.refit_outputs_cost(SMALL, 20)
+    assert outputs.fp32_products == sum(
+        2 * c * c * 20 + 2 * c * 4 * 20 + 4 * c * c * 4 for c in (4, 6)
+    )
+    assert outputs.solves == pytest.approx(sum(c**3 / 3 + 2 * c * c * 4 for c in (4, 6)))
+    inputs = cost.refit_inputs_cost(SMALL, 20)
+    rows = 4 + 2 + 2 + 6 + 6
+    assert inputs.fp32_products == 8 * 16 * 20 + 4 * 16 * rows
+    assert inputs.solves == pytest.approx(5 * 64 / 3 + 2 * 16 * rows)
+
+
+def test_what_int8_adds() -> None:
+    inputs, outputs = 5 * 4 + 4 + 6, 4 + 2 * 2 + 2 * 4 + 2 * 6
+    assert cost.int8_cost(SMALL, 20).traffic == 20 * (inputs * 33 + outputs * 16)

@@ -1,0 +1,179 @@
+"""Phases of a prune: which there are, what binds them, and totals computed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_cost import example
+
+import profiles
+from frugal_bonsai.memory.estimate import estimate_time
+from frugal_bonsai.memory.hardware import HardwareProfile
+from frugal_bonsai.memory.items import SweepLimits
+from frugal_bonsai.memory.time_model import Phase, PruneWork, TimeEstimate
+
+SPEC = example()
+LAYERS, P, BLOCKS = 6, 192 * (512 + 256) + 3 * 192 * 512, 2_656_512
+LIMITS = SweepLimits(
+    micro_batch=4, windows_in_flight=100, resident_windows=0, head_rows=4096, head_tokens=1024
+)
+WORK = PruneWork(
+    window=256,
+    windows=32,
+    reported=4,
+    shares=(1.0, 0.75, 0.5),
+    pairs=104,
+    exact_prior=True,
+    recovery=True,
+    refit_inputs=True,
+    keep_inputs=True,
+    int8_store=True,
+    source_bytes=2,
+)
+# Everything but matrix products takes no time.
+ONLY_PRODUCTS: dict[str, Any] = {
+    "disk_cold_bytes_per_second": 1e30,
+    "disk_warm_bytes_per_second": 1e30,
+    "disk_write_bytes_per_second": 1e30,
+    "memory_bytes_per_second": 1e30,
+    "fresh_bytes_per_second": 1e30,
+    "attention_flops_per_second": 1e30,
+    "solve_flops_per_second": 1e30,
+    "call_seconds": 0.0,
+    "start_seconds": 0.0,
+}
+
+
+def estimate(profile: HardwareProfile, **changes: Any) -> TimeEstimate:
+    return estimate_time(SPEC, replace(WORK, **changes), LIMITS, profile)
+
+
+def phase(found: TimeEstimate, name: str) -> Phase:
+    return next(phase for phase in found.phases if phase.name == name)
+
+
+def test_phases_in_order() -> None:
+    names = [phase.name for phase in estimate(profiles.cpu()).phases]
+    assert names == [
+        *("starting", "perplexity", "building stores", "statistics"),
+        *("masked evaluation", "recovery", "rewriting"),
+    ]
+    without = estimate(profiles.cpu(), pairs=0, recovery=False, sampled_tokens=255)
+    assert [phase.name for phase in without.phases] == [
+        *("starting", "sampling text", "perplexity"),
+        *("building stores", "statistics", "rewriting"),
+    ]
+
+
+def test_products_of_the_masked_evaluation() -> None:
+    found = phase(estimate(profiles.cpu(**ONLY_PRODUCTS)), "masked evaluation")
+    tokens = 104 * 256
+    layers = 2 * P * LAYERS * tokens * (1.0 + 0.75)
+    head = 2 * 192 * 4096 * tokens * 2
+    assert found.compute == pytest.approx((layers + head) / 1e11)
+    assert found.seconds == pytest.approx(found.compute)
+
+
+def test_int8_speeds_the_masked_evaluation_up_and_nothing_else() -> None:
+    fp32 = estimate(profiles.cpu(**ONLY_PRODUCTS))
+    int8 = estimate(profiles.cpu(**ONLY_PRODUCTS), arithmetic="int8")
+    before, after = (phase(found, "masked evaluation").seconds for found in (fp32, int8))
+    assert after == pytest.approx(before / 8)
+    assert phase(int8, "recovery").seconds == phase(fp32, "recovery").seconds
+    # Codes are multiplied as they are stored, but inputs are rounded and sums scaled.
+    traffic = profiles.cpu(**{**ONLY_PRODUCTS, "memory_bytes_per_second": 2e10})
+    more = [phase(estimate(traffic, arithmetic=a), "masked evaluation") for a in ("fp32", "int8")]
+    assert more[1].elementwise > more[0].elementwise
+
+
+def test_products_of_statistics_and_recovery() -> None:
+    found = estimate(profiles.cpu(**ONLY_PRODUCTS))
+    tokens = 32 * 256
+    gram = 2 * (256**2 + 512**2)
+    assert phase(found, "statistics").compute == pytest.approx(
+        LAYERS * tokens * (2 * P + gram) / 1e11
+    )
+    expected = 0.0
+    for share in (0.75, 0.5):
+        query, ffn = 256 * share, 512 * share
+        projections, o_proj = P * share, 192 * query
+        # The pruned layer once, and o_proj three times more: FFN's refit, its inputs, its target.
+        expected += 2 * (P + projections + 3 * o_proj) * tokens * LAYERS
+        each = query**2 + ffn**2 + 192 * (query + ffn) + 4 * 192**2
+        expected += 2 * each * tokens * LAYERS
+        rows = projections / 192 - query - ffn
+        expected += 4 * 192 * (query**2 + ffn**2 + 192 * rows) * LAYERS
+        expected += 2 * 2 * 192 * 4096 * tokens
+    assert phase(found, "recovery").compute == pytest.approx(expected / 1e11)
+
+
+def test_inputs_that_are_not_kept_cost_more() -> None:
+    kept, again = (
+        phase(estimate(profiles.cpu(), keep_inputs=keep), "recovery").seconds
+        for keep in (True, False)
+    )
+    assert again > 1.2 * kept
+
+
+def test_stores_are_read_quantised_and_written_one_after_another() -> None:
+    profile = profiles.cpu(memory_bytes_per_second=1e30)
+    found = phase(estimate(profile), "building stores")
+    # Dense; after round one, twice; after the last, once.
+    read, written = 4 * BLOCKS * 2, (1 + 2 * 0.75 + 0.5) * BLOCKS
+    assert found.disk == pytest.approx(read / 4e9 + written / 5e8)
+    assert found.seconds == pytest.approx(found.disk + found.elementwise)
+
+
+def test_stores_that_the_page_cache_cannot_hold_are_read_cold() -> None:
+    warm = phase(estimate(profiles.cpu()), "statistics")
+    small = profiles.cpu(host_bytes=2**30 + 2 * BLOCKS - 1)
+    cold = phase(estimate(small), "statistics")
+    assert cold.disk == pytest.approx(4 * warm.disk)
+    # What the plan holds is not the page cache's.
+    full = estimate(profiles.cpu(), planned_bytes=15 * 2**30)
+    assert phase(full, "statistics").disk == pytest.approx(cold.disk)
+
+
+def test_a_slow_disk_binds_and_sweeps_overlap_it() -> None:
+    found = estimate(profiles.cpu(disk_warm_bytes_per_second=1e3))
+    masked = phase(found, "masked evaluation")
+    # Two waves of 104 pairs with 100 in flight, each through all layers, dense and at 0.75.
+    layer = P + 2 * 192
+    assert masked.disk == pytest.approx(2 * LAYERS * layer * 1.75 / 1e3)
+    assert (masked.binds, masked.seconds, found.binds) == ("disk", masked.disk, "disk")
+
+
+def test_a_gpu_copies_layers_and_hidden_states() -> None:
+    found = estimate(profiles.cuda(copy_bytes_per_second=1e6))
+    statistics = phase(found, "statistics")
+    layers = LAYERS * (P + 2 * 192)
+    hidden = 2 * LAYERS * 32 * 256 * 192 * 2
+    assert statistics.copy == pytest.approx((layers + hidden) / 1e6)
+    assert (statistics.binds, found.binds) == ("copy", "copy")
+    near = replace(LIMITS, resident_windows=32)
+    found = estimate_time(SPEC, WORK, near, profiles.cuda(copy_bytes_per_second=1e6))
+    assert phase(found, "statistics").copy == pytest.approx(layers / 1e6)
+
+
+def test_what_binds_most_of_the_time_binds() -> None:
+    phases = (
+        Phase(name="a", compute=5.0, elementwise=1.0, disk=2.0),
+        Phase(name="b", disk=4.0, copy=3.0),
+        Phase(name="c", compute=1.0, disk=1.5, overlaps=False),
+    )
+    assert [p.binds for p in phases] == ["compute", "disk", "disk"]
+    assert [p.seconds for p in phases] == [6.0, 4.0, 2.5]
+    found = TimeEstimate(phases=phases)
+    assert (found.total_seconds, found.binds) == (12.5, "disk")
+
+
+def test_overheads() -> None:
+    none, some = (
+        estimate(profiles.cpu(**{**ONLY_PRODUCTS, "call_seconds": each})) for each in (0.0, 0.5)
+    )
+    # 104 pairs in micro-batches of 4, six layers, two rounds.
+    more = phase(some, "masked evaluation").seconds - phase(none, "masked evaluation").seconds
+    assert more == pytest.approx(26 * LAYERS * 2 * 0.5)
+    assert phase(estimate(profiles.cpu(start_seconds=9.0)), "starting").seconds == 9.0
