@@ -94,6 +94,11 @@ class PruneSettings:
             value = getattr(self, name)
             if value not in choices:
                 raise OptionError(f"--{name}: {value!r} is not one of {', '.join(choices)}")
+        if self.method == "group" and self.regression == "paper":
+            raise OptionError(
+                "--regression: paper explains single units, --method group fits curves of its own; "
+                "take --method unit, or --regression ridge"
+            )
         if self.masks < 2 or self.masks % 2:
             raise OptionError(f"--masks: {self.masks} is not an even number of at least 2")
         if self.mask_windows < 1:

@@ -161,6 +161,8 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         (("--sparsity", "0.999"), "uniform layout can hold"),
         (("--step", "0"), "--step"),
         (("--masks", "3"), "--masks"),
+        (("--regression", "paper"), "--method unit"),
+        (("--preset", "paper", "--method", "group"), "--regression ridge"),
         (("--window", "4096"), "512"),
         (("--tile", "9999"), "--tile"),
         (("--max-cpu-mem", "lots"), "--max-cpu-mem"),
