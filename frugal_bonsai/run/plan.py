@@ -91,26 +91,43 @@ def prepare(model: Model, options: PruneOptions) -> Prepared:
 
 
 def plan_prune(
-    model: Model, ready: Prepared, windows: int, *, custom_utility: bool = False
+    model: Model,
+    ready: Prepared,
+    windows: int,
+    *,
+    eval_windows: int = 0,
+    custom_utility: bool = False,
 ) -> MemoryPlan:
     """The memory plan of a prepared prune.
+
+    Args:
+        model: what is pruned.
+        ready: the prune.
+        windows: of calibration.
+        eval_windows: of the text whose perplexity is reported.
+        custom_utility: the utility needs all logits of a window.
 
     Raises:
         BudgetError: nothing fits.
     """
+    from frugal_bonsai.bonsai.calibration import held_out_count
+
     settings = ready.settings
+    native_windows = max(held_out_count(windows), eval_windows)
     mask_windows = min(settings.mask_windows, windows)
     pairs = 0 if settings.method == "local" else mask_windows * (settings.masks + 1)
     work = Work(
         window=ready.window,
         windows=windows,
         pairs=pairs,
+        native_windows=native_windows,
         windows_per_mask=mask_windows if settings.design == "shared" else 1,
         gram=settings.recovery or settings.prior == "exact",
         recovery=settings.recovery,
         refit_inputs=settings.recovery and settings.refit == "all",
         weights=settings.weights,
         full_logits=custom_utility,
+        rewrite=True,
         store_copies=2,
         sampled=sampled_windows(ready),
     )
