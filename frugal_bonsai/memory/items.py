@@ -26,7 +26,7 @@ BASE = "Python and libraries"
 # A head chunk, or a block of logits, of this many bytes is as good as a larger one.
 HEAD_CHUNK_BYTES = 32 * MIB
 # Tokens whose int8 products are held at a time, see stream/int8_linear.py.
-_INT8_TOKENS = 256
+_INT8_TOKENS = 128
 # Columns of a block of a factor (bonsai/factor.py), rows of a block of a refit (bonsai/gram.py).
 _FACTOR_BLOCK, _REFIT_ROWS = 256, 128
 # Tokens of a window that the verification looks at, see rewrite/verify.py.
@@ -151,11 +151,16 @@ class Items:
         compute = self.layer_parameters * self._compute
         if products:
             widest = max(self._attention, self._ffn, self._spec.hidden)
-            size = _INT8_TOKENS * (4 * self._input_rows + 5 * widest)
-            items.append(self._near("int8 products", size, "256 tokens * (4*rows + 5*columns)"))
+            items.append(self._products(choice, self._input_rows, widest))
         elif weights == "int8" or self._source != self._compute:
             items.append(self._near("dequantised layer", models * compute, f"{models} x P*c"))
         return items
+
+    def _products(self, choice: Choice, rows: int, columns: int) -> PlanItem:
+        """Digits and sums of a block of tokens; a GPU multiplies a micro-batch at once."""
+        tokens = choice.micro_batch * self._work.window if self._cuda else _INT8_TOKENS
+        size = tokens * (8 * rows + 10 * columns)
+        return self._near("int8 products", size, f"{tokens} tokens * (8*rows + 10*columns)")
 
     def _buffers(self, name: str, count: int, size: int, what: str) -> list[PlanItem]:
         """Buffers of a stream: on the host, pinned for a GPU and there once more."""
@@ -245,8 +250,7 @@ class Items:
         stored = rows * (hidden + 4) if products else rows * hidden * self._source
         items = self._buffers("head chunks", slots, stored, "v rows as stored")
         if products:
-            size = _INT8_TOKENS * (4 * rows + 5 * hidden)
-            items.append(self._near("int8 products", size, "256 tokens * (4*v + 5*H)"))
+            items.append(self._products(choice, rows, hidden))
         elif self._source != self._compute:
             size = rows * hidden * self._compute
             items.append(self._near("head chunk in the compute dtype", size, "v*H*c"))
