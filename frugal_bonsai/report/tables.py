@@ -228,7 +228,11 @@ def _say_totals(plan: Values, sheet: Sheet) -> None:
     sheet.table(("place", "option", "needed", "cap", "used"), rows, left=2)
     sheet.blank()
     verdict = f"does NOT fit: raise {' and '.join(over)}" if over else "fits under the caps"
-    sheet.say(f"memory: {verdict}; the largest item under the cap is: {plan['binding']}")
+    place = "host" if caps.get("gpu") is None else "gpu"
+    sheet.say(
+        f"memory: {verdict}; the largest item under the cap is: {plan['binding']}; most is held in "
+        f"{plan['peak_phases'][place]}"
+    )
 
 
 def render_inspect(info: Values, console: Console) -> None:

@@ -206,9 +206,23 @@ def describe_plan(
         "totals": {where: memory.total_bytes(where) for where in ("host", "gpu", "disk")},
         "caps": {"host": ready.budget.host_bytes, "gpu": ready.budget.gpu_bytes},
         "binding": memory.binding.name,
+        "peak_phases": {where: memory.peak_phase(where).name for where in ("host", "gpu")},
+        "phases": plan_phases(memory),
         "notes": notes,
         "profile": profile.source,
     }
+
+
+def plan_phases(memory: MemoryPlan) -> list[dict[str, Any]]:
+    """What each phase holds, as plain values."""
+    return [
+        {
+            "name": phase.name,
+            "host_bytes": phase.total_bytes("host"),
+            "gpu_bytes": phase.total_bytes("gpu"),
+        }
+        for phase in memory.phases
+    ]
 
 
 def plan_items(memory: MemoryPlan) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ PLAN: dict[str, Any] = {
     ],
     "totals": {"host": 3 * 2**28, "gpu": 5 * 2**30, "disk": 13 * 2**30},
     "caps": {"host": 8 * 2**30, "gpu": 24 * 2**30},
+    "peak_phases": {"host": "recovery: layers", "gpu": "masked evaluation: layers"},
     "binding": "logits",
     "notes": ["the text is sampled first"],
     "profile": "measured now",
@@ -236,6 +237,7 @@ def test_plan_items_totals_and_time() -> None:
     assert row(text, "disk")[1:] == ["13.00 GiB", "-", "-"]
     flat = words(text)
     assert "fits under the caps; the largest item under the cap is: logits" in flat
+    assert "most is held in masked evaluation: layers" in flat
     assert "98,765,432 forward tokens" in flat
     assert "about 2.0 h" in flat and "reading weights from disk sets the pace" in flat
     assert "note: the text is sampled first" in flat
