@@ -20,7 +20,7 @@ from torch.linalg import solve_triangular
 
 from frugal_bonsai.errors import CheckpointError
 
-BLOCK = 512
+BLOCK = 256
 _LARGEST_DAMPING = 1.0
 
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from frugal_bonsai.bonsai.factor import BLOCK, DampedFactor
+from frugal_bonsai.bonsai.factor import DampedFactor
+
+# Rows of a projection that are refitted together: half a dozen of these are held.
+_ROWS = 128
 
 
 class Moments:
@@ -65,6 +68,15 @@ class Moments:
         return self._factor
 
 
+def column_norms(weight_HC: torch.Tensor, dtype: torch.dtype, *, order: int = 2) -> torch.Tensor:
+    """Norm of each column, ``[C]``, computed in ``dtype`` without a copy of the weight in it."""
+    norms = [
+        torch.linalg.vector_norm(weight_HC[:, start : start + _ROWS], order, dim=0, dtype=dtype)
+        for start in range(0, weight_HC.shape[1], _ROWS)
+    ]
+    return torch.cat(norms)
+
+
 def exact_loss_U(
     factor: DampedFactor, weight_HC: torch.Tensor, columns_per_unit: int
 ) -> torch.Tensor:
@@ -80,7 +92,7 @@ def exact_loss_U(
         columns_per_unit: columns that one unit owns.
     """
     if columns_per_unit == 1:
-        return weight_HC.float().square().sum(0) / factor.inverse_diagonal()
+        return column_norms(weight_HC, torch.float32).square() / factor.inverse_diagonal()
     losses = []
     for unit, inverse_KK in enumerate(factor.inverse_blocks(columns_per_unit)):
         own = slice(unit * columns_per_unit, (unit + 1) * columns_per_unit)
@@ -102,9 +114,9 @@ def ridge_refit_(factor: DampedFactor, cross_HC: torch.Tensor, anchor_HC: torch.
         How much of T's energy W' explains: ``2 <X W'^T, T> - ||X W'^T||^2``.
     """
     explained = 0.0
-    for start in range(0, len(cross_HC), BLOCK):
-        cross_RC = cross_HC[start : start + BLOCK]
-        anchor_RC = anchor_HC[start : start + BLOCK].float()
+    for start in range(0, len(cross_HC), _ROWS):
+        cross_RC = cross_HC[start : start + _ROWS]
+        anchor_RC = anchor_HC[start : start + _ROWS].float()
         # In terms of the change D = W' - W: D (G + lambda I) = T^T X - W G.
         change_RC = factor.solve(cross_RC - factor.times_gram(anchor_RC))
         refit_RC = anchor_RC + change_RC

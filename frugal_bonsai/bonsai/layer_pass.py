@@ -33,8 +33,8 @@ class LayerPass:
     hidden_dense: HiddenStates
     hidden_pruned: HiddenStates
     kwargs: dict[str, Any]
-    # Brings a refit weight to the place and dtype in which it is saved.
-    cast: Callable[[str, torch.Tensor], torch.Tensor]
+    # In which dtype a refit weight, by its full name, will be saved.
+    saved_dtype: Callable[[str], torch.dtype]
     # The dense model's inputs of the last sublayer's projections, when those are refitted too.
     dense_inputs: HiddenStates | None = None
     # Outputs of the sublayers that have been refitted, as functions of a micro-batch.
@@ -46,15 +46,17 @@ class LayerPass:
         return self.sweep.skeleton.layers[self.layer]
 
     def adopt(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Compute with a refit weight from now on; the weight as it will be saved.
+        """Compute with a refit weight from now on; the weight as it is to be saved.
 
-        It overwrites the parameter that it replaces, and is not held a second time where it is
-        saved as it is computed with.
+        It overwrites the parameter that it replaces and is held a second time, on the host, only
+        where the compute dtype would lose what the saved one keeps.
         """
         parameter = self.pruned[name]
         parameter.copy_(weight)
-        kept = self.cast(self.sweep.skeleton.spec.prefix(self.layer) + name, weight)
-        return parameter if kept is weight and parameter.dtype == weight.dtype else kept
+        saved = self.saved_dtype(self.sweep.skeleton.spec.prefix(self.layer) + name)
+        if parameter.dtype in (weight.dtype, saved):
+            return parameter
+        return weight.to(device="cpu", dtype=saved)
 
     def room(self, columns: int) -> HiddenStates:
         """Room on the device for the inputs of a projection of all windows, not written yet."""

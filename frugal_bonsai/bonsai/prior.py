@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.bonsai.gram import Moments, exact_loss_U
+from frugal_bonsai.bonsai.gram import Moments, column_norms, exact_loss_U
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.stream.layers import Parameters
 
@@ -45,7 +45,7 @@ class _Scored:
 
     @property
     def weight_square_C(self) -> torch.Tensor:
-        return self.weight_HC.double().square().sum(0)
+        return column_norms(self.weight_HC, torch.float64).square()
 
 
 def _activation(s: _Scored) -> torch.Tensor:
@@ -53,7 +53,8 @@ def _activation(s: _Scored) -> torch.Tensor:
 
 
 def _wanda(s: _Scored) -> torch.Tensor:
-    weight_C = s.weight_HC.double().abs().mean(0)
+    sum_C = column_norms(s.weight_HC, torch.float64, order=1)
+    weight_C = sum_C / len(s.weight_HC)
     return s.per_unit(weight_C * s.moments.mean_square_C.sqrt()).mean(1)
 
 

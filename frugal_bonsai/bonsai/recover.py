@@ -64,8 +64,7 @@ class Recovery:
         keep_inputs: hold the inputs of one layer's projections for all windows.
         save: called with each layer's refit weights by full tensor name; it must copy what it
             keeps, their memory is the layer's own.
-        cast: brings a refit weight (full name, fp32) to the place and dtype in which it is saved,
-            as soon as it is there.
+        saved_dtype: in which dtype a refit weight (full name) will be saved; None is fp32.
         mask: given, the projections *into* each sublayer are refitted first; None leaves them.
     """
 
@@ -76,11 +75,11 @@ class Recovery:
         ridge: float,
         keep_inputs: bool,
         save: Callable[[int, dict[str, torch.Tensor]], None],
-        cast: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+        saved_dtype: Callable[[str], torch.dtype] | None = None,
         mask: KeepMask | None = None,
     ) -> None:
         self._sweep, self._ridge, self._keep, self._save = sweep, ridge, keep_inputs, save
-        self._cast = cast or (lambda _, weight: weight)
+        self._saved_dtype = saved_dtype or (lambda _: torch.float32)
         self._mask = mask
 
     def run(
@@ -117,7 +116,7 @@ class Recovery:
                     hidden_dense,
                     hidden_pruned,
                     kwargs[layer],
-                    self._cast,
+                    self._saved_dtype,
                     dense_inputs,
                 )
                 self._refit_layer(work, len(tokens_NS), prior, residual)

@@ -256,8 +256,8 @@ class Search:
             engine.sweep,
             ridge=self._settings.ridge,
             keep_inputs=self._keep_inputs,
-            save=lambda layer, weights: self._folder.save_refit(number, layer, weights),
-            cast=self._as_saved,
+            save=lambda layer, weights: self._save_refit(number, layer, weights),
+            saved_dtype=self._saved_dtype,
             mask=state.mask if self._settings.refit == "all" else None,
         )
         with engine.stream(dense) as parent, engine.stream(store) as pruned:
@@ -271,10 +271,13 @@ class Search:
             "recovery_residual": sum(result.residual) / len(result.residual),
         }
 
-    def _as_saved(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A refit weight in the source's dtype, which is what the rewriter writes."""
-        entry = self._engine.checkpoint.tensors[name]
-        return weight.to(device="cpu", dtype=torch_dtype(entry.dtype))
+    def _saved_dtype(self, name: str) -> torch.dtype:
+        """The source's dtype, which is what the rewriter writes."""
+        return torch_dtype(self._engine.checkpoint.tensors[name].dtype)
+
+    def _save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
+        dtypes = {name: self._saved_dtype(name) for name in weights}
+        self._folder.save_refit(number, layer, weights, dtypes)
 
 
 def _report(number: int, judgement: Judgement, mask: KeepMask, blocks: int) -> dict[str, Any]:

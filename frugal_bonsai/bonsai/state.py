@@ -141,11 +141,17 @@ class StateFolder:
                 )
 
     # -- refits ---------------------------------------------------------------------------------
-    def save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
-        """Keep one layer's refit projections for round ``number``."""
+    def save_refit(
+        self,
+        number: int,
+        layer: int,
+        weights: dict[str, torch.Tensor],
+        dtypes: dict[str, torch.dtype] | None = None,
+    ) -> None:
+        """Keep one layer's refit projections for round ``number``, in these dtypes."""
         folder = self.round_folder(number)
         _make_folder(folder)
-        write_tensors(folder / f"refit_{layer:05d}.safetensors", weights)
+        write_tensors(folder / f"refit_{layer:05d}.safetensors", weights, dtypes=dtypes)
 
     def refits(
         self, number: int, spec: ModelSpec, refit_mask: KeepMask, mask: KeepMask

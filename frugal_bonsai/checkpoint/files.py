@@ -28,12 +28,19 @@ _FADVISE: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvi
 class ReadFile:
     """One file, opened once for positioned reads.
 
+    Attributes:
+        drop_behind: what has been read leaves the page cache.
+
+    Args:
+        path: of the file.
+        drop_behind: see above; nothing where the system cannot be told.
+
     Raises:
         CheckpointError: the file cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, drop_behind: bool = False) -> None:
+        self.path, self.drop_behind = path, drop_behind
         try:
             self._file = FileIO(str(path), "rb")
         except OSError as error:
@@ -45,9 +52,16 @@ class ReadFile:
 
     def advise_sequential(self, start: int, size_bytes: int) -> None:
         """Tell the system that a long run is about to be read; nothing where it cannot be told."""
+        self._advise(start, size_bytes, "POSIX_FADV_SEQUENTIAL")
+
+    def advise_soon(self, start: int, size_bytes: int) -> None:
+        """Have the system read ahead in the background; nothing where it cannot be told."""
+        self._advise(start, size_bytes, "POSIX_FADV_WILLNEED")
+
+    def _advise(self, start: int, size_bytes: int, advice: str) -> None:
         if _FADVISE is not None:
             with suppress(OSError):  # advice alone: a file system without it still reads
-                _FADVISE(self._file.fileno(), start, size_bytes, os.POSIX_FADV_SEQUENTIAL)
+                _FADVISE(self._file.fileno(), start, size_bytes, getattr(os, advice))
 
     def read_into(self, view: memoryview, start: int, what: str) -> None:
         """Fill ``view`` (bytes, writable) from byte ``start`` on.
@@ -73,6 +87,8 @@ class ReadFile:
                 f"{self.path}: {what}: cannot be read at byte {start + done} "
                 f"({error.strerror or error}); check the disk"
             ) from error
+        if self.drop_behind:
+            self._advise(start, done, "POSIX_FADV_DONTNEED")
         if done < len(view):
             raise CheckpointError(
                 f"{self.path}: {what}: the file ends at byte {start + done}, {len(view) - done} of "

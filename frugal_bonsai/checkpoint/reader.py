@@ -20,6 +20,7 @@ from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
 from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.checkpoint.folder import find_tensors, read_config
 from frugal_bonsai.checkpoint.header import TensorEntry
+from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.sizes import DTYPE_BYTES
 
@@ -85,6 +86,7 @@ class Checkpoint:
         self._files: dict[Path, ReadFile] = {}
         self._lock = threading.Lock()
         self._closed = False
+        self._drop_behind = not fits_page_cache(self.weight_bytes, free_memory_bytes())
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -249,7 +251,7 @@ class Checkpoint:
             if self._closed:
                 raise ValueError(f"checkpoint {self.folder} is closed")
             if path not in self._files:
-                self._files[path] = ReadFile(path)
+                self._files[path] = ReadFile(path, drop_behind=self._drop_behind)
             return self._files[path]
 
 

@@ -200,22 +200,31 @@ class ShardedWriter:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> None:
     """Write one safetensors file atomically; one that exists is replaced.
+
+    Args:
+        path: of the file.
+        tensors: by name, on any device.
+        metadata: the header's free-text part.
+        dtypes: what a tensor is converted to when its turn has come, one at a time.
 
     Raises:
         OutputError: the file cannot be written.
         ValueError: a dtype that the format lacks.
     """
-    specs = [
-        (name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()
-    ]
+    dtypes = {name: t.dtype for name, t in tensors.items()} | dict(dtypes or {})
+    specs = [(name, dtype_name(dtypes[name]), tuple(t.shape)) for name, t in tensors.items()]
     header, ranges = build_header(specs, metadata or {})
     with replaced_file(path) as file:
         file.write(header)
         for name in ranges:  # in the order of the offsets
-            file.write(_memory(tensors[name]))
+            file.write(_memory(tensors[name].to(dtypes[name])))
 
 
 def plan_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:

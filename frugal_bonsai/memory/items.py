@@ -1,17 +1,19 @@
 """The items of a memory plan: each with its formula, from shapes and a choice of sizes.
 
-In: shapes, caps, the work, a choice of micro-batch and windows in flight. Out: itemised bytes.
-Pure. The formulas are explained and compared with measurements in docs/memory.md.
+In: shapes, the device, the work, a choice of micro-batch and windows in flight. Out: itemised bytes
+of everything that is ever held; phases.py says which of them are held together. Pure. The formulas
+are explained and compared with measurements in docs/memory.md.
 
-Legend: P parameters of the largest layer, H hidden, I FFN channels, V vocabulary, S tokens of a
-window, m windows of a micro-batch, n windows in flight, c bytes of a compute element, L layers, K
-KV heads of D elements.
+Legend: P parameters of the largest layer, H hidden, I FFN channels, C_o and C_down input columns of
+o_proj and down_proj, V vocabulary (v rows of it in a chunk), S tokens of a window, m windows of a
+micro-batch, n windows in flight, c bytes of a compute element, K columns of a key, L
+layers.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.model.family import ModelSpec
@@ -19,11 +21,16 @@ from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
 
 HOST, GPU, DISK = "host", "gpu", "disk"
+BASE = "Python and libraries"
 
-# A head chunk of this many bytes is as good as a larger one.
-_HEAD_CHUNK_BYTES = 64 * MIB
-# Allocator rounding, fragmentation and small tensors, as a share of all other items but the base.
-_SLACK = 0.08
+# A head chunk, or a block of logits, of this many bytes is as good as a larger one.
+HEAD_CHUNK_BYTES = 32 * MIB
+# Tokens whose int8 products are held at a time, see stream/int8_linear.py.
+_INT8_TOKENS = 128
+# Columns of a block of a factor (bonsai/factor.py), rows of a block of a refit (bonsai/gram.py).
+_FACTOR_BLOCK, _REFIT_ROWS = 256, 128
+# Tokens of a window that the verification looks at, see rewrite/verify.py.
+_VERIFY_TOKENS, _VERIFY_WINDOWS = 64, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,7 @@ class SweepLimits:
         resident_windows: of these, windows kept on the device.
         head_rows: vocabulary rows of the head held at a time.
         head_tokens: tokens whose logits are held at a time.
+        layer_buffers: layers held as stored: two, or one where two do not fit.
     """
 
     micro_batch: int
@@ -43,6 +51,7 @@ class SweepLimits:
     resident_windows: int
     head_rows: int
     head_tokens: int
+    layer_buffers: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +62,15 @@ class Work:
         window: S.
         windows: windows that one phase needs in flight together (calibration), at least 1.
         pairs: (mask, window) pairs of a round, the unmasked windows included; 0 for no masks.
+        native_windows: windows whose perplexity the checkpoint itself is measured on; 0 for none.
         windows_per_mask: windows that one mask is evaluated on.
         gram: Gram matrices are collected.
         recovery: dense and pruned model side by side.
-        refit_inputs: recovery also holds the dense model's inputs of one sublayer.
+        refit_inputs: recovery also refits the projections into a sublayer.
         weights: ``"int8"`` or ``"native"`` working store; None streams the checkpoint itself.
+        int8_products: masked evaluation multiplies the stored codes.
         full_logits: a custom utility needs all logits of a window.
+        rewrite: the pruned model is written and verified.
         store_copies: stores on disk (dense and working).
         sampled: windows that are sampled from the model first, together; 0 for none.
     """
@@ -66,12 +78,15 @@ class Work:
     window: int
     windows: int
     pairs: int = 0
+    native_windows: int = 0
     windows_per_mask: int = 1
     gram: bool = False
     recovery: bool = False
     refit_inputs: bool = False
     weights: str | None = None
+    int8_products: bool = False
     full_logits: bool = False
+    rewrite: bool = False
     store_copies: int = 0
     sampled: int = 0
 
@@ -86,9 +101,6 @@ class PlanItem:
     formula: str
 
 
-BASE = "Python and libraries"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What the planner is free to choose."""
@@ -97,232 +109,270 @@ class Choice:
     in_flight: int
     resident: int
     keep_inputs: bool
+    buffers: int = 2
 
 
-class PlanItems:
-    """Builds the items for a choice."""
+class Items:
+    """The items for one model, device and work."""
 
-    def __init__(self, spec: ModelSpec, budget: Budget, work: Work, base_bytes: int) -> None:
-        self._spec, self._budget, self._work, self._base = spec, budget, work, base_bytes
+    def __init__(self, spec: ModelSpec, budget: Budget, work: Work) -> None:
+        self._spec, self._work = spec, work
         self._cuda = budget.device == "cuda"
+        self.near = GPU if self._cuda else HOST
         self._compute = 2 if self._cuda else 4
-        shapes = max(
-            (list(t.values()) for t in spec.layer_tensors),
-            key=lambda s: sum(math.prod(x) for x in s),
-        )
-        self._layer_parameters = sum(math.prod(shape) for shape in shapes)
+        self._source = _source_element_bytes(spec)
+        shapes = max((list(t.values()) for t in spec.layer_tensors), key=_elements)
+        self.layer_parameters = _elements(shapes)
         self._layer_rows = sum(shape[0] for shape in shapes if len(shape) == 2)
+        self._input_rows = max(shape[0] for shape in shapes if len(shape) == 2)
         self._small = sum(math.prod(shape) for shape in shapes if len(shape) == 1)
+        self._largest = max(math.prod(shape) for shape in shapes)
+        self._largest_of_all = max(
+            [self._largest, *(math.prod(shape) for shape in spec.other_tensors.values())]
+        )
         columns = {
             kind: max(g.columns for g in spec.table.groups if g.kind == kind)
             for kind in (ATTENTION, FFN)
         }
-        self._columns = columns
-        self._source_bytes = _source_element_bytes(spec)
+        self._attention, self._ffn = columns[ATTENTION], columns[FFN]
 
-    def caps(self) -> list[tuple[str, int, str]]:
-        """(place, cap, option), device first."""
-        caps = [(HOST, self._budget.host_bytes, "--max-cpu-mem")]
-        if self._budget.gpu_bytes is not None:
-            caps.insert(0, (GPU, self._budget.gpu_bytes, "--max-gpu-mem"))
-        return caps
+    def stored_bytes(self, weights: str | None) -> int:
+        """One layer as stored; None is the checkpoint itself."""
+        if weights == "int8":
+            return self.layer_parameters + 4 * self._layer_rows + self._source * self._small
+        return self.layer_parameters * self._source
 
-    def fits(self, choice: Choice) -> bool:
-        """Whether all caps hold."""
-        items = self.items(choice)
-        return all(
-            sum(item.size_bytes for item in items if item.where == where) <= cap
-            for where, cap, _ in self.caps()
-        )
+    def stream(
+        self, choice: Choice, weights: str | None, *, models: int = 1, products: bool = False
+    ) -> list[PlanItem]:
+        """The buffers of a stream of layers, and of two streams when two models are walked."""
+        stored = self.stored_bytes(weights)
+        items = self._buffers("layer buffers", choice.buffers * models, stored, "layer as stored")
+        compute = self.layer_parameters * self._compute
+        if products:
+            widest = max(self._attention, self._ffn, self._spec.hidden)
+            items.append(self._products(choice, self._input_rows, widest))
+        elif weights == "int8" or self._source != self._compute:
+            items.append(self._near("dequantised layer", models * compute, f"{models} x P*c"))
+        return items
 
-    def limits(self, choice: Choice) -> SweepLimits:
-        """The sweep's limits for a choice."""
-        rows, tokens = self._head(choice)
-        return SweepLimits(
-            micro_batch=choice.micro_batch,
-            windows_in_flight=choice.in_flight,
-            resident_windows=choice.resident,
-            head_rows=rows,
-            head_tokens=tokens,
-        )
+    def _products(self, choice: Choice, rows: int, columns: int) -> PlanItem:
+        """Digits and sums of a block of tokens; a GPU multiplies a micro-batch at once."""
+        tokens = choice.micro_batch * self._work.window if self._cuda else _INT8_TOKENS
+        size = tokens * (8 * rows + 10 * columns)
+        return self._near("int8 products", size, f"{tokens} tokens * (8*rows + 10*columns)")
 
-    @property
-    def layer_store_bytes(self) -> int:
-        """One layer as stored."""
-        if self._work.weights == "int8":
-            return self._layer_parameters + 4 * self._layer_rows + 4 * self._small
-        return self._layer_parameters * self._source_bytes
+    def _buffers(self, name: str, count: int, size: int, what: str) -> list[PlanItem]:
+        """Buffers of a stream: on the host, pinned for a GPU and there once more."""
+        formula = f"{count} x {what} ({format_bytes(size)})"
+        if not self._cuda:
+            return [PlanItem(name=name, where=HOST, size_bytes=count * size, formula=formula)]
+        pinned = count * pinned_bytes(size)
+        return [
+            PlanItem(name=name, where=HOST, size_bytes=pinned, formula=f"{formula}, pinned: 2^k"),
+            PlanItem(name=name, where=GPU, size_bytes=count * size, formula=formula),
+        ]
 
-    def _head(self, choice: Choice) -> tuple[int, int]:
+    def _near(self, name: str, size: int, formula: str) -> PlanItem:
+        return PlanItem(name=name, where=self.near, size_bytes=size, formula=formula)
+
+    def hidden(self, choice: Choice, windows: int, *, states: int = 1) -> list[PlanItem]:
+        """Hidden states of windows in flight: on the host, but for resident ones on a GPU."""
+        each = self._work.window * self._spec.hidden * self._compute
+        if not self._cuda:
+            size = states * windows * each
+            return [self._near("hidden states", size, f"{states} x n*S*H*c")]
+        resident = min(choice.resident, windows)
+        formula = f"{states} x resident*S*H*c"
+        items = [self._near("hidden states on the device", states * resident * each, formula)]
+        if resident < windows:
+            batch = min(choice.micro_batch, windows)
+            size = 3 * states * batch * each
+            items.append(self._near("micro-batches on their way", size, f"{3 * states} x m*S*H*c"))
+            items.append(
+                PlanItem(
+                    name="hidden states",
+                    where=HOST,
+                    size_bytes=states * (windows - resident) * pinned_bytes(each),
+                    formula=f"{states} x (n-resident)*S*H*c, pinned: 2^k",
+                )
+            )
+        return items
+
+    def activations(
+        self, choice: Choice, windows: int, *, extra: int = 0, why: str = ""
+    ) -> PlanItem:
+        """What one of Hugging Face's layers holds at its peak, and what is kept beside it.
+
+        Args:
+            choice: gives m.
+            windows: of the sweep, where they are fewer than m.
+            extra: elements a token beside the layer's own.
+            why: their names, for the formula.
+        """
+        formula = f"m*S*(max(2H+3I, H+4C_o+2K, H+2C_o+5K){why})*c"
+        batch = min(choice.micro_batch, windows)
+        size = batch * self._work.window * (self._per_token() + extra) * self._compute
+        return self._near("activations of a micro-batch", size, formula)
+
+    def _per_token(self) -> int:
+        """Elements a token of one of Hugging Face's layers at its peak, traced in the tests."""
+        hidden, attention = self._spec.hidden, self._attention
+        keys = self._spec.kv_heads * self._spec.head_dim
+        rotating = max(4 * attention + 2 * keys, 2 * attention + 5 * keys)
+        return max(2 * hidden + 3 * self._ffn, hidden + rotating)
+
+    def tapped_activations(self, choice: Choice) -> PlanItem:
+        """With o_proj's input kept for the statistics."""
+        return self.activations(choice, self._work.windows, extra=self._attention, why=" + C_o")
+
+    def paired_activations(self, choice: Choice) -> PlanItem:
+        """With target, residual and the refitted sublayer's output beside the layer's own."""
+        windows, hidden = self._work.windows, self._spec.hidden
+        return self.activations(choice, windows, extra=2 * hidden, why=" + 2H")
+
+    def head_sizes(self, choice: Choice) -> tuple[int, int]:
         """Rows and tokens of a head chunk."""
         spec, window = self._spec, self._work.window
         if self._work.full_logits:
             return spec.vocabulary, window
-        rows = min(spec.vocabulary, max(1, _HEAD_CHUNK_BYTES // (spec.hidden * self._compute)))
-        windows = max(1, min(choice.micro_batch, _HEAD_CHUNK_BYTES // (rows * 4 * window)))
-        return rows, windows * window
+        rows = min(spec.vocabulary, max(1, HEAD_CHUNK_BYTES // (spec.hidden * self._compute)))
+        tokens = max(1, HEAD_CHUNK_BYTES // (rows * 4))
+        if tokens >= window:
+            tokens = min(tokens // window, choice.micro_batch) * window
+        return rows, tokens
 
-    def items(self, choice: Choice) -> list[PlanItem]:
-        """All items for a choice, slack last."""
-        near = GPU if self._cuda else HOST
-        items = [PlanItem(name=BASE, where=HOST, size_bytes=self._base, formula="measured")]
-        if self._cuda:
-            items.append(
-                PlanItem(
-                    name="CUDA context",
-                    where=GPU,
-                    size_bytes=self._budget.context_bytes,
-                    formula="measured",
-                )
-            )
-        items += self._weights(near)
-        items += self._activations(choice, near)
-        items += self._head_items(choice, near)
-        if self._work.gram:
-            items += self._gram(near)
-        if self._work.sampled:
-            items.append(self._sampling(near))
-        if choice.keep_inputs:
-            tokens = choice.in_flight * self._work.window
-            columns = self._columns[ATTENTION] + self._columns[FFN]
-            items.append(
-                PlanItem(
-                    name="recovery's inputs of a layer",
-                    where=near,
-                    size_bytes=tokens * columns * self._compute,
-                    formula="n*S*(C_o+C_down)*c",
-                )
-            )
-        for where in (GPU, HOST):
-            own = [i for i in items if i.where == where and i.formula != "measured"]
-            if own:
-                items.append(
-                    PlanItem(
-                        name="allocator slack",
-                        where=where,
-                        size_bytes=int(_SLACK * sum(i.size_bytes for i in own)) + 16 * MIB,
-                        formula=f"{_SLACK:g} of the rest + 16 MiB",
-                    )
-                )
-        if self._work.store_copies:
-            items.append(
-                PlanItem(
-                    name="working stores",
-                    where=DISK,
-                    size_bytes=self._work.store_copies * self._spec.layers * self.layer_store_bytes,
-                    formula="copies * layers * layer as stored",
-                )
-            )
+    def head_rows(self, choice: Choice, *, products: bool = False) -> list[PlanItem]:
+        """The head's rows, streamed as layers are."""
+        rows, _ = self.head_sizes(choice)
+        hidden = self._spec.hidden
+        slots = 1 if rows >= self._spec.vocabulary else choice.buffers
+        stored = rows * (hidden + 4) if products else rows * hidden * self._source
+        items = self._buffers("head chunks", slots, stored, "v rows as stored")
+        if products:
+            items.append(self._products(choice, rows, hidden))
+        elif self._source != self._compute:
+            size = rows * hidden * self._compute
+            items.append(self._near("head chunk in the compute dtype", size, "v*H*c"))
         return items
 
-    def _weights(self, near: str) -> list[PlanItem]:
-        models = 2 if self._work.recovery else 1
-        stored, compute = self.layer_store_bytes, self._layer_parameters * self._compute
-        items = [
-            PlanItem(
-                name="layer buffers",
-                where=HOST,
-                size_bytes=2 * models * stored,
-                formula=f"{2 * models} x layer as stored ({format_bytes(stored)})",
-            )
-        ]
-        if self._cuda:
-            items.append(replace(items[0], where=GPU))
-        if not (self._work.weights != "int8" and self._source_bytes == self._compute):
-            items.append(
-                PlanItem(
-                    name="dequantised layer",
-                    where=near,
-                    size_bytes=models * compute,
-                    formula=f"{models} x P*c",
-                )
-            )
-        if self._work.weights is not None:
-            largest = max(
-                math.prod(shape)
-                for tensors in self._spec.layer_tensors
-                for shape in tensors.values()
-            )
-            items.append(
-                PlanItem(
-                    name="building the store",
-                    where=HOST,
-                    size_bytes=largest * (2 * self._source_bytes + 1) + self._layer_parameters,
-                    formula="largest tensor * (2 * source + 1) + layer in int8",
-                )
-            )
-        return items
+    def logits(self, choice: Choice) -> PlanItem:
+        """A block of tokens' logits over a chunk of rows, and the tokens' hidden states."""
+        rows, tokens = self.head_sizes(choice)
+        wide = 4 if self._compute == 4 else 4 + self._compute
+        normed = max(tokens, self._work.window) * self._spec.hidden * self._compute
+        formula = f"tokens*v*{wide} + tokens*H*c"
+        return self._near("logits", tokens * rows * wide + normed, formula)
 
-    def _activations(self, choice: Choice, near: str) -> list[PlanItem]:
-        spec, window = self._spec, self._work.window
-        # Elements a token that one of Hugging Face's layers holds at its peak; see MEMORY in docs.
-        per_token = 6 * spec.hidden + 3 * self._columns[FFN] + 2 * self._columns[ATTENTION]
-        states = 1 + int(self._work.recovery) + int(self._work.refit_inputs)
-        hidden = choice.in_flight * window * spec.hidden * self._compute * states
-        resident = choice.resident * window * spec.hidden * self._compute * states
-        items = [
-            PlanItem(
-                name="activations of a micro-batch",
-                where=near,
-                size_bytes=choice.micro_batch * window * per_token * self._compute,
-                formula="m*S*(6H+3I+2C_o)*c",
-            )
-        ]
-        if self._cuda:
-            items.append(
-                PlanItem(
-                    name="hidden states on the device",
-                    where=GPU,
-                    size_bytes=resident,
-                    formula=f"{states} x resident*S*H*c",
-                )
-            )
-            hidden -= resident
-        items.append(
-            PlanItem(
-                name="hidden states", where=HOST, size_bytes=hidden, formula=f"{states} x n*S*H*c"
-            )
-        )
-        return items
+    def all_logits(self) -> PlanItem:
+        """A whole window's logits for a custom utility, in parts and joined."""
+        size = 2 * self._work.window * self._spec.vocabulary * 4
+        return self._near("all logits of a window", size, "2 x S*V*4")
 
-    def _head_items(self, choice: Choice, near: str) -> list[PlanItem]:
-        rows, tokens = self._head(choice)
-        spec = self._spec
-        chunk = rows * spec.hidden * (self._compute + self._source_bytes)
-        return [
-            PlanItem(name="head chunk", where=near, size_bytes=chunk, formula="v*H*(c+source)"),
-            PlanItem(
-                name="logits",
-                where=near,
-                size_bytes=tokens * rows * 8,
-                formula="tokens * v * 8 (logits and their exponentials)",
-            ),
-        ]
+    def verified_activations(self) -> PlanItem:
+        """A layer's activations of the verification's tokens, and both models' hidden states."""
+        per_token = self._per_token() + 3 * self._spec.hidden
+        size = _VERIFY_WINDOWS * _VERIFY_TOKENS * per_token * self._compute
+        return self._near("activations of a micro-batch", size, "2*64 tokens * (2H+3I + 3H)*c")
 
-    def _sampling(self, near: str) -> PlanItem:
-        # A cache grows by concatenation: while a layer's does, its old one is held too.
+    def verified_logits(self) -> PlanItem:
+        """Logits of some tokens of both models, in parts and joined, and their difference."""
+        size = 3 * _VERIFY_TOKENS * self._spec.vocabulary * 4
+        return self._near("logits that are compared", size, f"3 x {_VERIFY_TOKENS}*V*4")
+
+    def sampling(self) -> PlanItem:
+        """Keys and values of what is sampled.
+
+        A cache grows by concatenation: while a layer's does, its old one is held too.
+        """
         spec, windows = self._spec, self._work.sampled
         cache = 2 * self._work.window * spec.kv_heads * spec.head_dim * (spec.layers + 1)
+        size = windows * (cache * self._compute + 12 * spec.vocabulary)
+        formula = "windows*(2*S*K*(L+1)*c + 12*V)"
+        return self._near("KV cache of the text that is sampled", size, formula)
+
+    def gram(self) -> PlanItem:
+        """Gram matrices of both of a layer's groups."""
+        size = 4 * (self._attention**2 + self._ffn**2)
+        return self._near("Gram matrices", size, "4*(C_o^2 + C_down^2)")
+
+    def gram_of_recovery(self) -> PlanItem:
+        """One group's Gram matrix and cross moments at a time."""
+        hidden = self._spec.hidden
+        size = max(
+            *(columns**2 + columns * hidden for columns in (self._attention, self._ffn)),
+            2 * hidden**2 + self._input_rows * hidden if self._work.refit_inputs else 0,
+        )
+        formula = "4*max(C^2 + C*H)" + (", 2*H^2 + R*H" if self._work.refit_inputs else "")
+        return self._near("Gram matrix and cross moments", 4 * size, formula)
+
+    def solve(self) -> PlanItem:
+        """What a factorisation, an inverse and a refit hold beside the Gram matrix."""
+        widest = max(self._attention, self._ffn)
+        size = 4 * widest * max(3 * _FACTOR_BLOCK, _FACTOR_BLOCK + 6 * _REFIT_ROWS)
+        return self._near("blocks of a solve", size, "4*C*(256 + 6*128)")
+
+    def kept_inputs(self, windows: int) -> PlanItem:
+        """Recovery's inputs of the projections of a layer."""
+        tokens, columns = windows * self._work.window, self._attention + self._ffn
+        size = tokens * columns * self._compute
+        return self._near("recovery's inputs of a layer", size, "n*S*(C_o+C_down)*c")
+
+    def refits(self) -> PlanItem:
+        """Refit weights that are saved more precisely than computed with; others lie in place.
+
+        The one that is being written is converted to the source's dtype.
+        """
+        columns = self._attention + self._ffn
+        whole, formula = columns * self._spec.hidden, "H*(C_o+C_down)*source"
+        if self._work.refit_inputs:
+            whole, formula = self.layer_parameters, "P*source"
+        if self._compute == 4 or self._source == self._compute:
+            converted = self._source != self._compute
+            whole, formula = int(converted) * self._largest, "largest projection * source"
         return PlanItem(
-            name="KV cache of the text that is sampled",
-            where=near,
-            size_bytes=windows * (cache * self._compute + 12 * spec.vocabulary),
-            formula="windows*(2*S*K*D*(L+1)*c + 12*V)",
+            name="refit weights", where=HOST, size_bytes=whole * self._source, formula=formula
         )
 
-    def _gram(self, near: str) -> list[PlanItem]:
-        widest = max(self._columns.values())
-        both = sum(c * c for c in self._columns.values())
-        held = both if not self._work.recovery else max(both, 2 * widest * widest)
-        size = 4 * (held + 2 * widest * widest + 2 * widest * self._spec.hidden)
-        return [
-            PlanItem(
-                name="Gram matrices and their solve",
-                where=near,
-                size_bytes=size,
-                formula="4*(G + factor + inverse + 2*C*H), G = C_o^2 + C_down^2",
-            )
-        ]
+    def building(self) -> PlanItem:
+        """A layer's store file is collected; a tensor is read, cut and quantised at a time."""
+        stored = self.stored_bytes(self._work.weights)
+        size = self._largest * 2 * self._source + stored
+        return PlanItem(
+            name="building the store",
+            where=HOST,
+            size_bytes=size,
+            formula="largest tensor * 2 * source + layer as stored",
+        )
+
+    def rewriting(self) -> PlanItem:
+        """A tensor is read, cut and written at a time."""
+        whole, in_layer = self._largest_of_all, 2 * self._largest
+        return PlanItem(
+            name="rewriting the model",
+            where=HOST,
+            size_bytes=max(whole, in_layer) * self._source,
+            formula="max(largest tensor, 2 x largest of a layer) * source",
+        )
+
+    def stores(self) -> PlanItem:
+        """The stores on disk."""
+        layers = self._work.store_copies * self._spec.layers
+        return PlanItem(
+            name="working stores",
+            where=DISK,
+            size_bytes=layers * self.stored_bytes(self._work.weights),
+            formula="copies * layers * layer as stored",
+        )
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch's allocator of pinned host memory takes for a block: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _elements(shapes: list[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _source_element_bytes(spec: ModelSpec) -> int:

@@ -2,7 +2,8 @@
 
 In: shapes, caps, the work to be done. Out: a frozen, itemised :class:`MemoryPlan`, or a refusal
 that names the largest item and the smallest cap that would work. A pure function: it reads no file
-and no device. The items and their formulas are in items.py.
+and no device. The items and their formulas are in items.py, which of them are held together in
+phases.py.
 """
 
 from __future__ import annotations
@@ -13,16 +14,8 @@ from dataclasses import dataclass, replace
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import (
-    BASE,
-    GPU,
-    HOST,
-    Choice,
-    PlanItem,
-    PlanItems,
-    SweepLimits,
-    Work,
-)
+from frugal_bonsai.memory.items import BASE, DISK, GPU, HOST, Choice, PlanItem, SweepLimits, Work
+from frugal_bonsai.memory.phases import Phase, Phases
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import MIB, format_bytes
 
@@ -37,22 +30,43 @@ class MemoryPlan:
     """What a run will hold.
 
     Attributes:
-        items: itemised bytes.
+        phases: what is held together, phase by phase.
+        on_disk: what lies on disk meanwhile.
         budget: the caps.
         limits: for the sweeps.
         keep_inputs: recovery holds the inputs of a layer's projections.
         concurrent_masks: masks evaluated in one sweep.
     """
 
-    items: tuple[PlanItem, ...]
+    phases: tuple[Phase, ...]
+    on_disk: tuple[PlanItem, ...]
     budget: Budget
     limits: SweepLimits
     keep_inputs: bool
     concurrent_masks: int
 
+    def peak_phase(self, where: str) -> Phase:
+        """The phase that holds most on ``host`` or ``gpu``."""
+        return max(self.phases, key=lambda phase: phase.total_bytes(where))
+
+    @property
+    def items(self) -> tuple[PlanItem, ...]:
+        """Of each place the items of the phase that holds most there; then those on disk."""
+        return (
+            *(
+                item
+                for where in (GPU, HOST)
+                for item in self.peak_phase(where).items
+                if item.where == where
+            ),
+            *self.on_disk,
+        )
+
     def total_bytes(self, where: str) -> int:
         """Predicted peak on ``host``, ``gpu`` or ``disk``."""
-        return sum(item.size_bytes for item in self.items if item.where == where)
+        if where == DISK:
+            return sum(item.size_bytes for item in self.on_disk)
+        return self.peak_phase(where).total_bytes(where)
 
     @property
     def binding(self) -> PlanItem:
@@ -76,15 +90,12 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
     Raises:
         BudgetError: nothing fits; names the largest item and the smallest cap that works.
     """
-    build = PlanItems(spec, budget, work, base_bytes)
-    most_pairs = max(work.windows, work.pairs, 1)
-    least = Choice(
-        micro_batch=1,
-        in_flight=work.windows if work.gram or work.recovery else 1,
-        resident=0,
-        keep_inputs=False,
-    )
-    _require(build, least)
+    build = Phases(spec, budget, work, base_bytes)
+    most_pairs = max(work.windows, work.pairs, work.native_windows, 1)
+    least = Choice(micro_batch=1, in_flight=1, resident=0, keep_inputs=False)
+    if not build.fits(least):  # then without reading ahead
+        least = replace(least, buffers=1)
+    _require(build, least, work)
     target = _GPU_TOKENS if budget.device == "cuda" else _CPU_TOKENS
     largest = max(1, min(most_pairs, target // work.window))
     choice = replace(
@@ -101,14 +112,17 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
         choice = replace(
             choice,
             resident=_largest(
-                0, choice.in_flight, lambda n: build.fits(replace(choice, resident=n))
+                0,
+                max(choice.in_flight, work.windows),
+                lambda n: build.fits(replace(choice, resident=n)),
             ),
         )
     kept = replace(choice, keep_inputs=work.recovery)
     if work.recovery and build.fits(kept):
         choice = kept
     return MemoryPlan(
-        items=tuple(build.items(choice)),
+        phases=tuple(build.of(choice)),
+        on_disk=tuple(build.on_disk()),
         budget=budget,
         limits=build.limits(choice),
         keep_inputs=choice.keep_inputs,
@@ -127,20 +141,21 @@ def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
     return least
 
 
-def _require(build: PlanItems, choice: Choice) -> None:
+def _require(build: Phases, choice: Choice, work: Work) -> None:
     """Refuse when even the smallest choice does not fit."""
     for where, cap, option in build.caps():
-        items = [item for item in build.items(choice) if item.where == where]
-        needed = sum(item.size_bytes for item in items)
+        phase = max(build.of(choice), key=lambda phase: phase.total_bytes(where))
+        needed = phase.total_bytes(where)
         if needed <= cap:
             continue
+        items = [item for item in phase.items if item.where == where]
         largest = max(items, key=lambda item: item.size_bytes)
         hint = ""
-        if choice.in_flight > 1:
-            hint = f"; fewer windows (--windows, now {choice.in_flight}) need less"
+        if (work.gram or work.recovery) and work.windows > 1:
+            hint = f"; fewer windows (--windows, now {work.windows}) need less"
         raise BudgetError(
             f"{option} {format_bytes(cap)} is too small: at least {format_bytes(needed)} are "
-            f"needed, of which {largest.name} is the largest item "
+            f"needed ({phase.name}), of which {largest.name} is the largest item "
             f"({format_bytes(largest.size_bytes)}: {largest.formula}). The smallest {option} that "
             f"works is {math.ceil(needed / MIB)}MiB{hint}"
         )

@@ -76,7 +76,7 @@ def _count(parameters: int) -> str:
 
 
 def _fits(plan: Values) -> str:
-    """``fits: GPU memory 21.00 GiB of 22.35 GiB (94%), ..., disk 13.00 GiB; largest: logits``."""
+    """``fits: GPU memory 21.00 GiB of 22.35 GiB (94%), ...; most is held in ...``."""
     totals, caps = plan["totals"], plan["caps"]
     parts, over = [], []
     for where, place in _PLACES.items():
@@ -90,7 +90,9 @@ def _fits(plan: Values) -> str:
             over.append(_CAP_OPTIONS[where])
         parts.append(f"{place} {format_bytes(total)} of {format_bytes(cap)} ({total / cap:.0%})")
     verdict = f"does NOT fit, raise {' and '.join(over)}" if over else "fits"
-    return f"{verdict}: {', '.join(parts)}; largest: {plan['binding']}"
+    place = "host" if caps.get("gpu") is None else "gpu"
+    most = f"most in {plan['peak_phases'][place]}, largest: {plan['binding']}"
+    return f"{verdict}: {', '.join(parts)}; {most}"
 
 
 def _phases(plan: Values, sheet: Sheet) -> None:

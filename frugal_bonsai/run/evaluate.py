@@ -66,7 +66,8 @@ def evaluate(
         work = Work(
             window=window,
             windows=1,
-            pairs=len(windows_NS),
+            pairs=len(windows_NS) if int8 else 0,
+            native_windows=0 if int8 else len(windows_NS),
             weights=weights if int8 else None,
             store_copies=int(int8),
         )

@@ -137,26 +137,43 @@ def _budget(device: torch.device, options: PruneOptions, profile: HardwareProfil
 
 
 def plan_prune(
-    model: Model, ready: Prepared, windows: int, *, custom_utility: bool = False
+    model: Model,
+    ready: Prepared,
+    windows: int,
+    *,
+    eval_windows: int = 0,
+    custom_utility: bool = False,
 ) -> MemoryPlan:
     """The memory plan of a prepared prune.
+
+    Args:
+        model: what is pruned.
+        ready: the prune.
+        windows: of calibration.
+        eval_windows: of the text whose perplexity is reported.
+        custom_utility: the utility needs all logits of a window.
 
     Raises:
         BudgetError: nothing fits.
     """
+    from frugal_bonsai.bonsai.calibration import held_out_count
+
     settings = ready.settings
+    native_windows = max(held_out_count(windows), eval_windows)
     mask_windows = min(settings.mask_windows, windows)
     pairs = 0 if settings.method == "local" else mask_windows * (settings.masks + 1)
     work = Work(
         window=ready.window,
         windows=windows,
         pairs=pairs,
+        native_windows=native_windows,
         windows_per_mask=mask_windows if settings.design == "shared" else 1,
         gram=settings.recovery or settings.prior == "exact",
         recovery=settings.recovery,
         refit_inputs=settings.recovery and settings.refit == "all",
         weights=settings.weights,
         full_logits=custom_utility,
+        rewrite=True,
         store_copies=2,
         sampled=sampled_windows(ready),
     )
@@ -210,6 +227,8 @@ def describe_plan(
         "totals": {where: memory.total_bytes(where) for where in ("host", "gpu", "disk")},
         "caps": {"host": ready.budget.host_bytes, "gpu": ready.budget.gpu_bytes},
         "binding": memory.binding.name,
+        "peak_phases": {where: memory.peak_phase(where).name for where in ("host", "gpu")},
+        "memory_phases": plan_phases(memory),
         "notes": notes,
         "profile": profile.source,
     }
@@ -220,6 +239,18 @@ def _named_base(items: list[dict[str, Any]], ready: Prepared) -> list[dict[str, 
     if ready.elsewhere:
         items[0]["formula"] = "nominal"
     return items
+
+
+def plan_phases(memory: MemoryPlan) -> list[dict[str, Any]]:
+    """What each phase holds, as plain values."""
+    return [
+        {
+            "name": phase.name,
+            "host_bytes": phase.total_bytes("host"),
+            "gpu_bytes": phase.total_bytes("gpu"),
+        }
+        for phase in memory.phases
+    ]
 
 
 def plan_items(memory: MemoryPlan) -> list[dict[str, Any]]:

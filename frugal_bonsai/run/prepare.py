@@ -146,4 +146,4 @@ def measured_base_bytes(spec: ModelSpec, *, int8: bool) -> int:
         has_bitsandbytes()
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
     # Later imports (scipy's solvers, torch's lazy ones) and the pool's threads come on top.
-    return peak_resident_bytes() + 48 * MIB
+    return peak_resident_bytes() + 32 * MIB

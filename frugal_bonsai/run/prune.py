@@ -100,7 +100,11 @@ def prune(
             progress.note(note)
         texts = _read_texts(opened, ready, options)
         memory = plan_prune(
-            opened, ready, texts.planned_windows, custom_utility=utility is not None
+            opened,
+            ready,
+            texts.planned_windows,
+            eval_windows=0 if texts.eval_NS is None else len(texts.eval_NS),
+            custom_utility=utility is not None,
         )
         if on_plan is not None:
             on_plan(memory)

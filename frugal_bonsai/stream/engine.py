@@ -67,12 +67,19 @@ class Engine:
 
     def stream(self, source: LayerSource) -> LayerStream:
         """A stream of a source's layers in the compute dtype; close it after use."""
-        return LayerStream(source, device=self.device, dtype=self.dtype)
+        return self._stream(source, int8_products=False)
 
     def evaluation_stream(self, source: LayerSource) -> LayerStream:
         """A stream of a source's layers in the arithmetic of masked evaluation."""
+        return self._stream(source, int8_products=self.int8_products)
+
+    def _stream(self, source: LayerSource, *, int8_products: bool) -> LayerStream:
         return LayerStream(
-            source, device=self.device, dtype=self.dtype, int8_products=self.int8_products
+            source,
+            device=self.device,
+            dtype=self.dtype,
+            int8_products=int8_products,
+            buffers=self._limits.layer_buffers,
         )
 
     def evaluation_head(self, folder: Path) -> Head:
@@ -84,9 +91,7 @@ class Engine:
 
     def _head(self, rows: LayerSource, *, int8_products: bool) -> Head:
         def open_rows() -> LayerStream:
-            return LayerStream(
-                rows, device=self.device, dtype=self.dtype, int8_products=int8_products
-            )
+            return self._stream(rows, int8_products=int8_products)
 
         return Head(
             self.skeleton, open_rows, tokens=self._limits.head_tokens, progress=self.progress

@@ -2,7 +2,7 @@
 
 In: the first layer's inputs. Out: slices of it on the compute device, written back after each
 layer. Holds windows * S * H elements: as many windows as planned on the device, the rest in host
-memory (pinned, when the device is a GPU).
+memory (spill.py).
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 """
@@ -10,6 +10,8 @@ Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 from __future__ import annotations
 
 import torch
+
+from frugal_bonsai.stream.spill import Spill
 
 
 class HiddenStates:
@@ -21,7 +23,7 @@ class HiddenStates:
         hidden: H.
         device: where micro-batches are computed.
         dtype: compute dtype.
-        resident: windows kept on the device; the rest spills to the host.
+        resident: windows kept on the device; the rest spills to the host. A CPU keeps them all.
     """
 
     def __init__(
@@ -36,17 +38,15 @@ class HiddenStates:
     ) -> None:
         self.windows, self.window, self.device = windows, window, device
         self._resident = windows if device.type == "cpu" else min(windows, resident)
-        spilled = windows - self._resident
         self._near = torch.empty(self._resident, window, hidden, dtype=dtype, device=device)
-        self._far = torch.empty(spilled, window, hidden, dtype=dtype, pin_memory=spilled > 0)
+        self._far = Spill(windows - self._resident, window, hidden, device=device, dtype=dtype)
 
     def read(self, items: slice) -> torch.Tensor:
         """``[B, S, H]`` on the device; a view where the windows are resident."""
         start, stop = items.start, min(items.stop, self.windows)
         if stop <= self._resident:
             return self._near[start:stop]
-        far_BSH = self._far[max(0, start - self._resident) : stop - self._resident]
-        far_BSH = far_BSH.to(self.device, non_blocking=True)
+        far_BSH = self._far.read(slice(max(0, start - self._resident), stop - self._resident))
         if start >= self._resident:
             return far_BSH
         return torch.cat([self._near[start:], far_BSH])
@@ -59,4 +59,4 @@ class HiddenStates:
             self._near[start : start + near].copy_(hidden_BSH[:near])
         if near < stop - start:
             first = start + near - self._resident
-            self._far[first : stop - self._resident].copy_(hidden_BSH[near:], non_blocking=True)
+            self._far.write(slice(first, stop - self._resident), hidden_BSH[near:])

@@ -31,6 +31,7 @@ class LayerStream:
         device: where they are computed.
         dtype: compute dtype; a layer stored in this dtype is used where it lies.
         int8_products: hand int8 weights out as :class:`Int8Weight` instead of dequantising them.
+        buffers: layers held as stored; with one alone nothing is read in the background.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class LayerStream:
         device: torch.device,
         dtype: torch.dtype,
         int8_products: bool = False,
+        buffers: int = 2,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         self._scratch = Int8Scratch(device) if int8_products else None
         largest = max(source.layer_bytes(layer) for layer in range(source.layers))
-        pinned, slots = device.type == "cuda", min(2, source.layers)
+        pinned, slots = device.type == "cuda", min(buffers, source.layers)
         self._host = [
             torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(slots)
         ]
@@ -82,15 +84,21 @@ class LayerStream:
         pending: Future[None] = self._reader.submit(self._fetch, 0)
         for layer in range(self.source.layers):
             pending.result()
-            if layer + 1 < self.source.layers:
+            more, ahead = layer + 1 < self.source.layers, len(self._host) > 1
+            if more and ahead:
                 pending = self._reader.submit(self._fetch, layer + 1)
             yield layer, self._parameters(layer)
             if self._copies is not None:
-                self._consumed[layer % 2] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._consumed[self._slot(layer)] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(torch.cuda.current_stream(self.device))
+            if more and not ahead:
+                pending = self._reader.submit(self._fetch, layer + 1)
+
+    def _slot(self, layer: int) -> int:
+        return layer % len(self._host)
 
     def _fetch(self, layer: int) -> None:
-        slot = layer % 2
+        slot = self._slot(layer)
         if self._copies is None:
             self.source.read(layer, self._host[slot])
             return
@@ -109,7 +117,7 @@ class LayerStream:
             self._arrived[slot] = event
 
     def _parameters(self, layer: int) -> Parameters:
-        slot, offset = layer % 2, 0
+        slot, offset = self._slot(layer), 0
         stored, parameters = self._staged[slot], Parameters()
         arrived = self._arrived[slot]
         if arrived is not None:

@@ -3,7 +3,8 @@
 In: a checkpoint, a keep mask and the refit output projections. Out: files of which each is one
 sequential read. Dead units are left out, so that later rounds read and compute less. A store is
 derived: it can be built again from checkpoint, mask and refits at any time. Building holds one
-tensor at a time, reading holds nothing.
+tensor at a time, reading holds nothing. A store that fits into free memory stays in the page cache,
+one that does not is dropped behind the reader.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
 from frugal_bonsai.checkpoint.header import read_header
+from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 from frugal_bonsai.checkpoint.writer import write_tensors
 from frugal_bonsai.errors import CheckpointError, OptionError
@@ -48,6 +50,10 @@ class LayerStore:
             self._files.append(ReadFile(path))
             self._records.append(records)
             self._spans.append(span)
+        size = sum(end - start for start, end in self._spans)
+        drop_behind = not fits_page_cache(size, free_memory_bytes())
+        for file in self._files:
+            file.drop_behind = drop_behind
 
     @property
     def layers(self) -> int:
@@ -69,6 +75,10 @@ class LayerStore:
         file = self._files[layer]
         file.advise_sequential(start, end - start)
         file.read_into(tensor_bytes(buffer[: end - start]), start, f"layer {layer}")
+        if layer + 1 < self.layers:
+            # While both buffers are in use, the disk goes on.
+            start, end = self._spans[layer + 1]
+            self._files[layer + 1].advise_soon(start, end - start)
 
     def close(self) -> None:
         """Close the files."""

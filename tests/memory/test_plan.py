@@ -6,57 +6,25 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from plan_shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
-from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.sizes import GIB, MIB
 
 WORK = Work(
-    window=2048, windows=32, pairs=208, gram=True, recovery=True, weights="int8", store_copies=2
+    window=2048,
+    windows=32,
+    pairs=208,
+    native_windows=4,
+    gram=True,
+    recovery=True,
+    refit_inputs=True,
+    weights="int8",
+    rewrite=True,
+    store_copies=2,
 )
-
-
-def shapes(layers: int, hidden: int, ffn: int, vocabulary: int, kv: int) -> ModelSpec:
-    """A Llama of these shapes, no weights."""
-    head_dim = 128
-    heads = hidden // head_dim
-    tensors = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (vocabulary, hidden),
-    }
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        for name, shape in {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv * head_dim, hidden),
-            "self_attn.v_proj": (kv * head_dim, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden),
-            "mlp.down_proj": (hidden, ffn),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }.items():
-            tensors[f"{prefix}{name}.weight"] = shape
-    config = {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "max_position_embeddings": 8192,
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
-    }
-    return describe_model(config, tensors)
-
-
-LLAMA_8B = shapes(32, 4096, 14336, 128256, 8)
-LLAMA_70B = shapes(80, 8192, 28672, 128256, 8)
 
 
 def cuda(gib: float, host_gib: float = 64) -> Budget:
@@ -77,29 +45,56 @@ def test_the_cache_of_sampled_windows_is_planned_and_refused_by_its_name() -> No
     name = "KV cache of the text that is sampled"
     plan = plan_memory(LLAMA_8B, cuda(24), work, base_bytes=500 * MIB)
     cache_of_a_layer = 2 * 36 * 2048 * 8 * 128 * 2  # keys and values in bf16
-    assert item(plan, name, "gpu") == 33 * cache_of_a_layer + 36 * 128256 * 12
+    (cache,) = [i for i in plan.phases[0].items if i.name == name]
+    assert plan.phases[0].name == "sampling"
+    assert (cache.size_bytes, cache.where) == (33 * cache_of_a_layer + 36 * 128256 * 12, "gpu")
     without = plan_memory(LLAMA_8B, cuda(24), WORK, base_bytes=500 * MIB)
-    assert name not in {i.name for i in without.items}
+    assert not any(name == i.name for phase in without.phases for i in phase.items)
     with pytest.raises(BudgetError, match=name):
         plan_memory(LLAMA_8B, cuda(8), work, base_bytes=500 * MIB)
 
 
-def test_items_follow_their_formulas() -> None:
+def test_a_place_holds_what_its_fullest_phase_holds() -> None:
     plan = plan_memory(LLAMA_8B, cuda(24), WORK, base_bytes=500 * MIB)
-    layer = 218_112_000  # parameters of one layer, norms included
-    rows = 4096 * 2 + 1024 * 2 + 14336 * 2 + 4096
-    stored = layer + 4 * rows + 4 * 2 * 4096
-    assert item(plan, "layer buffers", "host") == 4 * stored
-    assert item(plan, "dequantised layer", "gpu") == 2 * 2 * layer
-    m, n = plan.limits.micro_batch, plan.limits.windows_in_flight
-    near, far = plan.limits.resident_windows, n - plan.limits.resident_windows
-    state = 2 * 2048 * 4096 * 2
-    assert item(plan, "hidden states on the device", "gpu") == near * state
-    assert item(plan, "hidden states", "host") == far * state
-    per_token = 6 * 4096 + 3 * 14336 + 2 * 4096
-    assert item(plan, "activations of a micro-batch", "gpu") == m * 2048 * per_token * 2
-    assert item(plan, "working stores", "disk") == 2 * 32 * stored
-    assert plan.limits.head_tokens % 2048 == 0
+    for where in ("gpu", "host"):
+        totals = [phase.total_bytes(where) for phase in plan.phases]
+        assert plan.total_bytes(where) == max(totals) > min(totals)
+        assert sum(i.size_bytes for i in plan.items if i.where == where) == max(totals)
+    names = [phase.name for phase in plan.phases]
+    assert names == [
+        "perplexity: layers",
+        "perplexity: head",
+        "building the store",
+        "statistics: layers",
+        "statistics: solve",
+        "masked evaluation: layers",
+        "masked evaluation: head",
+        "recovery: layers",
+        "recovery: solve",
+        "recovery: head",
+        "rewriting",
+        "verifying: layers",
+        "verifying: head",
+    ]
+    building = plan.phases[2]
+    assert not any("Gram" in item.name for item in building.items)
+
+
+@pytest.mark.parametrize("window", [256, 512])
+def test_a_1b_model_is_planned_under_2_gb_of_host_memory(window: int) -> None:
+    """32 windows, the whole prune with recovery of all projections, on a CPU."""
+    work = replace(WORK, window=window)
+    budget = Budget(device="cpu", host_bytes=2 * 10**9)
+    plan = plan_memory(LLAMA_1B, budget, work, base_bytes=460 * MIB)
+    assert plan.total_bytes("host") <= 2 * 10**9
+    assert plan.limits.layer_buffers == (2 if window == 256 else 1)
+
+
+def test_an_8b_model_is_planned_under_8_gb_of_gpu_memory() -> None:
+    budget = Budget(device="cuda", host_bytes=32 * GIB, gpu_bytes=8 * 10**9)
+    plan = plan_memory(LLAMA_8B, budget, WORK, base_bytes=500 * MIB)
+    assert plan.total_bytes("gpu") <= 8 * 10**9
+    assert plan.limits.micro_batch >= 4
 
 
 @pytest.mark.parametrize("gib", [8, 12, 24, 48])

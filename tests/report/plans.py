@@ -50,6 +50,7 @@ PLAN: dict[str, Any] = {
     ],
     "totals": {"host": 3 * 2**28, "gpu": 5 * 2**30, "disk": 13 * 2**30},
     "caps": {"host": 8 * 2**30, "gpu": 24 * 2**30},
+    "peak_phases": {"host": "recovery: layers", "gpu": "masked evaluation: layers"},
     "binding": "logits",
     "notes": ["the text is sampled first"],
     "profile": "measured now",

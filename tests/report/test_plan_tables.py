@@ -13,7 +13,10 @@ def test_the_first_lines_say_whether_and_how_it_will_work() -> None:
     flat = words(text)
     assert "org/base-7b (llama, 6.7 billion parameters) on Some GPU 48GB" in flat
     assert "fits: GPU memory 5.00 GiB of 24.00 GiB (21%), host memory 768.00 MiB" in flat
-    assert "of 8.00 GiB (9%), disk 13.00 GiB; largest: logits" in flat
+    assert (
+        "of 8.00 GiB (9%), disk 13.00 GiB; most in masked evaluation: layers, largest: logits"
+        in flat
+    )
     assert "time: about 2.0 h; the disk sets the pace" in flat
     # Verdict, phases and the roofline, before the items.
     verdict = text.split("what is held")[0]

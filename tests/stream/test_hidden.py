@@ -6,30 +6,18 @@ import pytest
 import torch
 
 from frugal_bonsai.stream.hidden import HiddenStates
+from frugal_bonsai.stream.spill import Spill
 
 CPU = torch.device("cpu")
 
 
-class _ActsAsGpu:
-    """Says that it is no CPU, so that spilling is exercised without a GPU."""
-
-    type = "stand-in"
-
-
-def _states(windows: int, resident: int, monkeypatch: pytest.MonkeyPatch) -> HiddenStates:
+def _states(windows: int, resident: int) -> HiddenStates:
     """Hidden states of which ``resident`` windows are on the "device", the rest spilled."""
-    empty = torch.empty
-
-    def plain_empty(*shape: int, **options: object) -> torch.Tensor:
-        options = {k: v for k, v in options.items() if k == "dtype"}
-        return empty(*shape, **options).fill_(float("nan"))  # type: ignore[call-overload]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", plain_empty)
-        states = HiddenStates(
-            windows, 3, 2, device=_ActsAsGpu(), dtype=torch.float32, resident=resident
-        )
-    states.device = CPU
+    states = HiddenStates(windows, 3, 2, device=CPU, dtype=torch.float32, resident=0)
+    states._resident = min(windows, resident)
+    states._near = states._near[: states._resident]
+    spilled = windows - states._resident
+    states._far = Spill(spilled, 3, 2, device=CPU, dtype=torch.float32)
     return states
 
 
@@ -49,12 +37,8 @@ def test_on_a_cpu_all_windows_are_near_and_reads_are_views() -> None:
 
 @pytest.mark.parametrize("resident", [0, 1, 2, 3, 6, 7, 9])
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
-def test_spilled_windows_come_back(
-    resident: int, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states, values = _states(7, resident, monkeypatch), _values(7)
-    assert len(states._near) == min(7, resident)
-    assert len(states._far) == max(0, 7 - resident)
+def test_spilled_windows_come_back(resident: int, step: int) -> None:
+    states, values = _states(7, resident), _values(7)
     for start in range(0, 7, step):
         states.write(slice(start, start + step), values[start : start + step])
     for size in (1, 2, 5, 7):

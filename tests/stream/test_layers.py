@@ -127,3 +127,15 @@ def test_visit_that_is_left_early_can_be_followed_by_a_whole_one(tiny: Tiny) -> 
         for layer, parameters in stream.visit():
             dense = tiny.checkpoint.read(f"model.layers.{layer}.mlp.up_proj.weight")
             assert torch.equal(parameters["mlp.up_proj.weight"], dense)
+
+
+def test_one_buffer_gives_the_same_layers_one_after_the_other(tiny: Tiny) -> None:
+    source = Counting(tiny.source())
+    with LayerStream(source, device=CPU, dtype=torch.float32, buffers=1) as stream:
+        for _ in range(2):
+            for layer, parameters in stream.visit():
+                assert source.reads[-1] == layer, "nothing is read ahead into the only buffer"
+                prefix = tiny.spec.prefix(layer)
+                for name, value in parameters.items():
+                    assert torch.equal(value, tiny.checkpoint.read(prefix + name))
+    assert len(source.pointers) == 1 and source.reads == [*range(5), *range(5)]

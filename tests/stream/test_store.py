@@ -146,3 +146,14 @@ def test_progress_hears_of_every_layer(tiny: Tiny, tmp_path: Path) -> None:
 
     build_store(tmp_path, tiny.checkpoint, tiny.spec, weights=INT8, progress=Listener())
     assert heard == [("writing the working store", 3), "layer 0", "layer 1", "layer 2"]
+
+
+@pytest.mark.parametrize(("free", "drop"), [(0, True), (2**40, False)])
+def test_a_store_that_does_not_fit_into_free_memory_is_dropped_behind_the_reader(
+    free: int, drop: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = tiny_llama(tmp_path / "m")
+    monkeypatch.setattr("frugal_bonsai.stream.store.free_memory_bytes", lambda: free)
+    store = build_store(tmp_path / "s", tiny.checkpoint, tiny.spec, weights=INT8)
+    assert [file.drop_behind for file in store._files] == [drop] * 3
+    store.close()

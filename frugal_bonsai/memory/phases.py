@@ -1,0 +1,190 @@
+"""The phases of a command, and which items of the plan are held together in each.
+
+In: the items, the work, a choice. Out: phases. A cap must hold in every phase; the peak is the
+largest of them. What differs within a phase only by a moment (a layer's activations, a solve, the
+head) counts as phases of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.items import (
+    BASE,
+    GPU,
+    HOST,
+    Choice,
+    Items,
+    PlanItem,
+    SweepLimits,
+    Work,
+)
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.sizes import MIB
+
+# Rounding and fragmentation. On the host large blocks are mapped one by one: there is little.
+_SLACK = {HOST: (0.02, 0), GPU: (0.08, 16 * MIB)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Items that are held at the same time."""
+
+    name: str
+    items: tuple[PlanItem, ...]
+
+    def total_bytes(self, where: str) -> int:
+        """What the phase holds in a place."""
+        return sum(item.size_bytes for item in self.items if item.where == where)
+
+
+class Phases:
+    """Builds a command's phases for a choice."""
+
+    def __init__(self, spec: ModelSpec, budget: Budget, work: Work, base_bytes: int) -> None:
+        self._items, self._budget, self._work = Items(spec, budget, work), budget, work
+        self._always = [PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured")]
+        if budget.gpu_bytes is not None:
+            self._always.append(
+                PlanItem(
+                    name="CUDA context",
+                    where=GPU,
+                    size_bytes=budget.context_bytes,
+                    formula="measured",
+                )
+            )
+
+    def caps(self) -> list[tuple[str, int, str]]:
+        """(place, cap, option), device first."""
+        caps = [(HOST, self._budget.host_bytes, "--max-cpu-mem")]
+        if self._budget.gpu_bytes is not None:
+            caps.insert(0, (GPU, self._budget.gpu_bytes, "--max-gpu-mem"))
+        return caps
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether all caps hold in all phases."""
+        phases = self.of(choice)
+        return all(
+            phase.total_bytes(where) <= cap for phase in phases for where, cap, _ in self.caps()
+        )
+
+    def limits(self, choice: Choice) -> SweepLimits:
+        """The sweep's limits for a choice."""
+        rows, tokens = self._items.head_sizes(choice)
+        return SweepLimits(
+            micro_batch=choice.micro_batch,
+            windows_in_flight=choice.in_flight,
+            resident_windows=choice.resident,
+            head_rows=rows,
+            head_tokens=tokens,
+            layer_buffers=choice.buffers,
+        )
+
+    def on_disk(self) -> list[PlanItem]:
+        """What lies on disk meanwhile; no cap bounds it."""
+        return [self._items.stores()] if self._work.store_copies else []
+
+    def of(self, choice: Choice) -> list[Phase]:
+        """All phases in the order in which they come first."""
+        work, phases = self._work, list[Phase]()
+        if work.sampled:
+            held = [*self._items.stream(choice, None), self._items.sampling()]
+            phases.append(self._phase("sampling", [*held, *self._items.head_rows(choice)]))
+        if work.native_windows:
+            phases += self._sweep("perplexity", choice, work.native_windows, weights=None)
+        if work.weights is not None:
+            phases.append(self._phase("building the store", [self._items.building()]))
+        if work.gram:
+            phases += self._statistics(choice)
+        if work.pairs:
+            phases += self._sweep(
+                "masked evaluation",
+                choice,
+                work.pairs,
+                weights=work.weights,
+                products=work.int8_products,
+            )
+        if work.recovery:
+            phases += self._recovery(choice)
+        if work.rewrite:
+            phases += self._rewrite(choice)
+        return phases
+
+    def _sweep(
+        self,
+        name: str,
+        choice: Choice,
+        windows: int,
+        *,
+        weights: str | None,
+        products: bool = False,
+    ) -> list[Phase]:
+        """A sweep and the head behind it; the layers' buffers stay meanwhile."""
+        items = self._items
+        held = items.stream(choice, weights, products=products)
+        windows = min(choice.in_flight, windows)
+        held += items.hidden(choice, windows)
+        head = [*items.head_rows(choice, products=products), items.logits(choice)]
+        if self._work.full_logits:
+            head.append(items.all_logits())
+        return [
+            self._phase(f"{name}: layers", [*held, items.activations(choice, windows)]),
+            self._phase(f"{name}: head", [*held, *head]),
+        ]
+
+    def _statistics(self, choice: Choice) -> list[Phase]:
+        items = self._items
+        held = [
+            *items.stream(choice, self._work.weights),
+            *items.hidden(choice, self._work.windows),
+            items.gram(),
+        ]
+        return [
+            self._phase("statistics: layers", [*held, items.tapped_activations(choice)]),
+            self._phase("statistics: solve", [*held, items.solve()]),
+        ]
+
+    def _recovery(self, choice: Choice) -> list[Phase]:
+        items, windows = self._items, self._work.windows
+        states = 3 if self._work.refit_inputs else 2
+        held = [
+            *items.stream(choice, self._work.weights, models=2),
+            *items.hidden(choice, windows, states=states),
+        ]
+        layer = [*held, items.refits(), items.gram_of_recovery()]
+        if choice.keep_inputs:
+            layer.append(items.kept_inputs(windows))
+        return [
+            self._phase("recovery: layers", [*layer, items.paired_activations(choice)]),
+            self._phase("recovery: solve", [*layer, items.solve()]),
+            self._phase("recovery: head", [*held, *items.head_rows(choice), items.logits(choice)]),
+        ]
+
+    def _rewrite(self, choice: Choice) -> list[Phase]:
+        items = self._items
+        layers = [*items.stream(choice, None), items.verified_activations()]
+        head = [*items.head_rows(choice), items.verified_logits()]
+        return [
+            self._phase("rewriting", [items.rewriting()]),
+            self._phase("verifying: layers", layers),
+            self._phase("verifying: head", head),
+        ]
+
+    def _phase(self, name: str, own: list[PlanItem]) -> Phase:
+        """Add what is always there, and slack for the phase's own items."""
+        own = [item for item in own if item.size_bytes]
+        slack = []
+        for where, (share, fixed) in _SLACK.items():
+            size = sum(item.size_bytes for item in own if item.where == where)
+            if size:
+                slack.append(
+                    PlanItem(
+                        name="allocator slack",
+                        where=where,
+                        size_bytes=int(share * size) + fixed,
+                        formula=f"{share:g} of the rest"
+                        + (f" + {fixed // MIB} MiB" if fixed else ""),
+                    )
+                )
+        return Phase(name=name, items=(*self._always, *own, *slack))

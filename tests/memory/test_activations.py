@@ -1,0 +1,150 @@
+"""The plan's activation term against Hugging Face's own layer class, traced without a device.
+
+Fake tensors run the layer's forward at real shapes and hold no data; every storage that is born and
+dies is counted. Every family in the table is traced.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.items import Choice, Items, Work
+from frugal_bonsai.model.families import FAMILIES
+from frugal_bonsai.model.family import ModelSpec, describe_model
+from frugal_bonsai.model.units import ATTENTION, UnitGroup
+from frugal_bonsai.sizes import GIB
+from frugal_bonsai.stream.call import InputHook, call_layer
+from frugal_bonsai.stream.skeleton import Skeleton, build_empty_model
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+# hidden, FFN channels, query heads, KV heads, head_dim: Llama-3-8B, Llama-3.2-1B, Llama-2-7B (MHA).
+SHAPES = {
+    "8b-gqa": (4096, 14336, 32, 8, 128),
+    "1b-gqa": (2048, 8192, 32, 8, 64),
+    "7b-mha": (4096, 11008, 32, 32, 128),
+    "narrow-ffn": (1024, 1024, 16, 16, 64),
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that are alive, those that were there before left aside."""
+
+    def __init__(self, before: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.before = {tensor.untyped_storage()._cdata for tensor in before}
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.before and key not in self.alive:
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key)
+
+
+class Norms:
+    """A checkpoint that has what stands outside the layers, as ones."""
+
+    folder = "nowhere"
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.ones(self.spec.other_tensors[name], dtype=BF16)
+
+
+def spec_of(family: str, shape: tuple[int, ...]) -> ModelSpec:
+    from transformers import AutoConfig
+
+    hidden, ffn, heads, kv_heads, head_dim = shape
+    config = AutoConfig.for_model(
+        family,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=64,
+        max_position_embeddings=8192,
+    ).to_dict() | {"torch_dtype": "bfloat16"}
+    bare = ModelSpec.__new__(ModelSpec)
+    object.__setattr__(bare, "config", config)
+    model = build_empty_model(bare)
+    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    return describe_model(config, shapes)
+
+
+def traced_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = False) -> int:
+    """Peak bytes of a masked layer visit, beside its input, parameters and arguments."""
+    skeleton = Skeleton(Norms(spec), spec, device=CPU, dtype=BF16)  # type: ignore[arg-type]
+    kwargs = skeleton.layer_kwargs(window)[0]
+    seen: list[torch.Tensor] = []
+
+    def hook(group: UnitGroup) -> InputHook:
+        def mask(input_BSC: torch.Tensor) -> None:
+            input_BSC.mul_(torch.ones(batch, 1, group.columns, dtype=BF16))
+            if tapped:
+                seen.append(input_BSC)
+
+        return mask
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.inference_mode():
+        fake = tree_map_only(torch.Tensor, mode.from_tensor, kwargs)
+        parameters = {n: torch.empty(s, dtype=BF16) for n, s in spec.layer_tensors[0].items()}
+        hidden_BSH = torch.empty(batch, window, spec.hidden, dtype=BF16)
+        hooks = {group.output: hook(group) for group in spec.table.of_layer(0)}
+        before = [t for t in tree_leaves((fake, parameters, hidden_BSH)) if hasattr(t, "dtype")]
+        with LiveBytes(before) as live:
+            call_layer(skeleton.layers[0], parameters, hidden_BSH, fake, hooks)
+    return live.peak
+
+
+def planned_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = False) -> int:
+    budget = Budget(device="cuda", host_bytes=64 * GIB, gpu_bytes=24 * GIB)
+    items = Items(spec, budget, Work(window=window, windows=batch))
+    choice = Choice(micro_batch=batch, in_flight=batch, resident=0, keep_inputs=False)
+    item = items.tapped_activations(choice) if tapped else items.activations(choice, batch)
+    return item.size_bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("batch", "window"), [(1, 512), (3, 2048)])
+def test_plan_and_trace_agree(family: str, shape: tuple[int, ...], batch: int, window: int) -> None:
+    spec = spec_of(family, shape)
+    traced = traced_bytes(spec, batch, window)
+    assert planned_bytes(spec, batch, window) == pytest.approx(traced, rel=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [SHAPES["8b-gqa"], SHAPES["7b-mha"]], ids=["gqa", "mha"])
+def test_statistics_keep_the_input_of_o_proj(family: str, shape: tuple[int, ...]) -> None:
+    spec = spec_of(family, shape)
+    plain, tapped = (traced_bytes(spec, 2, 1024, tapped=tapped) for tapped in (False, True))
+    columns = next(g.columns for g in spec.table.groups if g.kind == ATTENTION)
+    assert tapped - plain == pytest.approx(2 * 1024 * columns * 2, rel=0.01)
+    assert planned_bytes(spec, 2, 1024, tapped=True) == pytest.approx(tapped, rel=0.1)
+
+
+def test_the_published_figure_of_an_8b_layer() -> None:
+    """4H + 6I bytes a token in bf16: 100 KiB."""
+    spec = spec_of("llama", SHAPES["8b-gqa"])
+    assert planned_bytes(spec, 1, 1024) == 1024 * (4 * 4096 + 6 * 14336) == 1024 * 100 * 1024

@@ -1,0 +1,148 @@
+"""Every item of the plan against bytes computed by hand, for Llama-3-8B's shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from plan_shapes import LLAMA_1B, LLAMA_8B
+
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.items import Choice, Items, PlanItem, Work, pinned_bytes
+from frugal_bonsai.sizes import GIB
+
+H, FFN, VOCABULARY = 4096, 14336, 128256
+LAYER = 218_112_000  # parameters of one layer, its two norms included
+ROWS = 4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096
+STORED = LAYER + 4 * ROWS + 2 * 2 * 4096  # int8, fp32 scales, norms in bf16
+
+CUDA = Budget(device="cuda", host_bytes=64 * GIB, gpu_bytes=24 * GIB)
+CPU = Budget(device="cpu", host_bytes=64 * GIB)
+WORK = Work(
+    window=2048, windows=32, recovery=True, refit_inputs=True, weights="int8", store_copies=2
+)
+CHOICE = Choice(micro_batch=3, in_flight=20, resident=5, keep_inputs=True)
+
+
+def near(work: Work = WORK) -> Items:
+    return Items(LLAMA_8B, CUDA, work)
+
+
+def far(work: Work = WORK) -> Items:
+    return Items(LLAMA_8B, CPU, work)
+
+
+def sizes(items: list[PlanItem]) -> dict[tuple[str, str], int]:
+    return {(item.name, item.where): item.size_bytes for item in items}
+
+
+def test_the_source_is_bf16_and_the_layer_as_expected() -> None:
+    assert near().layer_parameters == LAYER
+    assert near().stored_bytes("int8") == STORED
+    assert near().stored_bytes("native") == near().stored_bytes(None) == 2 * LAYER
+
+
+@pytest.mark.parametrize(
+    ("size", "taken"), [(1, 1), (2, 2), (3, 4), (2**28, 2**28), (2**28 + 1, 2**29)]
+)
+def test_pinned_blocks_are_powers_of_two(size: int, taken: int) -> None:
+    assert pinned_bytes(size) == taken
+
+
+def test_layer_buffers() -> None:
+    on_gpu = sizes(near().stream(CHOICE, "int8"))
+    assert on_gpu["layer buffers", "host"] == 2 * 2**28
+    assert on_gpu["layer buffers", "gpu"] == 2 * STORED
+    assert on_gpu["dequantised layer", "gpu"] == 2 * LAYER
+    on_cpu = sizes(far().stream(CHOICE, "int8", models=2))
+    assert on_cpu["layer buffers", "host"] == 4 * STORED
+    assert on_cpu["dequantised layer", "host"] == 2 * 4 * LAYER
+
+
+def test_one_buffer_reads_nothing_ahead() -> None:
+    choice = replace(CHOICE, buffers=1)
+    assert sizes(far().stream(choice, "int8"))["layer buffers", "host"] == STORED
+    rows = 2**25 // (H * 4)
+    assert sizes(far().head_rows(choice))["head chunks", "host"] == rows * H * 2
+
+
+def test_a_layer_in_the_compute_dtype_is_used_where_it_lies() -> None:
+    assert ("dequantised layer", "gpu") not in sizes(near().stream(CHOICE, None))
+    assert sizes(far().stream(CHOICE, None))["dequantised layer", "host"] == 4 * LAYER
+
+
+def test_int8_products_dequantise_nothing() -> None:
+    items = sizes(far().stream(CHOICE, "int8", products=True))
+    assert ("dequantised layer", "host") not in items
+    assert items["int8 products", "host"] == 128 * (8 * 14336 + 10 * 14336)
+
+
+def test_hidden_states() -> None:
+    window = 2048 * H * 2  # 16 MiB, a power of two
+    items = sizes(near().hidden(CHOICE, 20, states=3))
+    assert items["hidden states on the device", "gpu"] == 3 * 5 * window
+    assert items["micro-batches on their way", "gpu"] == 3 * 3 * 3 * window
+    assert items["hidden states", "host"] == 3 * 15 * window
+    assert sizes(near().hidden(CHOICE, 4)) == {("hidden states on the device", "gpu"): 4 * window}
+    assert sizes(far().hidden(CHOICE, 20)) == {("hidden states", "host"): 20 * 2048 * H * 4}
+
+
+def test_activations() -> None:
+    token = 2 * H + 3 * FFN
+    assert near().activations(CHOICE, 20).size_bytes == 3 * 2048 * token * 2
+    assert far().activations(CHOICE, 2).size_bytes == 2 * 2048 * token * 4
+    assert near().tapped_activations(CHOICE).size_bytes == 3 * 2048 * (token + 4096) * 2
+    assert near().paired_activations(CHOICE).size_bytes == 3 * 2048 * (token + 2 * H) * 2
+
+
+def test_head() -> None:
+    rows = 2**25 // (H * 2)
+    tokens = 2048  # of the 2,048 that fit into 32 MiB of logits, whole windows
+    assert near().head_sizes(CHOICE) == (rows, tokens)
+    items = sizes(near().head_rows(CHOICE))
+    assert items == {
+        ("head chunks", "host"): 2 * rows * H * 2,
+        ("head chunks", "gpu"): 2 * rows * H * 2,
+    }
+    assert near().logits(CHOICE).size_bytes == tokens * rows * 6 + tokens * H * 2
+    rows = 2**25 // (H * 4)
+    items = sizes(far().head_rows(CHOICE))
+    assert items["head chunks", "host"] == 2 * rows * H * 2
+    assert items["head chunk in the compute dtype", "host"] == rows * H * 4
+    assert far().logits(CHOICE).size_bytes == 4096 * rows * 4 + 4096 * H * 4
+    items = sizes(far().head_rows(CHOICE, products=True))
+    assert items["head chunks", "host"] == 2 * rows * (H + 4)
+    assert items["int8 products", "host"] == 128 * (8 * rows + 10 * H)
+
+
+def test_a_custom_utility_needs_all_logits() -> None:
+    items = near(replace(WORK, full_logits=True))
+    assert items.head_sizes(CHOICE) == (VOCABULARY, 2048)
+    assert items.all_logits().size_bytes == 2 * 2048 * VOCABULARY * 4
+
+
+def test_gram_matrices() -> None:
+    assert near().gram().size_bytes == 4 * (4096**2 + FFN**2)
+    assert near().gram_of_recovery().size_bytes == 4 * (FFN**2 + FFN * H)
+    assert near().solve().size_bytes == 4 * FFN * (256 + 6 * 128)
+    narrow = Items(LLAMA_1B, CPU, replace(WORK, refit_inputs=False))
+    assert narrow.gram_of_recovery().size_bytes == 4 * (8192**2 + 8192 * 2048)
+
+
+def test_recovery_holds_inputs_and_refits() -> None:
+    assert near().kept_inputs(32).size_bytes == 32 * 2048 * (4096 + FFN) * 2
+    assert far().refits().size_bytes == 2 * H * FFN  # converted from fp32 as it is written
+    assert near().refits().size_bytes == 0  # computed with and saved in bf16
+
+
+def test_files() -> None:
+    assert near().building().size_bytes == H * FFN * 2 * 2 + STORED
+    assert near().rewriting().size_bytes == VOCABULARY * H * 2
+    assert near().stores().size_bytes == 2 * 32 * STORED
+    assert near().stores().where == "disk"
+
+
+def test_verification() -> None:
+    token = 2 * H + 3 * FFN + 3 * H
+    assert near().verified_activations().size_bytes == 2 * 64 * token * 2
+    assert near().verified_logits().size_bytes == 3 * 64 * VOCABULARY * 4

@@ -1,0 +1,285 @@
+"""Predicted against measured peak of resident memory, phase by phase.
+
+    python tools/measure_peaks.py CHECKPOINT --max-cpu-mem 2GB --windows 16 --window 256
+
+Each phase of a prune runs in a process of its own, on a checkpoint of any shape (random weights
+will do: make_shape_checkpoint.py writes them), with the plan that ``prune`` would make. Linux only:
+the peak is reset before the phase (/proc/self/clear_refs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Phase of this tool -> beginning of the plan's phases that it measures.
+PHASES = {
+    "perplexity": "perplexity",
+    "store": "building the store",
+    "statistics": "statistics",
+    "masks": "masked evaluation",
+    "recovery": "recovery",
+    "rewrite": "rewriting",
+    "verify": "verifying",
+}
+
+
+def main() -> None:
+    options = _options()
+    if options.only:
+        print(json.dumps(measure(options)))
+        return
+    work = Path(tempfile.mkdtemp(prefix="measure-peaks-", dir=options.scratch))
+    print(f"{Path(options.checkpoint).name}: {' '.join(sys.argv[2:])}")
+    print("| phase | base MiB | predicted MiB | measured MiB | predicted / measured |")
+    print("|---|---|---|---|---|")
+    results = []
+    try:
+        for phase in options.phases or PHASES:
+            words = [sys.executable, __file__, *sys.argv[1:], "--only", phase, "--work", str(work)]
+            done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            results.append(result)
+            print(_row(result), flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="predicted against measured peak memory")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--max-cpu-mem")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--masks", type=int, default=2)
+    parser.add_argument("--mask-windows", type=int, default=8)
+    parser.add_argument("--refit", default="all")
+    parser.add_argument("--weights", default="int8")
+    parser.add_argument("--phases", nargs="*", choices=list(PHASES))
+    parser.add_argument("--scratch", help="folder for the stores")
+    parser.add_argument("--json", help="write the results to this file too")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _row(result: dict[str, Any]) -> str:
+    mib = {key: result[key] / 2**20 for key in ("base", "predicted", "measured")}
+    ratio = result["predicted"] / result["measured"]
+    figures = " | ".join(f"{value:.0f}" for value in mib.values())
+    return f"| {result['phase']} | {figures} | {ratio:.3f} |"
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run one phase; its peak beside the plan's."""
+    import torch
+
+    from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
+    from frugal_bonsai.run.options import PruneOptions
+    from frugal_bonsai.run.plan import plan_prune, prepare
+    from frugal_bonsai.run.prepare import make_engine, open_model
+
+    with open_model(options.checkpoint) as opened:
+        ready = prepare(
+            opened,
+            PruneOptions(
+                window=options.window,
+                windows=options.windows,
+                max_cpu_mem=options.max_cpu_mem,
+                calibration="stdlib",
+                device="cpu",
+                method={
+                    "masks": options.masks,
+                    "mask_windows": options.mask_windows,
+                    "refit": options.refit,
+                    "weights": options.weights,
+                },
+            ),
+        )
+        plan = plan_prune(opened, ready, options.windows)
+        engine = make_engine(opened.checkpoint, opened.spec, plan, ready.device, None)
+        generator = torch.Generator().manual_seed(0)
+        tokens_NS = torch.randint(
+            opened.spec.vocabulary, (options.windows, options.window), generator=generator
+        )
+        run = PHASE_FUNCTIONS[options.only]
+        work = Path(options.work)
+        resident = resident_bytes()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        run(opened, ready, plan, engine, tokens_NS, work)
+    mine = [p for p in plan.phases if p.name.startswith(PHASES[options.only])]
+    base = next(i.size_bytes for i in plan.items if i.name == "Python and libraries")
+    return {
+        "phase": options.only,
+        "base": base,
+        "resident_before": resident,
+        "predicted": max(p.total_bytes("host") for p in mine),
+        "measured": peak_resident_bytes(),
+        "cap": plan.budget.host_bytes,
+        "phases": {p.name: p.total_bytes("host") for p in mine},
+        "items": {p.name: {i.name: i.size_bytes for i in p.items} for p in mine},
+        "limits": vars(plan.limits),
+    }
+
+
+def run_perplexity(
+    opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
+) -> None:
+    from frugal_bonsai.bonsai.calibration import held_out_count
+
+    with engine.native() as stream:
+        engine.losses(stream, tokens_NS[: held_out_count(len(tokens_NS))], "perplexity")
+
+
+def run_store(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
+    from frugal_bonsai.stream.store import build_store
+
+    build_store(
+        work / "store",
+        opened.checkpoint,
+        opened.spec,
+        weights=ready.settings.weights,
+        check_finite=True,
+    )
+
+
+def run_statistics(
+    opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
+) -> None:
+    from frugal_bonsai.bonsai.prior import PriorTap
+
+    tap = PriorTap(_prior(opened, ready), engine.device)
+    with engine.stream(_store(opened, work)) as stream:
+        engine.sweep.run(stream, tokens_NS, tap=tap)
+
+
+def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
+    import torch
+
+    from frugal_bonsai.bonsai.design import draw_group_masks, draw_pools
+    from frugal_bonsai.bonsai.evaluate import evaluate_masks
+    from frugal_bonsai.model.units import KeepMask
+
+    mask, settings = KeepMask(opened.spec.table), ready.settings
+    windows_WS = tokens_NS[: settings.mask_windows]
+    generator = torch.Generator().manual_seed(0)
+    pools = draw_pools(mask, torch.rand(mask.table.units, generator=generator), 0.1)
+    pairs = settings.masks * len(windows_WS) // 2
+    design = draw_group_masks(pools, pairs, 0.1, generator)
+    with engine.evaluation_stream(_store(opened, work)) as stream:
+        evaluate_masks(
+            engine,
+            stream,
+            engine.evaluation_head(work / "head"),
+            design,
+            settings.masks,
+            windows_WS,
+            shared=False,
+            perplexity=False,
+        )
+
+
+def run_recovery(
+    opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
+) -> None:
+    from frugal_bonsai.bonsai.recover import Recovery
+    from frugal_bonsai.checkpoint.reader import torch_dtype
+    from frugal_bonsai.checkpoint.writer import write_tensors
+    from frugal_bonsai.model.units import KeepMask
+
+    def dtype(name: str) -> Any:
+        return torch_dtype(opened.checkpoint.tensors[name].dtype)
+
+    def save(layer: int, weights: Any) -> None:
+        dtypes = {name: dtype(name) for name in weights}
+        write_tensors(work / f"refit_{layer}.safetensors", weights, dtypes=dtypes)
+
+    recovery = Recovery(
+        engine.sweep,
+        ridge=ready.settings.ridge,
+        keep_inputs=plan.keep_inputs,
+        save=save,
+        saved_dtype=dtype,
+        mask=KeepMask(opened.spec.table) if ready.settings.refit == "all" else None,
+    )
+    store = _store(opened, work)
+    with engine.stream(store) as dense, engine.stream(store) as pruned:
+        recovery.run(dense, pruned, engine.head, tokens_NS, _prior(opened, ready))
+
+
+def run_rewrite(
+    opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
+) -> None:
+    from frugal_bonsai.rewrite.shrink import shrink
+
+    (work / "out").mkdir()
+    shrink(opened.checkpoint, opened.spec, _half(opened), work / "out", rules=ready.rules)
+
+
+def run_verify(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
+    from frugal_bonsai.checkpoint.reader import Checkpoint
+    from frugal_bonsai.model.family import describe_model
+    from frugal_bonsai.rewrite.verify import compare_logits
+    from frugal_bonsai.run.prepare import make_engine
+    from frugal_bonsai.stream.source import CheckpointSource
+
+    with Checkpoint.open(work / "out") as output:
+        spec = describe_model(output.config, output.shapes)
+        rewritten = make_engine(output, spec, plan, ready.device, None)
+        masked = CheckpointSource(opened.checkpoint, opened.spec, mask=_half(opened))
+        compare_logits(engine, masked, rewritten, tokens_NS[:2])
+
+
+def _half(opened: Any) -> Any:
+    """A mask that removes every other FFN channel."""
+    from frugal_bonsai.model.units import FFN, KeepMask
+
+    mask = KeepMask(opened.spec.table)
+    for group in opened.spec.table.groups:
+        if group.kind == FFN:
+            mask.of(group)[::2] = False
+    return mask
+
+
+def _store(opened: Any, work: Path) -> Any:
+    from frugal_bonsai.stream.store import LayerStore
+
+    return LayerStore(work / "store", opened.spec.layers)
+
+
+def _prior(opened: Any, ready: Any) -> Any:
+    import torch
+
+    from frugal_bonsai.bonsai.prior import PriorBuilder
+    from frugal_bonsai.model.units import KeepMask
+
+    return PriorBuilder(
+        ready.settings.prior,
+        KeepMask(opened.spec.table),
+        damping=ready.settings.ridge,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+PHASE_FUNCTIONS: dict[str, Callable[..., None]] = {
+    "perplexity": run_perplexity,
+    "store": run_store,
+    "statistics": run_statistics,
+    "masks": run_masks,
+    "recovery": run_recovery,
+    "rewrite": run_rewrite,
+    "verify": run_verify,
+}
+
+
+if __name__ == "__main__":
+    main()
