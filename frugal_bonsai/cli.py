@@ -105,6 +105,12 @@ _search = _options(
     ),
     click.option("--ridge", type=float, help="Recovery's penalty, a share of the mean diagonal."),
     click.option("--weights", type=click.Choice(["int8", "native"]), help="The working copy."),
+    click.option(
+        "--arithmetic",
+        type=click.Choice(["auto", "float", "int8"]),
+        help="Of masked evaluation: int8 multiplies the working copy as it is.  [default: auto, "
+        "the faster one]",
+    ),
     click.option("--seed", type=int),
 )
 
@@ -235,6 +241,7 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "refit",
         "ridge",
         "weights",
+        "arithmetic",
         "seed",
     )
     return PruneOptions(method={name: given.pop(name) for name in method}, **given)

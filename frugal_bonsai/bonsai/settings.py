@@ -55,6 +55,8 @@ class PruneSettings:
             is the loss that a refit with this lambda leaves.
         seed: of every random draw.
         weights: ``int8`` or ``native`` working store.
+        arithmetic: of masked evaluation: ``float`` multiplies in the compute dtype, ``int8`` the
+            stored codes; ``auto`` takes what the machine does faster (run/plan.py).
     """
 
     sparsity: float = 0.5
@@ -74,6 +76,7 @@ class PruneSettings:
     ridge: float = 1e-3
     seed: int = 0
     weights: str = "int8"
+    arithmetic: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "step"):
@@ -90,6 +93,7 @@ class PruneSettings:
             ("per", ("parameter", "unit")),
             ("refit", REFITS),
             ("weights", ("int8", "native")),
+            ("arithmetic", ("auto", "float", "int8")),
         ):
             value = getattr(self, name)
             if value not in choices:
@@ -107,6 +111,10 @@ class PruneSettings:
             raise OptionError(f"--pool: {self.pool} is below 1, the cut would not fit in the pool")
         if not 0 < self.ridge <= 1:
             raise OptionError(f"--ridge: {self.ridge} is outside (0, 1]")
+        if self.arithmetic == "int8" and self.weights != "int8":
+            raise OptionError(
+                f"--arithmetic int8: needs --weights int8, found {self.weights}; leave one out"
+            )
         if self.seed < 0:
             raise OptionError(f"--seed: {self.seed} is negative")
 

@@ -182,6 +182,18 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in this folder; empty where there is none, or none that can be read.
+
+    What is wrong with a state is :meth:`StateFolder.load`'s to say.
+    """
+    try:
+        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return dict(saved["identity"]["settings"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings in a group are compared, and named, one by one: ``settings.masks``."""
     flat: dict[str, Any] = {}

@@ -71,12 +71,12 @@ def measure_products(timer: Timer, *, quick: bool = False) -> dict[str, float]:
 
     Args:
         timer: device and patience.
-        quick: one small shape, and no more than the device's own arithmetic.
+        quick: one small shape, and no more than the device's own arithmetic and int8.
 
     Returns:
         All shapes' operations over all shapes' seconds: long products weigh more, as in a model.
     """
-    own = (FP32, BF16) if timer.device.type == CUDA else (FP32,)
+    own = (FP32, BF16, INT8) if timer.device.type == CUDA else (FP32, INT8)
     kinds = own if quick else (FP32, BF16, INT8)
     shapes = _QUICK_SHAPES if quick else SHAPES
     rates = {}

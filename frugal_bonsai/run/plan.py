@@ -6,7 +6,7 @@ plan as plain values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,12 @@ from frugal_bonsai.bonsai.settings import PruneSettings, make_settings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
-from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile, profile_budget
+from frugal_bonsai.memory.hardware import (
+    INT8,
+    NOMINAL_BASE_BYTES,
+    HardwareProfile,
+    profile_budget,
+)
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
@@ -49,6 +54,7 @@ class Prepared:
         device: where to compute.
         budget: caps.
         profile: of the machine that is planned for; None is this one.
+        rates: that profile, or what a second of measuring here gives.
         elsewhere: that machine is another one, so nothing here is asked.
     """
 
@@ -59,6 +65,7 @@ class Prepared:
     source: str
     device: torch.device
     budget: Budget
+    rates: HardwareProfile
     profile: HardwareProfile | None = None
     elsewhere: bool = False
 
@@ -77,6 +84,7 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     from frugal_bonsai.bonsai.calibration import window_count
     from frugal_bonsai.bonsai.select import check_reachable
     from frugal_bonsai.model.units import KeepMask
+    from frugal_bonsai.run.profile import quick_profile
 
     settings = make_settings(options.preset, options.method)
     window = choose_window(model.spec, options.window)
@@ -89,8 +97,9 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         KeepMask(model.spec.table), settings.sparsity, rules, model.spec.block_parameters
     )
     default_source = EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
+    rates = profile or quick_profile(device)
     return Prepared(
-        settings=settings,
+        settings=_with_arithmetic(settings, rates),
         rules=rules,
         window=window,
         windows=window_count(window, options.windows),
@@ -98,8 +107,26 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         device=device,
         budget=_budget(device, options, profile if elsewhere else None),
         profile=profile,
+        rates=rates,
         elsewhere=elsewhere,
     )
+
+
+def _with_arithmetic(settings: PruneSettings, rates: HardwareProfile) -> PruneSettings:
+    """``auto`` decided: int8 products where the machine's rates say that they win.
+
+    Raises:
+        OptionError: int8 products were asked for and this device has none.
+    """
+    chosen = settings.arithmetic
+    if chosen == "float" or settings.weights != "int8":
+        return replace(settings, arithmetic="float")
+    if chosen == "int8" and INT8 not in rates.products:
+        raise OptionError(
+            f"--arithmetic int8: torch multiplies no int8 matrices on {rates.name}; use float"
+        )
+    wins = chosen == "int8" or rates.int8_wins
+    return replace(settings, arithmetic="int8" if wins else "float")
 
 
 def _device(
@@ -172,6 +199,7 @@ def plan_prune(
         recovery=settings.recovery,
         refit_inputs=settings.recovery and settings.refit == "all",
         weights=settings.weights,
+        int8_products=settings.arithmetic == "int8",
         full_logits=custom_utility,
         rewrite=True,
         store_copies=2,
@@ -199,9 +227,7 @@ def describe_plan(
     model: Model, ready: Prepared, memory: MemoryPlan, windows: int
 ) -> dict[str, Any]:
     """A memory plan and its time estimate as plain values."""
-    from frugal_bonsai.run.profile import quick_profile
-
-    profile = ready.profile or quick_profile(ready.device)
+    profile = ready.rates
     work = prune_work(model, ready, memory, windows)
     estimate = estimate_time(model.spec, work, memory.limits, profile)
     notes = list(ready.budget.notes)
@@ -215,6 +241,7 @@ def describe_plan(
         "device_name": profile.name,
         "window": ready.window,
         "windows": windows,
+        "arithmetic": ready.settings.arithmetic,
         "micro_batch": memory.limits.micro_batch,
         "windows_in_flight": memory.limits.windows_in_flight,
         "concurrent_masks": memory.concurrent_masks,
@@ -268,11 +295,8 @@ def plan_items(memory: MemoryPlan) -> list[dict[str, Any]]:
 
 def sampling_note(model: Model, ready: Prepared, memory: MemoryPlan) -> str:
     """How long ``self`` samples its windows, for who is about to wait for it."""
-    from frugal_bonsai.run.profile import quick_profile
-
-    profile = ready.profile or quick_profile(ready.device)
     work = prune_work(model, ready, memory, ready.windows)
-    return _sampling_note(ready, estimate_time(model.spec, work, memory.limits, profile))
+    return _sampling_note(ready, estimate_time(model.spec, work, memory.limits, ready.rates))
 
 
 def _sampling_note(ready: Prepared, estimate: TimeEstimate) -> str:

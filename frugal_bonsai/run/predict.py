@@ -10,6 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.memory.estimate import estimate_time
+from frugal_bonsai.memory.hardware import INT8
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.time_model import PruneWork, TimeEstimate
 from frugal_bonsai.run.prepare import Model
@@ -41,7 +42,6 @@ def prune_work(
     windows: int,
     *,
     eval_windows: int = 0,
-    arithmetic: str | None = None,
 ) -> PruneWork:
     """What the prune does, as far as its time depends on it.
 
@@ -51,7 +51,6 @@ def prune_work(
         memory: its plan.
         windows: calibration windows.
         eval_windows: of the text that the user names with ``--eval-text``.
-        arithmetic: of the masked evaluation; None is the device's own.
     """
     from frugal_bonsai.bonsai.calibration import held_out_count
 
@@ -78,7 +77,7 @@ def prune_work(
         source_bytes=round(model.checkpoint.weight_bytes / elements),
         planned_bytes=memory.total_bytes("host"),
         sampled_tokens=ready.window - 1 if ready.source == "self" else 0,
-        arithmetic=arithmetic,
+        arithmetic=INT8 if settings.arithmetic == "int8" else None,
     )
 
 

@@ -110,7 +110,13 @@ def read_windows(
 
 
 def make_engine(
-    checkpoint: Checkpoint, spec: ModelSpec, plan: Any, device: Any, progress: Any
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    plan: Any,
+    device: Any,
+    progress: Any,
+    *,
+    arithmetic: str = "float",
 ) -> Any:
     """An engine within a plan's limits; the caps are enforced in the allocators."""
     from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
@@ -125,6 +131,7 @@ def make_engine(
         device=device,
         dtype=compute_dtype(device),
         limits=plan.limits,
+        arithmetic=arithmetic,
         progress=progress,
     )
 

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ def prune(
     shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
     with open_model(model) as opened, ExitStack() as stack:
         require_tied_head(opened.checkpoint, opened.spec)
+        if resume:
+            options = _as_begun(options, run_folder(out))
         ready = prepare(opened, options)
         _check_run_folder(run_folder(out), resume=resume)
         stack.callback(_drop_if_unstarted, run_folder(out))
@@ -116,7 +119,14 @@ def prune(
         require_free_space(out.parent, memory.total_bytes("disk"), "the working stores")
         # Those of the layers are checked as the working store is written.
         require_finite_on_disk(opened.checkpoint, opened.spec.other_tensors)
-        engine = make_engine(opened.checkpoint, opened.spec, memory, ready.device, progress)
+        engine = make_engine(
+            opened.checkpoint,
+            opened.spec,
+            memory,
+            ready.device,
+            progress,
+            arithmetic=ready.settings.arithmetic,
+        )
         calibration = _calibrate(opened, ready, memory, texts, engine)
         source = texts.source_name
         progress.note(
@@ -153,6 +163,16 @@ def _check_run_folder(folder: Path, *, resume: bool) -> None:
         raise StateError(
             f"{folder}: holds an unfinished run; continue it with --resume, or delete that folder"
         )
+
+
+def _as_begun(options: PruneOptions, folder: Path) -> PruneOptions:
+    """A run goes on with the arithmetic that it began with, whatever the machine measures now."""
+    from frugal_bonsai.bonsai.state import saved_settings
+
+    begun = saved_settings(folder).get("arithmetic")
+    if begun is None or options.method.get("arithmetic") not in (None, "auto"):
+        return options
+    return replace(options, method={**options.method, "arithmetic": begun})
 
 
 def _drop_if_unstarted(folder: Path) -> None:
