@@ -198,14 +198,20 @@ def layer_cost(w: LayerWidths, batch: Batch, tokens: float, *, masked: bool = Fa
 
 
 def int8_cost(w: LayerWidths, tokens: float) -> Cost:
-    """What int8 x int8 adds to a layer's forward: inputs rounded, sums scaled, for each projection.
-
-    An element of an input takes 33 bytes (absolute, largest, divided, rounded in fp32, to int8), an
-    element of a result 16 (scaled by token, then by row).
-    """
+    """What int8 x int8 adds to a layer's forward; see :func:`digits_cost`."""
     inputs = 5 * w.hidden + w.query + w.ffn
     outputs = w.query + 2 * w.key + 2 * w.hidden + 2 * w.ffn
-    return Cost(traffic=tokens * (33 * inputs + 16 * outputs))
+    return Cost(products=2 * w.projections * tokens) + digits_cost(inputs, outputs, tokens)
+
+
+def digits_cost(inputs: float, outputs: float, tokens: float) -> Cost:
+    """Inputs written as two int8 digits and two sums joined; every product is made for both digits.
+
+    An element of an input takes 66 bytes (absolute, largest, divided, rounded, what is left, its
+    digit), an element of a result 36 (the second sum divided, the first added, scaled by token,
+    then by row).
+    """
+    return Cost(traffic=tokens * (66 * inputs + 36 * outputs))
 
 
 def dequantise_cost(w: LayerWidths, stored_bytes: float, compute_bytes: int) -> Cost:
@@ -245,39 +251,50 @@ def gram_cost(columns: float, tokens: float) -> Cost:
     return Cost(fp32_products=2 * columns**2 * tokens)
 
 
-def exact_prior_cost(w: LayerWidths) -> Cost:
-    """A Cholesky factor (C^3/3) and an inverse (2 C^3/3) a group, small solves for KV groups."""
-    blocks = w.query / w.query_unit * (w.query_unit**3 / 3 + 2 * w.query_unit**2 * w.hidden)
-    return Cost(solves=w.query**3 + w.ffn**3 + blocks)
+def exact_prior_cost(w: LayerWidths, *, factored: bool) -> Cost:
+    """The inverse of both groups' Gram matrices: C^3/3 for a factor, C^3/3 for its inverse.
+
+    The diagonal blocks that KV groups own are products (C^2 for each of a unit's columns) and small
+    solves with H right sides.
+
+    Args:
+        w: the layer.
+        factored: recovery has made the factor already.
+    """
+    cubes = (w.query**3 + w.ffn**3) / 3
+    units = w.query / w.query_unit
+    blocks = units * (2 * w.query_unit**3 / 3 + 2 * w.query_unit**2 * w.hidden)
+    return Cost(
+        fp32_products=w.query**2 * w.query_unit,
+        solves=cubes * (1 if factored else 2) + blocks,
+    )
 
 
 def refit_outputs_cost(w: LayerWidths, tokens: float) -> Cost:
     """o_proj and down_proj refitted: Gram and cross moments, then a solve with H right sides.
 
-    The cross moments X^T T cost 2 C H a token. A target takes a sum and two differences (9 H) and
-    its energy 36 bytes an element (it is summed in fp64). The solve: a factor C^3/3, 2 C^2 H of
-    substitution, and G W twice as a product.
+    The cross moments T^T X cost 2 C H a token; a target takes three sums and its energy (10 H
+    elements). The solve: a factor C^3/3, 2 C^2 H of substitution, and W G as a product.
     """
-    cost = Cost(traffic=2 * (36 + 9 * 4) * w.hidden * tokens)
+    cost = Cost(traffic=2 * 10 * 4 * w.hidden * tokens)
     for columns in (w.query, w.ffn):
         cost += gram_cost(columns, tokens)
         square = columns**2 * w.hidden
         cost += Cost(
-            fp32_products=2 * columns * w.hidden * tokens + 4 * square,
+            fp32_products=2 * columns * w.hidden * tokens + 2 * square,
             solves=columns**3 / 3 + 2 * square,
         )
     return cost
 
 
 def refit_inputs_cost(w: LayerWidths, tokens: float) -> Cost:
-    """q, k, v, gate and up refitted: X^T X and X^T N of both sublayers, one solve a projection.
+    """q, k, v, gate and up refitted: X^T X and N^T X of both sublayers, one factor each.
 
-    A solve: a factor H^3/3 and 2 H^2 R of substitution for R rows; X^T N W and G W are products.
+    For R rows: 2 H^2 R of substitution, and W N^T X and W G as products.
     """
     h = w.hidden
     rows = (w.attention_in + w.ffn_in) / h
-    projections = 3 + round(w.ffn_in / h / w.ffn)
     return Cost(
         fp32_products=2 * 2 * 2 * h**2 * tokens + 2 * 2 * h**2 * rows,
-        solves=projections * h**3 / 3 + 2 * h**2 * rows,
+        solves=2 * h**3 / 3 + 2 * h**2 * rows,
     )

@@ -16,6 +16,7 @@ from frugal_bonsai.memory.cost import (
     LayerWidths,
     attention_cost,
     dequantise_cost,
+    digits_cost,
     exact_prior_cost,
     ffn_cost,
     gram_cost,
@@ -85,7 +86,7 @@ class _Estimate:
             layer = layer_cost(w, self._batch(self._work.windows), self._calibration)
             if self._work.exact_prior:
                 layer += gram_cost(w.query, self._calibration) + gram_cost(w.ffn, self._calibration)
-                layer += exact_prior_cost(w)
+                layer += exact_prior_cost(w, factored=False)
             cost += layer * self._spec.layers + self._layers_read(w, self._work.windows)
         return self._phase("statistics", cost)
 
@@ -99,7 +100,7 @@ class _Estimate:
             layer = layer_cost(w, batch, tokens, masked=True)
             if arithmetic == INT8:
                 layer += int8_cost(w, tokens)
-            cost += layer * self._spec.layers + self._head(pairs)
+            cost += layer * self._spec.layers + self._head(pairs, int8=arithmetic == INT8)
             cost += self._layers_read(w, pairs, as_stored=arithmetic == INT8)
         return self._phase("masked evaluation", cost, arithmetic)
 
@@ -114,7 +115,7 @@ class _Estimate:
             if self._work.refit_inputs:
                 layer += refit_inputs_cost(w, tokens)
             if self._work.exact_prior:
-                layer += exact_prior_cost(w)
+                layer += exact_prior_cost(w, factored=True)
             cost += layer * self._spec.layers + self._head(windows) * 2
             cost += self._layers_read(self._widths, windows) + self._layers_read(w, windows)
         return self._phase("recovery", cost)
@@ -135,13 +136,16 @@ class _Estimate:
         cost = attention + ffn + first * (uses - 1) + outputs_cost(w, batch, tokens)
         return cost + Cost(calls=5 * tokens / (batch.micro_batch * batch.window))
 
-    def _head(self, windows: int) -> Cost:
+    def _head(self, windows: int, *, int8: bool = False) -> Cost:
         """The head over windows; read again each wave where it does not fit in one chunk."""
         spec, limits = self._spec, self._limits
         tokens = windows * self._work.window
         batch = self._batch(windows)
         rows = min(limits.head_rows, spec.vocabulary)
         cost = head_cost(spec, batch, tokens, rows=rows, chunk_tokens=limits.head_tokens)
+        if int8:
+            again = math.ceil(spec.vocabulary / rows) * spec.hidden
+            cost += Cost(products=cost.products) + digits_cost(again, spec.vocabulary, tokens)
         if rows >= spec.vocabulary:
             return cost
         weights = spec.vocabulary * spec.hidden

@@ -1,8 +1,8 @@
-"""Measuring a machine: matrix products, attention, solves, elementwise work, copies, disk.
+"""Measuring a machine: matrix products, attention, elementwise work, copies.
 
-In: a device, a folder on the disk to measure, how long to take. Out: rates, of which run/profile.py
+In: a device, how long to take. Out: rates, of which run/profile.py
 makes a :class:`~frugal_bonsai.memory.hardware.HardwareProfile`. Holds the matrices of one shape
-(at most about 0.5 GB) and a read buffer; its file is removed whatever happens.
+(at most about 0.5 GB).
 
 Each rate is the best of several runs: what disturbs a run only makes it slower. With one CPU thread
 its processor time is taken instead of the wall's, so that other work on the machine counts less.
@@ -132,21 +132,6 @@ def measure_attention(timer: Timer) -> float:
     attend = torch.nn.functional.scaled_dot_product_attention
     seconds = timer.best(lambda: attend(query, query, query, is_causal=True))
     return 2 * window * heads * width * windows * window / seconds
-
-
-def measure_solves(timer: Timer, *, columns: int = 2048) -> float:
-    """Operations a second of a Cholesky factor, an inverse and a solve together, in fp32."""
-    import torch
-
-    gram_CC = torch.eye(columns, device=timer.device)
-    right_CH = torch.ones(columns, columns // 2, device=timer.device)
-
-    def run() -> None:
-        factor_CC = torch.linalg.cholesky_ex(gram_CC).L
-        torch.cholesky_inverse(factor_CC)
-        torch.cholesky_solve(right_CH, factor_CC)
-
-    return (columns**3 + 2 * columns**2 * right_CH.shape[1]) / timer.best(run)
 
 
 def measure_memory(timer: Timer) -> float:

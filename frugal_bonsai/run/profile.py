@@ -25,7 +25,6 @@ from frugal_bonsai.memory.measure import (
     measure_fresh,
     measure_memory,
     measure_products,
-    measure_solves,
 )
 from frugal_bonsai.memory.measure_disk import DiskRates, measure_disk
 from frugal_bonsai.memory.profile_file import require_replaceable, write_profile
@@ -140,7 +139,7 @@ def _measured(
         memory_bytes_per_second=measure_memory(timer),
         fresh_bytes_per_second=measure_fresh(timer),
         attention_flops_per_second=measure_attention(timer),
-        solve_flops_per_second=measure_solves(timer, columns=effort.solve_columns),
+        solve_flops_per_second=_measure_solves(timer, effort.solve_columns),
         call_seconds=_measure_call(timer),
         start_seconds=start,
         products=products,
@@ -160,6 +159,24 @@ def _measure_start(device: torch.device) -> float:
     spent -= before.children_user + before.children_system
     alone = device.type != CUDA and torch.get_num_threads() == 1
     return spent if alone and spent > 0 else wall  # Windows does not count children
+
+
+def _measure_solves(timer: Timer, columns: int) -> float:
+    """Operations a second of a factor, a solve with it and its inverse, as recovery makes them."""
+    import torch
+
+    from frugal_bonsai.bonsai.factor import DampedFactor
+
+    identity_CC = torch.eye(columns, device=timer.device)
+    right_RC = torch.ones(columns // 2, columns, device=timer.device)
+
+    def run() -> None:
+        factor = DampedFactor(identity_CC.clone(), 1e-3, where="measuring")
+        factor.solve(right_RC)
+        factor.inverse_diagonal()
+
+    operations = 2 * columns**3 / 3 + 2 * columns**2 * len(right_RC)
+    return operations / timer.best(run)
 
 
 def _measure_call(timer: Timer) -> float:

@@ -34,11 +34,7 @@ def test_rates_are_those_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SHAPES", ((256, 512),))
     products = measure.measure_products(TIMER)
     assert {"fp32", "bf16"} <= set(products) <= {"fp32", "bf16", "int8"}
-    rates = [
-        *products.values(),
-        measure.measure_attention(TIMER),
-        measure.measure_solves(TIMER, columns=128),
-    ]
+    rates = [*products.values(), measure.measure_attention(TIMER)]
     assert all(1e7 < rate < 1e15 for rate in rates)
     assert 1e7 < measure.measure_memory(TIMER) < 1e14
     assert 1e7 < (measure.measure_fresh(TIMER) or 0) < 1e14
