@@ -45,13 +45,13 @@ class Recovered:
     Attributes:
         prior: for the next round, from the refit model's own inputs.
         losses_NS: the refit model's loss of tokens 2..S of every window, fp32 ``[N, S-1]``.
-        dense_losses_NS: the dense model's.
+        dense_losses_NS: the dense model's; None where they were not asked for.
         residual: share of the dense residual's energy that the refit leaves, per projection.
     """
 
     prior: Prior
     losses_NS: torch.Tensor
-    dense_losses_NS: torch.Tensor
+    dense_losses_NS: torch.Tensor | None
     residual: list[float]
 
 
@@ -89,6 +89,8 @@ class Recovery:
         head: Head,
         tokens_NS: torch.Tensor,
         prior: PriorBuilder,
+        *,
+        dense_losses: bool = True,
     ) -> Recovered:
         """Refit all projections; see the module's text.
 
@@ -98,6 +100,7 @@ class Recovery:
             head: for the losses.
             tokens_NS: calibration windows, all in flight together.
             prior: scores the refit groups for the next round.
+            dense_losses: the head is applied to the dense model too.
         """
         sweep = self._sweep
         skeleton = sweep.skeleton
@@ -126,7 +129,7 @@ class Recovery:
             return Recovered(
                 prior=prior.build(),
                 losses_NS=head.nll(hidden_pruned, tokens_NS).clone(),
-                dense_losses_NS=head.nll(hidden_dense, tokens_NS).clone(),
+                dense_losses_NS=head.nll(hidden_dense, tokens_NS).clone() if dense_losses else None,
                 residual=residual,
             )
 

@@ -260,14 +260,23 @@ class Search:
             saved_dtype=self._saved_dtype,
             mask=state.mask if self._settings.refit == "all" else None,
         )
+        # The dense model's losses are the same in every round.
+        dense_perplexity = state.rounds[0]["dense_perplexity"] if state.rounds else None
         with engine.stream(dense) as parent, engine.stream(store) as pruned:
             result = recovery.run(
-                parent, pruned, engine.head, self._windows_NS, self._builder(state.mask, number)
+                parent,
+                pruned,
+                engine.head,
+                self._windows_NS,
+                self._builder(state.mask, number),
+                dense_losses=dense_perplexity is None,
             )
+        if result.dense_losses_NS is not None:
+            dense_perplexity = float(result.dense_losses_NS.mean().exp())
         state.prior, state.refit_mask = result.prior, state.mask
         return {
             "perplexity": float(result.losses_NS.mean().exp()),
-            "dense_perplexity": float(result.dense_losses_NS.mean().exp()),
+            "dense_perplexity": dense_perplexity,
             "recovery_residual": sum(result.residual) / len(result.residual),
         }
 

@@ -116,9 +116,10 @@ class _Estimate:
                 layer += refit_inputs_cost(w, tokens)
             if self._work.exact_prior:
                 layer += exact_prior_cost(w, factored=True)
-            cost += layer * self._spec.layers + self._head(windows) * 2
+            cost += layer * self._spec.layers + self._head(windows)
             cost += self._layers_read(self._widths, windows) + self._layers_read(w, windows)
-        return self._phase("recovery", cost)
+        # The dense model's own losses, in the first round alone.
+        return self._phase("recovery", cost + self._head(windows))
 
     def _pruned_layer(self, w: LayerWidths, batch: Batch, tokens: float) -> Cost:
         """The pruned model's layer while its projections are refitted in turn.

@@ -91,6 +91,7 @@ def test_refit_brings_back_residual_and_loss(
     tiny, tokens = sampled
     mask = random_mask(tiny.spec, off=0.3, seed=1)
     result, refits, _ = _recover(tiny, mask, tokens, tmp_path)
+    assert result.dense_losses_NS is not None
     dense = result.dense_losses_NS.mean()
     plain = _losses(tiny, mask, {}, tokens).mean()
     assert relative(result.dense_losses_NS, hugging_face_losses(tiny.hugging_face(), tokens)) < 1e-5
