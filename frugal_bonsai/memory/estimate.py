@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from frugal_bonsai.checkpoint.page_cache import fits_page_cache
 from frugal_bonsai.memory.cost import (
     Batch,
     Cost,
@@ -36,8 +37,6 @@ from frugal_bonsai.model.family import ModelSpec
 # Bytes that row-wise quantisation reads and writes an element, beside the source's own: to fp16,
 # compared with zero, absolute, largest, scaled in fp32, rounded, to int8, copied.
 _QUANTISE_BYTES = 33
-# Left of host memory to everything else when the page cache is thought through.
-_LEAVE_BYTES = 2**30
 
 
 def estimate_time(
@@ -246,8 +245,8 @@ class _Estimate:
         """Stores are read from the page cache where it can hold them; checkpoints never."""
         stored = 1 if self._work.int8_store else self._work.source_bytes
         stores = 2 * self._spec.block_parameters * stored
-        room = self._profile.host_bytes - self._work.planned_bytes - _LEAVE_BYTES
-        if cold or stores > room:
+        free = max(0, self._profile.host_bytes - self._work.planned_bytes)
+        if cold or not fits_page_cache(stores, free):
             return self._profile.disk_cold_bytes_per_second
         return self._profile.disk_warm_bytes_per_second
 
@@ -278,5 +277,6 @@ class _Estimate:
             copy=0.0
             if profile.copy_bytes_per_second is None
             else cost.copy / profile.copy_bytes_per_second,
-            overlaps=overlaps,
+            # With one layer buffer the next layer is read when this one has been computed.
+            overlaps=overlaps and self._limits.layer_buffers > 1,
         )

@@ -20,6 +20,7 @@ from frugal_bonsai.memory.hardware import (
     HardwareProfile,
     profile_budget,
 )
+from frugal_bonsai.memory.items import BASE
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
@@ -263,9 +264,8 @@ def describe_plan(
 
 def _named_base(items: list[dict[str, Any]], ready: Prepared) -> list[dict[str, Any]]:
     """What another machine's process holds is nominal, not measured."""
-    if ready.elsewhere:
-        items[0]["formula"] = "nominal"
-    return items
+    nominal = {"formula": "nominal"} if ready.elsewhere else {}
+    return [item | nominal if item["name"] == BASE else item for item in items]
 
 
 def plan_phases(memory: MemoryPlan) -> list[dict[str, Any]]:

@@ -132,12 +132,22 @@ def test_stores_are_read_quantised_and_written_one_after_another() -> None:
 
 def test_stores_that_the_page_cache_cannot_hold_are_read_cold() -> None:
     warm = phase(estimate(profiles.cpu()), "statistics")
-    small = profiles.cpu(host_bytes=2**30 + 2 * BLOCKS - 1)
-    cold = phase(estimate(small), "statistics")
+    # Both stores in 0.8 of what is free.
+    enough = -(-2 * BLOCKS * 10 // 8)
+    assert phase(estimate(profiles.cpu(host_bytes=enough)), "statistics").disk == warm.disk
+    cold = phase(estimate(profiles.cpu(host_bytes=enough - 2)), "statistics")
     assert cold.disk == pytest.approx(4 * warm.disk)
     # What the plan holds is not the page cache's.
-    full = estimate(profiles.cpu(), planned_bytes=15 * 2**30)
+    full = estimate(profiles.cpu(), planned_bytes=16 * 2**30)
     assert phase(full, "statistics").disk == pytest.approx(cold.disk)
+
+
+def test_with_one_layer_buffer_nothing_overlaps() -> None:
+    slow = profiles.cpu(disk_warm_bytes_per_second=1e6)
+    two = phase(estimate_time(SPEC, WORK, LIMITS, slow), "statistics")
+    one = phase(estimate_time(SPEC, WORK, replace(LIMITS, layer_buffers=1), slow), "statistics")
+    assert two.seconds == max(two.disk, two.compute + two.elementwise)
+    assert one.seconds == pytest.approx(one.disk + one.compute + one.elementwise)
 
 
 def test_a_slow_disk_binds_and_sweeps_overlap_it() -> None:
