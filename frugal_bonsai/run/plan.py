@@ -6,25 +6,20 @@ plan as plain values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.bonsai.settings import PruneSettings, make_settings
-from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
-from frugal_bonsai.memory.hardware import (
-    INT8,
-    NOMINAL_BASE_BYTES,
-    HardwareProfile,
-    profile_budget,
-)
+from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile
 from frugal_bonsai.memory.items import BASE
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
+from frugal_bonsai.run.machine import choose_budget, choose_device, with_arithmetic
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.predict import describe_phases, forward_tokens, prune_work
 from frugal_bonsai.run.prepare import (
@@ -90,7 +85,7 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     settings = make_settings(options.preset, options.method)
     window = choose_window(model.spec, options.window)
     profile = None if options.profile is None else read_profile(Path(options.profile))
-    device = _device(options, profile, elsewhere=elsewhere)
+    device = choose_device(options, profile, elsewhere=elsewhere)
     rules = layout_rules(
         model.spec, options.layout, tile=options.tile, default_tile=DEFAULT_TILE[device.type]
     )
@@ -100,68 +95,17 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     default_source = EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
     rates = profile or quick_profile(device)
     return Prepared(
-        settings=_with_arithmetic(settings, rates),
+        settings=with_arithmetic(settings, rates),
         rules=rules,
         window=window,
         windows=window_count(window, options.windows),
         source=options.calibration or default_source,
         device=device,
-        budget=_budget(device, options, profile if elsewhere else None),
+        budget=choose_budget(device, options, profile if elsewhere else None),
         profile=profile,
         rates=rates,
         elsewhere=elsewhere,
     )
-
-
-def _with_arithmetic(settings: PruneSettings, rates: HardwareProfile) -> PruneSettings:
-    """``auto`` decided: int8 products where the machine's rates say that they win.
-
-    Raises:
-        OptionError: int8 products were asked for and this device has none.
-    """
-    chosen = settings.arithmetic
-    if chosen == "float" or settings.weights != "int8":
-        return replace(settings, arithmetic="float")
-    if chosen == "int8" and INT8 not in rates.products:
-        raise OptionError(
-            f"--arithmetic int8: torch multiplies no int8 matrices on {rates.name}; use float"
-        )
-    wins = chosen == "int8" or rates.int8_wins
-    return replace(settings, arithmetic="int8" if wins else "float")
-
-
-def _device(
-    options: PruneOptions, profile: HardwareProfile | None, *, elsewhere: bool
-) -> torch.device:
-    """Where to compute: on this machine, or on the profile's."""
-    import torch
-
-    from frugal_bonsai.memory.budget import find_device
-
-    wanted = options.device
-    if elsewhere and profile is not None:
-        if wanted is not None and torch.device(wanted).type != profile.device:
-            raise OptionError(_other_device(f"--device {wanted}", options, profile))
-        return torch.device(profile.device)
-    device = find_device(wanted)
-    if profile is not None and device.type != profile.device:
-        raise OptionError(_other_device(f"this run's device is {device.type}", options, profile))
-    return device
-
-
-def _other_device(found: str, options: PruneOptions, profile: HardwareProfile) -> str:
-    return (
-        f"--profile {options.profile}: is of a {profile.device} ({profile.name}), but {found}; "
-        f"leave --device out for plan, measure this machine with `frugal-bonsai profile` for prune"
-    )
-
-
-def _budget(device: torch.device, options: PruneOptions, profile: HardwareProfile | None) -> Budget:
-    from frugal_bonsai.memory.budget import make_budget
-
-    if profile is not None:
-        return profile_budget(profile, options.max_gpu_mem, options.max_cpu_mem)
-    return make_budget(device, options.max_gpu_mem, options.max_cpu_mem)
 
 
 def plan_prune(

@@ -104,3 +104,8 @@ def test_a_prune_predicts_its_time(tmp_path: Path) -> None:
     assert predicted["seconds"] == pytest.approx(sum(p["seconds"] for p in predicted["phases"]))
     report = json.loads((out / "pruning_report.json").read_text(encoding="utf-8"))
     assert report["predicted"] == predicted
+
+
+def test_a_device_that_is_none_is_refused_for_another_machine_too() -> None:
+    text = fail("plan", "example", "--profile", PROFILES / "rtx-8gb.toml", "--device", "gpu0")
+    assert "--device gpu0" in text and "is of a cuda" in text
