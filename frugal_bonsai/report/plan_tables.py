@@ -55,7 +55,8 @@ def render_plan(plan: Values, console: Console) -> None:
     sheet.blank()
     sheet.say(
         f"work: {plural(plan['rounds'], 'round')} over {plural(plan['windows'], 'window')} of "
-        f"{plan['window']} tokens, {plan['forward_tokens']:,} forward tokens at most"
+        f"{plan['window']} tokens, {plan['forward_tokens']:,} forward tokens at most, "
+        f"masks in {plan['arithmetic']} arithmetic"
     )
     sheet.say(
         f"at once: micro-batches of {plural(plan['micro_batch'], 'window')}, "

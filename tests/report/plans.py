@@ -12,6 +12,7 @@ PLAN: dict[str, Any] = {
     "device_name": "Some GPU 48GB",
     "window": 2048,
     "windows": 32,
+    "arithmetic": "int8",
     "micro_batch": 8,
     "windows_in_flight": 208,
     "concurrent_masks": 13,

@@ -32,7 +32,10 @@ def test_items_and_work() -> None:
     assert row(text, "logits") == ["logits", "gpu", "tokens * v * 8", "5.00 GiB"]
     assert "[int8]" in text
     flat = words(text)
-    assert "98,765,432 forward tokens" in flat and "rates: measured now" in flat
+    assert (
+        "98,765,432 forward tokens at most, masks in int8 arithmetic" in flat
+        and "rates: measured now" in flat
+    )
     assert "note: the text is sampled first" in flat
 
 
