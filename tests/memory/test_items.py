@@ -8,7 +8,8 @@ import pytest
 from plan_shapes import LLAMA_1B, LLAMA_8B
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import Choice, Items, PlanItem, Work, pinned_bytes
+from frugal_bonsai.memory.items import Items, pinned_bytes
+from frugal_bonsai.memory.work import Choice, PlanItem, Work
 from frugal_bonsai.sizes import GIB
 
 H, FFN, VOCABULARY = 4096, 14336, 128256
