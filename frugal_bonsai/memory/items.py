@@ -255,12 +255,12 @@ class Items:
     def building(self) -> PlanItem:
         """A layer's store file is collected; a tensor is read, cut and quantised at a time."""
         stored = self.stored_bytes(self._work.weights)
-        size = self._largest * 2 * self._source + stored
+        element = 1 if self._work.weights == "int8" else self._source
         return PlanItem(
             name="building the store",
             where=HOST,
-            size_bytes=size,
-            formula="largest tensor * 2 * source + layer as stored",
+            size_bytes=stored + self._largest * (2 * self._source - element),
+            formula="layer as stored, its largest tensor twice as in the source instead",
         )
 
     def rewriting(self) -> PlanItem:

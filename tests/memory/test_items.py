@@ -137,7 +137,7 @@ def test_recovery_holds_inputs_and_refits() -> None:
 
 
 def test_files() -> None:
-    assert near().building().size_bytes == H * FFN * 2 * 2 + STORED
+    assert near().building().size_bytes == H * FFN * (2 * 2 - 1) + STORED
     assert near().rewriting().size_bytes == VOCABULARY * H * 2
     assert near().stores().size_bytes == 2 * 32 * STORED
     assert near().stores().where == "disk"
