@@ -64,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mask-windows", type=int, default=8)
     parser.add_argument("--refit", default="all")
     parser.add_argument("--weights", default="int8")
+    parser.add_argument("--arithmetic", default="float", help="of masked evaluation")
     parser.add_argument("--phases", nargs="*", choices=list(PHASES))
     parser.add_argument("--scratch", help="folder for the stores")
     parser.add_argument("--json", help="write the results to this file too")
@@ -102,11 +103,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "mask_windows": options.mask_windows,
                     "refit": options.refit,
                     "weights": options.weights,
+                    "arithmetic": options.arithmetic,
                 },
             ),
         )
         plan = plan_prune(opened, ready, options.windows)
-        engine = make_engine(opened.checkpoint, opened.spec, plan, ready.device, None)
+        engine = make_engine(
+            opened.checkpoint,
+            opened.spec,
+            plan,
+            ready.device,
+            None,
+            arithmetic=ready.settings.arithmetic,
+        )
         generator = torch.Generator().manual_seed(0)
         tokens_NS = torch.randint(
             opened.spec.vocabulary, (options.windows, options.window), generator=generator
