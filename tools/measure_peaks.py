@@ -64,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--mask-windows", type=int, default=8)
     parser.add_argument("--refit", default="all")
     parser.add_argument("--weights", default="int8")
+    parser.add_argument("--arithmetic", default="float", help="of masked evaluation")
     parser.add_argument("--phases", nargs="*", choices=list(PHASES))
     parser.add_argument("--scratch", help="folder for the stores")
     parser.add_argument("--json", help="write the results to this file too")
@@ -102,11 +103,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "mask_windows": options.mask_windows,
                     "refit": options.refit,
                     "weights": options.weights,
+                    "arithmetic": options.arithmetic,
                 },
             ),
         )
         plan = plan_prune(opened, ready, options.windows)
-        engine = make_engine(opened.checkpoint, opened.spec, plan, ready.device, None)
+        engine = make_engine(
+            opened.checkpoint,
+            opened.spec,
+            plan,
+            ready.device,
+            None,
+            arithmetic=ready.settings.arithmetic,
+        )
         generator = torch.Generator().manual_seed(0)
         tokens_NS = torch.randint(
             opened.spec.vocabulary, (options.windows, options.window), generator=generator
@@ -141,15 +150,16 @@ def run_perplexity(
 
 
 def run_store(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
+    """The dense store, and one without a few units, whose tensors are copied as they are cut."""
     from frugal_bonsai.stream.store import build_store
 
-    build_store(
-        work / "store",
-        opened.checkpoint,
-        opened.spec,
-        weights=ready.settings.weights,
-        check_finite=True,
+    weights, mask = ready.settings.weights, _without_channels(opened, 16)
+    dense = build_store(
+        work / "store", opened.checkpoint, opened.spec, weights=weights, check_finite=True
     )
+    dense.close()
+    build_store(work / "cut", opened.checkpoint, opened.spec, weights=weights, mask=mask).close()
+    shutil.rmtree(work / "cut")
 
 
 def run_statistics(
@@ -221,8 +231,9 @@ def run_rewrite(
 ) -> None:
     from frugal_bonsai.rewrite.shrink import shrink
 
+    mask = _without_channels(opened, 2)
     (work / "out").mkdir()
-    shrink(opened.checkpoint, opened.spec, _half(opened), work / "out", rules=ready.rules)
+    shrink(opened.checkpoint, opened.spec, mask, work / "out", rules=ready.rules)
 
 
 def run_verify(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
@@ -235,18 +246,18 @@ def run_verify(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, 
     with Checkpoint.open(work / "out") as output:
         spec = describe_model(output.config, output.shapes)
         rewritten = make_engine(output, spec, plan, ready.device, None)
-        masked = CheckpointSource(opened.checkpoint, opened.spec, mask=_half(opened))
+        masked = CheckpointSource(opened.checkpoint, opened.spec, mask=_without_channels(opened, 2))
         compare_logits(engine, masked, rewritten, tokens_NS[:2])
 
 
-def _half(opened: Any) -> Any:
-    """A mask that removes every other FFN channel."""
+def _without_channels(opened: Any, every: int) -> Any:
+    """A mask that removes each so many-th FFN channel."""
     from frugal_bonsai.model.units import FFN, KeepMask
 
     mask = KeepMask(opened.spec.table)
     for group in opened.spec.table.groups:
         if group.kind == FFN:
-            mask.of(group)[::2] = False
+            mask.of(group)[::every] = False
     return mask
 
 

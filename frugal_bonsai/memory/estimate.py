@@ -30,8 +30,8 @@ from frugal_bonsai.memory.cost import (
     refit_outputs_cost,
 )
 from frugal_bonsai.memory.hardware import CUDA, FP32, INT8, HardwareProfile
-from frugal_bonsai.memory.items import SweepLimits
 from frugal_bonsai.memory.time_model import SAMPLING, Phase, PruneWork, TimeEstimate
+from frugal_bonsai.memory.work import SweepLimits
 from frugal_bonsai.model.family import ModelSpec
 
 # Bytes that row-wise quantisation reads and writes an element, beside the source's own: to fp16,

@@ -13,15 +13,12 @@ layers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.work import DISK, GPU, HOST, Choice, PlanItem, Work
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
-
-HOST, GPU, DISK = "host", "gpu", "disk"
-BASE = "Python and libraries"
 
 # A head chunk, or a block of logits, of this many bytes is as good as a larger one.
 HEAD_CHUNK_BYTES = 32 * MIB
@@ -31,85 +28,6 @@ _INT8_TOKENS = 128
 _FACTOR_BLOCK, _REFIT_ROWS = 256, 128
 # Tokens of a window that the verification looks at, see rewrite/verify.py.
 _VERIFY_TOKENS, _VERIFY_WINDOWS = 64, 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepLimits:
-    """What the plan lets a sweep hold.
-
-    Attributes:
-        micro_batch: windows computed together.
-        windows_in_flight: windows whose hidden states are held; more are run in waves.
-        resident_windows: of these, windows kept on the device.
-        head_rows: vocabulary rows of the head held at a time.
-        head_tokens: tokens whose logits are held at a time.
-        layer_buffers: layers held as stored: two, or one where two do not fit.
-    """
-
-    micro_batch: int
-    windows_in_flight: int
-    resident_windows: int
-    head_rows: int
-    head_tokens: int
-    layer_buffers: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a command is going to do.
-
-    Attributes:
-        window: S.
-        windows: windows that one phase needs in flight together (calibration), at least 1.
-        pairs: (mask, window) pairs of a round, the unmasked windows included; 0 for no masks.
-        native_windows: windows whose perplexity the checkpoint itself is measured on; 0 for none.
-        windows_per_mask: windows that one mask is evaluated on.
-        gram: Gram matrices are collected.
-        recovery: dense and pruned model side by side.
-        refit_inputs: recovery also refits the projections into a sublayer.
-        weights: ``"int8"`` or ``"native"`` working store; None streams the checkpoint itself.
-        int8_products: masked evaluation multiplies the stored codes.
-        full_logits: a custom utility needs all logits of a window.
-        rewrite: the pruned model is written and verified.
-        store_copies: stores on disk (dense and working).
-        sampled: windows that are sampled from the model first, together; 0 for none.
-    """
-
-    window: int
-    windows: int
-    pairs: int = 0
-    native_windows: int = 0
-    windows_per_mask: int = 1
-    gram: bool = False
-    recovery: bool = False
-    refit_inputs: bool = False
-    weights: str | None = None
-    int8_products: bool = False
-    full_logits: bool = False
-    rewrite: bool = False
-    store_copies: int = 0
-    sampled: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanItem:
-    """One line of the plan."""
-
-    name: str
-    where: str
-    size_bytes: int
-    formula: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """What the planner is free to choose."""
-
-    micro_batch: int
-    in_flight: int
-    resident: int
-    keep_inputs: bool
-    buffers: int = 2
 
 
 class Items:
@@ -337,12 +255,12 @@ class Items:
     def building(self) -> PlanItem:
         """A layer's store file is collected; a tensor is read, cut and quantised at a time."""
         stored = self.stored_bytes(self._work.weights)
-        size = self._largest * 2 * self._source + stored
+        element = 1 if self._work.weights == "int8" else self._source
         return PlanItem(
             name="building the store",
             where=HOST,
-            size_bytes=size,
-            formula="largest tensor * 2 * source + layer as stored",
+            size_bytes=stored + self._largest * (2 * self._source - element),
+            formula="layer as stored, its largest tensor twice as in the source instead",
         )
 
     def rewriting(self) -> PlanItem:

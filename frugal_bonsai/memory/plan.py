@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import BASE, DISK, GPU, HOST, Choice, PlanItem, SweepLimits, Work
 from frugal_bonsai.memory.phases import Phase, Phases
+from frugal_bonsai.memory.work import BASE, DISK, GPU, HOST, Choice, PlanItem, SweepLimits, Work
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import MIB, format_bytes
 

@@ -126,21 +126,35 @@ def build_store(
         prefix, tensors = spec.prefix(layer), dict[str, "torch.Tensor"]()
         for name in spec.layer_tensors[layer]:
             full = prefix + name
-            if full in refit:
-                value = refit[full]()
-            else:
-                value = checkpoint.read(full, check_finite=check_finite)
-                value = cut_tensor(value, cuts.get(full, []), mask)
-            if weights == INT8 and value.dim() == 2:
-                tensors[name], tensors[name + _SCALES] = quantise_rows(value)
-            else:
-                tensors[name] = value.to(torch_dtype(checkpoint.tensors[full].dtype))
+            tensors |= _as_stored(
+                name,
+                refit[full]()
+                if full in refit
+                else cut_tensor(
+                    checkpoint.read(full, check_finite=check_finite), cuts.get(full, []), mask
+                ),
+                weights,
+                torch_dtype(checkpoint.tensors[full].dtype),
+            )
         # Wide elements first, so that each tensor lies aligned in the layer's bytes.
-        ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-        write_tensors(_layer_file(folder, layer), ordered)
+        write_tensors(
+            _layer_file(folder, layer),
+            dict(sorted(tensors.items(), key=lambda item: -item[1].element_size())),
+        )
+        del tensors  # not held while the next layer is collected
         if progress:
             progress.step(f"layer {layer}")
     return LayerStore(folder, spec.layers)
+
+
+def _as_stored(
+    name: str, value: torch.Tensor, weights: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A tensor's entries in a layer's file."""
+    if weights == INT8 and value.dim() == 2:
+        codes, scales = quantise_rows(value)
+        return {name: codes, name + _SCALES: scales}
+    return {name: value.to(dtype)}
 
 
 def build_head_store(

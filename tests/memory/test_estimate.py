@@ -11,8 +11,8 @@ from test_cost import example
 import profiles
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import HardwareProfile
-from frugal_bonsai.memory.items import SweepLimits
 from frugal_bonsai.memory.time_model import Phase, PruneWork, TimeEstimate
+from frugal_bonsai.memory.work import SweepLimits
 
 SPEC = example()
 LAYERS, P, BLOCKS = 6, 192 * (512 + 256) + 3 * 192 * 512, 2_656_512

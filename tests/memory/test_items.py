@@ -8,7 +8,8 @@ import pytest
 from plan_shapes import LLAMA_1B, LLAMA_8B
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import Choice, Items, PlanItem, Work, pinned_bytes
+from frugal_bonsai.memory.items import Items, pinned_bytes
+from frugal_bonsai.memory.work import Choice, PlanItem, Work
 from frugal_bonsai.sizes import GIB
 
 H, FFN, VOCABULARY = 4096, 14336, 128256
@@ -136,7 +137,7 @@ def test_recovery_holds_inputs_and_refits() -> None:
 
 
 def test_files() -> None:
-    assert near().building().size_bytes == H * FFN * 2 * 2 + STORED
+    assert near().building().size_bytes == H * FFN * (2 * 2 - 1) + STORED
     assert near().rewriting().size_bytes == VOCABULARY * H * 2
     assert near().stores().size_bytes == 2 * 32 * STORED
     assert near().stores().where == "disk"

@@ -69,6 +69,8 @@ def test_peak_memory_stays_under_the_cap(large: Path, tmp_path: Path) -> None:
     assert summary["before"]["weight_bytes"] > 4 * weights
     assert memory["host_cap_bytes"] == cap
     assert memory["host_peak_bytes"] <= cap
+    assert memory["host_predicted_bytes"] == pytest.approx(memory["host_peak_bytes"], rel=0.1)
+    assert memory["final_micro_batch"] == memory["planned_micro_batch"]
     assert summary["sparsity"] == pytest.approx(0.1, abs=0.01)
 
 

@@ -1,0 +1,90 @@
+"""What the planner is asked, what it may choose, and what it answers with.
+
+Plain values: the work of a command, a choice of sizes, one item of a plan, the limits of a sweep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HOST, GPU, DISK = "host", "gpu", "disk"
+BASE = "Python and libraries"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepLimits:
+    """What the plan lets a sweep hold.
+
+    Attributes:
+        micro_batch: windows computed together.
+        windows_in_flight: windows whose hidden states are held; more are run in waves.
+        resident_windows: of these, windows kept on the device.
+        head_rows: vocabulary rows of the head held at a time.
+        head_tokens: tokens whose logits are held at a time.
+        layer_buffers: layers held as stored: two, or one where two do not fit.
+    """
+
+    micro_batch: int
+    windows_in_flight: int
+    resident_windows: int
+    head_rows: int
+    head_tokens: int
+    layer_buffers: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a command is going to do.
+
+    Attributes:
+        window: S.
+        windows: windows that one phase needs in flight together (calibration), at least 1.
+        pairs: (mask, window) pairs of a round, the unmasked windows included; 0 for no masks.
+        native_windows: windows whose perplexity the checkpoint itself is measured on; 0 for none.
+        windows_per_mask: windows that one mask is evaluated on.
+        gram: Gram matrices are collected.
+        recovery: dense and pruned model side by side.
+        refit_inputs: recovery also refits the projections into a sublayer.
+        weights: ``"int8"`` or ``"native"`` working store; None streams the checkpoint itself.
+        int8_products: masked evaluation multiplies the stored codes.
+        full_logits: a custom utility needs all logits of a window.
+        rewrite: the pruned model is written and verified.
+        store_copies: stores on disk (dense and working).
+        sampled: windows that are sampled from the model first, together; 0 for none.
+    """
+
+    window: int
+    windows: int
+    pairs: int = 0
+    native_windows: int = 0
+    windows_per_mask: int = 1
+    gram: bool = False
+    recovery: bool = False
+    refit_inputs: bool = False
+    weights: str | None = None
+    int8_products: bool = False
+    full_logits: bool = False
+    rewrite: bool = False
+    store_copies: int = 0
+    sampled: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanItem:
+    """One line of the plan."""
+
+    name: str
+    where: str
+    size_bytes: int
+    formula: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the planner is free to choose."""
+
+    micro_batch: int
+    in_flight: int
+    resident: int
+    keep_inputs: bool
+    buffers: int = 2

@@ -1,0 +1,154 @@
+"""Predicted against measured bytes of single items of the memory plan.
+
+    python tools/measure_items.py CHECKPOINT --windows 4 --window 256
+
+Each item is made alone, in one process, after a warm-up, and its growth of peak resident memory is
+set beside the plan's formula. Linux only (/proc/self/clear_refs). measure_peaks.py measures whole
+phases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="predicted against measured bytes of plan items")
+    parser.add_argument("checkpoint")
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=4, help="of a micro-batch")
+    parser.add_argument("--scratch", help="folder for the store")
+    options = parser.parse_args()
+    print("| item | predicted MiB | measured MiB | predicted / measured |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=options.scratch) as work:
+        for name, predicted, measured in measure(options, Path(work)):
+            ratio = predicted / measured
+            print(
+                f"| {name} | {predicted / 2**20:.1f} | {measured / 2**20:.1f} | {ratio:.3f} |",
+                flush=True,
+            )
+
+
+def growth(make: Callable[[], Any]) -> tuple[int, Any]:
+    """By how much the peak of resident memory passes what is resident now; and what was made."""
+    from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = resident_bytes()
+    made = make()
+    return peak_resident_bytes() - before, made
+
+
+def measure(options: argparse.Namespace, work: Path) -> Any:
+    """Yield (item, predicted bytes, measured bytes)."""
+    import torch
+
+    from frugal_bonsai.memory.budget import Budget, enforce_host_cap
+    from frugal_bonsai.memory.items import Items
+    from frugal_bonsai.memory.work import Choice, SweepLimits, Work
+    from frugal_bonsai.run.prepare import measured_base_bytes, open_model
+    from frugal_bonsai.stream.engine import Engine
+    from frugal_bonsai.stream.store import INT8, build_store
+
+    cpu = torch.device("cpu")
+    enforce_host_cap(0, 1)  # blocks go back to the system when they are freed
+    with open_model(options.checkpoint) as opened, torch.inference_mode():
+        measured_base_bytes(opened.spec, int8=True)
+        todo = Work(window=options.window, windows=options.windows, weights=INT8)
+        items = Items(opened.spec, Budget(device="cpu", host_bytes=0), todo)
+        choice = Choice(
+            micro_batch=options.windows, in_flight=options.windows, resident=0, keep_inputs=False
+        )
+        rows, tokens = items.head_sizes(choice)
+        limits = SweepLimits(
+            micro_batch=options.windows,
+            windows_in_flight=options.windows,
+            resident_windows=0,
+            head_rows=rows,
+            head_tokens=tokens,
+        )
+        engine = Engine(
+            opened.checkpoint, opened.spec, device=cpu, dtype=torch.float32, limits=limits
+        )
+        size, store = growth(
+            lambda: build_store(work, opened.checkpoint, opened.spec, weights=INT8)
+        )
+        yield "building the store", items.building().size_bytes, size
+        yield from _measure_layer(engine, store, items, choice, options)
+        yield from _measure_solve(opened.spec, items)
+
+
+def _measure_layer(
+    engine: Any, store: Any, items: Any, choice: Any, options: argparse.Namespace
+) -> Any:
+    import torch
+
+    from frugal_bonsai.stream.call import call_layer
+
+    spec = engine.spec
+    tokens_NS = torch.randint(spec.vocabulary, (options.windows, options.window))
+    kwargs = engine.skeleton.layer_kwargs(options.window)
+    hidden = engine.sweep.embed(tokens_NS)
+    with engine.stream(store) as stream:
+
+        def first_two() -> Any:
+            visits = stream.visit()
+            next(visits)
+            return visits, next(visits)[1]
+
+        size, (visits, parameters) = growth(first_two)
+        predicted = sum(item.size_bytes for item in items.stream(choice, "int8"))
+        yield "layer buffers and dequantised layer", predicted, size
+        hooks = {
+            group.output: lambda x_BSC: x_BSC.mul_(torch.ones(len(x_BSC), 1, x_BSC.shape[-1]))
+            for group in spec.table.of_layer(1)
+        }
+        everything = slice(0, options.windows)
+        size, _ = growth(
+            lambda: call_layer(
+                engine.skeleton.layers[1], parameters, hidden.read(everything), kwargs[1], hooks
+            )
+        )
+        predicted = items.activations(choice, options.windows).size_bytes
+        yield "activations of a micro-batch", predicted, size
+        visits.close()
+    size, _ = growth(lambda: engine.head.nll(hidden, tokens_NS))
+    predicted = sum(item.size_bytes for item in items.head_rows(choice))
+    yield "head chunks and logits", predicted + items.logits(choice).size_bytes, size
+
+
+def _measure_solve(spec: Any, items: Any) -> Any:
+    import torch
+
+    from frugal_bonsai.bonsai.gram import Moments, exact_loss_U, ridge_refit_
+
+    groups = spec.table.of_layer(0)
+    cpu = torch.device("cpu")
+
+    def collect() -> list[Moments]:
+        both = [Moments(group.columns, device=cpu, gram=True) for group in groups]
+        for moments in both:
+            moments.add(torch.randn(1, 16, len(moments.sum_C)))
+        return both
+
+    size, both = growth(collect)
+    yield "Gram matrices", items.gram().size_bytes, size
+    moments, group = both[-1], groups[-1]
+    weight_HC = torch.randn(spec.hidden, group.columns)
+    cross_HC = torch.randn(spec.hidden, group.columns)
+
+    def solve() -> None:
+        factor = moments.factor(1e-3, where="here")
+        ridge_refit_(factor, cross_HC, weight_HC)
+        exact_loss_U(factor, weight_HC, group.columns_per_unit)
+
+    yield "blocks of a solve", items.solve().size_bytes, growth(solve)[0]
+
+
+if __name__ == "__main__":
+    main()
