@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+from frugal_bonsai.int8 import PRODUCT_TOKENS, product_scratch_bytes
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.work import DISK, GPU, HOST, Choice, PlanItem, Work
 from frugal_bonsai.model.family import ModelSpec
@@ -22,8 +23,6 @@ from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
 
 # A head chunk, or a block of logits, of this many bytes is as good as a larger one.
 HEAD_CHUNK_BYTES = 32 * MIB
-# Tokens whose int8 products are held at a time, see stream/int8_linear.py.
-_INT8_TOKENS = 128
 # Columns of a block of a factor (bonsai/factor.py), rows of a block of a refit (bonsai/gram.py).
 _FACTOR_BLOCK, _REFIT_ROWS = 256, 128
 # Tokens of a window that the verification looks at, see rewrite/verify.py.
@@ -76,8 +75,8 @@ class Items:
 
     def _products(self, choice: Choice, rows: int, columns: int) -> PlanItem:
         """Digits and sums of a block of tokens; a GPU multiplies a micro-batch at once."""
-        tokens = choice.micro_batch * self._work.window if self._cuda else _INT8_TOKENS
-        size = tokens * (8 * rows + 10 * columns)
+        tokens = choice.micro_batch * self._work.window if self._cuda else PRODUCT_TOKENS
+        size = product_scratch_bytes(tokens, rows, columns)
         return self._near("int8 products", size, f"{tokens} tokens * (8*rows + 10*columns)")
 
     def _buffers(self, name: str, count: int, size: int, what: str) -> list[PlanItem]:

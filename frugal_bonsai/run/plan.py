@@ -14,10 +14,10 @@ from frugal_bonsai.bonsai.settings import PruneSettings, make_settings
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile
-from frugal_bonsai.memory.items import BASE
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
+from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
 from frugal_bonsai.run.machine import choose_budget, choose_device, with_arithmetic
 from frugal_bonsai.run.options import PruneOptions

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-# Tokens whose products are held at a time: their sums stay in a CPU's cache.
-BLOCK_TOKENS = 128
+from frugal_bonsai.int8 import PRODUCT_TOKENS
+
 # The first digit leaves at most half a step, the second divides that half in 127.
 _SECOND_DIGIT = 254.0
 # CUDA's kernel wants more than 16 rows, and multiples of 8 in the other sizes.
@@ -40,11 +40,6 @@ class Int8Scratch:
                 buffer = torch.empty(rows * columns, dtype=dtype, device=self._device)
             self._buffers[dtype] = buffer
         return buffer[: rows * columns].view(rows, columns)
-
-
-def scratch_bytes(rows: int, columns: int) -> int:
-    """What a scratch holds for weights of at most ``rows`` and ``columns``."""
-    return BLOCK_TOKENS * (2 * 4 * rows + 2 * (1 + 4) * columns)
 
 
 class Int8Weight(torch.Tensor):
@@ -92,7 +87,7 @@ def _linear(
     input_TI = input.reshape(-1, columns)
     output_TO = input.new_empty(len(input_TI), rows)
     # A GPU has memory for all at once and nothing to win from blocks.
-    block = BLOCK_TOKENS if input.device.type == "cpu" else max(1, len(input_TI))
+    block = PRODUCT_TOKENS if input.device.type == "cpu" else max(1, len(input_TI))
     for start in range(0, len(input_TI), block):
         block_TI, out_TO = input_TI[start : start + block], output_TO[start : start + block]
         _multiply_block(block_TI, codes_OI, scales_O, out_TO, scratch)

@@ -75,7 +75,7 @@ def test_a_layer_in_the_compute_dtype_is_used_where_it_lies() -> None:
 def test_int8_products_dequantise_nothing() -> None:
     items = sizes(far().stream(CHOICE, "int8", products=True))
     assert ("dequantised layer", "host") not in items
-    assert items["int8 products", "host"] == 128 * (8 * 14336 + 10 * 14336)
+    assert items["int8 products", "host"] == 256 * (8 * 14336 + 10 * 14336)
 
 
 def test_hidden_states() -> None:

@@ -10,19 +10,22 @@ from tiny_models import CPU, Tiny, random_windows, tiny_llama
 from torch.func import functional_call
 from torch.nn.functional import linear
 
-from frugal_bonsai.int8 import dequantise_into, quantise_rows
+from frugal_bonsai.int8 import (
+    PRODUCT_TOKENS,
+    dequantise_into,
+    product_scratch_bytes,
+    quantise_rows,
+)
 from frugal_bonsai.stream.engine import INT8_PRODUCTS, Engine
 from frugal_bonsai.stream.int8_linear import (
-    BLOCK_TOKENS,
     Int8Scratch,
     Int8Weight,
     has_int8_products,
-    scratch_bytes,
 )
 from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.store import INT8, build_store
 
-TOKENS, COLUMNS, ROWS = 2 * BLOCK_TOKENS + 3, 40, 24
+TOKENS, COLUMNS, ROWS = 2 * PRODUCT_TOKENS + 3, 40, 24
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_a_token_does_not_see_its_neighbours(weights: tuple[Int8Weight, torch.Te
     inputs = _inputs(TOKENS, COLUMNS)
     inputs[4] *= 1e4
     together = linear(inputs, weight)
-    for token in (0, 4, BLOCK_TOKENS - 1, BLOCK_TOKENS, TOKENS - 1):
+    for token in (0, 4, PRODUCT_TOKENS - 1, PRODUCT_TOKENS, TOKENS - 1):
         assert torch.equal(linear(inputs[token : token + 1], weight)[0], together[token])
 
 
@@ -90,7 +93,7 @@ def test_a_module_takes_it_and_the_scratch_is_as_large_as_said(
     found = functional_call(module, {"weight": weight}, (inputs,))
     assert torch.allclose(found, linear(inputs, dense), atol=1e-3)
     held = sum(b.numel() * b.element_size() for b in weight.scratch._buffers.values())
-    assert held == scratch_bytes(ROWS, COLUMNS)
+    assert held == product_scratch_bytes(PRODUCT_TOKENS, ROWS, COLUMNS)
 
 
 @pytest.fixture(scope="module")
