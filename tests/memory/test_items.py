@@ -113,7 +113,7 @@ def test_head() -> None:
     assert far().logits(CHOICE).size_bytes == 4096 * rows * 4 + 4096 * H * 4
     items = sizes(far().head_rows(CHOICE, products=True))
     assert items["head chunks", "host"] == 2 * rows * (H + 4)
-    assert items["int8 products", "host"] == 128 * (8 * rows + 10 * H)
+    assert items["int8 products", "host"] == 256 * (8 * rows + 10 * H)
 
 
 def test_a_custom_utility_needs_all_logits() -> None:
