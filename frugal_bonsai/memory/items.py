@@ -21,6 +21,7 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
 
+HEAD_CHUNKS = "head chunks"
 # A head chunk, or a block of logits, of this many bytes is as good as a larger one.
 HEAD_CHUNK_BYTES = 32 * MIB
 # Columns of a block of a factor (bonsai/factor.py), rows of a block of a refit (bonsai/gram.py).
@@ -165,13 +166,20 @@ class Items:
         hidden = self._spec.hidden
         slots = 1 if rows >= self._spec.vocabulary else choice.buffers
         stored = rows * (hidden + 4) if products else rows * hidden * self._source
-        items = self._buffers("head chunks", slots, stored, "v rows as stored")
+        items = self._buffers(HEAD_CHUNKS, slots, stored, "v rows as stored")
         if products:
             items.append(self._products(choice, rows, hidden))
         elif self._source != self._compute:
             size = rows * hidden * self._compute
             items.append(self._near("head chunk in the compute dtype", size, "v*H*c"))
         return items
+
+    def kept_head(self, choice: Choice) -> PlanItem | None:
+        """A head that is one chunk stays once it has been read."""
+        rows, _ = self.head_sizes(choice)
+        if rows < self._spec.vocabulary:
+            return None
+        return self._near("head", rows * self._spec.hidden * self._compute, "V*H*c")
 
     def logits(self, choice: Choice) -> PlanItem:
         """A block of tokens' logits over a chunk of rows, and the tokens' hidden states."""

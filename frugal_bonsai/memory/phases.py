@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import Items
+from frugal_bonsai.memory.items import HEAD_CHUNKS, Items
 from frugal_bonsai.memory.work import BASE, GPU, HOST, Choice, PlanItem, SweepLimits, Work
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import MIB
@@ -80,6 +80,7 @@ class Phases:
     def of(self, choice: Choice) -> list[Phase]:
         """All phases in the order in which they come first."""
         work, phases = self._work, list[Phase]()
+        self._kept = self._items.kept_head(choice)
         if work.sampled:
             held = [*self._items.stream(choice, None), self._items.sampling()]
             phases.append(self._phase("sampling", [*held, *self._items.head_rows(choice)]))
@@ -166,6 +167,8 @@ class Phases:
     def _phase(self, name: str, own: list[PlanItem]) -> Phase:
         """Add what is always there, and slack for the phase's own items."""
         own = [item for item in own if item.size_bytes]
+        if self._kept is not None and not any(item.name == HEAD_CHUNKS for item in own):
+            own.append(self._kept)
         slack = []
         for where, (share, fixed) in _SLACK.items():
             size = sum(item.size_bytes for item in own if item.where == where)

@@ -119,6 +119,9 @@ def test_head() -> None:
 def test_a_custom_utility_needs_all_logits() -> None:
     items = near(replace(WORK, full_logits=True))
     assert items.head_sizes(CHOICE) == (VOCABULARY, 2048)
+    kept = items.kept_head(CHOICE)
+    assert kept is not None and kept.size_bytes == VOCABULARY * H * 2
+    assert near().kept_head(CHOICE) is None
     assert items.all_logits().size_bytes == 2 * 2048 * VOCABULARY * 4
 
 
