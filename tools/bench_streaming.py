@@ -7,6 +7,10 @@ Figures, each the ratio of the medians of runs that alternate (above 1: ours is 
     int8          the same forward against the masked sweep with int8 products
     offload       accelerate.disk_offload running the masks one at a time, against the masked sweep
     cold          a plain sequential pread of the same bytes against a sweep of few windows, cold
+    utilisation   the masked sweep's arithmetic at the measured rate of matrix products, against
+                  the sweep (model FLOP utilisation)
+
+`--device cuda` computes on a GPU, where `streamed` and `utilisation` are the figures to look at.
 
     python tools/make_shape_checkpoint.py llama-3.2-1b M
     python tools/bench_streaming.py M [--figures streamed,masked,int8,offload,cold] [--threads 2]
@@ -26,16 +30,19 @@ from typing import Any
 
 import torch
 
+from frugal_bonsai.memory.cost import layer_widths
+from frugal_bonsai.memory.hardware import BF16, FP32
+from frugal_bonsai.memory.measure import Timer, measure_products
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.run.prepare import Model, open_model
-from frugal_bonsai.stream.engine import FLOAT, INT8_PRODUCTS, Engine
+from frugal_bonsai.stream.engine import FLOAT, INT8_PRODUCTS, Engine, compute_dtype
 from frugal_bonsai.stream.int8_linear import Int8Scratch, Int8Weight
 from frugal_bonsai.stream.layers import LayerStream, Parameters
 from frugal_bonsai.stream.store import INT8, build_store
 
 CPU = torch.device("cpu")
-FIGURES = ("streamed", "masked", "int8", "offload", "cold")
+FIGURES = ("streamed", "masked", "int8", "offload", "cold", "utilisation")
 
 
 class HalfOff:
@@ -68,7 +75,8 @@ class Resident(LayerStream):
 
 
 def _own(parameters: Parameters) -> Parameters:
-    scratch, own = Int8Scratch(CPU), Parameters()
+    device = next(iter(parameters.values())).device
+    scratch, own = Int8Scratch(device), Parameters()
     for name, value in parameters.items():
         if isinstance(value, Int8Weight):
             codes_OI = value.as_subclass(torch.Tensor).clone()
@@ -87,6 +95,7 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         shape = (given.windows, given.window)
         self.tokens_NS = torch.randint(model.spec.vocabulary, shape, generator=generator)
+        self.device = torch.device(given.device)
         self.engines = {name: self._engine(name) for name in (FLOAT, INT8_PRODUCTS)}
         self.heads = {
             name: engine.evaluation_head(work / "head") for name, engine in self.engines.items()
@@ -98,15 +107,15 @@ class Bench:
         limits = SweepLimits(
             micro_batch=micro_batch,
             windows_in_flight=10**6,
-            resident_windows=0,
+            resident_windows=10**6,
             head_rows=max(1, 64 * 2**20 // (4 * spec.hidden)),
             head_tokens=given.head_tokens,
         )
         return Engine(
             self.model.checkpoint,
             spec,
-            device=CPU,
-            dtype=torch.float32,
+            device=self.device,
+            dtype=compute_dtype(self.device),
             limits=limits,
             arithmetic=arithmetic,
         )
@@ -206,6 +215,19 @@ class Bench:
                 sweep,
             )
 
+    def utilisation(self) -> None:
+        """The sweep's arithmetic at the measured rate of matrix products, against the sweep."""
+        spec, tokens = self.model.spec, self.tokens_NS.numel()
+        timer = Timer(device=self.device, seconds=2.0)
+        rate = measure_products(timer)[FP32 if self.device.type == "cpu" else BF16]
+        attention = 2 * self.given.window * spec.layers * layer_widths(spec).query  # causal
+        operations = tokens * (2 * spec.block_parameters + 2 * spec.vocabulary * spec.hidden)
+        ideal = (operations + tokens * attention) / rate
+        with self.engines[FLOAT].evaluation_stream(self.store) as stream:
+            self.sweep(FLOAT, stream)
+            times = [seconds(lambda: self.sweep(FLOAT, stream)) for _ in range(self.given.repeat)]
+        self._print(f"utilisation of {rate / 1e12:.3g} Tflop/s", [ideal], times)
+
     def _compare(
         self,
         name: str,
@@ -218,8 +240,11 @@ class Bench:
         for _ in range(self.given.repeat):
             for run, found, share in zip((yardstick, ours), times, shares, strict=True):
                 found.append(seconds(run) / share)
-        theirs, mine = (statistics.median(found) for found in times)
-        spread = max(max(found) / min(found) for found in times)
+        self._print(name, *times)
+
+    def _print(self, name: str, theirs_s: list[float], mine_s: list[float]) -> None:
+        theirs, mine = (statistics.median(found) for found in (theirs_s, mine_s))
+        spread = max(max(found) / min(found) for found in (theirs_s, mine_s))
         print(
             f"| {name} | {theirs:.2f} s | {mine:.2f} s | **{theirs / mine:.2f}** | {spread:.2f} |",
             flush=True,
@@ -275,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--figures", default=",".join(FIGURES))
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
