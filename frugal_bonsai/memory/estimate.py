@@ -53,6 +53,22 @@ def estimate_time(
     return TimeEstimate(phases=tuple(_Estimate(spec, work, limits, profile).phases()))
 
 
+def int8_wins(spec: ModelSpec, profile: HardwareProfile) -> bool:
+    """Whether a layer's products are faster with int8 codes than in the device's own arithmetic.
+
+    Both digits of every input are multiplied, and writing them and joining the sums is elementwise
+    work, which a GPU with fast products has little time for.
+    """
+    if INT8 not in profile.products:
+        return False
+    w = layer_widths(spec)
+    extra = int8_cost(w, 1)  # of one token
+    products = 2 * w.projections
+    int8 = (products + extra.products) / profile.products[INT8]
+    int8 += extra.traffic / profile.memory_bytes_per_second
+    return int8 < products / profile.products[profile.arithmetic]
+
+
 class _Estimate:
     def __init__(
         self, spec: ModelSpec, work: PruneWork, limits: SweepLimits, profile: HardwareProfile

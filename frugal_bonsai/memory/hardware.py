@@ -26,9 +26,6 @@ FP32, BF16, INT8 = "fp32", "bf16", "int8"
 ARITHMETIC = (FP32, BF16, INT8)
 # What sweeps compute in, where the user names nothing else.
 DEFAULT_ARITHMETIC = {CPU: FP32, CUDA: BF16}
-# The int8 path multiplies two digits of every input (stream/int8_linear.py) and has work beside its
-# products: it is taken where they are at least this many times as fast as the default's.
-_INT8_ADVANTAGE = 4.0
 # What a process holds before the model, where it cannot be measured because the machine is another
 # one: Python, torch and transformers; with CUDA also its libraries and the context's host side.
 NOMINAL_BASE_BYTES = {CPU: 600 * MIB, CUDA: 2 * GIB}
@@ -118,12 +115,6 @@ class HardwareProfile:
     def arithmetic(self) -> str:
         """What sweeps compute in by default."""
         return DEFAULT_ARITHMETIC[self.device]
-
-    @property
-    def int8_wins(self) -> bool:
-        """Whether masked evaluation is faster with int8 products."""
-        int8, default = self.products.get(INT8, 0.0), self.products[self.arithmetic]
-        return int8 >= _INT8_ADVANTAGE * default
 
 
 def _require_positive(name: str, value: object, *, zero: bool = False) -> None:

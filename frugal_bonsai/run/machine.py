@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.estimate import int8_wins
 from frugal_bonsai.memory.hardware import INT8, HardwareProfile, profile_budget
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.run.options import PruneOptions
 
 if TYPE_CHECKING:
     import torch
 
 
-def with_arithmetic(settings: PruneSettings, rates: HardwareProfile) -> PruneSettings:
-    """``auto`` decided: int8 products where the machine's rates say that they win.
+def with_arithmetic(
+    settings: PruneSettings, spec: ModelSpec, rates: HardwareProfile
+) -> PruneSettings:
+    """``auto`` decided: int8 products where the machine's rates say that they win for this model.
 
     Raises:
         OptionError: int8 products were asked for and this device has none.
@@ -32,7 +36,7 @@ def with_arithmetic(settings: PruneSettings, rates: HardwareProfile) -> PruneSet
         raise OptionError(
             f"--arithmetic int8: torch multiplies no int8 matrices on {rates.name}; use float"
         )
-    wins = chosen == "int8" or rates.int8_wins
+    wins = chosen == "int8" or int8_wins(spec, rates)
     return replace(settings, arithmetic="int8" if wins else "float")
 
 

@@ -95,7 +95,7 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     default_source = EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
     rates = profile or quick_profile(device)
     return Prepared(
-        settings=with_arithmetic(settings, rates),
+        settings=with_arithmetic(settings, model.spec, rates),
         rules=rules,
         window=window,
         windows=window_count(window, options.windows),

@@ -9,7 +9,7 @@ import pytest
 from test_cost import example
 
 import profiles
-from frugal_bonsai.memory.estimate import estimate_time
+from frugal_bonsai.memory.estimate import estimate_time, int8_wins
 from frugal_bonsai.memory.hardware import HardwareProfile
 from frugal_bonsai.memory.time_model import Phase, PruneWork, TimeEstimate
 from frugal_bonsai.memory.work import SweepLimits
@@ -191,3 +191,16 @@ def test_overheads() -> None:
     more = phase(some, "masked evaluation").seconds - phase(none, "masked evaluation").seconds
     assert more == pytest.approx(26 * LAYERS * 2 * 0.5)
     assert phase(estimate(profiles.cpu(start_seconds=9.0)), "starting").seconds == 9.0
+
+
+def test_int8_wins_where_both_digits_and_their_making_cost_less() -> None:
+    def wins(int8: float, memory: float) -> bool:
+        products = {"fp32": 1e11, "int8": int8}
+        return int8_wins(SPEC, profiles.cpu(products=products, memory_bytes_per_second=memory))
+
+    # A token of a layer: 2 P operations twice over, 66 bytes an input and 36 a result.
+    digits = 66 * (5 * 192 + 256 + 512) + 36 * (256 + 2 * 128 + 2 * 192 + 2 * 512)
+    enough = digits / (2 * P / 1e11 - 4 * P / 8e11)
+    assert wins(8e11, 1.01 * enough) and not wins(8e11, 0.99 * enough)
+    assert not wins(2e11, 1e30)
+    assert not int8_wins(SPEC, profiles.cpu(products={"fp32": 1e11}))

@@ -60,17 +60,6 @@ def test_what_sweeps_compute_in() -> None:
     assert (profiles.cpu().arithmetic, profiles.cuda().arithmetic) == ("fp32", "bf16")
 
 
-@pytest.mark.parametrize(("int8", "wins"), [(8e11, True), (4e11, True), (3e11, False)])
-def test_int8_wins_where_two_digits_and_their_rounding_cost_less(int8: float, wins: bool) -> None:
-    assert profiles.cpu(products={"fp32": 1e11, "int8": int8}).int8_wins is wins
-
-
-def test_int8_does_not_win_where_there_is_none() -> None:
-    assert profiles.cpu(products={"fp32": 1e11}).int8_wins is False
-    # A GPU's is twice as fast as bf16, which the two digits take back.
-    assert profiles.cuda(products={"fp32": 4e13, "bf16": 1e14, "int8": 2e14}).int8_wins is False
-
-
 def test_caps_default_to_the_profiles_memory() -> None:
     budget = profile_budget(profiles.cuda(), None, None)
     assert (budget.device, budget.gpu_bytes, budget.host_bytes) == ("cuda", 24 * GIB, 63 * GIB)
