@@ -21,11 +21,12 @@ from frugal_bonsai.sizes import MIB, format_bytes
 
 __all__ = ["MemoryPlan", "PlanItem", "SweepLimits", "Work", "plan_memory"]
 
-# Micro-batches beyond this many tokens gain nothing: matrix products are long enough. On a CPU
-# they lose once a micro-batch has left the cache (1B shape: 5.4 ms a token with 512, 6.1 with
-# 4,096), while small layers need many tokens to outweigh the call of a layer.
+# Micro-batches beyond this many tokens gain nothing: matrix products are long enough. On a CPU,
+# int8 products lose once a micro-batch has left the cache, fp32 ones gain up to 2,048 tokens (1B
+# shape, seconds of one sweep with 512, 1,024 and 2,048: int8 3.5, 3.6, 3.6; fp32 10.6, 10.2,
+# 10.0), and small layers need many tokens to outweigh the call of a layer.
 _GPU_TOKENS = 16384
-_CPU_TOKENS, _CPU_LEAST_TOKENS, _CPU_MICRO_BATCH_BYTES = 4096, 512, 64 * MIB
+_CPU_TOKENS, _CPU_LEAST_TOKENS, _CPU_MICRO_BATCH_BYTES = 4096, 512, 128 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
