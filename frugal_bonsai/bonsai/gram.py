@@ -106,6 +106,27 @@ def exact_loss_U(
     return torch.stack(losses)
 
 
+def stand_in_matrix(
+    gram_CC: torch.Tensor, pool_P: torch.Tensor, *, damping: float, where: str
+) -> torch.Tensor:
+    """``B`` such that the best linear guess of the pool's inputs is ``x_core B^T``: ``[P, C-P]``.
+
+    A projection whose removed inputs are replaced by that guess is the projection after optimal
+    compensation by the columns outside the pool.
+
+    Args:
+        gram_CC: x x^T, summed or averaged.
+        pool_P: int64, columns to guess; the others, in order, are the core.
+        damping: share of the core's mean diagonal that is added to it.
+        where: name for error texts.
+    """
+    core_C = torch.ones(len(gram_CC), dtype=torch.bool, device=gram_CC.device)
+    core_C[pool_P] = False
+    core = core_C.nonzero().flatten()
+    factor = damped_factor(gram_CC[core][:, core], damping, where=where)
+    return torch.cholesky_solve(gram_CC[core][:, pool_P], factor).T.contiguous()
+
+
 def ridge_refit(
     gram_CC: torch.Tensor,
     cross_CH: torch.Tensor,

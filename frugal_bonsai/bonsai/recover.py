@@ -8,7 +8,8 @@ the projection and T = (dense residual after the sublayer) - (pruned residual be
     W' = argmin ||T - X W'^T||^2 + lambda ||W' - W||^2 .
 
 Before that, if asked for, the projections *into* a sublayer (q, k, v; gate, up) are refitted to
-give on the pruned model's drifted input what the dense ones give on their own (recover_inputs.py).
+give on the pruned model's drifted input what the dense ones give on their own (recover_inputs.py);
+after it, if asked for, the FFN's channels themselves are moved (refine.py).
 
 Aiming at the *dense* residual, not at the pruned layer's own old output, corrects the drift of all
 layers before. Holds two layers, two sets of hidden states, one Gram matrix, and (if the plan
@@ -28,7 +29,8 @@ from frugal_bonsai.bonsai.gram import Moments, ridge_refit
 from frugal_bonsai.bonsai.layer_pass import InputsAgain, KeptInputs, LayerPass, RefitOutput
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
 from frugal_bonsai.bonsai.recover_inputs import input_projections, refit_inputs
-from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.bonsai.refine import Refinement
+from frugal_bonsai.model.units import FFN, KeepMask, UnitGroup
 from frugal_bonsai.stream.call import call_layer, capture_output
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.head import Head
@@ -52,6 +54,16 @@ class Recovered:
     residual: list[float]
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """A projection's refit, what it was solved from, and the share of the target that it leaves."""
+
+    weight_HC: torch.Tensor
+    moments: Moments
+    left: float
+    inputs: Callable[[slice], torch.Tensor]
+
+
 class Recovery:
     """The paired sweep.
 
@@ -61,6 +73,8 @@ class Recovery:
         keep_inputs: hold the inputs of one layer's projections for all windows.
         save: called with each layer's refit weights by full tensor name.
         mask: given, the projections *into* each sublayer are refitted first; None leaves them.
+        refine: how often the FFN's input projections are refined after that.
+        name: of the sweep, for progress.
     """
 
     def __init__(
@@ -71,9 +85,12 @@ class Recovery:
         keep_inputs: bool,
         save: Callable[[int, dict[str, torch.Tensor]], None],
         mask: KeepMask | None = None,
+        refine: int = 0,
+        name: str = "recovery",
     ) -> None:
         self._sweep, self._ridge, self._keep, self._save = sweep, ridge, keep_inputs, save
-        self._mask = mask
+        self._mask, self._refine, self._name = mask, refine, name
+        self._refined_passes = 0.0
 
     def run(
         self,
@@ -95,9 +112,11 @@ class Recovery:
         sweep = self._sweep
         skeleton = sweep.skeleton
         hidden_dense, hidden_pruned = sweep.embed(tokens_NS), sweep.embed(tokens_NS)
-        dense_inputs = sweep.hidden_states(tokens_NS) if self._mask is not None else None
+        both = self._mask is not None or self._refine > 0
+        dense_inputs = sweep.hidden_states(tokens_NS) if both else None
+        self._refine_targets = sweep.hidden_states(tokens_NS) if self._refine else None
         kwargs = skeleton.layer_kwargs(tokens_NS.shape[1])
-        sweep.progress.sweep("recovery", skeleton.spec.layers, 2 * tokens_NS.numel())
+        sweep.progress.sweep(self._name, skeleton.spec.layers, 2 * tokens_NS.numel())
         residual: list[float] = []
         with torch.inference_mode():
             for (layer, mine), (_, theirs) in zip(pruned.visit(), dense.visit(), strict=True):
@@ -114,7 +133,7 @@ class Recovery:
                 self._refit_layer(work, len(tokens_NS), prior, residual)
                 sweep.progress.step(f"layer {layer}")
             passes = 2 if self._keep else 3
-            sweep.forward_tokens += passes * tokens_NS.numel()
+            sweep.forward_tokens += round((passes + self._refined_passes) * tokens_NS.numel())
             return Recovered(
                 prior=prior.build(),
                 losses_NS=head.nll(hidden_pruned, tokens_NS).clone(),
@@ -134,13 +153,16 @@ class Recovery:
                     work, group, self._mask, windows, ridge=self._ridge, first=at == 0
                 )
             targets = self._targets(work, group, windows, last=last)
-            weight_HC, moments, left, inputs = self._solve(work, group, targets)
-            prior.add(group, moments, weight_HC)
-            residual.append(left)
-            refits[group.output_weight] = weight_HC
+            solved = self._solve(work, group, targets)
+            if self._refine and group.kind == FFN:
+                solved, refined = self._refine_inputs(work, group, windows, solved)
+                refits |= refined
+            prior.add(group, solved.moments, solved.weight_HC)
+            residual.append(solved.left)
+            refits[group.output_weight] = solved.weight_HC
             bias_H = work.pruned.get(f"{group.output}.bias")
             work.outputs[group.output] = RefitOutput(
-                inputs, weight_HC.to(work.sweep.skeleton.dtype), bias_H
+                solved.inputs, solved.weight_HC.to(work.sweep.skeleton.dtype), bias_H
             )
         for items in work.sweep.micro_batches(windows):
             hidden_BSH = work.hidden_pruned.read(items)
@@ -148,6 +170,8 @@ class Recovery:
                 output_BSH = call_layer(work.module, work.pruned, hidden_BSH, work.kwargs)
             work.hidden_pruned.write(items, output_BSH)
         self._save(work.layer, refits)
+        # Outputs that are computed again refer to the pass that holds them: a cycle of tensors.
+        work.outputs.clear()
 
     def _targets(
         self, work: LayerPass, group: UnitGroup, windows: int, *, last: bool
@@ -188,7 +212,7 @@ class Recovery:
         work: LayerPass,
         group: UnitGroup,
         targets: Iterator[tuple[slice, torch.Tensor]],
-    ) -> tuple[torch.Tensor, Moments, float, Callable[[slice], torch.Tensor]]:
+    ) -> _Solved:
         """Accumulate the Gram matrix and the cross moments, then solve."""
         weight_HC = work.pruned[f"{group.output}.weight"]
         bias_H = work.pruned.get(f"{group.output}.bias")
@@ -216,4 +240,39 @@ class Recovery:
         left = 1.0 - float(explained) / max(energy, 1e-300)
 
         inputs = KeptInputs(kept) if self._keep else InputsAgain(work, group.output)
-        return refit_HC, moments, left, inputs
+        return _Solved(refit_HC, moments, left, inputs)
+
+    def _refine_inputs(
+        self, work: LayerPass, group: UnitGroup, windows: int, solved: _Solved
+    ) -> tuple[_Solved, dict[str, torch.Tensor]]:
+        """Move the channels and refit what mixes them in turn, as long as less is left.
+
+        The layer pass computes with the new input projections from then on.
+        """
+        spec = work.sweep.skeleton.spec
+        assert work.dense_inputs is not None and self._refine_targets is not None
+        projections = input_projections(spec, group)
+        problem = Refinement(
+            work,
+            group,
+            projections,
+            windows,
+            inputs=work.dense_inputs,  # read for the last time by the refit of these projections
+            targets=self._refine_targets,
+            keep=self._keep,
+        )
+        best: dict[str, torch.Tensor] = {}
+        sizes = sum(work.pruned[f"{name}.weight"].numel() for name in (*projections, group.output))
+        # Other windows in every step: twice the steps for the same tokens.
+        for part in problem.parts(self._refine):
+            before = {f"{name}.weight": work.pruned[f"{name}.weight"] for name in projections}
+            new = problem.improve(solved.weight_HC, part)
+            tried = self._solve(work, group, problem.pairs())
+            passes = 1 + problem.passes * (part.stop - part.start) / windows
+            self._refined_passes += passes * sizes / spec.block_parameters
+            if tried.left >= solved.left:
+                work.pruned.update(before)
+                break
+            solved, best = tried, new
+        prefix = spec.prefix(work.layer)
+        return solved, {prefix + name: weight for name, weight in best.items()}

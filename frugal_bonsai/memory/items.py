@@ -14,13 +14,16 @@ from dataclasses import dataclass, replace
 
 from frugal_bonsai.memory.budget import NOMINAL_CONTEXT_BYTES, Budget
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.units import ATTENTION, FFN
+from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice
 from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
 
 HOST, GPU, DISK = "host", "gpu", "disk"
 
 # A head chunk of this many bytes is as good as a larger one.
 _HEAD_CHUNK_BYTES = 64 * MIB
+# Recovery's refinement moves the FFN's channels in blocks of at least so many, at most so many
+# blocks; a block's weights are held about seven times.
+LEAST_CHANNELS, MOST_BLOCKS = 512, 4
 # Allocator rounding, fragmentation and small tensors, as a share of all other items but the base.
 _SLACK = 0.08
 
@@ -56,6 +59,8 @@ class Work:
         gram: Gram matrices are collected.
         recovery: dense and pruned model side by side.
         refit_inputs: recovery also holds the dense model's inputs of one sublayer.
+        refine: recovery also moves the FFN's channels, and holds what it aims at.
+        stand_ins: share of a group's units that a masked evaluation has stand-ins for.
         weights: ``"int8"`` or ``"native"`` working store; None streams the checkpoint itself.
         full_logits: a custom utility needs all logits of a window.
         store_copies: stores on disk (dense and working).
@@ -68,6 +73,8 @@ class Work:
     gram: bool = False
     recovery: bool = False
     refit_inputs: bool = False
+    refine: bool = False
+    stand_ins: float = 0.0
     weights: str | None = None
     full_logits: bool = False
     store_copies: int = 0
@@ -115,6 +122,15 @@ class PlanItems:
             for kind in (ATTENTION, FFN)
         }
         self._columns = columns
+        # Projections into the FFN: each row of a channel.
+        self._ffn_inputs = max(
+            sum(
+                piece.axis == 0 and len(spec.layer_tensors[g.layer][_inside(spec, g, piece)]) == 2
+                for piece in g.slices
+            )
+            for g in spec.table.groups
+            if g.kind == FFN
+        )
         self._source_bytes = _source_element_bytes(spec)
 
     def caps(self) -> list[tuple[str, int, str]]:
@@ -161,7 +177,7 @@ class PlanItems:
 
     def items(self, choice: Choice) -> list[PlanItem]:
         """All items for a choice, slack last."""
-        near = GPU if self._cuda else HOST
+        near, window = GPU if self._cuda else HOST, self._work.window
         items = [PlanItem(name=BASE, where=HOST, size_bytes=self._base, formula="measured")]
         if self._cuda:
             items.append(
@@ -178,14 +194,42 @@ class PlanItems:
         if self._work.gram:
             items += self._gram(near)
         if choice.keep_inputs:
-            tokens = choice.in_flight * self._work.window
-            columns = self._columns[ATTENTION] + self._columns[FFN]
+            tokens = choice.in_flight * window
+            slopes = self._ffn_inputs if self._work.refine else 0
+            columns = self._columns[ATTENTION] + (1 + slopes) * self._columns[FFN]
             items.append(
                 PlanItem(
                     name="recovery's inputs of a layer",
                     where=near,
                     size_bytes=tokens * columns * self._compute,
-                    formula="n*S*(C_o+C_down)*c",
+                    formula=f"n*S*(C_o+{1 + slopes}*C_down)*c",
+                )
+            )
+        if self._work.refine:
+            block = max(LEAST_CHANNELS, -(-self._columns[FFN] // MOST_BLOCKS))
+            items.append(
+                PlanItem(
+                    name="refinement of a block of channels",
+                    where=near,
+                    size_bytes=28
+                    * self._ffn_inputs
+                    * min(block, self._columns[FFN])
+                    * self._spec.hidden,
+                    formula="7*4*K*R*H",
+                )
+            )
+        if self._work.stand_ins:
+            widest = max(self._columns.values())
+            items.append(
+                PlanItem(
+                    name="stand-ins of a group",
+                    where=near,
+                    size_bytes=int(
+                        self._work.stand_ins
+                        * widest
+                        * (6 * widest + 2 * choice.micro_batch * window * self._compute)
+                    ),
+                    formula="share*C*(6*C + 2*m*S*c)",
                 )
             )
         for where in (GPU, HOST):
@@ -254,7 +298,11 @@ class PlanItems:
         spec, window = self._spec, self._work.window
         # Elements a token that one of Hugging Face's layers holds at its peak; see MEMORY in docs.
         per_token = 6 * spec.hidden + 3 * self._columns[FFN] + 2 * self._columns[ATTENTION]
-        states = 1 + int(self._work.recovery) + int(self._work.refit_inputs)
+        if self._work.refine:  # in fp32: pre-activations, slopes, products of both
+            refined = 3 * spec.hidden + (3 * self._ffn_inputs + 4) * self._columns[FFN]
+            per_token = max(per_token, refined * 4 // self._compute)
+        refits = self._work.refit_inputs or self._work.refine
+        states = 1 + int(self._work.recovery) + int(refits) + int(self._work.refine)
         hidden = choice.in_flight * window * spec.hidden * self._compute * states
         resident = choice.resident * window * spec.hidden * self._compute * states
         items = [
@@ -309,6 +357,11 @@ class PlanItems:
                 formula="4*(G + factor + inverse + 2*C*H), G = C_o^2 + C_down^2",
             )
         ]
+
+
+def _inside(spec: ModelSpec, group: UnitGroup, piece: UnitSlice) -> str:
+    """A tensor's name inside its layer."""
+    return piece.tensor.removeprefix(spec.prefix(group.layer))
 
 
 def _source_element_bytes(spec: ModelSpec) -> int:

@@ -10,7 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import PruneSettings, make_settings
+from frugal_bonsai.bonsai.settings import (
+    REFINE_ITERATIONS,
+    PruneSettings,
+    make_settings,
+    round_windows,
+)
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
@@ -103,6 +108,8 @@ def plan_prune(
         gram=settings.recovery or settings.prior == "exact",
         recovery=settings.recovery,
         refit_inputs=settings.recovery and settings.refit == "all",
+        refine=settings.recovery and settings.refine > 0,
+        stand_ins=_stand_in_share(settings, uniform=ready.rules.uniform),
         weights=settings.weights,
         full_logits=custom_utility,
         store_copies=2,
@@ -111,16 +118,30 @@ def plan_prune(
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
 
 
-def expected_tokens(settings: PruneSettings, window: int, windows: int) -> tuple[int, int, int]:
+def _stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
+    """Of a group's alive units, in the last round, whose pool is the largest share."""
+    if not settings.stand_ins(uniform=uniform):
+        return 0.0
+    alive = 1 - settings.sparsity + settings.step
+    return min(1.0, settings.pool * settings.step / max(alive, settings.step))
+
+
+def expected_tokens(
+    settings: PruneSettings, columns: int, window: int, windows: int
+) -> tuple[int, int, int]:
     """(rounds, forward tokens, of these with Gram matrices) that a prune will spend at most."""
     rounds = math.ceil(settings.sparsity / settings.step - 1e-9)
     mask_windows = min(settings.mask_windows, windows)
     masked = 0 if settings.method == "local" else mask_windows * (settings.masks + 1)
     calibration = windows * window
-    each = 2 * calibration if settings.recovery else calibration
-    statistics = calibration if settings.recovery else 0
-    gram = (rounds + 1) * calibration
-    return rounds, statistics + rounds * (each + masked * window), gram
+    part = round_windows(settings, columns, window, windows) * window
+    if not settings.recovery:
+        return rounds, rounds * (part + masked * window), (rounds + 1) * part
+    # Refining passes through the FFN there and back: most of a layer's weights, those that stay.
+    refining = (2 + 2 * REFINE_ITERATIONS + settings.refine) * (1 - settings.sparsity)
+    refining *= settings.refine > 0
+    tokens = part + rounds * masked * window + (rounds - 1) * 2 * part
+    return rounds, tokens + round((2 + refining) * calibration), rounds * part + calibration
 
 
 def plan(model: str, options: PruneOptions) -> dict[str, Any]:
@@ -139,8 +160,9 @@ def describe_plan(
     from frugal_bonsai.stream.engine import compute_dtype
 
     file = next(iter(model.checkpoint.tensors.values())).file
+    columns = max(group.columns for group in model.spec.table.groups)
     profile = measure_profile(model.spec, ready.device, compute_dtype(ready.device), file)
-    rounds, tokens, gram = expected_tokens(ready.settings, ready.window, windows)
+    rounds, tokens, gram = expected_tokens(ready.settings, columns, ready.window, windows)
     one_store = memory.total_bytes("disk") // 2
     waves = math.ceil(
         min(ready.settings.mask_windows, windows)

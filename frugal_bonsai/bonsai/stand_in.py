@@ -1,0 +1,84 @@
+"""Stand-ins: what the units that surely stay say about those that a mask switches off.
+
+In: a group's Gram matrix and prior, while they are at hand. Out: for its pool (the units that the
+next round may remove) the best linear guess of their activations from the others'. In a masked
+evaluation a unit that is off is replaced by that guess instead of zero, which is the model after
+optimal compensation by the rest: a unit's relevance *after* recovery, not before it. Without it
+attention, which little can replace, looks as dispensable as channels, which much can.
+Holds one matrix ``[P, C-P]`` at a time; they lie in the round's folder.
+
+Shape suffixes: P columns of a pool, C alive columns, A alive units of a group, B windows of a
+micro-batch, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from frugal_bonsai.bonsai.design import pool_size
+from frugal_bonsai.bonsai.gram import Moments, stand_in_matrix
+from frugal_bonsai.model.units import UnitGroup
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandInWriter:
+    """Makes a group's stand-ins and saves them.
+
+    Attributes:
+        share: of a group's alive units that its pool holds next.
+        damping: of the Gram matrix, recovery's lambda.
+        save: called with the group and its tensors.
+    """
+
+    share: float
+    damping: float
+    save: Callable[[UnitGroup, Tensors], None]
+
+    def add(self, group: UnitGroup, moments: Moments, score_A: torch.Tensor) -> None:
+        """Save one group's; a group whose last unit is left has none."""
+        size = pool_size(len(score_A), self.share)
+        if size == 0:
+            return
+        assert moments.gram_CC is not None
+        width = group.columns_per_unit
+        units = score_A.argsort(stable=True)[:size].sort().values
+        columns_P = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+        matrix_PK = stand_in_matrix(
+            moments.gram_CC, columns_P, damping=self.damping, where=group.name
+        )
+        self.save(group, {"columns": columns_P.cpu(), "matrix": matrix_PK.half().cpu()})
+
+
+class StandIns:
+    """Gives a masked sweep the stand-ins of one group after the other.
+
+    Args:
+        read: the saved tensors of a group, None where there are none.
+    """
+
+    def __init__(self, read: Callable[[UnitGroup], Tensors | None]) -> None:
+        self._read = read
+        self._group: UnitGroup | None = None
+        self._now: Tensors | None = None
+
+    def of(
+        self, group: UnitGroup, input_BSC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The pool's columns and the guess of their inputs ``[B, S, P]``."""
+        if group != self._group:
+            self._group, self._now = group, self._read(group)
+            if self._now is not None:
+                core_C = torch.ones(input_BSC.shape[-1], dtype=torch.bool)
+                core_C[self._now["columns"]] = False
+                self._now["core"] = core_C.nonzero().flatten()
+                self._now = {name: t.to(input_BSC.device) for name, t in self._now.items()}
+                self._now["matrix"] = self._now["matrix"].to(input_BSC.dtype)
+        if self._now is None:
+            return None
+        core_BSK = input_BSC[..., self._now["core"]]
+        return self._now["columns"], core_BSK @ self._now["matrix"].T
