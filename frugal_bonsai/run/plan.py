@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.bonsai.settings import (
     REFINE_ITERATIONS,
+    TRIAL_SHARE,
     PruneSettings,
     make_settings,
     round_windows,
 )
 from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.items import LEAST_CHANNELS, MOST_BLOCKS
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
 from frugal_bonsai.run.options import PruneOptions
@@ -127,7 +129,7 @@ def _stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
 
 
 def expected_tokens(
-    settings: PruneSettings, columns: int, window: int, windows: int
+    settings: PruneSettings, columns: int, window: int, windows: int, *, uniform: bool
 ) -> tuple[int, int, int]:
     """(rounds, forward tokens, of these with Gram matrices) that a prune will spend at most."""
     rounds = math.ceil(settings.sparsity / settings.step - 1e-9)
@@ -138,10 +140,13 @@ def expected_tokens(
     if not settings.recovery:
         return rounds, rounds * (part + masked * window), (rounds + 1) * part
     # Refining passes through the FFN there and back: most of a layer's weights, those that stay.
-    refining = (2 + 2 * REFINE_ITERATIONS + settings.refine) * (1 - settings.sparsity)
+    blocks = min(MOST_BLOCKS, -(-columns // LEAST_CHANNELS))
+    refining = (1 + blocks + 2 * REFINE_ITERATIONS + settings.refine) * (1 - settings.sparsity)
     refining *= settings.refine > 0
-    tokens = part + rounds * masked * window + (rounds - 1) * 2 * part
-    return rounds, tokens + round((2 + refining) * calibration), rounds * part + calibration
+    tried = 0 if uniform or not settings.trial else 4 * math.ceil(TRIAL_SHARE * part)
+    tokens = part + rounds * (masked * window + tried) + (rounds - 1) * 2 * part
+    gram = rounds * (part + tried // 2) + calibration
+    return rounds, tokens + round((2 + refining) * calibration), gram
 
 
 def plan(model: str, options: PruneOptions) -> dict[str, Any]:
@@ -162,7 +167,9 @@ def describe_plan(
     file = next(iter(model.checkpoint.tensors.values())).file
     columns = max(group.columns for group in model.spec.table.groups)
     profile = measure_profile(model.spec, ready.device, compute_dtype(ready.device), file)
-    rounds, tokens, gram = expected_tokens(ready.settings, columns, ready.window, windows)
+    rounds, tokens, gram = expected_tokens(
+        ready.settings, columns, ready.window, windows, uniform=ready.rules.uniform
+    )
     one_store = memory.total_bytes("disk") // 2
     waves = math.ceil(
         min(ready.settings.mask_windows, windows)
