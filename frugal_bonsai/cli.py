@@ -103,6 +103,21 @@ _search = _options(
         type=click.Choice(["outputs", "all"]),
         help="Which ones: o_proj and down_proj, or q, k, v, gate and up too.",
     ),
+    click.option(
+        "--refine",
+        type=int,
+        help="How often the last recovery also moves the FFN's remaining channels; 0 never.",
+    ),
+    click.option(
+        "--compensate/--no-compensate",
+        default=None,
+        help="Judge units by what removal costs after the others make up for it.",
+    ),
+    click.option(
+        "--trial/--no-trial",
+        default=None,
+        help="Recover a cut with and without attention units before it is made.",
+    ),
     click.option("--ridge", type=float, help="Recovery's penalty, a share of the mean diagonal."),
     click.option("--weights", type=click.Choice(["int8", "native"]), help="The working copy."),
     click.option(
@@ -239,6 +254,9 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "mask_windows",
         "recovery",
         "refit",
+        "refine",
+        "compensate",
+        "trial",
         "ridge",
         "weights",
         "arithmetic",

@@ -39,6 +39,11 @@ class Pools:
         return torch.tensor([len(m) for m in self.members])
 
 
+def pool_size(alive: int, share: float) -> int:
+    """Candidates of a group: this share of its alive units, at least one, never the last."""
+    return min(max(1, round(share * alive)), alive - 1)
+
+
 def draw_pools(mask: KeepMask, score_N: torch.Tensor, share: float) -> Pools:
     """The lowest ``share`` of each group's alive units by the prior, at least one where possible.
 
@@ -52,8 +57,7 @@ def draw_pools(mask: KeepMask, score_N: torch.Tensor, share: float) -> Pools:
         span = mask.table.span(group)
         alive = mask.of(group).nonzero().flatten() + span.start
         order = alive[score_N[alive].argsort(stable=True)]
-        size = min(max(1, round(share * len(alive))), len(alive) - 1)
-        members.append(order[:size])
+        members.append(order[: pool_size(len(alive), share)])
     return Pools(mask, tuple(members))
 
 
@@ -99,18 +103,6 @@ class UnitDesign:
 
 
 Design = GroupDesign | UnitDesign
-
-
-class DesignMasker:
-    """Gives a sweep the masks of its (mask, window) pairs; a ``forward.Masker``."""
-
-    def __init__(self, design: Design, masks_I: torch.Tensor) -> None:
-        self._design, self._masks_I = design, masks_I
-
-    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
-        """Bool ``[B, C]`` over the alive columns of a group."""
-        keep_BA = self._design.keep(group, self._masks_I[items])
-        return keep_BA.repeat_interleave(group.columns_per_unit, dim=1)
 
 
 def draw_group_masks(

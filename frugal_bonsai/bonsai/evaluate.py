@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.bonsai.design import Design, DesignMasker
+from frugal_bonsai.bonsai.design import Design
+from frugal_bonsai.bonsai.stand_in import StandIns
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.engine import Engine
@@ -44,6 +45,26 @@ class Observations:
     base: float
 
 
+class DesignMasker:
+    """Gives a sweep the masks of its (mask, window) pairs; a ``forward.Masker``."""
+
+    def __init__(
+        self, design: Design, masks_I: torch.Tensor, stand_ins: StandIns | None = None
+    ) -> None:
+        self._design, self._masks_I, self._stand_ins = design, masks_I, stand_ins
+
+    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
+        """Bool ``[B, C]`` over the alive columns of a group."""
+        keep_BA = self._design.keep(group, self._masks_I[items])
+        return keep_BA.repeat_interleave(group.columns_per_unit, dim=1)
+
+    def stand_in(
+        self, group: UnitGroup, input_BSC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What takes the place of columns that are off; None where zeros do."""
+        return None if self._stand_ins is None else self._stand_ins.of(group, input_BSC)
+
+
 class _WithUnmasked:
     """A design's masks for the first pairs, no mask for the windows behind them."""
 
@@ -60,6 +81,11 @@ class _WithUnmasked:
             return keep_BC
         return torch.cat([keep_BC, keep_BC.new_ones(extra, keep_BC.shape[1])])
 
+    def stand_in(
+        self, group: UnitGroup, input_BSC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self._masker.stand_in(group, input_BSC)
+
 
 def evaluate_masks(
     engine: Engine,
@@ -72,6 +98,7 @@ def evaluate_masks(
     shared: bool,
     perplexity: bool,
     utility: Utility | None = None,
+    stand_ins: StandIns | None = None,
 ) -> Observations:
     """Evaluate a design.
 
@@ -85,6 +112,7 @@ def evaluate_masks(
         shared: every mask runs on every window and gives one observation.
         perplexity: utility is -perplexity instead of -mean NLL.
         utility: a user's own, instead of both.
+        stand_ins: of the design's pools; None puts zeros in the place of units that are off.
 
     Raises:
         OptionError: the user's own utility is no finite number.
@@ -97,7 +125,7 @@ def evaluate_masks(
         # Masks 2k and 2k+1 are complements and share a window.
         masks_I, where_I = pairs, pairs // 2 % windows
     tokens_IS = torch.cat([windows_WS[where_I], windows_WS])
-    masker = _WithUnmasked(DesignMasker(design, masks_I), len(pairs))
+    masker = _WithUnmasked(DesignMasker(design, masks_I, stand_ins), len(pairs))
     each = windows if shared else 1
 
     def name(wave: slice) -> str:

@@ -13,7 +13,7 @@ Shape suffixes: C columns, K those of a block, R right-hand sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.linalg import solve_triangular
@@ -43,7 +43,7 @@ class DampedFactor:
     """
 
     def __init__(self, gram_CC: torch.Tensor, damping: float, *, where: str) -> None:
-        self._matrix_CC, self.asked = gram_CC, damping
+        self._matrix_CC, self.asked, self._inverted = gram_CC, damping, False
         columns = len(gram_CC)
         self._blocks = [
             slice(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)
@@ -96,9 +96,18 @@ class DampedFactor:
 
     def solve(self, right_RC: torch.Tensor) -> torch.Tensor:
         """``right @ (gram + added * I)^-1``."""
-        half_RC = solve_triangular(self._matrix_CC.mT, right_RC, upper=True, left=False)
-        whole_RC: torch.Tensor = solve_triangular(self._matrix_CC, half_RC, upper=False, left=False)
-        return whole_RC
+        return self.times_inverse(self.times_inverse_transposed(right_RC))
+
+    def times_inverse(self, right_RC: torch.Tensor) -> torch.Tensor:
+        """``right @ L^-1`` of the factor ``L``; leading dimensions are free."""
+        out_RC: torch.Tensor = solve_triangular(self._matrix_CC, right_RC, upper=False, left=False)
+        return out_RC
+
+    def times_inverse_transposed(self, right_RC: torch.Tensor) -> torch.Tensor:
+        """``right @ L^-T``: inputs become white, were they the rows of ``right``."""
+        matrix_CC = self._matrix_CC.mT
+        out_RC: torch.Tensor = solve_triangular(matrix_CC, right_RC, upper=True, left=False)
+        return out_RC
 
     def inverse_diagonal(self) -> torch.Tensor:
         """Diagonal of the inverse, ``[C]``; the factor is used up."""
@@ -116,8 +125,45 @@ class DampedFactor:
             columns = self._matrix_CC[start:, start : start + width]
             yield columns.T @ columns
 
+    def guess(self, pool_P: torch.Tensor) -> torch.Tensor:
+        """The best linear guess of some columns from the others: fp16 ``[P, C-P]`` on the CPU.
+
+        With M the inverse it is ``-(M_pp)^-1 M_pc``, so that no part of the Gram matrix need be
+        taken out of it and factorised. The factor is used up.
+
+        Args:
+            pool_P: int64, the columns that are guessed; the others stay in their order.
+        """
+        self._invert()
+        matrix_CC, columns = self._matrix_CC, len(self._matrix_CC)
+        core_C = torch.ones(columns, dtype=torch.bool, device=matrix_CC.device)
+        core_C[pool_P] = False
+        core = core_C.nonzero().flatten()
+        pool = pool_P.split(BLOCK)
+        inner_PP = torch.cat([self._products(pool, block) for block in pool], dim=1)
+        pool_factor_PP = torch.linalg.cholesky(inner_PP)
+        del inner_PP
+        guess_PK = torch.empty(len(pool_P), len(core), dtype=torch.float16)
+        for start in range(0, len(core), BLOCK):
+            some = slice(start, start + BLOCK)
+            across_PB = self._products(pool, core[some])
+            guess_PK[:, some] = torch.cholesky_solve(across_PB, pool_factor_PP).neg_().half()
+        return guess_PK
+
+    def _products(self, rows: Sequence[torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
+        """Some rows and columns of the inverse, a block of rows at a time."""
+        matrix_CC = self._matrix_CC
+        right_CB = matrix_CC[:, columns]
+        out = right_CB.new_empty(sum(map(len, rows)), len(columns))
+        for block, out_RB in zip(rows, out.split(BLOCK), strict=True):
+            torch.mm(matrix_CC[:, block].T, right_CB, out=out_RB)
+        return out
+
     def _invert(self) -> None:
         """Replace the factor by its inverse M, lower triangular: ``M^T M`` is what is wanted."""
+        if self._inverted:
+            return
+        self._inverted = True
         matrix_CC = self._matrix_CC
         for at in reversed(range(len(self._blocks))):
             here = self._blocks[at]

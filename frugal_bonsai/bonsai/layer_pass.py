@@ -58,6 +58,16 @@ class LayerPass:
             return parameter
         return weight.to(device="cpu", dtype=saved)
 
+    def borrow(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A copy of a weight in the memory of the dense layer's, once nothing reads that any more.
+
+        What is wider than the dense layer's dtype stays where it is.
+        """
+        dense = self.dense[name]
+        if weight.dtype != dense.dtype:
+            return weight
+        return dense.view(-1)[: weight.numel()].view(weight.shape).copy_(weight)
+
     def room(self, columns: int) -> HiddenStates:
         """Room on the device for the inputs of a projection of all windows, not written yet."""
         skeleton, hidden = self.sweep.skeleton, self.hidden_pruned

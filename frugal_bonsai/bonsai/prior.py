@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from frugal_bonsai.bonsai.gram import Moments, column_norms, exact_loss_U
+from frugal_bonsai.bonsai.stand_in import StandInWriter
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.stream.layers import Parameters
 
@@ -113,27 +114,36 @@ class PriorBuilder:
         mask: the units that are still alive; moments and weights are over those alone.
         damping: for ``exact``.
         generator: for ``random``.
+        stand_ins: given, the next round's are made from the same moments.
     """
 
     def __init__(
-        self, name: str, mask: KeepMask, *, damping: float, generator: torch.Generator
+        self,
+        name: str,
+        mask: KeepMask,
+        *,
+        damping: float,
+        generator: torch.Generator,
+        stand_ins: StandInWriter | None = None,
     ) -> None:
         self.name, self._mask = name, mask
-        self._damping, self._generator = damping, generator
+        self._damping, self._generator, self._stand_ins = damping, generator, stand_ins
         self._score_N = torch.zeros(mask.table.units, dtype=torch.float64)
 
     @property
     def needs_gram(self) -> bool:
         """Whether the Gram matrix must be collected."""
-        return self.name == "exact"
+        return self.name == "exact" or self._stand_ins is not None
 
     def add(self, group: UnitGroup, moments: Moments, weight_HC: torch.Tensor) -> None:
         """Score one group from its moments and its projection's weight (kept columns).
 
-        ``exact`` uses the Gram matrix up.
+        ``exact`` and the stand-ins use the Gram matrix up.
         """
         scored = _Scored(moments, weight_HC, group, self._damping, self._generator)
         score_U = PRIORS[self.name](scored)
+        if self._stand_ins is not None:
+            self._stand_ins.add(group, moments, score_U.double())
         alive_U = self._mask.of(group)
         self._score_N[self._mask.table.span(group)][alive_U] = score_U.double().cpu()
         # (a boolean index of a view writes through to the flat vector)

@@ -8,32 +8,35 @@ the projection and T = (dense residual after the sublayer) - (pruned residual be
     W' = argmin ||T - X W'^T||^2 + lambda ||W' - W||^2 .
 
 Before that, if asked for, the projections *into* a sublayer (q, k, v; gate, up) are refitted to
-give on the pruned model's drifted input what the dense ones give on their own (recover_inputs.py).
+give on the pruned model's drifted input what the dense ones give on their own (recover_inputs.py);
+after it, if asked for, the FFN's channels themselves are moved (refine.py).
 
 Aiming at the *dense* residual, not at the pruned layer's own old output, corrects the drift of all
 layers before. Holds two layers, two sets of hidden states, one Gram matrix, and (if the plan
 allows) the inputs X of one layer, else they are computed again. A refit weight takes the place of
 the weight that it replaces.
 
-Shape suffixes: N windows, B those of a micro-batch, S tokens, H hidden, C kept columns.
+Shape suffixes: N windows, B those of a micro-batch, S tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from frugal_bonsai.bonsai.gram import Moments, ridge_refit_
-from frugal_bonsai.bonsai.layer_pass import InputsAgain, LayerPass, RefitOutput
+from frugal_bonsai.bonsai.layer_pass import LayerPass, RefitOutput
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
 from frugal_bonsai.bonsai.recover_inputs import input_projections, refit_inputs
-from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.bonsai.recover_outputs import Solved, solve_output
+from frugal_bonsai.bonsai.refine import Refinement
+from frugal_bonsai.model.units import FFN, KeepMask, UnitGroup
 from frugal_bonsai.stream.call import call_layer, capture_output
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.head import Head
+from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.micro_batch import memory_for
 
@@ -43,13 +46,13 @@ class Recovered:
     """What a recovery sweep gives.
 
     Attributes:
-        prior: for the next round, from the refit model's own inputs.
+        prior: for the next round, from the refit model's own inputs; None where not asked for.
         losses_NS: the refit model's loss of tokens 2..S of every window, fp32 ``[N, S-1]``.
         dense_losses_NS: the dense model's; None where they were not asked for.
         residual: share of the dense residual's energy that the refit leaves, per projection.
     """
 
-    prior: Prior
+    prior: Prior | None
     losses_NS: torch.Tensor
     dense_losses_NS: torch.Tensor | None
     residual: list[float]
@@ -66,6 +69,9 @@ class Recovery:
             keeps, their memory is the layer's own.
         saved_dtype: in which dtype a refit weight (full name) will be saved; None is fp32.
         mask: given, the projections *into* each sublayer are refitted first; None leaves them.
+        refine: how often the FFN's input projections are refined after that.
+        keep_refinement: hold what a refinement aims at and its slopes.
+        name: of the sweep, for progress.
     """
 
     def __init__(
@@ -77,10 +83,15 @@ class Recovery:
         save: Callable[[int, dict[str, torch.Tensor]], None],
         saved_dtype: Callable[[str], torch.dtype] | None = None,
         mask: KeepMask | None = None,
+        refine: int = 0,
+        keep_refinement: bool = True,
+        name: str = "recovery",
     ) -> None:
         self._sweep, self._ridge, self._keep, self._save = sweep, ridge, keep_inputs, save
         self._saved_dtype = saved_dtype or (lambda _: torch.float32)
-        self._mask = mask
+        self._mask, self._refine, self._name = mask, refine, name
+        self._keep_refinement = keep_refinement and refine > 0
+        self._refined_passes = 0.0
 
     def run(
         self,
@@ -88,7 +99,7 @@ class Recovery:
         pruned: LayerStream,
         head: Head,
         tokens_NS: torch.Tensor,
-        prior: PriorBuilder,
+        prior: PriorBuilder | None = None,
         *,
         dense_losses: bool = True,
     ) -> Recovered:
@@ -99,15 +110,17 @@ class Recovery:
             pruned: the working store without the units that are gone.
             head: for the losses.
             tokens_NS: calibration windows, all in flight together.
-            prior: scores the refit groups for the next round.
+            prior: scores the refit groups for the next round; None where there is none.
             dense_losses: the head is applied to the dense model too.
         """
         sweep = self._sweep
         skeleton = sweep.skeleton
         hidden_dense, hidden_pruned = sweep.embed(tokens_NS), sweep.embed(tokens_NS)
-        dense_inputs = sweep.hidden_states(tokens_NS) if self._mask is not None else None
+        both = self._mask is not None or self._refine > 0
+        dense_inputs = sweep.hidden_states(tokens_NS) if both else None
+        targets = sweep.hidden_states(tokens_NS) if self._keep_refinement else None
         kwargs = skeleton.layer_kwargs(tokens_NS.shape[1])
-        sweep.progress.sweep("recovery", skeleton.spec.layers, 2 * tokens_NS.numel())
+        sweep.progress.sweep(self._name, skeleton.spec.layers, 2 * tokens_NS.numel())
         residual: list[float] = []
         with torch.inference_mode():
             for (layer, mine), (_, theirs) in zip(pruned.visit(), dense.visit(), strict=True):
@@ -122,39 +135,113 @@ class Recovery:
                     self._saved_dtype,
                     dense_inputs,
                 )
-                self._refit_layer(work, len(tokens_NS), prior, residual)
+                self._refit_layer(work, len(tokens_NS), prior, residual, targets)
                 sweep.progress.step(f"layer {layer}")
             passes = 2 if self._keep else 3
-            sweep.forward_tokens += passes * tokens_NS.numel()
+            sweep.forward_tokens += round((passes + self._refined_passes) * tokens_NS.numel())
             return Recovered(
-                prior=prior.build(),
+                prior=None if prior is None else prior.build(),
                 losses_NS=head.nll(hidden_pruned, tokens_NS).clone(),
                 dense_losses_NS=head.nll(hidden_dense, tokens_NS).clone() if dense_losses else None,
                 residual=residual,
             )
 
     def _refit_layer(
-        self, work: LayerPass, windows: int, prior: PriorBuilder, residual: list[float]
+        self,
+        work: LayerPass,
+        windows: int,
+        prior: PriorBuilder | None,
+        residual: list[float],
+        targets: HiddenStates | None,
     ) -> None:
         groups = work.sweep.skeleton.spec.table.of_layer(work.layer)
         refits: dict[str, torch.Tensor] = {}
         for at, group in enumerate(groups):
-            last = at == len(groups) - 1
+            last, refined = at == len(groups) - 1, self._refine > 0 and group.kind == FFN
             if self._mask is not None:
                 refits |= refit_inputs(
                     work, group, self._mask, windows, ridge=self._ridge, first=at == 0
                 )
-            with memory_for(f"recovery of {group.output_weight}"):
-                weight_HC, moments, left, inputs = self._solve(work, group, windows, last=last)
-            prior.add(group, moments, weight_HC)
-            residual.append(left)
-            refits[group.output_weight] = work.adopt(f"{group.output}.weight", weight_HC)
+            solved = solve_output(
+                work,
+                group,
+                windows,
+                partial(self._target, work, group, last=last),
+                ridge=self._ridge,
+                keep=self._keep and not refined,  # a refinement changes them
+                prior=prior,
+            )
+            if refined:
+                solved = _set_aside(work, group, solved)
+                solved, moved = self._refine_inputs(work, group, windows, solved, prior, targets)
+                refits |= moved
+            residual.append(solved.left)
+            refits[group.output_weight] = work.adopt(f"{group.output}.weight", solved.weight_HC)
             bias_H = work.pruned.get(f"{group.output}.bias")
             work.outputs[group.output] = RefitOutput(
-                inputs, work.pruned[f"{group.output}.weight"], bias_H
+                solved.inputs, work.pruned[f"{group.output}.weight"], bias_H
             )
         work.sweep.batches.run(windows, partial(_advance, work))
         self._save(work.layer, refits)
+        # Outputs that are computed again refer to the pass that holds them: a cycle of tensors.
+        work.outputs.clear()
+
+    def _refine_inputs(
+        self,
+        work: LayerPass,
+        group: UnitGroup,
+        windows: int,
+        solved: Solved,
+        prior: PriorBuilder | None,
+        targets: HiddenStates | None,
+    ) -> tuple[Solved, dict[str, torch.Tensor]]:
+        """Move the channels and refit what mixes them in turn, as long as less is left.
+
+        The layer pass computes with the new input projections from then on. Returns the best refit
+        and the new input projections as they are to be saved, by full name.
+        """
+        spec = work.sweep.skeleton.spec
+        assert work.dense_inputs is not None
+        projections = input_projections(spec, group)
+        names = [f"{projection}.weight" for projection in projections]
+        sizes = sum(work.pruned[name].numel() for name in (*names, f"{group.output}.weight"))
+        with memory_for(f"refinement of {group.name}"):
+            problem = Refinement(
+                work,
+                group,
+                projections,
+                windows,
+                inputs=work.dense_inputs,  # read for the last time by these projections' refit
+                targets=targets,
+                keep=self._keep_refinement,
+            )
+            refits: dict[str, torch.Tensor] = {}
+            # Its inputs are computed once more at the layer's end.
+            passes = float(self._keep)
+            # Other windows in every step: twice the steps for the same tokens.
+            for part in problem.parts(self._refine):
+                before = {name: work.pruned[name] for name in names}
+                moved = problem.improve(solved.weight_HC, part)
+                tried = solve_output(
+                    work,
+                    group,
+                    windows,
+                    problem.target,
+                    ridge=self._ridge,
+                    keep=False,
+                    prior=prior,
+                    most_left=solved.left,
+                )
+                passes += 1 + problem.passes * (part.stop - part.start) / windows
+                work.pruned.update(before)
+                if tried.left >= solved.left:
+                    break
+                solved = _set_aside(work, group, tried)
+                del tried
+                prefix = spec.prefix(work.layer)
+                refits = {prefix + name: work.adopt(name, moved.pop(name)) for name in names}
+        self._refined_passes += passes * sizes / spec.block_parameters
+        return solved, refits
 
     def _target(
         self, work: LayerPass, group: UnitGroup, items: slice, *, last: bool
@@ -192,49 +279,11 @@ class Recovery:
         spec = work.sweep.skeleton.spec
         return input_projections(spec, spec.table.of_layer(work.layer)[-1])[0]
 
-    def _solve(
-        self, work: LayerPass, group: UnitGroup, windows: int, *, last: bool
-    ) -> tuple[torch.Tensor, Moments, float, Callable[[slice], torch.Tensor]]:
-        """Accumulate the Gram matrix and the cross moments, then solve."""
-        weight_HC = work.pruned[f"{group.output}.weight"]
-        bias_H = work.pruned.get(f"{group.output}.bias")
-        columns, device = weight_HC.shape[1], weight_HC.device
-        moments = Moments(columns, device=device, gram=True)
-        cross = _Cross(weight_HC.shape[0], columns, device)
-        kept = work.room(columns) if self._keep else None
-        batches = work.sweep.batches
 
-        def add(items: slice) -> None:
-            target_BSH, keep = self._target(work, group, items, last=last)
-            if bias_H is not None:
-                target_BSH = target_BSH - bias_H
-            input_BSC = work.inputs(group.output, items)
-            keep()
-            if kept is not None:
-                kept.write(items, input_BSC)
-            batches.run(len(input_BSC), lambda part: moments.add(input_BSC[part]))
-            batches.run(len(input_BSC), lambda part: cross.add(input_BSC[part], target_BSH[part]))
-
-        batches.run(windows, add)
-        factor = moments.factor(self._ridge, where=f"recovery of {group.output_weight}")
-        left = 1.0 - ridge_refit_(factor, cross.sum_HC, weight_HC) / max(cross.energy, 1e-300)
-        inputs = kept.read if kept is not None else InputsAgain(work, group.output)
-        return cross.sum_HC, moments, left, inputs
-
-
-class _Cross:
-    """Running sums over tokens of ``t x^T`` and of the targets' energy."""
-
-    def __init__(self, hidden: int, columns: int, device: torch.device) -> None:
-        self.sum_HC = torch.zeros(hidden, columns, device=device)
-        self.energy = 0.0
-
-    def add(self, input_BSC: torch.Tensor, target_BSH: torch.Tensor) -> None:
-        """Add one micro-batch: all of it, or nothing when memory runs out."""
-        target_TH = target_BSH.flatten(0, 1).float()
-        energy = float(torch.linalg.vector_norm(target_TH, dtype=torch.float64)) ** 2
-        self.sum_HC.addmm_(target_TH.T, input_BSC.flatten(0, 1).float())
-        self.energy += energy
+def _set_aside(work: LayerPass, group: UnitGroup, solved: Solved) -> Solved:
+    """The same refit where the dense layer's weight was, if it fits there."""
+    weight_HC = work.borrow(f"{group.output}.weight", solved.weight_HC)
+    return replace(solved, weight_HC=weight_HC)
 
 
 def _advance(work: LayerPass, items: slice) -> None:

@@ -23,12 +23,13 @@ from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.bonsai.relevance import JUDGES, Judgement, RoundInputs
-from frugal_bonsai.bonsai.select import can_go_nearer, check_reachable, cut
-from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.select import can_go_nearer, check_reachable, cut, withhold
+from frugal_bonsai.bonsai.settings import TRIAL_SHARE, PruneSettings, round_windows
+from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.checkpoint.reader import torch_dtype
 from frugal_bonsai.model.layout import LayoutRules
-from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.model.units import ATTENTION, KeepMask
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.store import LayerStore, build_store
@@ -57,6 +58,7 @@ class Search:
         state: of the run directory.
         work: folder for the stores.
         keep_inputs: recovery may hold a layer's inputs (from the plan).
+        keep_refinement: refinement may hold its targets and slopes (from the plan).
         utility: a user's own utility.
     """
 
@@ -70,11 +72,13 @@ class Search:
         state: StateFolder,
         work: Path,
         keep_inputs: bool,
+        keep_refinement: bool = True,
         utility: Utility | None = None,
     ) -> None:
         self._engine, self._settings, self._rules = engine, settings, rules
         self._windows_NS, self._folder, self._work = windows_NS, state, work
-        self._keep_inputs, self._utility = keep_inputs, utility
+        self._keep_inputs, self._keep_refinement = keep_inputs, keep_refinement
+        self._utility = utility
         self._working: LayerStore | None = None
         self._head: Head | None = None  # of masked evaluation, written at its first use
         self._blocks = engine.spec.block_parameters
@@ -89,7 +93,7 @@ class Search:
         store = self._store(state, len(state.rounds)) if state.rounds else dense
         assert store is not None
         before = state.forward_tokens - self._engine.sweep.forward_tokens
-        if state.prior is None:
+        if state.prior is None and can_go_nearer(state.mask, final, self._rules):
             state.prior = self._measure_prior(store, state.mask, 0)
         while can_go_nearer(state.mask, final, self._rules):
             number = len(state.rounds) + 1
@@ -97,13 +101,13 @@ class Search:
             rounds = number - 1 + math.ceil((self._settings.sparsity - done) / self._settings.step)
             self._engine.progress.round(number, rounds, done)
             started = time.monotonic()
-            report = self._round(state, number, store)
+            report = self._round(state, number, store, dense)
             if report is None:
                 break
             last = not can_go_nearer(state.mask, final, self._rules)
             if self._settings.recovery or not last:
                 store = self._store(state, number - 1)
-                report |= self._refresh(state, number, dense, store)
+                report |= self._refresh(state, number, dense, store, last=last)
             if self._settings.recovery and not last:
                 store = self._store(state, number)
             state.forward_tokens = before + self._engine.sweep.forward_tokens
@@ -155,43 +159,69 @@ class Search:
         return self._working
 
     def _builder(self, mask: KeepMask, number: int) -> PriorBuilder:
+        """For the round after ``number``."""
         settings = self._settings
+        stand_ins = None
+        if settings.stand_ins(uniform=self._rules.uniform):
+            _, share = self._next_goal(mask)
+            stand_ins = StandInWriter(
+                share=settings.pool * share,
+                damping=settings.ridge,
+                save=lambda group, tensors: self._folder.save_stand_in(number, group, tensors),
+            )
         return PriorBuilder(
             settings.prior,
             mask,
             damping=settings.ridge,
             generator=self._generator(10_000 + number),
+            stand_ins=stand_ins,
         )
+
+    def _next_goal(self, mask: KeepMask) -> tuple[float, float]:
+        """The sparsity that the next round aims at, and the share of the alive units it takes."""
+        settings, removed = self._settings, mask.removed_parameters()
+        goal = min(removed / self._blocks + settings.step, settings.sparsity)
+        # The last round removes just what is left: no sliver of a round behind it.
+        if settings.sparsity - goal < 0.2 * settings.step:
+            goal = settings.sparsity
+        return goal, (goal * self._blocks - removed) / (mask.table.parameters - removed)
 
     def _measure_prior(self, store: LayerStore, mask: KeepMask, number: int) -> Prior:
         """One unmasked sweep over the calibration windows."""
         engine, builder = self._engine, self._builder(mask, number)
         tap = PriorTap(builder, engine.device)
         with engine.stream(store) as stream:
-            engine.sweep.run(stream, self._windows_NS, tap=tap, name="statistics")
+            engine.sweep.run(stream, self._round_windows(number), tap=tap, name="statistics")
         return builder.build()
 
-    def _round(self, state: PruneState, number: int, store: LayerStore) -> dict[str, Any] | None:
+    def _round_windows(self, number: int) -> torch.Tensor:
+        """The windows of a round before the last, other ones in every round."""
+        windows, window = self._windows_NS.shape
+        columns = max(group.columns for group in self._engine.spec.table.groups)
+        count = round_windows(self._settings, columns, window, windows)
+        drawn = torch.randperm(windows, generator=self._generator(20_000 + number))[:count]
+        return self._windows_NS[drawn.sort().values]
+
+    def _round(
+        self, state: PruneState, number: int, store: LayerStore, dense: LayerStore | None
+    ) -> dict[str, Any] | None:
         """Judge and cut; None when the layout leaves nothing to remove."""
         settings, mask = self._settings, state.mask
         assert state.prior is not None
-        removed = mask.removed_parameters()
-        goal = min(removed / self._blocks + settings.step, settings.sparsity)
-        # The last round removes just what is left: no sliver of a round behind it.
-        if settings.sparsity - goal < 0.2 * settings.step:
-            goal = settings.sparsity
+        goal, share = self._next_goal(mask)
         generator = self._generator(number)
-        alive = mask.table.parameters - removed
         judgement = JUDGES[settings.method](
             RoundInputs(
                 mask=mask,
                 prior=state.prior,
                 settings=settings,
                 rules=self._rules,
-                share=(goal * self._blocks - removed) / alive,
-                parameters_left=round(settings.sparsity * self._blocks) - removed,
+                share=share,
+                parameters_left=(
+                    round(settings.sparsity * self._blocks) - mask.removed_parameters()
+                ),
                 masks=self._mask_count(),
-                evaluate=lambda design: self._evaluate(store, design, generator),
+                evaluate=lambda design: self._evaluate(store, design, generator, number),
                 generator=generator,
             )
         )
@@ -211,8 +241,51 @@ class Search:
             goal = min(goal + settings.step, settings.sparsity)
         if cut_mask == mask:
             return None
+        report = _report(number, judgement)
+        if settings.recovery and settings.trial and not self._rules.uniform:
+            assert dense is not None
+            cut_mask, tried = self._try(state, number, judgement, cut_mask, dense)
+            report |= tried
         state.mask = cut_mask
-        return _report(number, judgement, cut_mask, self._blocks)
+        return report | {
+            "sparsity": cut_mask.removed_parameters() / self._blocks,
+            "kept": cut_mask.counts(),
+        }
+
+    def _try(
+        self,
+        state: PruneState,
+        number: int,
+        judgement: Judgement,
+        cut_mask: KeepMask,
+        dense: LayerStore,
+    ) -> tuple[KeepMask, dict[str, Any]]:
+        """The cut, or the one of the same size that leaves attention whole: which recovers better.
+
+        Attention units are few, large and the costliest mistakes; masks on a few windows compare
+        them with channels before recovery, this compares what is left after it.
+        """
+        before = state.mask
+        removed = cut_mask.removed_parameters()
+        if cut_mask.counts()[ATTENTION] == before.counts()[ATTENTION]:
+            return cut_mask, {}
+        spared = cut(before, withhold(judgement.curves, ATTENTION), removed, self._rules)
+        channel = max(g.unit_parameters for g in before.table.groups if g.kind != ATTENTION)
+        if removed - spared.removed_parameters() > channel:
+            return cut_mask, {}  # the pools cannot make up for it
+        windows_NS = self._round_windows(number)
+        windows_NS = windows_NS[: math.ceil(TRIAL_SHARE * len(windows_NS))]
+        losses = []
+        for mask in (cut_mask, spared):
+            state.mask = mask
+            recovery = self._recovery(mask, save=lambda layer, weights: None, name="trial")
+            store, head = self._store(state, number - 1), self._engine.head
+            with self._engine.stream(dense) as parent, self._engine.stream(store) as pruned:
+                result = recovery.run(parent, pruned, head, windows_NS, dense_losses=False)
+            losses.append(float(result.losses_NS.mean()))
+        state.mask = before
+        trial = {"trial": {"cut": losses[0], "attention_spared": losses[1]}}
+        return (spared if losses[1] < losses[0] else cut_mask), trial
 
     def _mask_count(self) -> int:
         settings = self._settings
@@ -220,7 +293,7 @@ class Search:
         return settings.masks * (1 if settings.design == "shared" else windows)
 
     def _evaluate(
-        self, store: LayerStore, design: Design, generator: torch.Generator
+        self, store: LayerStore, design: Design, generator: torch.Generator, number: int
     ) -> Observations:
         settings, windows = self._settings, len(self._windows_NS)
         chosen = torch.randperm(windows, generator=generator)[: settings.mask_windows]
@@ -237,6 +310,11 @@ class Search:
                 shared=settings.design == "shared",
                 perplexity=settings.utility == "perplexity",
                 utility=self._utility,
+                stand_ins=(
+                    StandIns(lambda group: self._folder.stand_in(number - 1, group))
+                    if settings.stand_ins(uniform=self._rules.uniform)
+                    else None
+                ),
             )
 
     def _refresh(
@@ -245,6 +323,8 @@ class Search:
         number: int,
         dense: LayerStore | None,
         store: LayerStore,
+        *,
+        last: bool,
     ) -> dict[str, Any]:
         """Recover, and take the next round's prior from the same sweep; or measure it alone."""
         if not self._settings.recovery:
@@ -252,23 +332,20 @@ class Search:
             return {}
         assert dense is not None
         engine = self._engine
-        recovery = Recovery(
-            engine.sweep,
-            ridge=self._settings.ridge,
-            keep_inputs=self._keep_inputs,
+        recovery = self._recovery(
+            state.mask,
             save=lambda layer, weights: self._save_refit(number, layer, weights),
-            saved_dtype=self._saved_dtype,
-            mask=state.mask if self._settings.refit == "all" else None,
+            refine=self._settings.refine if last else 0,
         )
-        # The dense model's losses are the same in every round.
-        dense_perplexity = state.rounds[0]["dense_perplexity"] if state.rounds else None
+        windows_NS = self._windows_NS if last else self._round_windows(number)
+        dense_perplexity = self._dense_perplexity(state, windows_NS)
         with engine.stream(dense) as parent, engine.stream(store) as pruned:
             result = recovery.run(
                 parent,
                 pruned,
                 engine.head,
-                self._windows_NS,
-                self._builder(state.mask, number),
+                windows_NS,
+                None if last else self._builder(state.mask, number),
                 dense_losses=dense_perplexity is None,
             )
         if result.dense_losses_NS is not None:
@@ -280,6 +357,33 @@ class Search:
             "recovery_residual": sum(result.residual) / len(result.residual),
         }
 
+    def _dense_perplexity(self, state: PruneState, windows_NS: torch.Tensor) -> float | None:
+        """The dense model's, where an earlier round has measured it on these very windows."""
+        first = self._round_windows(1)
+        if not state.rounds or len(windows_NS) != len(first) or not torch.equal(windows_NS, first):
+            return None
+        return float(state.rounds[0]["dense_perplexity"])
+
+    def _recovery(
+        self,
+        mask: KeepMask,
+        *,
+        save: Callable[[int, dict[str, torch.Tensor]], None],
+        refine: int = 0,
+        name: str = "recovery",
+    ) -> Recovery:
+        return Recovery(
+            self._engine.sweep,
+            ridge=self._settings.ridge,
+            keep_inputs=self._keep_inputs,
+            save=save,
+            saved_dtype=self._saved_dtype,
+            mask=mask if self._settings.refit == "all" else None,
+            refine=refine,
+            keep_refinement=self._keep_refinement,
+            name=name,
+        )
+
     def _saved_dtype(self, name: str) -> torch.dtype:
         """The source's dtype, which is what the rewriter writes."""
         return torch_dtype(self._engine.checkpoint.tensors[name].dtype)
@@ -289,15 +393,13 @@ class Search:
         self._folder.save_refit(number, layer, weights, dtypes)
 
 
-def _report(number: int, judgement: Judgement, mask: KeepMask, blocks: int) -> dict[str, Any]:
+def _report(number: int, judgement: Judgement) -> dict[str, Any]:
     fit = judgement.fit
     return {
         "round": number,
-        "sparsity": mask.removed_parameters() / blocks,
         "observations": judgement.observations,
         # One fold has nothing held out: not a number, which JSON does not know.
         "r2": None if fit is None or math.isnan(fit.r2) else fit.r2,
         "tau": None if fit is None or math.isnan(fit.tau) else fit.tau,
         "penalty": None if fit is None else fit.penalty,
-        "kept": mask.counts(),
     }

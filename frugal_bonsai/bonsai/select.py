@@ -66,6 +66,14 @@ def cut(
     return _cut_per_layer(mask, curves, target_parameters, rules, per)
 
 
+def withhold(curves: tuple[Curve, ...], kind: str) -> tuple[Curve, ...]:
+    """The same curves, of which those of one kind offer nothing."""
+    return tuple(
+        Curve(group=c.group, order=c.order[:0], loss=c.loss[:1]) if c.group.kind == kind else c
+        for c in curves
+    )
+
+
 def _cut_per_layer(
     mask: KeepMask,
     curves: tuple[Curve, ...],

@@ -27,6 +27,11 @@ DESIGNS = ("per-window", "shared")
 REGRESSIONS = ("ridge", "paper")
 UTILITIES = ("loss", "perplexity")
 REFITS = ("outputs", "all")
+# Conjugate-gradient steps of one refinement of the FFN's channels (refine.py).
+REFINE_ITERATIONS = 4
+# Rounds before the last take statistics, and recover, on this many tokens for each column of the
+# widest projection (or on all windows, where they have no more): enough to choose units by.
+TOKENS_PER_COLUMN = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +54,14 @@ class PruneSettings:
         mask_windows: windows that masks are evaluated on.
         per: what a cut's loss is counted against, ``parameter`` or ``unit`` (the published code).
         pool: candidates of a group, as a multiple of the round's share.
+        compensate: units that are off in a mask are replaced by what the others say about them, so
+            that masks measure what removal costs after recovery; False puts zeros there.
+        trial: a cut that takes attention units is recovered on a few windows, and so is the cut of
+            the same size that takes none; the better one stands (per-layer layout).
         recovery: refit projections after every round.
         refit: which ones: ``outputs`` (o_proj, down_proj) or ``all`` (q, k, v, gate, up too).
+        refine: how often the last round's recovery moves the FFN's remaining channels (a linearised
+            least-squares problem in gate and up) and refits down_proj again; 0 never.
         ridge: recovery's lambda as a share of the Gram matrix's mean diagonal; the ``exact`` prior
             is the loss that a refit with this lambda leaves.
         seed: of every random draw.
@@ -67,12 +78,15 @@ class PruneSettings:
     draw: str = "kind"
     regression: str = "ridge"
     utility: str = "loss"
-    masks: int = 12
+    masks: int = 8
     mask_windows: int = 16
     per: str = "parameter"
     pool: float = 2.5
+    compensate: bool = True
+    trial: bool = True
     recovery: bool = True
     refit: str = "all"
+    refine: int = 2
     ridge: float = 1e-3
     seed: int = 0
     weights: str = "int8"
@@ -109,6 +123,8 @@ class PruneSettings:
             raise OptionError(f"--mask-windows: {self.mask_windows} is not at least 1")
         if self.pool < 1:
             raise OptionError(f"--pool: {self.pool} is below 1, the cut would not fit in the pool")
+        if self.refine < 0:
+            raise OptionError(f"--refine: {self.refine} is negative")
         if not 0 < self.ridge <= 1:
             raise OptionError(f"--ridge: {self.ridge} is outside (0, 1]")
         if self.arithmetic == "int8" and self.weights != "int8":
@@ -118,9 +134,31 @@ class PruneSettings:
         if self.seed < 0:
             raise OptionError(f"--seed: {self.seed} is negative")
 
+    def stand_ins(self, *, uniform: bool) -> bool:
+        """Whether masks are evaluated with stand-ins: where pools are shares of every group."""
+        return self.compensate and self.method == "group" and not uniform
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the state and the card."""
         return dataclasses.asdict(self)
+
+
+# Windows that a trial recovers on, as a share of a round's.
+TRIAL_SHARE = 0.5
+
+
+def round_windows(settings: PruneSettings, columns: int, window: int, windows: int) -> int:
+    """How many calibration windows the rounds before the last use.
+
+    Args:
+        settings: of the prune; without recovery, statistics are all there is: all windows.
+        columns: of the widest output projection.
+        window: tokens of a window.
+        windows: calibration windows in all.
+    """
+    if not settings.recovery:
+        return windows
+    return min(windows, -(-TOKENS_PER_COLUMN * columns // window))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -137,6 +175,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_windows": 32,
         "per": "unit",
         "pool": 2.0,
+        "compensate": False,
+        "trial": False,
         "recovery": False,
     },
 }

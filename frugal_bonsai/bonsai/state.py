@@ -25,7 +25,7 @@ from frugal_bonsai.checkpoint.writer import write_tensors
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.model.cut import slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.units import KeepMask, UnitTable
+from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 
 STATE_FILE = "state.json"
 VERSION = 1
@@ -139,6 +139,25 @@ class StateFolder:
                     f"{path}: was made with {key} = {then.get(key)!r}, now it is "
                     f"{now.get(key)!r}; use the same options to resume, or delete {self.folder}"
                 )
+
+    # -- stand-ins ------------------------------------------------------------------------------
+    def save_stand_in(
+        self, number: int, group: UnitGroup, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Keep one group's stand-ins for the round after ``number``."""
+        path = self._stand_in(number, group)
+        _make_folder(path.parent)
+        write_tensors(path, tensors)
+
+    def stand_in(self, number: int, group: UnitGroup) -> dict[str, torch.Tensor] | None:
+        """What :meth:`save_stand_in` kept; None where it kept nothing."""
+        path = self._stand_in(number, group)
+        if not path.exists():
+            return None
+        return {name: read_file(path, name) for name in ("columns", "matrix")}
+
+    def _stand_in(self, number: int, group: UnitGroup) -> Path:
+        return self.round_folder(number) / f"stand_in_{group.layer:05d}_{group.kind}.safetensors"
 
     # -- refits ---------------------------------------------------------------------------------
     def save_refit(

@@ -246,6 +246,56 @@ def head_cost(
     return Cost(products=2 * spec.hidden * logits, traffic=each * logits + hidden, fresh=fresh)
 
 
+def stand_ins_cost(w: LayerWidths, share: float, tokens: float, element_bytes: int) -> Cost:
+    """Guesses of a pool's inputs in masked evaluation, for both groups.
+
+    Products with a matrix of ``p C`` rows and ``(1 - p) C`` columns in the compute dtype; the
+    others' inputs are gathered (2), the pool's are gathered and its guesses chosen from (6).
+    """
+    columns = w.query + w.ffn
+    products = 2 * share * (1 - share) * (w.query**2 + w.ffn**2) * tokens
+    traffic = (2 * (1 - share) + 6 * share) * columns * element_bytes * tokens
+    if element_bytes == 4:  # whatever the arithmetic of the projections
+        return Cost(fp32_products=products, traffic=traffic)
+    return Cost(products=products, traffic=traffic)
+
+
+def make_stand_ins_cost(w: LayerWidths, share: float) -> Cost:
+    """Stand-ins of both groups from the inverse M of the Gram matrix: ``-(M_pp)^-1 M_pc``.
+
+    M is ``N^T N``, so that its rows of the pool are a product of ``p C``, C and C; then a factor of
+    ``M_pp`` and two substitutions with ``(1 - p) C`` right sides.
+    """
+    cubes = w.query**3 + w.ffn**3
+    return Cost(
+        fp32_products=2 * share * cubes,
+        solves=(share**3 / 3 + 2 * share**2 * (1 - share)) * cubes,
+    )
+
+
+def refine_cost(
+    w: LayerWidths, tokens: float, *, steps: int, blocks: int, iterations: int, keep: bool
+) -> Cost:
+    """The FFN's channels moved, in ``steps`` problems on a part of the tokens each, all in fp32.
+
+    For J projections into the FFN. The residual takes a pass of the whole sublayer for each block;
+    slopes a pass of gate and up and 2 J activations (8 elements each a channel); the pull and each
+    iteration's way there and back twice the sublayer's products (9 J elements), without slopes kept
+    another pass of gate and up and the activations. In each step ``2 iterations + 3`` triangular
+    solves turn the weights into white coordinates and back; the inputs are whitened once.
+    """
+    sublayer, inputs = w.ffn_in + w.ffn_out, w.ffn_in / (w.ffn * w.hidden)
+    slopes = 1 if keep else 1 + iterations
+    products = (blocks + 1 + 2 * iterations) * sublayer + slopes * w.ffn_in
+    elements = (16 * slopes + 9 * (iterations + 1)) * inputs + 5 * blocks
+    cost = Cost(
+        fp32_products=2 * products * tokens,
+        traffic=4 * elements * w.ffn * tokens,
+        solves=steps * (2 * iterations + 3) * w.ffn_in * w.hidden + w.hidden**3 / 3,
+    )
+    return cost + gram_cost(w.hidden, tokens)
+
+
 def gram_cost(columns: float, tokens: float) -> Cost:
     """X x^T of an input with so many columns, added up over tokens, in fp32."""
     return Cost(fp32_products=2 * columns**2 * tokens)
@@ -271,20 +321,22 @@ def exact_prior_cost(w: LayerWidths, *, factored: bool) -> Cost:
 
 
 def refit_outputs_cost(w: LayerWidths, tokens: float) -> Cost:
-    """o_proj and down_proj refitted: Gram and cross moments, then a solve with H right sides.
+    """o_proj and down_proj refitted."""
+    return refit_output_cost(w.query, w.hidden, tokens) + refit_output_cost(w.ffn, w.hidden, tokens)
+
+
+def refit_output_cost(columns: float, hidden: float, tokens: float) -> Cost:
+    """An output projection refitted: Gram and cross moments, then a solve with H right sides.
 
     The cross moments T^T X cost 2 C H a token; a target takes three sums and its energy (10 H
     elements). The solve: a factor C^3/3, 2 C^2 H of substitution, and W G as a product.
     """
-    cost = Cost(traffic=2 * 10 * 4 * w.hidden * tokens)
-    for columns in (w.query, w.ffn):
-        cost += gram_cost(columns, tokens)
-        square = columns**2 * w.hidden
-        cost += Cost(
-            fp32_products=2 * columns * w.hidden * tokens + 2 * square,
-            solves=columns**3 / 3 + 2 * square,
-        )
-    return cost
+    square = columns**2 * hidden
+    return gram_cost(columns, tokens) + Cost(
+        fp32_products=2 * columns * hidden * tokens + 2 * square,
+        solves=columns**3 / 3 + 2 * square,
+        traffic=10 * 4 * hidden * tokens,
+    )
 
 
 def refit_inputs_cost(w: LayerWidths, tokens: float) -> Cost:

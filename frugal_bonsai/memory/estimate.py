@@ -25,9 +25,13 @@ from frugal_bonsai.memory.cost import (
     int8_cost,
     layer_cost,
     layer_widths,
+    make_stand_ins_cost,
     outputs_cost,
+    refine_cost,
     refit_inputs_cost,
+    refit_output_cost,
     refit_outputs_cost,
+    stand_ins_cost,
 )
 from frugal_bonsai.memory.hardware import CUDA, FP32, INT8, HardwareProfile
 from frugal_bonsai.memory.time_model import SAMPLING, Phase, PruneWork, TimeEstimate
@@ -77,7 +81,6 @@ class _Estimate:
         self._cuda = profile.device == CUDA
         self._element = 2 if self._cuda else 4
         self._widths = layer_widths(spec)
-        self._calibration = work.windows * work.window
 
     def phases(self) -> list[Phase]:
         """All phases of a prune, in order of appearance."""
@@ -94,25 +97,38 @@ class _Estimate:
 
     def _statistics(self) -> Phase:
         """The first prior; without recovery also one after each round but the last."""
-        again = [] if self._work.recovery else list(self._work.shares[1:-1])
-        cost = Cost()
-        for share in (self._work.shares[0], *again):
-            w = self._widths.kept(share)
-            layer = layer_cost(w, self._batch(self._work.windows), self._calibration)
-            if self._work.exact_prior:
-                layer += gram_cost(w.query, self._calibration) + gram_cost(w.ffn, self._calibration)
-                layer += exact_prior_cost(w, factored=False)
-            cost += layer * self._spec.layers + self._layers_read(w, self._work.windows)
+        work, cost = self._work, Cost()
+        windows = work.part_windows
+        tokens = windows * work.window
+        for number in range(1 if work.recovery else work.rounds):
+            w = self._widths.kept(work.shares[number])
+            layer = layer_cost(w, self._batch(windows), tokens)
+            if work.exact_prior or work.pool:
+                layer += gram_cost(w.query, tokens) + gram_cost(w.ffn, tokens)
+            layer += self._prior(w, number, factored=False)
+            cost += layer * self._spec.layers + self._layers_read(w, windows)
         return self._phase("statistics", cost)
+
+    def _prior(self, w: LayerWidths, number: int, *, factored: bool) -> Cost:
+        """What a layer's prior and stand-ins for a round (from 0) take, from its Gram matrices."""
+        cost = Cost()
+        if self._work.exact_prior or self._work.pool:  # both need the inverse
+            cost += exact_prior_cost(w, factored=factored)
+        if self._work.pool:
+            cost += make_stand_ins_cost(w, self._work.stand_ins(number))
+        return cost
 
     def _masked(self) -> Phase:
         """Every round's masks, with the layers that the rounds before have left."""
         pairs, cost = self._work.pairs, Cost()
         arithmetic = self._work.arithmetic or self._profile.arithmetic
         tokens = pairs * self._work.window
-        for share in self._work.shares[:-1]:
+        for number, share in enumerate(self._work.shares[:-1]):
             w, batch = self._widths.kept(share), self._batch(pairs)
             layer = layer_cost(w, batch, tokens, masked=True)
+            if self._work.pool:
+                stand_ins = self._work.stand_ins(number)
+                layer += stand_ins_cost(w, stand_ins, tokens, self._element)
             if arithmetic == INT8:
                 layer += int8_cost(w, tokens)
             cost += layer * self._spec.layers + self._head(pairs, int8=arithmetic == INT8)
@@ -120,21 +136,59 @@ class _Estimate:
         return self._phase("masked evaluation", cost, arithmetic)
 
     def _recovery(self) -> Phase:
-        """After each round, the dense and the pruned model side by side."""
-        tokens, windows, cost = self._calibration, self._work.windows, Cost()
-        batch = self._batch(windows)
-        for share in self._work.shares[1:]:
-            w = self._widths.kept(share)
-            layer = layer_cost(self._widths, batch, tokens) + self._pruned_layer(w, batch, tokens)
-            layer += refit_outputs_cost(w, tokens)
-            if self._work.refit_inputs:
-                layer += refit_inputs_cost(w, tokens)
-            if self._work.exact_prior:
-                layer += exact_prior_cost(w, factored=True)
-            cost += layer * self._spec.layers + self._head(windows)
-            cost += self._layers_read(self._widths, windows) + self._layers_read(w, windows)
-        # The dense model's own losses, in the first round alone.
-        return self._phase("recovery", cost + self._head(windows))
+        """After each round, the dense and the pruned model side by side; trials before them."""
+        work, cost = self._work, Cost()
+        for number, share in enumerate(work.shares[1:], start=1):
+            w, last = self._widths.kept(share), number == work.rounds
+            windows = work.windows if last else work.part_windows
+            cost += self._paired_sweep(w, windows)
+            if work.trial:
+                cost += self._paired_sweep(w, work.trial) * 2
+            if not last:
+                cost += self._prior(w, number, factored=True) * self._spec.layers
+            # The dense model's losses, unless the first round has measured them on these windows.
+            if number == 1 or work.part_windows < work.windows:
+                cost += self._head(windows)
+        if work.refine:
+            cost += self._refined_layer(w) * self._spec.layers
+        return self._phase("recovery", cost)
+
+    def _paired_sweep(self, w: LayerWidths, windows: int) -> Cost:
+        """Both models over some windows, refitted, and the pruned one's losses."""
+        batch, tokens = self._batch(windows), windows * self._work.window
+        layer = layer_cost(self._widths, batch, tokens) + self._pruned_layer(w, batch, tokens)
+        layer += refit_outputs_cost(w, tokens)
+        if self._work.refit_inputs:
+            layer += refit_inputs_cost(w, tokens)
+        cost = layer * self._spec.layers + self._head(windows)
+        return cost + self._layers_read(self._widths, windows) + self._layers_read(w, windows)
+
+    def _refined_layer(self, w: LayerWidths) -> Cost:
+        """The last recovery's refinement: the FFN's inputs taken, moved, and down_proj solved for.
+
+        After each step the FFN's inputs are computed anew for the solve, and once more at the end.
+        They, and targets that are not held, need o_proj's output again, for which attention runs
+        where recovery's inputs are not held.
+        """
+        work = self._work
+        tokens, batch = work.windows * work.window, self._batch(work.windows)
+        cost = refine_cost(
+            w,
+            tokens,
+            steps=work.refine,
+            blocks=work.refine_blocks,
+            iterations=work.refine_iterations,
+            keep=work.keep_refinement,
+        )
+        before = Cost(products=2 * w.attention_out * tokens)
+        if not work.keep_inputs:
+            before += attention_cost(w, batch, tokens)
+        # To begin with: inputs and targets; for each step: inputs; targets, also of each block.
+        uses = 2 + work.refine + 1
+        if not work.keep_refinement:
+            uses += work.refine + work.refine_blocks - 1
+        solves = refit_output_cost(w.ffn, w.hidden, tokens) + ffn_cost(w, batch, tokens)
+        return cost + before * uses + solves * work.refine + ffn_cost(w, batch, tokens)
 
     def _pruned_layer(self, w: LayerWidths, batch: Batch, tokens: float) -> Cost:
         """The pruned model's layer while its projections are refitted in turn.
@@ -201,12 +255,13 @@ class _Estimate:
         return cost + Cost(copy=read + 2 * layers * spilled * state)
 
     def _stores(self) -> Phase:
-        """The dense store, then after each round one to recover from and one with the refits."""
+        """The dense store; after each round one to recover from, one with the refits, trials'."""
         work, source = self._work, self._work.source_bytes
         shares = [work.shares[0]]
         for at, share in enumerate(work.shares[1:], start=1):
             last = at == work.rounds
             shares += [share] * (int(work.recovery or not last) + int(work.recovery and not last))
+            shares += [share, share] if work.trial else []
         blocks, cost = self._spec.block_parameters, Cost()
         for share in shares:
             stored = share * blocks * (1 if work.int8_store else source)

@@ -7,7 +7,8 @@ are explained and compared with measurements in docs/memory.md.
 Legend: P parameters of the largest layer, H hidden, I FFN channels, C_o and C_down input columns of
 o_proj and down_proj, V vocabulary (v rows of it in a chunk), S tokens of a window, m windows of a
 micro-batch, n windows in flight, c bytes of a compute element, K columns of a key, L
-layers.
+layers; of refinement: J projections into the FFN, R channels of a block, r steps; of stand-ins: p
+their share of a group.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ import math
 
 from frugal_bonsai.int8 import PRODUCT_TOKENS, product_scratch_bytes
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.work import DISK, GPU, HOST, Choice, PlanItem, Work
+from frugal_bonsai.memory.work import (
+    DISK,
+    GPU,
+    HOST,
+    Choice,
+    PlanItem,
+    Work,
+    refined_blocks,
+)
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.units import ATTENTION, FFN
+from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup
 from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
 
 HEAD_CHUNKS = "head chunks"
@@ -53,6 +62,10 @@ class Items:
             for kind in (ATTENTION, FFN)
         }
         self._attention, self._ffn = columns[ATTENTION], columns[FFN]
+        self._ffn_inputs = max(
+            _input_projections(spec, group) for group in spec.table.groups if group.kind == FFN
+        )
+        self._block = -(-self._ffn // refined_blocks(self._ffn))
 
     def stored_bytes(self, weights: str | None) -> int:
         """One layer as stored; None is the checkpoint itself."""
@@ -139,6 +152,24 @@ class Items:
         keys = self._spec.kv_heads * self._spec.head_dim
         rotating = max(4 * attention + 2 * keys, 2 * attention + 5 * keys)
         return max(2 * hidden + 3 * self._ffn, hidden + rotating)
+
+    def masked_activations(self, choice: Choice, windows: int) -> PlanItem:
+        """With what stands in: the core's inputs (1 - p) C, guesses, a choice of both: 3 p C.
+
+        At an output projection the layer holds 2H + C, or half of what attention had: there is
+        room for C (1 + 2 p) in what the layer holds at its peak, up to p = 1/2.
+        """
+        extra = max(0, math.ceil((2 * self._work.stand_ins - 1) * self._ffn))
+        return self.activations(choice, windows, extra=extra, why=" + (2p-1)*C_down")
+
+    def stand_ins(self) -> PlanItem:
+        """The stand-ins of one group, as stored and as computed with, while they are loaded."""
+        share, columns = self._work.stand_ins, max(self._attention, self._ffn)
+        widths = math.ceil(share * columns) * math.ceil((1 - share) * columns)
+        if share >= 0.5:
+            widths = math.ceil(columns**2 / 4)  # the largest product that a pool can have
+        size = widths * (2 + self._compute)
+        return self._near("stand-ins of a group", size, "p*C*(1-p)*C*(2+c)")
 
     def tapped_activations(self, choice: Choice) -> PlanItem:
         """With o_proj's input kept for the statistics."""
@@ -231,17 +262,64 @@ class Items:
         formula = "4*max(C^2 + C*H)" + (", 2*H^2 + R*H" if self._work.refit_inputs else "")
         return self._near("Gram matrix and cross moments", 4 * size, formula)
 
-    def solve(self) -> PlanItem:
-        """What a factorisation, an inverse and a refit hold beside the Gram matrix."""
+    def solve(self, *, stand_ins: float = 0.0) -> PlanItem:
+        """What a factorisation, an inverse and a refit hold beside the Gram matrix.
+
+        Args:
+            stand_ins: share of a group whose stand-ins are made from the inverse: twice the
+                products of their columns with each other, the fp16 result, a block of their columns
+                and one of the others', three of what these give.
+        """
         widest = max(self._attention, self._ffn)
         size = 4 * widest * max(3 * _FACTOR_BLOCK, _FACTOR_BLOCK + 6 * _REFIT_ROWS)
-        return self._near("blocks of a solve", size, "4*C*(256 + 6*128)")
+        pool = math.ceil(stand_ins * widest)
+        made = 4 * 2 * pool**2 + 2 * pool * (widest - pool)
+        made += 4 * _FACTOR_BLOCK * (2 * widest + 3 * pool)
+        if not pool or made <= size:
+            return self._near("blocks of a solve", size, "4*C*(256 + 6*128)")
+        return self._near("making stand-ins", made, "8*(p*C)^2 + 2*p*C*(1-p)*C + 4*256*(2*C + 3*p*C)")
 
-    def kept_inputs(self, windows: int) -> PlanItem:
-        """Recovery's inputs of the projections of a layer."""
-        tokens, columns = windows * self._work.window, self._attention + self._ffn
-        size = tokens * columns * self._compute
-        return self._near("recovery's inputs of a layer", size, "n*S*(C_o+C_down)*c")
+    def kept_inputs(self, windows: int, *, ffn: bool = True) -> PlanItem:
+        """Recovery's inputs of the projections of a layer; refinement's of attention's alone."""
+        tokens, columns = windows * self._work.window, self._attention + int(ffn) * self._ffn
+        size, widths = tokens * columns * self._compute, "(C_o+C_down)" if ffn else "C_o"
+        return self._near("recovery's inputs of a layer", size, f"n*S*{widths}*c")
+
+    def refined_weights(self) -> list[PlanItem]:
+        """New weights of the FFN in fp32, and down_proj's refit.
+
+        Those that are computed with lie where the dense layer's were.
+        """
+        if self._compute == 4:
+            return []
+        size = 4 * (self._ffn_inputs + 1) * self._ffn * self._spec.hidden
+        return [self._near("refined weights of a layer", size, "4*(J+1)*C_down*H")]
+
+    def refined_block(self) -> PlanItem:
+        """A block's weights, step, and what conjugate gradients keep; the inputs' factor."""
+        hidden = self._spec.hidden
+        size = 4 * (8 * self._ffn_inputs * self._block * hidden + hidden**2)
+        return self._near("refinement of a block of channels", size, "4*(8*J*R*H + H^2)")
+
+    def refined_activations(self, choice: Choice) -> PlanItem:
+        """A block's pre-activations, slopes and products of both, in fp32; or a layer's own.
+
+        In bf16 half as many windows are taken at a time.
+        """
+        windows, window = self._work.windows, self._work.window
+        block = 3 * self._spec.hidden + (3 * self._ffn_inputs + 4) * self._block
+        batch = min(choice.micro_batch, windows)
+        own = batch * window * (self._per_token() + 2 * self._spec.hidden) * self._compute
+        size = max(own, max(1, batch * self._compute // 4) * window * block * 4)
+        formula = "max(a layer's, m*S*c/4*(3H + (3J+4)*R)*4)"
+        return self._near("activations of a micro-batch", size, formula)
+
+    def slopes(self, windows: int) -> PlanItem:
+        """Refinement's slopes of a block of channels for a step's windows, fp32."""
+        steps = min(self._work.refine, windows)
+        part = -(-windows // steps)
+        size = 4 * part * self._work.window * self._ffn_inputs * self._block
+        return self._near("refinement's slopes", size, "n/r*S*J*R*4")
 
     def refits(self) -> PlanItem:
         """Refit weights that are saved more precisely than computed with; others lie in place.
@@ -294,6 +372,15 @@ class Items:
 def pinned_bytes(size: int) -> int:
     """What torch's allocator of pinned host memory takes for a block: the next power of two."""
     return 1 << max(0, size - 1).bit_length()
+
+
+def _input_projections(spec: ModelSpec, group: UnitGroup) -> int:
+    """Projections whose output rows the group's units own."""
+    prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
+    return sum(
+        piece.axis == 0 and len(shapes[piece.tensor.removeprefix(prefix)]) == 2
+        for piece in group.slices
+    )
 
 
 def _elements(shapes: list[tuple[int, ...]]) -> int:

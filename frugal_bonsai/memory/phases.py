@@ -96,6 +96,7 @@ class Phases:
                 choice,
                 work.pairs,
                 weights=work.weights,
+                masked=True,
                 products=work.int8_products,
             )
         if work.recovery:
@@ -111,6 +112,7 @@ class Phases:
         windows: int,
         *,
         weights: str | None,
+        masked: bool = False,
         products: bool = False,
     ) -> list[Phase]:
         """A sweep and the head behind it; the layers' buffers stay meanwhile."""
@@ -118,11 +120,14 @@ class Phases:
         held = items.stream(choice, weights, products=products)
         windows = min(choice.in_flight, windows)
         held += items.hidden(choice, windows)
+        layers = [items.activations(choice, windows)]
+        if masked and self._work.stand_ins:
+            layers = [items.stand_ins(), items.masked_activations(choice, windows)]
         head = [*items.head_rows(choice, products=products), items.logits(choice)]
         if self._work.full_logits:
             head.append(items.all_logits())
         return [
-            self._phase(f"{name}: layers", [*held, items.activations(choice, windows)]),
+            self._phase(f"{name}: layers", [*held, *layers]),
             self._phase(f"{name}: head", [*held, *head]),
         ]
 
@@ -133,14 +138,16 @@ class Phases:
             *items.hidden(choice, self._work.windows),
             items.gram(),
         ]
+        solve = items.solve(stand_ins=self._work.stand_ins)
         return [
             self._phase("statistics: layers", [*held, items.tapped_activations(choice)]),
-            self._phase("statistics: solve", [*held, items.solve()]),
+            self._phase("statistics: solve", [*held, solve]),
         ]
 
     def _recovery(self, choice: Choice) -> list[Phase]:
-        items, windows = self._items, self._work.windows
-        states = 3 if self._work.refit_inputs else 2
+        items, windows, work = self._items, self._work.windows, self._work
+        # Both models'; the dense inputs of a sublayer, or those of what is refined; its targets.
+        states = 2 + int(work.refit_inputs or work.refine > 0) + int(choice.keep_refinement)
         held = [
             *items.stream(choice, self._work.weights, models=2),
             *items.hidden(choice, windows, states=states),
@@ -148,10 +155,32 @@ class Phases:
         layer = [*held, items.refits(), items.gram_of_recovery()]
         if choice.keep_inputs:
             layer.append(items.kept_inputs(windows))
-        return [
+        solve = items.solve(stand_ins=work.stand_ins)
+        phases = [
             self._phase("recovery: layers", [*layer, items.paired_activations(choice)]),
-            self._phase("recovery: solve", [*layer, items.solve()]),
+            self._phase("recovery: solve", [*layer, solve]),
+        ]
+        if work.refine:
+            phases += self._refinement(choice, held)
+        return [
+            *phases,
             self._phase("recovery: head", [*held, *items.head_rows(choice), items.logits(choice)]),
+        ]
+
+    def _refinement(self, choice: Choice, held: list[PlanItem]) -> list[Phase]:
+        """Channels are moved, then what mixes them is solved for; neither holds its inputs."""
+        items, windows = self._items, self._work.windows
+        layer = [*held, items.refits(), *items.refined_weights()]
+        if choice.keep_inputs:
+            layer.append(items.kept_inputs(windows, ffn=False))
+        moved = [*layer, items.refined_block(), items.refined_activations(choice)]
+        if choice.keep_refinement:
+            moved.append(items.slopes(windows))
+        again = [*layer, items.gram_of_recovery()]
+        return [
+            self._phase("refinement: channels", moved),
+            self._phase("refinement: layers", [*again, items.paired_activations(choice)]),
+            self._phase("refinement: solve", [*again, items.solve()]),
         ]
 
     def _rewrite(self, choice: Choice) -> list[Phase]:

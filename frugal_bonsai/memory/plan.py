@@ -39,6 +39,7 @@ class MemoryPlan:
         budget: the caps.
         limits: for the sweeps.
         keep_inputs: recovery holds the inputs of a layer's projections.
+        keep_refinement: refinement holds what it aims at and its slopes.
         concurrent_masks: masks evaluated in one sweep.
     """
 
@@ -47,6 +48,7 @@ class MemoryPlan:
     budget: Budget
     limits: SweepLimits
     keep_inputs: bool
+    keep_refinement: bool
     concurrent_masks: int
 
     def peak_phase(self, where: str) -> Phase:
@@ -124,12 +126,16 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
     kept = replace(choice, keep_inputs=work.recovery)
     if work.recovery and build.fits(kept):
         choice = kept
+    kept = replace(choice, keep_refinement=work.refine > 0)
+    if work.refine and build.fits(kept):
+        choice = kept
     return MemoryPlan(
         phases=tuple(build.of(choice)),
         on_disk=tuple(build.on_disk()),
         budget=budget,
         limits=build.limits(choice),
         keep_inputs=choice.keep_inputs,
+        keep_refinement=choice.keep_refinement,
         concurrent_masks=min(max(1, choice.in_flight // work.windows_per_mask), max(1, work.pairs)),
     )
 

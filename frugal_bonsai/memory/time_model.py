@@ -27,6 +27,13 @@ class PruneWork:
         recovery: projections are refitted after each round.
         refit_inputs: q, k, v, gate and up too.
         keep_inputs: recovery holds a layer's inputs.
+        part: windows that statistics and every recovery but the last take; None is all.
+        trial: windows that two cuts are recovered on in every round; 0 for no trials.
+        pool: units that have stand-ins, as a multiple of what a round removes; 0 for none.
+        refine: steps in which the last recovery moves the FFN's channels; 0 never.
+        refine_iterations: of conjugate gradients in a step.
+        refine_blocks: of channels, one moved after the other.
+        keep_refinement: refinement holds what it aims at and its slopes.
         int8_store: the working store is int8, else the source's dtype.
         source_bytes: of one element of the checkpoint.
         planned_bytes: of host memory, which the page cache does not get.
@@ -47,12 +54,29 @@ class PruneWork:
     source_bytes: int
     planned_bytes: int = 0
     sampled_tokens: int = 0
+    part: int | None = None
+    trial: int = 0
+    pool: float = 0.0
+    refine: int = 0
+    refine_iterations: int = 0
+    refine_blocks: int = 1
+    keep_refinement: bool = True
     arithmetic: str | None = None
 
     @property
     def rounds(self) -> int:
         """Number of rounds."""
         return len(self.shares) - 1
+
+    @property
+    def part_windows(self) -> int:
+        """Windows of statistics and of every recovery but the last."""
+        return self.windows if self.part is None else self.part
+
+    def stand_ins(self, number: int) -> float:
+        """Share of the units alive before this round (from 0) that have stand-ins, at most."""
+        before, after = self.shares[number : number + 2]
+        return min(1.0, self.pool * (before - after) / before)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,23 @@ from dataclasses import dataclass
 
 HOST, GPU, DISK = "host", "gpu", "disk"
 BASE = "Python and libraries"
+# Recovery's refinement moves the FFN's channels in blocks of at least so many, at most so many
+# blocks.
+_LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
+
+
+def refined_blocks(channels: int) -> int:
+    """In how many blocks so many channels are moved."""
+    return min(_MOST_BLOCKS, -(-channels // _LEAST_CHANNELS))
+
+
+def refining_passes(blocks: int, *, keep: bool, iterations: int) -> int:
+    """How often one step of refinement takes its tokens through the sublayer, there or back.
+
+    Once for the slopes of all blocks, once for each block's residual, and there and back in every
+    iteration; where the slopes are not held they are made anew, another pass there.
+    """
+    return blocks + 1 + (2 if keep else 3) * iterations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +62,8 @@ class Work:
         gram: Gram matrices are collected.
         recovery: dense and pruned model side by side.
         refit_inputs: recovery also refits the projections into a sublayer.
+        refine: in how many steps the last recovery also moves the FFN's channels; 0 never.
+        stand_ins: largest share of a group's units that a masked evaluation has stand-ins for.
         weights: ``"int8"`` or ``"native"`` working store; None streams the checkpoint itself.
         int8_products: masked evaluation multiplies the stored codes.
         full_logits: a custom utility needs all logits of a window.
@@ -61,6 +80,8 @@ class Work:
     gram: bool = False
     recovery: bool = False
     refit_inputs: bool = False
+    refine: int = 0
+    stand_ins: float = 0.0
     weights: str | None = None
     int8_products: bool = False
     full_logits: bool = False
@@ -87,4 +108,5 @@ class Choice:
     in_flight: int
     resident: int
     keep_inputs: bool
+    keep_refinement: bool = False
     buffers: int = 2

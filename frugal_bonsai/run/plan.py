@@ -134,15 +134,18 @@ def plan_prune(
     native_windows = max(held_out_count(windows), eval_windows)
     mask_windows = min(settings.mask_windows, windows)
     pairs = 0 if settings.method == "local" else mask_windows * (settings.masks + 1)
+    stand_ins = _stand_in_share(settings, uniform=ready.rules.uniform)
     work = Work(
         window=ready.window,
         windows=windows,
         pairs=pairs,
         native_windows=native_windows,
         windows_per_mask=mask_windows if settings.design == "shared" else 1,
-        gram=settings.recovery or settings.prior == "exact",
+        gram=settings.recovery or settings.prior == "exact" or stand_ins > 0,
         recovery=settings.recovery,
         refit_inputs=settings.recovery and settings.refit == "all",
+        refine=settings.refine if settings.recovery else 0,
+        stand_ins=stand_ins,
         weights=settings.weights,
         int8_products=settings.arithmetic == "int8",
         full_logits=custom_utility,
@@ -155,6 +158,15 @@ def plan_prune(
     else:
         base = measured_base_bytes(model.spec, int8=settings.weights == "int8")
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
+
+
+def _stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
+    """Of a group's alive units, in the last round, whose pool is the largest share."""
+    if not settings.stand_ins(uniform=uniform):
+        return 0.0
+    # A last round takes a sliver that would be left over (bonsai/search.py).
+    step = 1.2 * settings.step
+    return min(1.0, settings.pool * step / max(1 - settings.sparsity + step, step))
 
 
 def plan(model: str, options: PruneOptions) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS, TRIAL_SHARE, round_windows
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import INT8
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.time_model import PruneWork, TimeEstimate
+from frugal_bonsai.memory.work import refined_blocks, refining_passes
 from frugal_bonsai.run.prepare import Model
 
 if TYPE_CHECKING:
@@ -61,6 +63,10 @@ def prune_work(
         rounds -= 1
     removed = [*(settings.step * number for number in range(rounds)), settings.sparsity]
     mask_windows = min(settings.mask_windows, windows)
+    columns = max(group.columns for group in model.spec.table.groups)
+    part = round_windows(settings, columns, ready.window, windows)
+    tries = settings.recovery and settings.trial and not ready.rules.uniform
+    trial = math.ceil(TRIAL_SHARE * part) if tries else 0
     tensors = model.checkpoint.tensors
     elements = sum(math.prod(entry.shape) for entry in tensors.values())
     return PruneWork(
@@ -78,6 +84,13 @@ def prune_work(
         planned_bytes=memory.total_bytes("host"),
         sampled_tokens=ready.window - 1 if ready.source == "self" else 0,
         arithmetic=INT8 if settings.arithmetic == "int8" else None,
+        part=part,
+        trial=trial,
+        pool=settings.pool if settings.stand_ins(uniform=ready.rules.uniform) else 0.0,
+        refine=settings.refine if settings.recovery else 0,
+        refine_iterations=REFINE_ITERATIONS,
+        refine_blocks=refined_blocks(columns),
+        keep_refinement=memory.keep_refinement,
     )
 
 
@@ -98,8 +111,22 @@ def predict(
 
 
 def forward_tokens(work: PruneWork) -> int:
-    """Tokens through the whole model that a prune's search spends."""
-    calibration = work.windows * work.window
-    again = (2 if work.keep_inputs else 3) if work.recovery else 1
-    rounds = work.rounds * (work.pairs * work.window + again * calibration)
-    return calibration + rounds - (0 if work.recovery else calibration)
+    """Tokens through the whole model that a prune's search spends at most.
+
+    Every round may try two cuts. Refinement passes through a part of what is left of the model,
+    counted as all of it: in each step there and back and for a solve, and once at the end.
+    """
+    calibration, part = work.windows * work.window, work.part_windows * work.window
+    masked = work.rounds * work.pairs * work.window
+    if not work.recovery:
+        return masked + work.rounds * calibration
+    again = 2 if work.keep_inputs else 3
+    recovered = (work.rounds - 1) * part + calibration
+    tried = work.rounds * 2 * work.trial * work.window
+    refined = 0.0
+    if work.refine:
+        passes = refining_passes(
+            work.refine_blocks, keep=work.keep_refinement, iterations=work.refine_iterations
+        )
+        refined = (passes + work.refine + 1) * work.shares[-1]
+    return masked + part + again * (recovered + tried) + math.ceil(refined * calibration)

@@ -279,6 +279,7 @@ def _search(
         state=state,
         work=folder / "store",
         keep_inputs=memory.keep_inputs,
+        keep_refinement=memory.keep_refinement,
         utility=utility,
     )
     return search.run(resume=resume and state.exists)

@@ -34,6 +34,14 @@ class Masker(Protocol):
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
         """Bool ``[B, C]`` over the columns that the streamed layer has; None keeps all."""
 
+    def stand_in(
+        self, group: UnitGroup, input_BSC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Columns ``[P]`` and what takes their place where they are off ``[B, S, P]``.
+
+        All columns that a mask may switch off are among them. None: zeros do.
+        """
+
 
 class Tap(Protocol):
     """Sees the inputs of the output projections, and each layer's end."""
@@ -211,6 +219,11 @@ class _Shifted:
             group, slice(items.start + self._first, items.stop + self._first)
         )
 
+    def stand_in(
+        self, group: UnitGroup, input_BSC: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return self._masker.stand_in(group, input_BSC)
+
 
 def _shifted(masker: Masker | None, wave: slice) -> Masker | None:
     return None if masker is None else _Shifted(masker, wave.start)
@@ -225,8 +238,8 @@ def _hooks(
 
     def make(group: UnitGroup, keep_BC: torch.Tensor | None) -> InputHook:
         def hook(input_BSC: torch.Tensor) -> torch.Tensor | None:
-            if keep_BC is not None:
-                input_BSC.mul_(keep_BC.to(input_BSC.device, input_BSC.dtype)[:, None, :])
+            if keep_BC is not None and masker is not None:
+                _switch_off(masker, group, keep_BC.to(input_BSC.device), input_BSC)
             if tap is not None:
                 seen.append((group, input_BSC))
             return None
@@ -238,3 +251,17 @@ def _hooks(
         if keep_BC is not None or tap is not None:
             hooks[group.output] = make(group, keep_BC)
     return hooks, seen
+
+
+def _switch_off(
+    masker: Masker, group: UnitGroup, keep_BC: torch.Tensor, input_BSC: torch.Tensor
+) -> None:
+    """Zero the columns that a mask does not keep, or put what stands in for them there."""
+    stand_in = masker.stand_in(group, input_BSC)
+    if stand_in is None:
+        input_BSC.mul_(keep_BC.to(input_BSC.dtype)[:, None, :])
+        return
+    columns_P, instead_BSP = stand_in
+    input_BSC[..., columns_P] = torch.where(
+        keep_BC[:, None, columns_P], input_BSC[..., columns_P], instead_BSP
+    )

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tiny_models import random_mask, tiny_llama
 
 from frugal_bonsai.bonsai.design import (
-    DesignMasker,
     Pools,
     draw_group_masks,
     draw_pools,
     draw_uniform_masks,
     draw_unit_masks,
 )
+from frugal_bonsai.bonsai.evaluate import DesignMasker
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_models import Tiny, random_mask, random_windows, tiny_llama
 
-from frugal_bonsai.bonsai import recover
+from frugal_bonsai.bonsai import recover_outputs
 from frugal_bonsai.bonsai.gram import Moments
 from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovered, Recovery
+from frugal_bonsai.bonsai.refine import Refinement
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
@@ -66,7 +67,7 @@ def test_statistics(call: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def _recover(
-    engine: Engine, tiny: Tiny, folder: Path, *, keep: bool
+    engine: Engine, tiny: Tiny, folder: Path, *, keep: bool, refine: int = 0
 ) -> tuple[Recovered, dict[str, torch.Tensor]]:
     mask = random_mask(tiny.spec, off=0.3)
     refits: dict[str, torch.Tensor] = {}
@@ -76,6 +77,8 @@ def _recover(
         keep_inputs=keep,
         save=lambda _, given: refits.update({n: w.clone() for n, w in given.items()}),
         mask=mask,
+        refine=refine,
+        keep_refinement=keep,
     )
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights=NATIVE, mask=mask)
     with engine.native() as parent, engine.stream(store) as pruned:
@@ -102,15 +105,54 @@ def test_recovery_lacks_memory_for_its_sums(
     call: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, wanted = _recover(tiny.engine(micro_batch=4), tiny, tmp_path / "s", keep=True)
-    fail, add = FailAt(call), recover._Cross.add
+    fail, add = FailAt(call), recover_outputs._Cross.add
 
     def failing(self: Any, *inputs: torch.Tensor) -> None:
         fail()
         add(self, *inputs)
 
-    monkeypatch.setattr(recover._Cross, "add", failing)
+    monkeypatch.setattr(recover_outputs._Cross, "add", failing)
     engine = tiny.engine(micro_batch=4)
     result, refits = _recover(engine, tiny, tmp_path / "s", keep=True)
+    assert engine.sweep.batches.size == 2
+    _assert_equal(result, refits, expected, wanted)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("call", [1, 6, 12])
+def test_refinement_lacks_memory(
+    keep: bool, call: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slopes that were kept by larger micro-batches are read by smaller ones."""
+    engine = tiny.engine(micro_batch=4)
+    expected, wanted = _recover(engine, tiny, tmp_path / "s", keep=keep, refine=1)
+    fail, activation = FailAt(call), Refinement._activation
+
+    def failing(self: Refinement, before: Any) -> torch.Tensor:
+        fail()
+        return activation(self, before)
+
+    monkeypatch.setattr(Refinement, "_activation", failing)
+    engine = tiny.engine(micro_batch=4)
+    result, refits = _recover(engine, tiny, tmp_path / "s", keep=keep, refine=1)
+    assert fail.calls > call and engine.sweep.batches.size == 2
+    _assert_equal(result, refits, expected, wanted)
+
+
+def test_refinement_lacks_memory_there_and_back(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny.engine(micro_batch=4)
+    expected, wanted = _recover(engine, tiny, tmp_path / "s", keep=True, refine=1)
+    fail, own = FailAt(5), Refinement._own
+
+    def failing(self: Refinement, items: slice) -> slice:
+        fail()  # called once a micro-batch: three to keep the slopes, then to read them
+        return own(self, items)
+
+    monkeypatch.setattr(Refinement, "_own", failing)
+    engine = tiny.engine(micro_batch=4)
+    result, refits = _recover(engine, tiny, tmp_path / "s", keep=True, refine=1)
     assert engine.sweep.batches.size == 2
     _assert_equal(result, refits, expected, wanted)
 
@@ -121,7 +163,7 @@ def test_recovery_that_lacks_memory_for_its_solve_is_the_users_error(
     def refit(*_: Any) -> float:
         raise MemoryError
 
-    monkeypatch.setattr(recover, "ridge_refit_", refit)
+    monkeypatch.setattr(recover_outputs, "ridge_refit_", refit)
     with pytest.raises(BudgetError, match=r"in recovery of model\.layers\.0\.self_attn\.o_proj"):
         _recover(tiny.engine(), tiny, tmp_path / "s", keep=True)
 
@@ -137,4 +179,5 @@ def _assert_equal(
         torch.testing.assert_close(weight, wanted[name], rtol=2e-3, atol=2e-4)
     torch.testing.assert_close(result.losses_NS, expected.losses_NS, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(result.dense_losses_NS, expected.dense_losses_NS)
+    assert result.prior is not None and expected.prior is not None
     torch.testing.assert_close(result.prior.score_N, expected.prior.score_N, rtol=1e-2, atol=1e-6)

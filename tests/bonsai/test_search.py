@@ -19,13 +19,14 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.bonsai import paper_regression, search
+from frugal_bonsai.bonsai import paper_regression, search, settings
 from frugal_bonsai.bonsai.evaluate import Observations, Utility
 from frugal_bonsai.bonsai.search import Found, Search
 from frugal_bonsai.bonsai.settings import make_settings
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
+from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Silent
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_prune.json"
@@ -228,12 +229,44 @@ def test_recovery_helps(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> Non
     assert losses[0] < losses[1] - 0.1
 
 
-def test_forward_tokens_are_counted(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
-    """Statistics once; a round is 4 masks on 6 windows, those windows unmasked, and recovery."""
-    found = _search(tiny, tokens, tmp_path)
-    windows = WINDOWS + len(found.rounds) * (4 * 6 + 6 + 2 * WINDOWS)
+def test_forward_tokens_are_counted(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics once; a round is 4 masks on 6 windows, those windows unmasked, and recovery.
+
+    Statistics and every recovery but the last see half of the windows.
+    """
+    monkeypatch.setattr(settings, "TOKENS_PER_COLUMN", 4)  # times 24 columns: six windows of 16
+    found = _search(tiny, tokens, tmp_path, refine=0)
+    rounds, half = len(found.rounds), WINDOWS // 2
+    windows = half + rounds * (4 * 6 + 6) + (rounds - 1) * 2 * half + 2 * WINDOWS
+    # A trial recovers two cuts, both models each, on half of a round's windows.
+    windows += sum("trial" in report for report in found.rounds) * 4 * half // 2
     assert found.forward_tokens == windows * WINDOW
     assert found.rounds[-1]["forward_tokens"] == found.forward_tokens
+
+
+def test_a_cut_with_attention_is_tried_against_one_without(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """What recovers better stands; a round that takes no attention tries nothing."""
+    found = _search(tiny, tokens, tmp_path / "tried", sparsity=0.4, refine=0)
+    free = _search(tiny, tokens, tmp_path / "free", sparsity=0.4, refine=0, trial=False)
+    assert all("trial" not in report for report in free.rounds)
+    before = KeepMask(tiny.spec.table).counts()["attention"]
+    tried = 0
+    for report in found.rounds:
+        after = report["kept"]["attention"]
+        if "trial" in report:
+            tried += 1
+            losses = report["trial"]
+            assert (after == before) == (losses["attention_spared"] < losses["cut"])
+        else:
+            assert after == before
+        before = after
+    assert tried
+    unit = max(g.unit_parameters for g in tiny.spec.table.groups if g.kind == "ffn")
+    assert abs(found.rounds[-1]["sparsity"] - 0.4) * tiny.spec.block_parameters <= unit + 1
 
 
 def test_int8_working_store_is_the_default_and_close(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugal_bonsai.bonsai.select import Curve, check_reachable, cut, uniform_options
+from frugal_bonsai.bonsai.select import Curve, check_reachable, cut, uniform_options, withhold
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
@@ -166,6 +166,18 @@ def test_kv_group_that_is_larger_than_the_target_stays() -> None:
     after = cut(mask, curves, 5 * CHANNEL, _rules(PER_LAYER))
     assert after.counts()[ATTENTION] == [4, 4, 4]
     assert after.removed_parameters() == 5 * CHANNEL
+
+
+def test_withheld_kind_stays_whole_and_the_others_make_up_for_it() -> None:
+    mask = KeepMask(_table())
+    curves = _curves(mask, 3, attention_cost=0.01)
+    target = round(0.3 * mask.table.parameters)
+    free, spared = (
+        cut(mask, c, target, _rules(PER_LAYER)) for c in (curves, withhold(curves, ATTENTION))
+    )
+    whole = mask.counts()[ATTENTION]
+    assert free.counts()[ATTENTION] != whole and spared.counts()[ATTENTION] == whole
+    assert 0 <= target - spared.removed_parameters() < CHANNEL
 
 
 def test_target_that_is_met_already_changes_nothing() -> None:

@@ -113,6 +113,33 @@ def test_refits() -> None:
     assert inputs.solves == pytest.approx(2 * 64 / 3 + 2 * 16 * rows)
 
 
+def test_stand_ins() -> None:
+    found = cost.stand_ins_cost(SMALL, 0.25, 20, 4)
+    assert found.fp32_products == 2 * (1 * 3 + 1.5 * 4.5) * 20
+    # 10 columns: three quarters gathered, a quarter gathered, guessed and chosen.
+    assert found.traffic == (2 * 7.5 + 6 * 2.5) * 4 * 20
+    near = cost.stand_ins_cost(SMALL, 0.25, 20, 2)
+    assert (near.products, near.fp32_products) == (found.fp32_products, 0)
+    made = cost.make_stand_ins_cost(SMALL, 0.5)
+    # Pools of 2 of 4 and 3 of 6: rows of the inverse, a factor, substitutions.
+    assert made.fp32_products == 2 * (2 * 4 * 4 + 3 * 6 * 6)
+    assert made.solves == pytest.approx(8 / 3 + 2 * 4 * 2 + 27 / 3 + 2 * 9 * 3)
+
+
+def test_refinement() -> None:
+    given = {"steps": 2, "blocks": 1, "iterations": 3}
+    kept = cost.refine_cost(SMALL, 20, keep=True, **given)
+    # The sublayer's 72 weights once for the residual, seven times for pulls and iterations, gate
+    # and up once for the slopes; the Gram matrix of its inputs.
+    assert kept.fp32_products == 2 * (8 * 72 + 48) * 20 + 2 * 16 * 20
+    # Two projections: 16 elements for slopes, 9 for each pull; 5 for the activation.
+    assert kept.traffic == 4 * (2 * (16 + 9 * 4) + 5) * 6 * 20
+    assert kept.solves == pytest.approx(2 * 9 * 48 * 4 + 64 / 3)
+    again = cost.refine_cost(SMALL, 20, keep=False, **given)
+    assert again.fp32_products - kept.fp32_products == 2 * 3 * 48 * 20
+    assert again.traffic - kept.traffic == 4 * 3 * 16 * 2 * 6 * 20
+
+
 def test_what_two_digits_of_int8_add() -> None:
     inputs, outputs = 5 * 4 + 4 + 6, 4 + 2 * 2 + 2 * 4 + 2 * 6
     found = cost.int8_cost(SMALL, 20)

@@ -107,10 +107,74 @@ def test_products_of_statistics_and_recovery() -> None:
         expected += 2 * each * tokens * LAYERS
         rows = projections / 192 - query - ffn
         expected += 192 * (2 * query**2 + 2 * ffn**2 + 4 * 192 * rows) * LAYERS
-        expected += query**2 * 64 * LAYERS
+        if share == 0.75:  # the last round needs no prior for a next one
+            expected += query**2 * 64 * LAYERS
         expected += 2 * 192 * 4096 * tokens
     expected += 2 * 192 * 4096 * tokens  # the dense model's losses, once
     assert phase(found, "recovery").compute == pytest.approx(expected / 1e11)
+
+
+def test_rounds_before_the_last_take_a_part_and_trials_a_part_of_it() -> None:
+    only = profiles.cpu(**ONLY_PRODUCTS)
+    names = ("statistics", "recovery")
+    whole, part, tried = (
+        {name: phase(estimate(only, exact_prior=False, **changes), name) for name in names}
+        for changes in ({}, {"part": 8}, {"part": 8, "trial": 4})
+    )
+    assert part["statistics"].compute == pytest.approx(whole["statistics"].compute / 4)
+    first, last = (
+        phase(estimate(only, exact_prior=False, **changes), "recovery").compute
+        for changes in ({"shares": (1.0, 0.75)}, {"shares": (1.0, 0.5)})
+    )
+    head = 2 * 192 * 4096 * 32 * 256 / 1e11  # each of the two with the dense model's losses
+    assert whole["recovery"].compute == pytest.approx(first + last - head)
+    solves = sum(
+        192 * 2 * ((256 * 0.75) ** 2 + (512 * 0.75) ** 2) + 192 * 4 * 192 * rows
+        for rows in (P * 0.75 / 192 - 768 * 0.75,)
+    )
+    solves *= LAYERS / 1e11
+    # A quarter of the windows, but the same solves; the dense losses on both rounds' windows.
+    assert part["recovery"].compute == pytest.approx((first - solves) / 4 + solves + last)
+    more = tried["recovery"].compute - part["recovery"].compute
+    assert more > (first - solves - head) / 8  # both cuts of both rounds, on an eighth
+
+
+def test_trials_build_two_more_stores_a_round() -> None:
+    profile = profiles.cpu(memory_bytes_per_second=1e30)
+    found = phase(estimate(profile, trial=4), "building stores")
+    read, written = 8 * BLOCKS * 2, (1 + 4 * 0.75 + 3 * 0.5) * BLOCKS
+    assert found.disk == pytest.approx(read / 4e9 + written / 5e8)
+
+
+def test_stand_ins_are_a_multiple_of_what_a_round_takes() -> None:
+    work = replace(WORK, pool=2.5)
+    assert work.stand_ins(0) == pytest.approx(2.5 * 0.25)
+    assert work.stand_ins(1) == pytest.approx(2.5 / 3)
+    only = profiles.cpu(**ONLY_PRODUCTS)
+    plain, guessed = (
+        phase(estimate(only, pool=pool), "masked evaluation").compute for pool in (0.0, 2.5)
+    )
+    tokens, expected = 104 * 256, 0.0
+    for share, left in ((0.625, 1.0), (2.5 / 3, 0.75)):
+        expected += 2 * share * (1 - share) * (256**2 + 512**2) * left**2 * tokens * LAYERS
+    assert guessed - plain == pytest.approx(expected / 1e11)
+
+
+def test_refinement_is_the_last_rounds() -> None:
+    only = profiles.cpu(**ONLY_PRODUCTS)
+    given = {"refine": 2, "refine_iterations": 4, "refine_blocks": 1}
+    plain, refined = (phase(estimate(only, **g), "recovery").compute for g in ({}, given))
+    tokens, ffn = 32 * 256, 256  # half of the channels are left
+    weights = 3 * 192 * ffn
+    # Refining, and each step's solve with its inputs; o_proj's output five times, inputs at the
+    # end.
+    expected = 2 * ((2 + 8) * weights + 2 * 192 * ffn) * tokens + 2 * 192**2 * tokens
+    expected += 2 * (2 * (ffn**2 + ffn * 192) * tokens + 2 * ffn**2 * 192 + 4 * 192 * ffn * tokens)
+    expected += 5 * 2 * 192 * 128 * tokens + 4 * 192 * ffn * tokens
+    assert refined - plain == pytest.approx(LAYERS * expected / 1e11)
+    for changes in ({"keep_refinement": False}, {"keep_inputs": False}):
+        more = phase(estimate(only, **given, **changes), "recovery").compute
+        assert more > refined
 
 
 def test_inputs_that_are_not_kept_cost_more() -> None:

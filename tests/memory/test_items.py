@@ -139,6 +139,44 @@ def test_recovery_holds_inputs_and_refits() -> None:
     assert near().refits().size_bytes == 0  # computed with and saved in bf16
 
 
+def test_refinement() -> None:
+    work = replace(WORK, refine=2)
+    block = FFN // 4
+    # gate, up and the refit of down_proj before; in fp32 where the dense layer's are.
+    (weights,) = near(work).refined_weights()
+    assert weights.size_bytes == 3 * FFN * H * 4
+    assert far(work).refined_weights() == []
+    assert near(work).refined_block().size_bytes == 4 * (8 * 2 * block * H + H**2)
+    # 16 of 32 windows in a step, two projections, fp32.
+    assert near(work).slopes(32).size_bytes == 16 * 2048 * 2 * block * 4
+    token = 3 * H + (3 * 2 + 4) * block
+    own = 2 * H + 3 * FFN + 2 * H
+    assert far(work).refined_activations(CHOICE).size_bytes == 3 * 2048 * own * 4
+    one = replace(CHOICE, micro_batch=1)
+    assert near(work).refined_activations(one).size_bytes == 2048 * token * 4
+    assert near(work).kept_inputs(32, ffn=False).size_bytes == 32 * 2048 * 4096 * 2
+    # Blocks are a quarter of the channels, but at least 512.
+    assert Items(LLAMA_1B, CPU, work).refined_block().size_bytes == 4 * (
+        8 * 2 * 2048 * 2048 + 2048**2
+    )
+
+
+def test_stand_ins() -> None:
+    work = replace(WORK, stand_ins=0.25)
+    pool, core = FFN // 4, FFN - FFN // 4
+    assert near(work).stand_ins().size_bytes == pool * core * (2 + 2)
+    assert far(work).stand_ins().size_bytes == pool * core * (2 + 4)
+    made = 8 * pool**2 + 2 * pool * core + 4 * 256 * (2 * FFN + 3 * pool)
+    assert near(work).solve(stand_ins=0.25).size_bytes == made
+    assert near(work).solve(stand_ins=0.01) == near(work).solve()
+    # Up to half of a group there is room beside what a layer holds at its peak.
+    plain, masked = near().activations(CHOICE, 20), near(work).masked_activations(CHOICE, 20)
+    assert masked.size_bytes == plain.size_bytes
+    most = near(replace(WORK, stand_ins=1.0)).masked_activations(CHOICE, 20)
+    assert most.size_bytes == plain.size_bytes + 3 * 2048 * FFN * 2
+    assert near(replace(WORK, stand_ins=0.9)).stand_ins().size_bytes == FFN**2 // 4 * 4
+
+
 def test_files() -> None:
     assert near().building().size_bytes == H * FFN * (2 * 2 - 1) + STORED
     assert near().rewriting().size_bytes == VOCABULARY * H * 2

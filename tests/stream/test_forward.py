@@ -36,6 +36,9 @@ class ManyMasks:
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
         return torch.stack([mask.columns(group) for mask in self.masks[items]])
 
+    def stand_in(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
+        return None
+
 
 def _losses(tiny: Tiny, tokens: torch.Tensor, *, masker: Any = None, **limits: int) -> torch.Tensor:
     engine = tiny.engine(**limits)

@@ -106,6 +106,9 @@ class OneMask:
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor:
         return self.mask.columns(group).expand(items.stop - items.start, -1)
 
+    def stand_in(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
+        return None
+
 
 def _tokens(windows: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (windows, WINDOW), generator=torch.Generator().manual_seed(1))

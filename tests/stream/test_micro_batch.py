@@ -117,6 +117,9 @@ class Masks:
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
         return torch.stack([mask.columns(group) for mask in self.masks[items]])
 
+    def stand_in(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
+        return None
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Tiny:

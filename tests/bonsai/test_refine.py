@@ -1,0 +1,225 @@
+"""Refinement: against the Jacobian that autograd gives for Hugging Face's own FFN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import BIASES, Tiny, relative, sampled_windows, tiny_llama
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from frugal_bonsai.bonsai import refine
+from frugal_bonsai.bonsai.layer_pass import LayerPass
+from frugal_bonsai.bonsai.prior import PriorBuilder
+from frugal_bonsai.bonsai.recover import Recovered, Recovery
+from frugal_bonsai.bonsai.recover_inputs import input_projections
+from frugal_bonsai.bonsai.refine import Refinement, conjugate_gradients
+from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.stream.store import build_store
+
+RIDGE, WINDOWS, WINDOW = 1e-3, 24, 20
+
+
+def cut(tiny: Tiny) -> KeepMask:
+    """A third of the channels of every layer."""
+    mask = KeepMask(tiny.spec.table)
+    for group in tiny.spec.table.groups:
+        if group.kind == "ffn":
+            mask.of(group)[[0, 3, 4, 7, 11, 15]] = False
+    return mask
+
+
+def recover(
+    tiny: Tiny, tokens_NS: torch.Tensor, folder: Path, *, steps: int, keep: bool = True
+) -> tuple[Recovered, dict[str, torch.Tensor], int]:
+    engine, mask = tiny.engine(micro_batch=5), cut(tiny)
+    refits: dict[str, torch.Tensor] = {}
+    recovery = Recovery(
+        engine.sweep,
+        ridge=RIDGE,
+        keep_inputs=keep,
+        save=lambda layer, weights: refits.update({n: w.clone() for n, w in weights.items()}),
+        mask=mask,
+        refine=steps,
+        keep_refinement=keep,
+    )
+    builder = PriorBuilder("exact", mask, damping=RIDGE, generator=torch.Generator())
+    store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
+    with engine.stream(tiny.source()) as dense, engine.stream(store) as pruned:
+        result = recovery.run(dense, pruned, engine.head, tokens_NS, builder)
+    return result, refits, engine.sweep.forward_tokens
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return tiny_llama(tmp_path_factory.mktemp("refine") / "m", std=0.35, **BIASES)
+
+
+@pytest.fixture(scope="module")
+def tokens(tiny: Tiny) -> torch.Tensor:
+    return sampled_windows(tiny.hugging_face(), WINDOWS, WINDOW)
+
+
+def test_conjugate_gradients_solve_a_system_in_as_many_steps_as_it_has_unknowns() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(7, 7, generator=generator, dtype=torch.float64)
+    matrix, right = root @ root.T + torch.eye(7), torch.randn(7, generator=generator).double()
+    solution = conjugate_gradients(lambda x: matrix @ x, right, 7)
+    assert torch.allclose(matrix @ solution, right, atol=1e-8)
+    assert not torch.equal(conjugate_gradients(lambda x: matrix @ x, right, 2), solution)
+    assert not conjugate_gradients(lambda x: matrix @ x, torch.zeros(7), 3).any()
+
+
+def _problem(
+    tiny: Tiny,
+    tokens: torch.Tensor,
+    folder: Path,
+    *,
+    keep: bool = True,
+    iterations: int = REFINE_ITERATIONS,
+) -> tuple[Refinement, Any]:
+    """Layer 0's FFN with a third of its channels gone and nothing refitted."""
+    engine, mask = tiny.engine(micro_batch=7), cut(tiny)
+    sweep = engine.sweep
+    store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
+    with engine.stream(tiny.source()) as dense, engine.stream(store) as pruned:
+        theirs, mine = (
+            {name: value.clone() for name, value in next(iter(stream.visit()))[1].items()}
+            for stream in (dense, pruned)
+        )
+    hidden_dense, hidden_pruned = sweep.embed(tokens), sweep.embed(tokens)
+    work = LayerPass(
+        sweep,
+        0,
+        theirs,
+        mine,
+        hidden_dense,
+        hidden_pruned,
+        engine.skeleton.layer_kwargs(tokens.shape[1])[0],
+        lambda _: torch.float32,
+    )
+    attention, ffn = tiny.spec.table.of_layer(0)
+    # Attention is whole: its output is the same in both models; the target is the dense FFN's.
+    everything = slice(0, len(tokens))
+    dense_NSH = hidden_dense.read(everything)
+    hidden_dense.write(everything, dense_NSH + 0.1 * dense_NSH.sin())
+    work.outputs[attention.output] = lambda items: torch.zeros_like(hidden_pruned.read(items))
+    problem = Refinement(
+        work,
+        ffn,
+        input_projections(tiny.spec, ffn),
+        len(tokens),
+        inputs=sweep.hidden_states(tokens),
+        targets=sweep.hidden_states(tokens) if keep else None,
+        keep=keep,
+        iterations=iterations,
+    )
+    return problem, work
+
+
+def _oracle(problem: Refinement, work: Any, tiny: Tiny) -> dict[str, torch.Tensor]:
+    """(J^T J + mu S) d = J^T r by a dense solve, J from autograd."""
+    module = LlamaMLP(tiny.hugging_face().config).double()
+    names = ["gate_proj.weight", "up_proj.weight"]
+    parameters = {
+        name.removeprefix("mlp."): value.double()
+        for name, value in work.pruned.items()
+        if name.startswith("mlp.")
+    }
+    windows = slice(0, WINDOWS)
+    x = problem._inputs.read(windows).flatten(0, 1).double()
+    target = problem.target(windows)[0].flatten(0, 1).double()
+
+    def output(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        moved = {**parameters, names[0]: gate, names[1]: up}
+        result: torch.Tensor = torch.func.functional_call(module, moved, (x,))
+        return result
+
+    gate, up = (parameters[name] for name in names)
+    parts = torch.autograd.functional.jacobian(output, (gate, up), vectorize=True)
+    jacobian = torch.cat([part.flatten(0, 1).flatten(1) for part in parts], dim=1)
+    residual = (target - output(gate, up)).flatten()
+    gram = x.T @ x / len(x)
+    gram.diagonal().add_(1e-4 * gram.diagonal().mean())
+    # The slopes' squares, from the same Jacobian: d out_h / d gate_rc = down_hr slope_tr x_tc.
+    before = [
+        x @ parameters[f"{p}_proj.weight"].T + parameters[f"{p}_proj.bias"] for p in ("gate", "up")
+    ]
+    sigmoid = before[0].sigmoid()
+    slopes = [sigmoid * (1 + before[0] * (1 - sigmoid)) * before[1], sigmoid * before[0]]
+    down = parameters["down_proj.weight"].square().sum(0)
+    weight = torch.cat([down * slope.square().mean(0) for slope in slopes])
+    penalty = torch.block_diag(*(w * gram for w in weight)) * refine.DAMPING * len(x)
+    change = torch.linalg.solve(jacobian.T @ jacobian + penalty, jacobian.T @ residual)
+    moved = change.view(2, *gate.shape)
+    return {f"mlp.{name}": parameters[name] + moved[at] for at, name in enumerate(names)}
+
+
+def test_converged_refinement_is_the_damped_least_squares_solution(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    with torch.inference_mode():
+        problem, work = _problem(tiny, tokens, tmp_path / "s", iterations=400)
+        weights = problem.improve(work.pruned["mlp.down_proj.weight"], slice(0, WINDOWS))
+    problem, work = _problem(tiny, tokens, tmp_path / "s")
+    for name, expected in _oracle(problem, work, tiny).items():
+        before = work.pruned[name].double()
+        assert relative(weights[name].double() - before, expected - before) < 2e-2, name
+
+
+def test_held_slopes_and_slopes_computed_again_give_the_same(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    found = []
+    with torch.inference_mode():
+        for keep in (True, False):
+            problem, work = _problem(tiny, tokens, tmp_path / str(keep), keep=keep)
+            found.append(problem.improve(work.pruned["mlp.down_proj.weight"], slice(0, WINDOWS)))
+            assert problem._slopes_KNSR is None
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name])
+
+
+def test_refining_leaves_less_of_the_residual_and_of_the_loss(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    plain, refits, _ = recover(tiny, tokens, tmp_path / "a", steps=0)
+    once, _, _ = recover(tiny, tokens, tmp_path / "b", steps=1)
+    twice, refined, _ = recover(tiny, tokens, tmp_path / "c", steps=2)
+    left = [sum(result.residual[1::2]) for result in (plain, once, twice)]
+    assert max(left[1:]) < 0.8 * left[0]
+    assert set(refined) == set(refits)
+    assert plain.dense_losses_NS is not None
+    dense = plain.dense_losses_NS.mean()
+    assert twice.losses_NS.mean() - dense < 0.9 * (plain.losses_NS.mean() - dense)
+    # What the sweep says is what the masked parent with these weights gives.
+    engine = tiny.engine()
+    readers = {name: (lambda value=value: value) for name, value in refined.items()}
+    with engine.stream(tiny.source(mask=cut(tiny), refit=readers)) as stream:
+        losses = engine.losses(stream, tokens, "masked parent")
+    assert relative(twice.losses_NS, losses) < 1e-4
+
+
+def test_recomputed_inputs_give_the_same(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
+    kept, again = (
+        recover(tiny, tokens, tmp_path / str(keep), steps=1, keep=keep) for keep in (True, False)
+    )
+    for name, weight in kept[1].items():
+        assert torch.equal(weight, again[1][name]), name
+    assert torch.equal(kept[0].losses_NS, again[0].losses_NS)
+
+
+def test_passes_through_the_sublayer_count_by_its_share(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    plain, refined = (
+        recover(tiny, tokens, tmp_path / str(steps), steps=steps)[2] for steps in (0, 1)
+    )
+    weights = 3 * 3 * 24 * 14  # layers, projections, hidden, channels kept
+    share = weights / tiny.spec.block_parameters
+    # One block: there once and for its residual, the iterations; a solve; the layer's end.
+    passes = 2 + 2 * REFINE_ITERATIONS + 1 + 1
+    assert refined - plain == round(passes * share * tokens.numel())
