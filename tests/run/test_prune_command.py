@@ -40,6 +40,8 @@ print(json.dumps({"nll": nll, "generated": made.shape[1],
                   "parameters": sum(p.numel() for p in model.parameters())}))
 """
 
+TARGET = ("--sparsity", "0.3", "--step", "0.15")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -60,10 +62,7 @@ def pruned(
         "example",
         "--out",
         out,
-        "--sparsity",
-        "0.3",
-        "--step",
-        "0.15",
+        *TARGET,
         "--layout",
         request.param,
         "--eval-text",
@@ -73,6 +72,15 @@ def pruned(
         *QUICK,
     )
     return out, summary
+
+
+def test_a_plan_foresees_at_least_the_tokens_that_are_spent(
+    pruned: tuple[Path, dict[str, Any]],
+) -> None:
+    _, summary = pruned
+    planned = succeed("plan", "example", *TARGET, "--layout", summary["layout"], *QUICK)
+    spent = summary["forward_tokens"]
+    assert spent <= planned["forward_tokens"] < 2 * spent
 
 
 def test_the_target_is_reached_and_reported(pruned: tuple[Path, dict[str, Any]]) -> None:
