@@ -12,8 +12,8 @@ in coordinates in which the inputs are white and every channel weighs the same. 
 inside one sublayer: no backward pass through the model, no optimiser. phi is Hugging Face's own
 module and phi' a difference of two of its values, so the activation function is written nowhere.
 Channels are moved block by block: all but the weights is of one block. Holds the inputs of all
-windows, one micro-batch's activations, the new weights (in fp32 where the dense layer's lay), and
-(if the plan allows) what the sublayer should give and phi' of a block, else both are computed again.
+windows, one micro-batch's activations, the new weights (in fp32 where the dense layer's lay), and,
+if the plan allows, what the sublayer should give and phi' of a block, else they are computed again.
 
 Shape suffixes: B windows of a micro-batch, S tokens, T tokens of a micro-batch, H hidden, R
 channels (rows of the input projections, columns of the output projection), K input projections.

@@ -277,7 +277,9 @@ class Items:
         made += 4 * _FACTOR_BLOCK * (2 * widest + 3 * pool)
         if not pool or made <= size:
             return self._near("blocks of a solve", size, "4*C*(256 + 6*128)")
-        return self._near("making stand-ins", made, "8*(p*C)^2 + 2*p*C*(1-p)*C + 4*256*(2*C + 3*p*C)")
+        return self._near(
+            "making stand-ins", made, "8*(p*C)^2 + 2*p*C*(1-p)*C + 4*256*(2*C + 3*p*C)"
+        )
 
     def kept_inputs(self, windows: int, *, ffn: bool = True) -> PlanItem:
         """Recovery's inputs of the projections of a layer; refinement's of attention's alone."""
