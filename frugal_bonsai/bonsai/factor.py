@@ -139,7 +139,7 @@ class DampedFactor:
         core_C = torch.ones(columns, dtype=torch.bool, device=matrix_CC.device)
         core_C[pool_P] = False
         core = core_C.nonzero().flatten()
-        pool = pool_P.split(BLOCK)
+        pool = torch.split(pool_P, BLOCK)
         inner_PP = torch.cat([self._products(pool, block) for block in pool], dim=1)
         pool_factor_PP = torch.linalg.cholesky(inner_PP)
         del inner_PP
@@ -155,7 +155,7 @@ class DampedFactor:
         matrix_CC = self._matrix_CC
         right_CB = matrix_CC[:, columns]
         out = right_CB.new_empty(sum(map(len, rows)), len(columns))
-        for block, out_RB in zip(rows, out.split(BLOCK), strict=True):
+        for block, out_RB in zip(rows, torch.split(out, BLOCK), strict=True):
             torch.mm(matrix_CC[:, block].T, right_CB, out=out_RB)
         return out
 
