@@ -227,10 +227,11 @@ class Search:
         )
         cut_mask = mask
         while cut_mask == mask:
+            target = round(goal * self._blocks)
             cut_mask = cut(
                 mask,
                 judgement.curves,
-                round(goal * self._blocks),
+                target,
                 self._rules,
                 final_parameters=round(settings.sparsity * self._blocks),
                 per=settings.per,
@@ -244,7 +245,7 @@ class Search:
         report = _report(number, judgement)
         if settings.recovery and settings.trial and not self._rules.uniform:
             assert dense is not None
-            cut_mask, tried = self._try(state, number, judgement, cut_mask, dense)
+            cut_mask, tried = self._try(state, number, judgement, cut_mask, target, dense)
             report |= tried
         state.mask = cut_mask
         return report | {
@@ -258,6 +259,7 @@ class Search:
         number: int,
         judgement: Judgement,
         cut_mask: KeepMask,
+        target: int,
         dense: LayerStore,
     ) -> tuple[KeepMask, dict[str, Any]]:
         """The cut, or the one of the same size that leaves attention whole: which recovers better.
@@ -269,7 +271,8 @@ class Search:
         removed = cut_mask.removed_parameters()
         if cut_mask.counts()[ATTENTION] == before.counts()[ATTENTION]:
             return cut_mask, {}
-        spared = cut(before, withhold(judgement.curves, ATTENTION), removed, self._rules)
+        # To the round's own target: a cut that stopped a channel short would cost a round more.
+        spared = cut(before, withhold(judgement.curves, ATTENTION), target, self._rules)
         channel = max(g.unit_parameters for g in before.table.groups if g.kind != ATTENTION)
         if removed - spared.removed_parameters() > channel:
             return cut_mask, {}  # the pools cannot make up for it
