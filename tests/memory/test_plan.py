@@ -85,7 +85,7 @@ def test_a_place_holds_what_its_fullest_phase_holds() -> None:
     assert not any("Gram" in item.name for item in building.items)
 
 
-@pytest.mark.parametrize("window", [256, 512])
+@pytest.mark.parametrize("window", [256, 480])
 def test_a_1b_model_is_planned_under_2_gb_of_host_memory(window: int) -> None:
     """32 windows, the whole prune with recovery of all projections, on a CPU."""
     work = replace(WORK, window=window)
