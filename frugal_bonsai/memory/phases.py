@@ -16,7 +16,7 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import MIB
 
 # Rounding and fragmentation. On the host large blocks are mapped one by one: there is little.
-_SLACK = {HOST: (0.03, 16 * MIB), GPU: (0.08, 16 * MIB)}
+_SLACK = {HOST: (0.03, 10 * MIB), GPU: (0.08, 16 * MIB)}
 
 
 @dataclass(frozen=True, kw_only=True)
