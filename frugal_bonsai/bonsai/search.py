@@ -27,14 +27,11 @@ from frugal_bonsai.bonsai.select import can_go_nearer, check_reachable, cut, wit
 from frugal_bonsai.bonsai.settings import TRIAL_SHARE, PruneSettings, round_windows
 from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
-from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.bonsai.stores import Refits, Stores
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import ATTENTION, KeepMask
 from frugal_bonsai.stream.engine import Engine
-from frugal_bonsai.stream.head import Head
-from frugal_bonsai.stream.store import LayerStore, build_store
-
-Refits = dict[str, Callable[[], torch.Tensor]]
+from frugal_bonsai.stream.store import LayerStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +73,10 @@ class Search:
         utility: Utility | None = None,
     ) -> None:
         self._engine, self._settings, self._rules = engine, settings, rules
-        self._windows_NS, self._folder, self._work = windows_NS, state, work
+        self._windows_NS, self._folder = windows_NS, state
         self._keep_inputs, self._keep_refinement = keep_inputs, keep_refinement
         self._utility = utility
-        self._working: LayerStore | None = None
-        self._head: Head | None = None  # of masked evaluation, written at its first use
+        self._stores = Stores(engine, state, work, settings.weights)
         self._blocks = engine.spec.block_parameters
         check_reachable(KeepMask(engine.spec.table), settings.sparsity, rules, self._blocks)
 
@@ -89,8 +85,8 @@ class Search:
         table = self._engine.spec.table
         state = self._folder.load(table) if resume else PruneState(mask=KeepMask(table))
         final = round(self._settings.sparsity * self._blocks)
-        dense = self._dense_store() if self._settings.recovery or not state.rounds else None
-        store = self._store(state, len(state.rounds)) if state.rounds else dense
+        dense = self._stores.dense() if self._settings.recovery or not state.rounds else None
+        store = self._stores.working(state, len(state.rounds)) if state.rounds else dense
         assert store is not None
         before = state.forward_tokens - self._engine.sweep.forward_tokens
         if state.prior is None and can_go_nearer(state.mask, final, self._rules):
@@ -106,57 +102,25 @@ class Search:
                 break
             last = not can_go_nearer(state.mask, final, self._rules)
             if self._settings.recovery or not last:
-                store = self._store(state, number - 1)
+                store = self._stores.working(state, number - 1)
                 report |= self._refresh(state, number, dense, store, last=last)
             if self._settings.recovery and not last:
-                store = self._store(state, number)
+                store = self._stores.working(state, number)
             state.forward_tokens = before + self._engine.sweep.forward_tokens
             report["seconds"] = round(time.monotonic() - started, 2)
             report["forward_tokens"] = state.forward_tokens
             state.rounds.append(report)
             self._folder.save(state)
-        for open_store in (dense, self._working):
-            if open_store is not None:
-                open_store.close()
+        self._stores.close()
         return Found(
             mask=state.mask,
-            refits=self._refits(state, len(state.rounds)),
+            refits=self._stores.refits(state, len(state.rounds)),
             rounds=state.rounds,
             forward_tokens=state.forward_tokens,
         )
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self._settings.seed * 1_000_003 + number)
-
-    def _dense_store(self) -> LayerStore:
-        return build_store(
-            self._work / "dense",
-            self._engine.checkpoint,
-            self._engine.spec,
-            weights=self._settings.weights,
-            check_finite=True,
-            progress=self._engine.progress,
-        )
-
-    def _refits(self, state: PruneState, number: int) -> Refits:
-        if state.refit_mask is None:
-            return {}
-        return self._folder.refits(number, self._engine.spec, state.refit_mask, state.mask)
-
-    def _store(self, state: PruneState, number: int) -> LayerStore:
-        """The working store, built anew: the alive units, with round ``number``'s refits."""
-        if self._working is not None:
-            self._working.close()
-        self._working = build_store(
-            self._work / "working",
-            self._engine.checkpoint,
-            self._engine.spec,
-            weights=self._settings.weights,
-            mask=state.mask,
-            refit=self._refits(state, number),
-            progress=self._engine.progress,
-        )
-        return self._working
 
     def _builder(self, mask: KeepMask, number: int) -> PriorBuilder:
         """For the round after ``number``."""
@@ -282,7 +246,7 @@ class Search:
         for mask in (cut_mask, spared):
             state.mask = mask
             recovery = self._recovery(mask, save=lambda layer, weights: None, name="trial")
-            store, head = self._store(state, number - 1), self._engine.head
+            store, head = self._stores.working(state, number - 1), self._engine.head
             with self._engine.stream(dense) as parent, self._engine.stream(store) as pruned:
                 result = recovery.run(parent, pruned, head, windows_NS, dense_losses=False)
             losses.append(float(result.losses_NS.mean()))
@@ -300,13 +264,11 @@ class Search:
     ) -> Observations:
         settings, windows = self._settings, len(self._windows_NS)
         chosen = torch.randperm(windows, generator=generator)[: settings.mask_windows]
-        if self._head is None:
-            self._head = self._engine.evaluation_head(self._work / "head")
         with self._engine.evaluation_stream(store) as stream:
             return evaluate_masks(
                 self._engine,
                 stream,
-                self._head,
+                self._stores.head(),
                 design,
                 settings.masks,
                 self._windows_NS[chosen.sort().values],
@@ -337,7 +299,7 @@ class Search:
         engine = self._engine
         recovery = self._recovery(
             state.mask,
-            save=lambda layer, weights: self._save_refit(number, layer, weights),
+            save=lambda layer, weights: self._stores.save_refit(number, layer, weights),
             refine=self._settings.refine if last else 0,
         )
         windows_NS = self._windows_NS if last else self._round_windows(number)
@@ -380,20 +342,12 @@ class Search:
             ridge=self._settings.ridge,
             keep_inputs=self._keep_inputs,
             save=save,
-            saved_dtype=self._saved_dtype,
+            saved_dtype=self._stores.saved_dtype,
             mask=mask if self._settings.refit == "all" else None,
             refine=refine,
             keep_refinement=self._keep_refinement,
             name=name,
         )
-
-    def _saved_dtype(self, name: str) -> torch.dtype:
-        """The source's dtype, which is what the rewriter writes."""
-        return torch_dtype(self._engine.checkpoint.tensors[name].dtype)
-
-    def _save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
-        dtypes = {name: self._saved_dtype(name) for name in weights}
-        self._folder.save_refit(number, layer, weights, dtypes)
 
 
 def _report(number: int, judgement: Judgement) -> dict[str, Any]:

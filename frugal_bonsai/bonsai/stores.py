@@ -1,0 +1,92 @@
+"""What a search streams from: the dense and the working store, the head, one round's refits.
+
+In: an engine, a run directory. Out: layer stores and a head that are built when they are asked for.
+All are derived: a resume builds them again from the checkpoint, the mask and the saved refits.
+Holds what building a store holds; on disk two copies of the layers, and the head's int8 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from frugal_bonsai.bonsai.state import PruneState, StateFolder
+from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.head import Head
+from frugal_bonsai.stream.store import LayerStore, build_store
+
+Refits = dict[str, Callable[[], torch.Tensor]]
+
+
+class Stores:
+    """The stores of one search; close them at its end.
+
+    Args:
+        engine: the dense checkpoint, progress.
+        folder: the run directory, which has the refits.
+        work: folder for the stores.
+        weights: ``"int8"`` or ``"native"``.
+    """
+
+    def __init__(self, engine: Engine, folder: StateFolder, work: Path, weights: str) -> None:
+        self._engine, self._folder, self._work, self._weights = engine, folder, work, weights
+        self._dense: LayerStore | None = None
+        self._working: LayerStore | None = None
+        self._head: Head | None = None
+
+    def dense(self) -> LayerStore:
+        """The dense model, written now; NaN and infinity in it are refused."""
+        self._dense = build_store(
+            self._work / "dense",
+            self._engine.checkpoint,
+            self._engine.spec,
+            weights=self._weights,
+            check_finite=True,
+            progress=self._engine.progress,
+        )
+        return self._dense
+
+    def working(self, state: PruneState, number: int) -> LayerStore:
+        """The alive units with round ``number``'s refits, in place of what stood here before."""
+        if self._working is not None:
+            self._working.close()
+        self._working = build_store(
+            self._work / "working",
+            self._engine.checkpoint,
+            self._engine.spec,
+            weights=self._weights,
+            mask=state.mask,
+            refit=self.refits(state, number),
+            progress=self._engine.progress,
+        )
+        return self._working
+
+    def head(self) -> Head:
+        """The head of masked evaluation, written at its first use."""
+        if self._head is None:
+            self._head = self._engine.evaluation_head(self._work / "head")
+        return self._head
+
+    def refits(self, state: PruneState, number: int) -> Refits:
+        """Round ``number``'s refits, cut to the state's mask; none before any recovery."""
+        if state.refit_mask is None:
+            return {}
+        return self._folder.refits(number, self._engine.spec, state.refit_mask, state.mask)
+
+    def saved_dtype(self, name: str) -> torch.dtype:
+        """The source's dtype, which is what the rewriter writes."""
+        return torch_dtype(self._engine.checkpoint.tensors[name].dtype)
+
+    def save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
+        """Keep one layer's refits of round ``number`` in the source's dtype."""
+        dtypes = {name: self.saved_dtype(name) for name in weights}
+        self._folder.save_refit(number, layer, weights, dtypes)
+
+    def close(self) -> None:
+        """Close the layer files."""
+        for store in (self._dense, self._working):
+            if store is not None:
+                store.close()
