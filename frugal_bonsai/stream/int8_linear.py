@@ -127,15 +127,3 @@ def _multiply_block(
     float_TO.add_(sums_DTO[0, :tokens]).mul_(step_T1).mul_(scales_O)
     if float_TO is not output_TO:
         output_TO.copy_(float_TO)
-
-
-def has_int8_products(device: torch.device) -> bool:
-    """Whether torch multiplies int8 matrices on this device (it has no kernel on some)."""
-    scratch = Int8Scratch(device)
-    codes_OI = torch.ones(32, 32, dtype=torch.int8, device=device)
-    weight = Int8Weight(codes_OI, torch.ones(32, device=device), scratch)
-    try:
-        torch.nn.functional.linear(torch.ones(32, 32, device=device), weight)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return True

@@ -20,7 +20,6 @@ from frugal_bonsai.stream.engine import INT8_PRODUCTS, Engine
 from frugal_bonsai.stream.int8_linear import (
     Int8Scratch,
     Int8Weight,
-    has_int8_products,
 )
 from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.store import INT8, build_store
@@ -138,7 +137,3 @@ def test_no_dequantised_layer_is_held(tiny: Tiny, tmp_path: Path) -> None:
         for _, parameters in stream.visit():
             kinds = {type(parameters[n]) for n in parameters if n.endswith("proj.weight")}
             assert kinds == {Int8Weight}
-
-
-def test_cpu_is_asked_whether_it_can() -> None:
-    assert has_int8_products(CPU) is True
