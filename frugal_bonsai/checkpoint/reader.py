@@ -74,7 +74,8 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         config: ``config.json``.
-        tensors: entry of every tensor, in the order of the files and of the data in them.
+        tensors: entry of every tensor, in the order of the files and of the data in them. Keys are
+            the files' own names until :meth:`rearrange` replaces them.
     """
 
     def __init__(
@@ -97,6 +98,14 @@ class Checkpoint:
         """
         folder = Path(folder)
         return cls(folder, read_config(folder), find_tensors(folder))
+
+    def rearrange(self, tensors: dict[str, TensorEntry]) -> None:
+        """See the same files under other names, or turned.
+
+        Args:
+            tensors: what a caller asks for -> entry, which has the file's own name.
+        """
+        self.tensors = tensors
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -127,7 +136,9 @@ class Checkpoint:
         return tensor
 
     def read_into(self, name: str, buffer_uint8: torch.Tensor) -> torch.Tensor:
-        """One whole tensor, read straight into a buffer; allocates nothing.
+        """One whole tensor, read straight into a buffer.
+
+        Allocates nothing, but for a transposed tensor: what is read is held a second time.
 
         Args:
             name: the tensor.
@@ -142,10 +153,14 @@ class Checkpoint:
         """
         entry = self._entry(name)
         view = _buffer_view(entry, buffer_uint8)
+        stored = view.new_empty(len(view)) if entry.transposed else view
         file = self._file(entry.file)
         file.advise_sequential(entry.start, entry.size_bytes)
-        file.read_into(tensor_bytes(view), entry.start, f"tensor {name!r}")
-        return view.view(torch_dtype(entry.dtype)).view(entry.shape)
+        file.read_into(tensor_bytes(stored), entry.start, f"tensor {name!r}")
+        tensor = view.view(torch_dtype(entry.dtype)).view(entry.shape)
+        if entry.transposed:
+            tensor.copy_(stored.view(tensor.dtype).view(entry.stored_shape).T)
+        return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` (excluded) of dimension 0, in memory of their own.

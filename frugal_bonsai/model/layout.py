@@ -71,15 +71,21 @@ def layout_rules(
         raise OptionError(f"--tile: {tile} is outside 1..{spec.intermediate} (the FFN's channels)")
     if tile is None:
         tile = _default_tile(spec, default_tile) if layout == UNIFORM else 1
-    per_group = spec.query_heads_per_group
-    counts = tuple(
+    return LayoutRules(layout=layout, tile=tile, attention_counts=_attention_counts(spec, layout))
+
+
+def _attention_counts(spec: ModelSpec, layout: str) -> tuple[int, ...]:
+    """Numbers of KV groups that a layer may keep; none where attention stays whole."""
+    if spec.whole_attention is not None:
+        return ()
+    if layout == UNIFORM and spec.family.head_dim_key is None:
+        return ()  # transformers computes the width of a head from their number
+    per_group, free = spec.query_heads_per_group, not spec.family.heads_divide_hidden
+    return tuple(
         count
         for count in range(1, spec.kv_heads + 1)
-        if layout == PER_LAYER
-        or not spec.family.heads_divide_hidden
-        or spec.hidden % (count * per_group) == 0
+        if layout == PER_LAYER or free or spec.hidden % (count * per_group) == 0
     )
-    return LayoutRules(layout=layout, tile=tile, attention_counts=counts)
 
 
 def _default_tile(spec: ModelSpec, largest: int) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
 from frugal_bonsai.errors import CheckpointError, OptionError
@@ -111,17 +112,23 @@ def shrink(
     }
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     entries = checkpoint.tensors
+    stored_shapes = {
+        name: shape[::-1] if entries[name].transposed else shape for name, shape in shapes.items()
+    }
     after_bytes = sum(sizes[name] * DTYPE_BYTES[entries[name].dtype] for name in names)
     require_free_space(folder, after_bytes, "the pruned model")
     WRITE_CONFIG[rules.layout](spec, mask, folder)
-    announced = [(name, entries[name].dtype, shapes[name]) for name in names]
+    announced = [(entries[name].name, entries[name].dtype, stored_shapes[name]) for name in names]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
         for name in names:
             if name in refit:
                 dtype = torch_dtype(entries[name].dtype)
-                writer.write(name, _refitted(name, refit[name](), shapes[name], dtype))
+                tensor = _refitted(name, refit[name](), shapes[name], dtype)
             else:
-                writer.write(name, cut_tensor(checkpoint.read(name), cuts.get(name, []), mask))
+                tensor = cut_tensor(checkpoint.read(name), cuts.get(name, []), mask)
+            # In the source's own names and axes, which is what reads the source.
+            writer.write(entries[name].name, _as_stored(tensor, entries[name]))
+            del tensor  # not held while the next one is read
         writer.finish()
     in_layers = {
         spec.prefix(layer) + name
@@ -139,6 +146,10 @@ def shrink(
         kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
         files=tuple(sorted(path.name for path in folder.iterdir())),
     )
+
+
+def _as_stored(tensor: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    return tensor.T.contiguous() if entry.transposed else tensor
 
 
 def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
