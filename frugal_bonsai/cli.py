@@ -40,6 +40,13 @@ _profile = click.option(
     help="Hardware profile: plan for that machine; prune predicts its time.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_layout = click.option(
+    "--layout",
+    type=click.Choice(["uniform", "per-layer"]),
+    default="uniform",
+    show_default=True,
+    help="uniform loads everywhere; per-layer prunes better.",
+)
 _search = _options(
     click.option(
         "--sparsity",
@@ -48,13 +55,7 @@ _search = _options(
         show_default=True,
         help="Share of the block weights to remove.",
     ),
-    click.option(
-        "--layout",
-        type=click.Choice(["uniform", "per-layer"]),
-        default="uniform",
-        show_default=True,
-        help="uniform loads everywhere; per-layer prunes better.",
-    ),
+    _layout,
     click.option("--tile", type=int, help="FFN widths are multiples of this."),
     click.option(
         "--calibration",
@@ -176,6 +177,24 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 
         summary = prune(model, out, _prune_options(given), resume=resume, progress=progress)
     _print(summary, render_prune, as_json=as_json)
+
+
+@cli.command(name="shrink")
+@click.argument("model")
+@click.option("--mask", required=True, metavar="FILE", help="Such as prune's pruning_mask.json.")
+@click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
+@_layout
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@_json
+def shrink_command(as_json: bool, **given: Any) -> None:
+    """Cut MODEL with a mask that someone else made: no text, memory of one tensor.
+
+    A mask holds no weights: what prune's recovery refitted is not in it.
+    """
+    from frugal_bonsai.report.rewrite_tables import render_shrink
+    from frugal_bonsai.run.shrink import shrink
+
+    _print(shrink(**given), render_shrink, as_json=as_json)
 
 
 @cli.command(name="plan")

@@ -153,7 +153,7 @@ def prune(
         summary |= {"out": str(out), "load": load_line(out, ready.rules.layout)}
         summary |= {"method": options.method, "predicted": predicted}
         summary |= {"seconds": time.monotonic() - started}
-        write_papers(staged, summary)
+        write_papers(staged, summary, opened.spec, found.mask)
     shutil.rmtree(run_folder(out), ignore_errors=True)
     return summary
 
