@@ -21,6 +21,7 @@ from frugal_bonsai.report.words import (
     plural,
     ratio,
     runs,
+    size_rows,
     span,
 )
 from frugal_bonsai.sizes import format_bytes
@@ -54,13 +55,7 @@ def render_prune(summary: Values, console: Console) -> None:
 
 def _say_before_after(summary: Values, sheet: Sheet) -> None:
     before, after = summary["before"], summary["after"]
-    rows = [
-        (name, f"{before[key]:,}", f"{after[key]:,}", ratio(before[key], after[key]))
-        for name, key in (("parameters", "parameters"), ("block parameters", "block_parameters"))
-    ]
-    dense, pruned = before["weight_bytes"], after["weight_bytes"]
-    sizes = (format_bytes(dense), format_bytes(pruned))
-    rows.append(("bytes on disk", sizes[0], sizes[1], ratio(dense, pruned)))
+    rows = size_rows(before, after, "on disk")
     calibration, text = summary["calibration"], summary["eval_text"]
     names = {"perplexity": f"perplexity, held-out calibration, window {calibration['window']}"}
     if text is not None:
@@ -156,7 +151,7 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
         )
     sheet.say(
         f"spent: {summary['forward_tokens']:,} forward tokens, {duration(summary['seconds'])} "
-        f"(preset {summary['preset']}, seed {summary['settings']['seed']})"
+        f"(method {summary['method']}, seed {summary['settings']['seed']})"
     )
     sheet.say(
         f"calibration: {calibration['source']}, {plural(calibration['windows'], 'window')} of "
