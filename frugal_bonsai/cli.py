@@ -76,13 +76,35 @@ _search = _options(
         help="Calibration windows.  [default: 65,536 tokens of them, at least 32]",
     ),
     click.option(
-        "--preset", type=click.Choice(["default", "paper"]), default="default", show_default=True
+        "--method",
+        type=click.Choice(
+            [
+                "default",
+                "group",
+                "unit",
+                "local-only",
+                "paper",
+                "wanda",
+                "magnitude",
+                "random",
+            ]
+        ),
+        default="default",
+        show_default=True,
+        help="A bundle of the options below, which override it.  paper: the published algorithm; "
+        "others are there to compare with.",
     ),
     click.option(
-        "--method",
-        type=click.Choice(["group", "unit", "local"]),
-        help="group: masks decide how much goes where, the prior which units; unit: the "
-        "paper's; local: no masks.",
+        "--level",
+        type=click.Choice(["group", "unit", "none"]),
+        help="group: masks decide how much goes where, the prior which units; unit: masks "
+        "decide on every unit; none: no masks.",
+    ),
+    click.option(
+        "--allocation",
+        type=click.Choice(["global", "equal", "ffn"]),
+        help="Without masks: what costs least anywhere, the same share of every layer and kind, or "
+        "of every FFN alone.",
     ),
     click.option(
         "--prior",
@@ -263,10 +285,11 @@ def _prune_options(given: dict[str, Any]) -> Any:
     """The flat options of the command as :class:`PruneOptions`."""
     from frugal_bonsai.run.options import PruneOptions
 
-    method = (
+    settings = (
         "sparsity",
         "step",
-        "method",
+        "level",
+        "allocation",
         "prior",
         "design",
         "regression",
@@ -282,7 +305,7 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "arithmetic",
         "seed",
     )
-    return PruneOptions(method={name: given.pop(name) for name in method}, **given)
+    return PruneOptions(settings={name: given.pop(name) for name in settings}, **given)
 
 
 @contextmanager

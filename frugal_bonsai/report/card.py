@@ -120,7 +120,7 @@ def _how(summary: Values) -> str:
     if memory["final_micro_batch"] < memory["planned_micro_batch"]:
         batch += f" (planned {memory['planned_micro_batch']}; memory ran out)"
     facts = (
-        ("preset", f"`{summary['preset']}`"),
+        ("method", f"`{summary['method']}`"),
         ("calibration text", source_name(calibration["source"])),
         ("window length", f"{calibration['window']} tokens"),
         ("calibration windows", str(calibration["windows"])),

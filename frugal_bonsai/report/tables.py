@@ -152,7 +152,7 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
         )
     sheet.say(
         f"spent: {summary['forward_tokens']:,} forward tokens, {duration(summary['seconds'])} "
-        f"(preset {summary['preset']}, seed {summary['settings']['seed']})"
+        f"(method {summary['method']}, seed {summary['settings']['seed']})"
     )
     sheet.say(
         f"calibration: {calibration['source']}, {plural(calibration['windows'], 'window')} of "

@@ -20,7 +20,7 @@ from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
 
-QUICK = ("--windows", "4", "--window", "64", "--method", "local", "--max-cpu-mem", "2GB")
+QUICK = ("--windows", "4", "--window", "64", "--level", "none", "--max-cpu-mem", "2GB")
 
 LOGITS = """
 import json, sys, torch
