@@ -165,6 +165,8 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` (excluded) of dimension 0, in memory of their own.
 
+        Rows are the file's: of a transposed tensor, columns.
+
         Raises:
             CheckpointError: no such tensor or a failing read.
             IndexError: rows that the tensor does not have.
@@ -174,7 +176,7 @@ class Checkpoint:
         entry = self._entry(name)
         rows = torch.empty((stop - start) * _row_bytes(entry), dtype=torch.uint8)
         self.read_rows_into(name, start, stop, rows)
-        return rows.view(torch_dtype(entry.dtype)).view(stop - start, *entry.shape[1:])
+        return rows.view(torch_dtype(entry.dtype)).view(stop - start, *entry.stored_shape[1:])
 
     def read_rows_into(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> None:
         """Read rows ``start`` to ``stop`` (excluded) into the first bytes of a uint8 CPU buffer.
@@ -185,8 +187,9 @@ class Checkpoint:
         """
         entry = self._entry(name)
         row_bytes = _row_bytes(entry)
-        if not 0 <= start <= stop <= entry.shape[0]:
-            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {entry.shape[0]}")
+        rows = entry.stored_shape[0]
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {rows}")
         self._file(entry.file).read_into(
             tensor_bytes(buffer[: (stop - start) * row_bytes]),
             entry.start + start * row_bytes,
@@ -294,7 +297,7 @@ def _row_bytes(entry: TensorEntry) -> int:
     """Bytes of one row of dimension 0."""
     if not entry.shape:
         raise IndexError(f"tensor {entry.name!r} is a scalar and has no rows")
-    return math.prod(entry.shape[1:]) * DTYPE_BYTES[entry.dtype]
+    return math.prod(entry.stored_shape[1:]) * DTYPE_BYTES[entry.dtype]
 
 
 def _runs(rows: list[int]) -> list[tuple[int, int, int]]:

@@ -6,7 +6,7 @@ from tiny_models import FAMILY_CONFIGS
 
 from families.contract import FamilyContract
 from frugal_bonsai.model.families import FAMILIES
-from frugal_bonsai.model.layout import UNIFORM
+from frugal_bonsai.model.layout import PADDED, UNIFORM
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -20,7 +20,7 @@ class TestLlama(FamilyContract):
 class TestGpt2(FamilyContract):
     name = "gpt2"
     attention = ()
-    layouts = (UNIFORM,)
+    layouts = (UNIFORM, PADDED)
 
 
 class TestGpt2Untied(TestGpt2):
