@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
 from frugal_bonsai.errors import CheckpointError, OptionError
+from frugal_bonsai.model.biases import added_biases, output_bias, weight_of, with_bias_keys
 from frugal_bonsai.model.cut import cut_shape, cut_tensor, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules
@@ -104,37 +105,37 @@ def shrink(
     folder, refit = Path(folder), refit or {}
     _require_legal(spec, mask, rules)
     _require_sliced(spec, refit)
-    names = _tensors_to_write(checkpoint, spec)
+    names, added = _tensors_to_write(checkpoint, spec), added_biases(spec, refit)
     cuts = slices_by_tensor(spec.table)
     shapes = {
         name: cut_shape(checkpoint.tensors[name].shape, cuts.get(name, []), mask) for name in names
     }
+    dtypes = {name: checkpoint.tensors[name].dtype for name in names}
+    for name in added:
+        shapes[name], dtypes[name] = shapes[weight_of(name)][:1], dtypes[weight_of(name)]
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    entries = checkpoint.tensors
-    after_bytes = sum(sizes[name] * DTYPE_BYTES[entries[name].dtype] for name in names)
+    after_bytes = sum(sizes[name] * DTYPE_BYTES[dtypes[name]] for name in shapes)
     require_free_space(folder, after_bytes, "the pruned model")
-    WRITE_CONFIG[rules.layout](spec, mask, folder)
-    announced = [(name, entries[name].dtype, shapes[name]) for name in names]
+    WRITE_CONFIG[rules.layout](with_bias_keys(spec, added), mask, folder)
+    announced = [(name, dtypes[name], shapes[name]) for name in shapes]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
-        for name in names:
+        for name in shapes:
+            dtype = torch_dtype(dtypes[name])
             if name in refit:
-                dtype = torch_dtype(entries[name].dtype)
                 writer.write(name, _refitted(name, refit[name](), shapes[name], dtype))
+            elif name in added:
+                writer.write(name, _zeros(shapes[name], dtype))
             else:
                 writer.write(name, cut_tensor(checkpoint.read(name), cuts.get(name, []), mask))
         writer.finish()
-    in_layers = {
-        spec.prefix(layer) + name
-        for layer in range(spec.layers)
-        for name in spec.layer_tensors[layer]
-    }
+    in_layers = set(shapes) - set(spec.other_tensors)
     block_parameters = sum(sizes[name] for name in in_layers)
     return RewriteSummary(
         parameters_before=spec.parameters,
         parameters_after=block_parameters + sum(sizes[name] for name in spec.other_tensors),
         block_parameters_before=spec.block_parameters,
         block_parameters_after=block_parameters,
-        bytes_before=sum(entry.size_bytes for entry in entries.values()),
+        bytes_before=checkpoint.weight_bytes,
         bytes_after=after_bytes,
         kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
         files=tuple(sorted(path.name for path in folder.iterdir())),
@@ -157,8 +158,8 @@ def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
 
 
 def _require_sliced(spec: ModelSpec, refit: Refit) -> None:
-    """Only tensors that units own a part of may be replaced."""
-    names = slices_by_tensor(spec.table)
+    """Only tensors that units own a part of, and output projections' biases, may be replaced."""
+    names = {*slices_by_tensor(spec.table), *map(output_bias, spec.table.groups)}
     for name in refit:
         if name not in names:
             raise OptionError(
@@ -209,6 +210,13 @@ def _same_bytes(checkpoint: Checkpoint, name: str, other: str) -> bool:
         )
         for start in range(0, rows, step)
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A bias that is there because the architecture gives its projections one together."""
+    import torch
+
+    return torch.zeros(shape, dtype=dtype)
 
 
 def _refitted(
