@@ -42,10 +42,11 @@ _profile = click.option(
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _layout = click.option(
     "--layout",
-    type=click.Choice(["uniform", "per-layer"]),
+    type=click.Choice(["uniform", "per-layer", "padded"]),
     default="uniform",
     show_default=True,
-    help="uniform loads everywhere; per-layer prunes better.",
+    help="uniform loads everywhere; per-layer prunes better; padded is per-layer, zero-filled so "
+    "that it loads everywhere.",
 )
 _search = _options(
     click.option(

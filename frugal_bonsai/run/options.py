@@ -18,7 +18,7 @@ class PruneOptions:
     Attributes:
         method: one of ``bonsai.settings.METHODS``.
         settings: fields of ``PruneSettings`` that the user names; None is "as the method has it".
-        layout: ``uniform`` or ``per-layer``.
+        layout: ``uniform``, ``per-layer`` or ``padded``.
         tile: FFN tile; None lets the layout choose.
         calibration: text source; None is wikitext2, or stdlib for ``example``.
         eval_text: text whose perplexity is reported before and after.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.layout import UNIFORM
+from frugal_bonsai.model.layout import PER_LAYER
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.card import model_card
@@ -134,9 +134,9 @@ def package_version() -> str:
 
 def load_line(out: Path, layout: str) -> str:
     """The line that loads the output."""
-    if layout == UNIFORM:
-        return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
-    return f"frugal_bonsai.load_pruned({str(out)!r})"
+    if layout == PER_LAYER:
+        return f"frugal_bonsai.load_pruned({str(out)!r})"
+    return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
 
 
 def write_papers(staged: Path, summary: dict[str, Any], spec: ModelSpec, mask: KeepMask) -> None:
