@@ -8,7 +8,7 @@ forward; nothing here computes. Holds no weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
@@ -54,6 +54,8 @@ class Family:
     heads_key: str = "num_attention_heads"
     kv_heads_key: str = "num_key_value_heads"
     positions_key: str = "max_position_embeddings"
+    # Kind -> the config's key that gives all its projections a bias; without it they get none.
+    bias_keys: Mapping[str, str] = field(default_factory=dict)
     # The config demands hidden_size % num_attention_heads == 0 (Llama does; see FORMATS).
     heads_divide_hidden: bool = False
 
