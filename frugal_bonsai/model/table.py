@@ -129,6 +129,8 @@ class Family:
     defaults: Mapping[str, int] = field(default_factory=dict)
     # FFN channels of a config that leaves them out, as a multiple of the hidden size.
     ffn_times_hidden: int | None = None
+    # Kind -> the config's key that gives all its projections a bias; without it they get none.
+    bias_keys: Mapping[str, str] = field(default_factory=dict)
     # The config demands hidden_size % num_attention_heads == 0 (Llama does; see FORMATS).
     heads_divide_hidden: bool = False
     # -- wiring -----------------------------------------------------------------------------------
