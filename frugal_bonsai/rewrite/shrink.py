@@ -127,10 +127,12 @@ def shrink(
     after_bytes = sum(sizes[name] * DTYPE_BYTES[dtypes[name]] for name in shapes)
     require_free_space(folder, after_bytes, "the pruned model")
     WRITE_CONFIG[rules.layout](with_bias_keys(spec, added), mask, rules, folder)
-    announced = [(name, dtypes[name], shapes[name]) for name in shapes]
+    # In the source's own names and axes, which is what reads the source.
+    stored = {name: _Stored.of(name, checkpoint) for name in shapes}
+    announced = [(stored[n].name, dtypes[n], stored[n].turned(shapes[n])) for n in shapes]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
         for name, rows in stream_cuts(checkpoint, [cuts[n] for n in names if n not in refit]):
-            writer.append(name, rows)
+            writer.append(stored[name].name, rows)
         for name in refit:
             dtype = torch_dtype(dtypes[name])
             if name in added:
@@ -138,7 +140,7 @@ def shrink(
                 continue
             kept = cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask)
             tensor = _refitted(name, refit[name](), kept, dtype)
-            writer.write(name, _with_zeros(tensor, cuts[name]))
+            writer.write(stored[name].name, stored[name].turn(_with_zeros(tensor, cuts[name])))
         for name in added:
             if name not in refit:
                 writer.write(name, _zeros(shapes[name], torch_dtype(dtypes[name])))
@@ -159,6 +161,28 @@ def shrink(
         kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
         files=tuple(sorted(path.name for path in folder.iterdir())),
     )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a tensor stands in the files."""
+
+    name: str
+    transposed: bool
+
+    @classmethod
+    def of(cls, name: str, checkpoint: Checkpoint) -> _Stored:
+        """As in the source; a tensor that the source lacks has the model's own name."""
+        entry = checkpoint.tensors.get(name)
+        return cls(name, False) if entry is None else cls(entry.name, entry.transposed)
+
+    def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape in the file's order of axes."""
+        return shape[::-1] if self.transposed else shape
+
+    def turn(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the file's order of axes."""
+        return tensor.T.contiguous() if self.transposed else tensor
 
 
 def _cut(
