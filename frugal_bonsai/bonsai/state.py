@@ -24,7 +24,7 @@ from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import write_tensors
 from frugal_bonsai.errors import StateError
-from frugal_bonsai.model.cut import slices_by_tensor
+from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 
@@ -196,10 +196,11 @@ class StateFolder:
                 if name not in cuts:  # a bias of an output projection: nothing is cut from it
                     readers[name] = partial(read_file, path, name)
                     continue
-                [(group, piece)] = cuts[name]
-                then, now = (m.of(group).repeat_interleave(piece.width) for m in (refit_mask, mask))
-                stay_K = now[then].nonzero().flatten()
-                readers[name] = _RefitReader(path, name, piece.axis, stay_K)
+                axis = cuts[name][0][1].axis
+                extent = spec.layer_tensors[layer][name.removeprefix(spec.prefix(layer))][axis]
+                then_K = kept_indices(extent, cuts[name], refit_mask)
+                stay_K = torch.isin(then_K, kept_indices(extent, cuts[name], mask))
+                readers[name] = _RefitReader(path, name, axis, stay_K.nonzero().flatten())
         return readers
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 
 # Config keys of transformers that hold one entry a layer.
+_NOT_READ = ("per_layer_config", "auto_map", "architectures")
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
@@ -22,11 +24,27 @@ def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
     if not dropped:
         return spec
     config = {**spec.config, spec.family.layers_key: spec.layers - len(dropped)}
-    for key in _LAYER_LISTS:
-        values = config.get(key)
-        if isinstance(values, list) and len(values) == spec.layers:
-            config[key] = [value for at, value in enumerate(values) if at not in dropped]
+    for key, values in _layer_lists(spec).items():
+        config[key] = [value for at, value in enumerate(values) if at not in dropped]
     return replace(spec, config=config)
+
+
+def _layer_lists(spec: ModelSpec) -> dict[str, list[Any]]:
+    """The config's lists with an entry a layer.
+
+    Some architectures work them out from a layer's number where the config has none (every other
+    layer with a sliding window, every fourth without rotary embeddings): that number changes.
+    """
+    from transformers import AutoConfig
+
+    known = {key: value for key, value in spec.config.items() if key not in _NOT_READ}
+    full = AutoConfig.for_model(**known)
+    lists = {key: spec.config.get(key) or getattr(full, key, None) for key in _LAYER_LISTS}
+    return {
+        key: values
+        for key, values in lists.items()
+        if isinstance(values, list) and len(values) == spec.layers
+    }
 
 
 def removed_parameters(spec: ModelSpec, mask: KeepMask) -> int:

@@ -132,21 +132,23 @@ def shrink(
     require_free_space(folder, after_bytes, "the pruned model")
     described = with_kept_layers(with_bias_keys(spec, added), mask)
     WRITE_CONFIG[rules.layout](described, mask, rules, folder)
-    announced = [(renamed[name], dtypes[name], shapes[name]) for name in shapes]
+    # In the source's own names and axes, which is what reads the source.
+    stored = {name: _Stored.of(name, renamed[name], checkpoint) for name in shapes}
+    announced = [(stored[n].name, dtypes[n], stored[n].turned(shapes[n])) for n in shapes]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
         for name, rows in stream_cuts(checkpoint, [cuts[n] for n in names if n not in refit]):
-            writer.append(renamed[name], rows)
+            writer.append(stored[name].name, rows)
         for name in refit:
             dtype = torch_dtype(dtypes[name])
             if name in added:
-                writer.write(renamed[name], _refitted(name, refit[name](), shapes[name], dtype))
+                writer.write(stored[name].name, _refitted(name, refit[name](), shapes[name], dtype))
                 continue
             kept = cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask)
             tensor = _refitted(name, refit[name](), kept, dtype)
-            writer.write(renamed[name], _with_zeros(tensor, cuts[name]))
+            writer.write(stored[name].name, stored[name].turn(_with_zeros(tensor, cuts[name])))
         for name in added:
             if name not in refit:
-                writer.write(renamed[name], _zeros(shapes[name], torch_dtype(dtypes[name])))
+                writer.write(stored[name].name, _zeros(shapes[name], torch_dtype(dtypes[name])))
         writer.finish()
     in_layers = {
         *added,
@@ -164,6 +166,32 @@ def shrink(
         kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
         files=tuple(sorted(path.name for path in folder.iterdir())),
     )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a tensor stands in the files."""
+
+    name: str
+    transposed: bool
+
+    @classmethod
+    def of(cls, name: str, renamed: str, checkpoint: Checkpoint) -> _Stored:
+        """As in the source, a layer's number anew; what the source lacks has the model's names."""
+        entry = checkpoint.tensors.get(name)
+        if entry is None:
+            return cls(renamed, False)
+        # The files may leave out the model's first word; other names that differ are no layer's.
+        bare = renamed[len(name) - len(entry.name) :] if name.endswith(entry.name) else entry.name
+        return cls(bare, entry.transposed)
+
+    def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape in the file's order of axes."""
+        return shape[::-1] if self.transposed else shape
+
+    def turn(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the file's order of axes."""
+        return tensor.T.contiguous() if self.transposed else tensor
 
 
 def _cut(

@@ -7,18 +7,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_models import random_windows, tiny_family
 from transformers import AutoModelForCausalLM
 
 from frugal_bonsai import load_pruned
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.drop import with_kept_layers
-from frugal_bonsai.model.layout import LAYOUTS, PER_LAYER, UNIFORM
+from frugal_bonsai.model.layout import LAYOUTS, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
+from frugal_bonsai.rewrite.shrink import shrink
 from frugal_bonsai.rewrite.verify import compare_logits
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.source import CheckpointSource
@@ -133,13 +136,53 @@ def test_per_layer_numbers_are_those_of_the_new_layers(tmp_path: Path) -> None:
 
 def test_config_lists_with_an_entry_a_layer_are_shortened(tmp_path: Path) -> None:
     with tiny_parent(tmp_path / "dense", num_hidden_layers=LAYERS) as parent:
-        types = ["full", "sliding", "full", "sliding", "last"]
+        types = [FULL, SLIDING, FULL, SLIDING, "chunked_attention"]
         spec = replace(parent.spec, config={**parent.spec.config, "layer_types": types})
         mask = KeepMask(spec.table)
         assert with_kept_layers(spec, mask) is spec
         config = with_kept_layers(spec, mask.without_layers(DROPPED)).config
-    assert config["layer_types"] == ["sliding", "full", "last"]
+    assert config["layer_types"] == [SLIDING, FULL, "chunked_attention"]
     assert config["num_hidden_layers"] == 3
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": LAYERS},
+    "gemma2": {"num_hidden_layers": LAYERS},
+    "gemma3": {
+        "num_hidden_layers": LAYERS,
+        "layer_types": [SLIDING, FULL, SLIDING, FULL, FULL],
+    },
+    "smollm3": {"num_hidden_layers": LAYERS, "no_rope_layers": [1, 0, 0, 1, 1]},
+    "qwen2": {"num_hidden_layers": LAYERS, "max_window_layers": 2},
+    "mistral": {"num_hidden_layers": LAYERS},
+    "olmo2": {"num_hidden_layers": LAYERS},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("layout", [UNIFORM, PER_LAYER])
+def test_other_families_without_layers_compute_what_is_left_of_the_parent(
+    tmp_path: Path, name: str, layout: str
+) -> None:
+    """What a layer's number decides (sliding windows, rotary embeddings) stays with the layer."""
+    tiny = tiny_family(tmp_path / "dense", name, **FAMILIES[name])
+    mask = KeepMask(tiny.spec.table).without_layers((1, 3))
+    (tmp_path / "out").mkdir()
+    rules = layout_rules(tiny.spec, layout, tile=1)
+    shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
+    long = random_windows(2, 40, vocabulary=tiny.spec.vocabulary)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    module = dense.get_submodule(f"{tiny.spec.family.base_module}.{tiny.spec.family.layers_module}")
+    for at in (1, 3):
+        for group in tiny.spec.table.of_layer(at):
+            output = module[at].get_submodule(group.output)
+            torch.nn.init.zeros_(output.weight)
+            if output.bias is not None:
+                torch.nn.init.zeros_(output.bias)
+    found = load_pruned(tmp_path / "out", dtype=torch.float32)
+    assert relative_difference(logits_of(found, long), logits_of(dense, long)) <= 1e-4
+    assert found.config.num_hidden_layers == 3
 
 
 def test_a_mask_file_may_drop_layers_but_not_half_of_one_and_not_all(tmp_path: Path) -> None:
