@@ -85,6 +85,7 @@ _search = _options(
                 "local-only",
                 "paper",
                 "fluctuation",
+                "depth",
                 "wanda",
                 "magnitude",
                 "random",
@@ -103,9 +104,9 @@ _search = _options(
     ),
     click.option(
         "--allocation",
-        type=click.Choice(["global", "equal", "ffn"]),
-        help="Without masks: what costs least anywhere, the same share of every layer and kind, or "
-        "of every FFN alone.",
+        type=click.Choice(["global", "equal", "ffn", "layers"]),
+        help="Without masks: what costs least anywhere, the same share of every layer and kind, of "
+        "every FFN alone, or whole layers.",
     ),
     click.option(
         "--prior",
@@ -119,6 +120,7 @@ _search = _options(
                 "exact",
                 "magnitude",
                 "random",
+                "similarity",
             ]
         ),
     ),
