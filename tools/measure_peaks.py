@@ -101,7 +101,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 calibration="stdlib",
                 device="cpu",
                 layout=options.layout,
-                method={
+                settings={
                     "masks": options.masks,
                     "mask_windows": options.mask_windows,
                     "refit": options.refit,

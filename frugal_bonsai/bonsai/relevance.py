@@ -1,7 +1,7 @@
 """From a prior to curves: draw masks, evaluate them, regress, and say what each removal costs.
 
 In: the units alive, the prior, an evaluation function. Out: one :class:`~.select.Curve` a group
-and the regression's held-out scores. One function a method, found by name. Holds the design.
+and the regression's held-out scores. One function a level, found by name. Holds the design.
 
 Shape suffixes: N units, G groups, I observations, K coefficients, P units of a pool.
 """
@@ -26,14 +26,14 @@ from frugal_bonsai.bonsai.paper_regression import fit_paper
 from frugal_bonsai.bonsai.prior import Prior
 from frugal_bonsai.bonsai.regress import Fit, fit_curves, fit_ridge
 from frugal_bonsai.bonsai.select import Curve
-from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.settings import GROUP, NONE, UNIT, PruneSettings
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundInputs:
-    """What a method looks at.
+    """What a judge looks at.
 
     Attributes:
         mask: units alive.
@@ -74,7 +74,7 @@ class Judgement:
 
 
 def judge_locally(given: RoundInputs) -> Judgement:
-    """``local``: the prior alone, summed in ascending order."""
+    """``none``: the prior alone, summed in ascending order."""
     pools = draw_pools(given.mask, given.prior.score_N, 1.0)
     return Judgement(curves=_cumulative(pools, given.prior.score_N), fit=None, observations=0)
 
@@ -205,7 +205,7 @@ def _cumulative(pools: Pools, score_N: torch.Tensor) -> tuple[Curve, ...]:
 
 
 JUDGES: dict[str, Callable[[RoundInputs], Judgement]] = {
-    "local": judge_locally,
-    "unit": judge_units,
-    "group": judge_groups,
+    NONE: judge_locally,
+    UNIT: judge_units,
+    GROUP: judge_groups,
 }

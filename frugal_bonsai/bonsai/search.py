@@ -78,20 +78,25 @@ class Search:
         self._utility = utility
         self._stores = Stores(engine, state, work, settings.weights)
         self._blocks = engine.spec.block_parameters
-        check_reachable(KeepMask(engine.spec.table), settings.sparsity, rules, self._blocks)
+        check_reachable(
+            KeepMask(engine.spec.table),
+            settings.sparsity,
+            rules,
+            self._blocks,
+            settings.allocation,
+        )
 
     def run(self, *, resume: bool) -> Found:
         """All rounds that are still to do."""
         table = self._engine.spec.table
         state = self._folder.load(table) if resume else PruneState(mask=KeepMask(table))
-        final = round(self._settings.sparsity * self._blocks)
         dense = self._stores.dense() if self._settings.recovery or not state.rounds else None
         store = self._stores.working(state, len(state.rounds)) if state.rounds else dense
         assert store is not None
         before = state.forward_tokens - self._engine.sweep.forward_tokens
-        if state.prior is None and can_go_nearer(state.mask, final, self._rules):
+        if state.prior is None and self._can_go_nearer(state.mask):
             state.prior = self._measure_prior(store, state.mask, 0)
-        while can_go_nearer(state.mask, final, self._rules):
+        while self._can_go_nearer(state.mask):
             number = len(state.rounds) + 1
             done = state.mask.removed_parameters() / self._blocks
             rounds = number - 1 + math.ceil((self._settings.sparsity - done) / self._settings.step)
@@ -100,7 +105,7 @@ class Search:
             report = self._round(state, number, store, dense)
             if report is None:
                 break
-            last = not can_go_nearer(state.mask, final, self._rules)
+            last = not self._can_go_nearer(state.mask)
             if self._settings.recovery or not last:
                 store = self._stores.working(state, number - 1)
                 report |= self._refresh(state, number, dense, store, last=last)
@@ -118,6 +123,10 @@ class Search:
             rounds=state.rounds,
             forward_tokens=state.forward_tokens,
         )
+
+    def _can_go_nearer(self, mask: KeepMask) -> bool:
+        final = round(self._settings.sparsity * self._blocks)
+        return can_go_nearer(mask, final, self._rules, self._settings.allocation)
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self._settings.seed * 1_000_003 + number)
@@ -174,7 +183,7 @@ class Search:
         assert state.prior is not None
         goal, share = self._next_goal(mask)
         generator = self._generator(number)
-        judgement = JUDGES[settings.method](
+        judgement = JUDGES[settings.level](
             RoundInputs(
                 mask=mask,
                 prior=state.prior,
@@ -198,7 +207,8 @@ class Search:
                 target,
                 self._rules,
                 final_parameters=round(settings.sparsity * self._blocks),
-                per=settings.per,
+                objective=settings.objective,
+                allocation=settings.allocation,
             )
             if goal >= settings.sparsity:
                 break

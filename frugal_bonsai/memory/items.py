@@ -35,6 +35,8 @@ HEAD_CHUNKS = "head chunks"
 HEAD_CHUNK_BYTES = 32 * MIB
 # Columns of a block of a factor (bonsai/factor.py), rows of a block of a refit (bonsai/gram.py).
 _FACTOR_BLOCK, _REFIT_ROWS = 256, 128
+# Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
+_REWRITE_PIECES_BYTES = 4 * 2**23
 # Tokens of a window that the verification looks at, see rewrite/verify.py.
 _VERIFY_TOKENS, _VERIFY_WINDOWS = 64, 2
 
@@ -54,9 +56,6 @@ class Items:
         self._input_rows = max(shape[0] for shape in shapes if len(shape) == 2)
         self._small = sum(math.prod(shape) for shape in shapes if len(shape) == 1)
         self._largest = max(math.prod(shape) for shape in shapes)
-        self._largest_of_all = max(
-            [self._largest, *(math.prod(shape) for shape in spec.other_tensors.values())]
-        )
         columns = {
             kind: max(g.columns for g in spec.table.groups if g.kind == kind)
             for kind in (ATTENTION, FFN)
@@ -351,13 +350,13 @@ class Items:
         )
 
     def rewriting(self) -> PlanItem:
-        """A tensor is read, cut and written at a time."""
-        whole, in_layer = self._largest_of_all, 2 * self._largest
+        """Pieces of the tensor that is read, cut and written; a refit one is held whole."""
+        refit = 2 * self._largest * self._source if self._work.recovery else 0
         return PlanItem(
             name="rewriting the model",
             where=HOST,
-            size_bytes=max(whole, in_layer) * self._source,
-            formula="max(largest tensor, 2 x largest of a layer) * source",
+            size_bytes=max(refit, _REWRITE_PIECES_BYTES),
+            formula="max(2 x largest of a layer * source, 32 MiB)" if refit else "32 MiB",
         )
 
     def stores(self) -> PlanItem:

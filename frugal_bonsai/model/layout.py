@@ -1,8 +1,8 @@
 """Which unit counts an output layout can hold.
 
 ``uniform``: the same count in every layer; head counts that the architecture's config accepts; FFN
-counts in multiples of a tile. ``per-layer``: any count, FFN counts in multiples of a tile of one
-unless the user names one. At least one unit of each kind stays in every layer.
+counts in multiples of a tile. ``per-layer`` and ``padded``: any count, FFN counts in multiples of a
+tile of one unless the user names one. At least one unit of each kind stays in every layer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 
-UNIFORM, PER_LAYER = "uniform", "per-layer"
-LAYOUTS = (UNIFORM, PER_LAYER)
+UNIFORM, PER_LAYER, PADDED = "uniform", "per-layer", "padded"
+LAYOUTS = (UNIFORM, PER_LAYER, PADDED)
 
 # Largest share of the block parameters that one step of the FFN tile may take from every layer, so
 # that the nearest legal size is within one point of any target.
@@ -26,7 +26,7 @@ class LayoutRules:
     """The layout's constraints on unit counts.
 
     Attributes:
-        layout: ``"uniform"`` or ``"per-layer"``.
+        layout: one of :data:`LAYOUTS`.
         tile: FFN counts are multiples of this.
         attention_counts: legal KV-group counts of a layer, ascending.
     """
@@ -56,10 +56,10 @@ def layout_rules(
 
     Args:
         spec: the dense model.
-        layout: ``"uniform"`` or ``"per-layer"``.
+        layout: one of :data:`LAYOUTS`.
         tile: FFN tile that the user asked for; None picks one: for ``uniform`` the largest power
             of two up to ``default_tile`` whose step takes at most two points of the block
-            parameters, for ``per-layer`` 1.
+            parameters, for the others 1.
         default_tile: the hardware's tile (128 on GPU, 64 on CPU).
 
     Raises:
@@ -71,15 +71,17 @@ def layout_rules(
         raise OptionError(f"--tile: {tile} is outside 1..{spec.intermediate} (the FFN's channels)")
     if tile is None:
         tile = _default_tile(spec, default_tile) if layout == UNIFORM else 1
-    per_group = spec.query_heads_per_group
     counts = tuple(
         count
         for count in range(1, spec.kv_heads + 1)
-        if layout == PER_LAYER
-        or not spec.family.heads_divide_hidden
-        or spec.hidden % (count * per_group) == 0
+        if layout != UNIFORM or heads_fit(spec, count * spec.query_heads_per_group)
     )
     return LayoutRules(layout=layout, tile=tile, attention_counts=counts)
+
+
+def heads_fit(spec: ModelSpec, heads: int) -> bool:
+    """Whether the architecture's own config class accepts this number of query heads."""
+    return not spec.family.heads_divide_hidden or spec.hidden % heads == 0
 
 
 def _default_tile(spec: ModelSpec, largest: int) -> int:

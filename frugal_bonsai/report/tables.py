@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from frugal_bonsai.report.card_parts import layout_note
 from frugal_bonsai.report.sheet import Sheet
 from frugal_bonsai.report.words import (
     KIND_NAMES,
@@ -21,6 +22,7 @@ from frugal_bonsai.report.words import (
     plural,
     ratio,
     runs,
+    size_rows,
     span,
 )
 from frugal_bonsai.sizes import format_bytes
@@ -45,7 +47,7 @@ def render_prune(summary: Values, console: Console) -> None:
     _say_kept(summary, sheet)
     _say_rounds(summary, sheet)
     _say_run(summary, sheet)
-    for note in summary["notes"]:
+    for note in filter(None, (layout_note(summary), *summary["notes"])):
         sheet.say(f"note: {note}")
     sheet.blank()
     sheet.verbatim(f"saved: {summary['out']} ({summary['layout']} layout)")
@@ -54,13 +56,7 @@ def render_prune(summary: Values, console: Console) -> None:
 
 def _say_before_after(summary: Values, sheet: Sheet) -> None:
     before, after = summary["before"], summary["after"]
-    rows = [
-        (name, f"{before[key]:,}", f"{after[key]:,}", ratio(before[key], after[key]))
-        for name, key in (("parameters", "parameters"), ("block parameters", "block_parameters"))
-    ]
-    dense, pruned = before["weight_bytes"], after["weight_bytes"]
-    sizes = (format_bytes(dense), format_bytes(pruned))
-    rows.append(("bytes on disk", sizes[0], sizes[1], ratio(dense, pruned)))
+    rows = size_rows(before, after, "on disk")
     calibration, text = summary["calibration"], summary["eval_text"]
     names = {"perplexity": f"perplexity, held-out calibration, window {calibration['window']}"}
     if text is not None:
@@ -156,7 +152,7 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
         )
     sheet.say(
         f"spent: {summary['forward_tokens']:,} forward tokens, {duration(summary['seconds'])} "
-        f"(preset {summary['preset']}, seed {summary['settings']['seed']})"
+        f"(method {summary['method']}, seed {summary['settings']['seed']})"
     )
     sheet.say(
         f"calibration: {calibration['source']}, {plural(calibration['windows'], 'window')} of "
@@ -206,7 +202,7 @@ def render_inspect(info: Values, console: Console) -> None:
     sheet.blank()
     sheet.say(
         f"uniform layout: FFN channels in multiples of {uniform['tile']}, KV groups a layer one of "
-        f"{', '.join(map(str, uniform['attention_counts']))}; per-layer layout: any counts"
+        f"{', '.join(map(str, uniform['attention_counts']))}; per-layer and padded: any counts"
     )
 
 

@@ -3,7 +3,8 @@
 In: a :class:`Checkpoint`, its :class:`ModelSpec`, a :class:`KeepMask` and refitted projections.
 Out: safetensors (sharded with an index where large), ``config.json`` of the layout and what it
 needs beside it, in a folder that the caller stages and commits. Values are not recomputed: what is
-kept is kept bit for bit, in the source's dtype. Holds one tensor of the source and its kept part.
+kept is kept bit for bit, in the source's dtype. Holds a few megabytes of the tensor that is being
+read, and the whole of one that is refitted.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
 from frugal_bonsai.errors import CheckpointError, OptionError
-from frugal_bonsai.model.cut import cut_shape, cut_tensor, slices_by_tensor
+from frugal_bonsai.model.cut import cut_shape, padded_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules
-from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitSlice
 from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.cut_stream import TensorCut, stream_cuts
 from frugal_bonsai.rewrite.layouts import WRITE_CONFIG
+from frugal_bonsai.rewrite.layouts.padded import padded_counts
 from frugal_bonsai.rewrite.layouts.widths import require_units
 from frugal_bonsai.sizes import DTYPE_BYTES
 
@@ -44,7 +47,8 @@ class RewriteSummary:
         parameters_before: all parameters of the source, a tied head counted once.
         parameters_after: the same of the output.
         block_parameters_before: parameters inside the layers.
-        block_parameters_after: the same of the output.
+        block_parameters_after: the same of the output, zeros that a layout adds included.
+        removed_parameters: parameters of the removed units.
         bytes_before: bytes of all tensors in the source's files.
         bytes_after: the same of the output.
         kept: kept units per kind, one number a layer.
@@ -55,6 +59,7 @@ class RewriteSummary:
     parameters_after: int
     block_parameters_before: int
     block_parameters_after: int
+    removed_parameters: int
     bytes_before: int
     bytes_after: int
     kept: Mapping[str, tuple[int, ...]]
@@ -62,8 +67,8 @@ class RewriteSummary:
 
     @property
     def sparsity(self) -> float:
-        """Removed share of the block parameters."""
-        return 1 - self.block_parameters_after / self.block_parameters_before
+        """Share of the block parameters that is not computed with any more."""
+        return self.removed_parameters / self.block_parameters_before
 
 
 def shrink(
@@ -89,7 +94,7 @@ def shrink(
             an incomplete model.
         rules: the layout and its legal unit counts.
         refit: name of a projection's weight -> a function that returns what replaces it,
-            floating, kept rows or columns alone; called once, when the tensor's turn has come.
+            floating, kept rows or columns alone; called once, one after the other, at the end.
         max_shard_bytes: tensor bytes of one shard.
 
     Returns:
@@ -105,23 +110,29 @@ def shrink(
     _require_legal(spec, mask, rules)
     _require_sliced(spec, refit)
     names = _tensors_to_write(checkpoint, spec)
-    cuts = slices_by_tensor(spec.table)
+    pieces, padded = slices_by_tensor(spec.table), padded_counts(spec, mask, rules)
     shapes = {
-        name: cut_shape(checkpoint.tensors[name].shape, cuts.get(name, []), mask) for name in names
+        name: cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask, padded)
+        for name in names
+    }
+    cuts = {
+        name: _cut(name, checkpoint.tensors[name].shape, pieces.get(name, []), mask, padded)
+        for name in names
     }
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     entries = checkpoint.tensors
     after_bytes = sum(sizes[name] * DTYPE_BYTES[entries[name].dtype] for name in names)
     require_free_space(folder, after_bytes, "the pruned model")
-    WRITE_CONFIG[rules.layout](spec, mask, folder)
+    WRITE_CONFIG[rules.layout](spec, mask, rules, folder)
     announced = [(name, entries[name].dtype, shapes[name]) for name in names]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
-        for name in names:
-            if name in refit:
-                dtype = torch_dtype(entries[name].dtype)
-                writer.write(name, _refitted(name, refit[name](), shapes[name], dtype))
-            else:
-                writer.write(name, cut_tensor(checkpoint.read(name), cuts.get(name, []), mask))
+        for name, rows in stream_cuts(checkpoint, [cuts[n] for n in names if n not in refit]):
+            writer.append(name, rows)
+        for name in refit:
+            kept = cut_shape(entries[name].shape, pieces[name], mask)
+            dtype = torch_dtype(entries[name].dtype)
+            tensor = _refitted(name, refit[name](), kept, dtype)
+            writer.write(name, _with_zeros(tensor, cuts[name]))
         writer.finish()
     in_layers = {
         spec.prefix(layer) + name
@@ -134,11 +145,40 @@ def shrink(
         parameters_after=block_parameters + sum(sizes[name] for name in spec.other_tensors),
         block_parameters_before=spec.block_parameters,
         block_parameters_after=block_parameters,
+        removed_parameters=mask.removed_parameters(),
         bytes_before=sum(entry.size_bytes for entry in entries.values()),
         bytes_after=after_bytes,
         kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
         files=tuple(sorted(path.name for path in folder.iterdir())),
     )
+
+
+def _cut(
+    name: str,
+    shape: tuple[int, ...],
+    pieces: list[tuple[UnitGroup, UnitSlice]],
+    mask: KeepMask,
+    padded: Mapping[str, int] | None,
+) -> TensorCut:
+    """What of a tensor is written."""
+    indices = {}
+    for axis in sorted({piece.axis for _, piece in pieces}):
+        on_axis = [(group, piece) for group, piece in pieces if piece.axis == axis]
+        taken = padded_indices(shape[axis], on_axis, mask, padded)
+        if len(taken) != shape[axis] or bool((taken < 0).any()):
+            indices[axis] = taken
+    return TensorCut(name, indices)
+
+
+def _with_zeros(tensor: torch.Tensor, cut: TensorCut) -> torch.Tensor:
+    """A tensor of kept rows and columns alone, with the zeros that the layout adds."""
+    for axis, indices in cut.indices.items():
+        if len(indices) != tensor.shape[axis]:
+            shape = list(tensor.shape)
+            shape[axis] = len(indices)
+            places = (indices >= 0).nonzero().flatten()
+            tensor = tensor.new_zeros(shape).index_copy_(axis, places, tensor)
+    return tensor
 
 
 def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:

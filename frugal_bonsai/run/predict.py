@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS, TRIAL_SHARE, round_windows
+from frugal_bonsai.bonsai.settings import NONE, REFINE_ITERATIONS, TRIAL_SHARE, round_windows
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import INT8
 from frugal_bonsai.memory.plan import MemoryPlan
@@ -74,7 +74,7 @@ def prune_work(
         windows=windows,
         reported=held_out_count(windows) + eval_windows,
         shares=tuple(1 - share for share in removed),
-        pairs=0 if settings.method == "local" else mask_windows * (settings.masks + 1),
+        pairs=0 if settings.level == NONE else mask_windows * (settings.masks + 1),
         exact_prior=settings.prior == "exact",
         recovery=settings.recovery,
         refit_inputs=settings.recovery and settings.refit == "all",

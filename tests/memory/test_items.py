@@ -10,6 +10,7 @@ from plan_shapes import LLAMA_1B, LLAMA_8B
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.items import Items, pinned_bytes
 from frugal_bonsai.memory.work import Choice, PlanItem, Work
+from frugal_bonsai.rewrite.cut_stream import PIECE_BYTES
 from frugal_bonsai.sizes import GIB
 
 H, FFN, VOCABULARY = 4096, 14336, 128256
@@ -179,7 +180,9 @@ def test_stand_ins() -> None:
 
 def test_files() -> None:
     assert near().building().size_bytes == H * FFN * (2 * 2 - 1) + STORED
-    assert near().rewriting().size_bytes == VOCABULARY * H * 2
+    assert near(replace(WORK, recovery=True)).rewriting().size_bytes == 2 * H * FFN * 2
+    alone = near(replace(WORK, recovery=False)).rewriting()
+    assert alone.size_bytes == 4 * PIECE_BYTES
     assert near().stores().size_bytes == 2 * 32 * STORED
     assert near().stores().where == "disk"
 

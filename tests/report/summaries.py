@@ -14,8 +14,8 @@ def make_summary(layers: int = 3, **changes: Any) -> dict[str, Any]:
         "family": "llama",
         "layout": "uniform",
         "tile": 8,
-        "preset": "default",
-        "settings": {"sparsity": 0.5, "method": "group", "recovery": True, "seed": 17},
+        "method": "default",
+        "settings": {"sparsity": 0.5, "level": "group", "recovery": True, "seed": 17},
         "calibration": {
             "source": "wikitext2 (Salesforce/wikitext, wikitext-2-raw-v1, train)",
             "window": 2048,

@@ -82,7 +82,7 @@ def test_no_evaluation_text() -> None:
 def test_how_it_was_made() -> None:
     lines = model_card(make_summary()).splitlines()
     for line in (
-        "| preset | `default` |",
+        "| method | `default` |",
         "| calibration text | wikitext2 (Salesforce/wikitext, wikitext-2-raw-v1, train) |",
         "| window length | 2048 tokens |",
         "| calibration windows | 32 |",
@@ -91,7 +91,7 @@ def test_how_it_was_made() -> None:
         "| peak | 3.00 GiB (predicted 3.00 GiB) of host memory and 21.00 GiB (predicted "
         "20.00 GiB) of GPU memory |",
         "| micro-batch | 8 windows |",
-        "| `method` | `group` |",
+        "| `level` | `group` |",
         "| `recovery` | `True` |",
     ):
         assert line in lines

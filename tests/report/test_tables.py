@@ -149,7 +149,7 @@ def test_prune_says_what_the_run_was() -> None:
     assert "peak 3.00 GiB (predicted 3.00 GiB) of 8.00 GiB of host memory" in text
     assert "peak 21.00 GiB (predicted 20.00 GiB) of 24.00 GiB of GPU memory" in text
     assert "memory ran out" not in text
-    assert "162,469,134 forward tokens, 90 min (preset default, seed 17)" in text
+    assert "162,469,134 forward tokens, 90 min (method default, seed 17)" in text
     assert "32 windows of 2048 tokens" in text
     assert "within 5.8e-07 on 1 window" in text
     assert "note: --max-gpu-mem has no effect" in text

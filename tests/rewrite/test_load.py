@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import frugal_bonsai
 from frugal_bonsai import load_pruned
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
-from frugal_bonsai.model.layout import LAYOUTS, UNIFORM
+from frugal_bonsai.model.layout import LAYOUTS, PER_LAYER
 from rewrite.models import (
     greedy,
     keep_counts,
@@ -62,7 +62,7 @@ def test_plain_transformers_in_a_fresh_process(tmp_path: Path, layout: str) -> N
         expected = masked_parent(parent, mask)
     answer = tmp_path / "answer"
     torch.save(tokens(), f"{answer}.tokens")
-    options = {} if layout == UNIFORM else {"trust_remote_code": True}
+    options = {"trust_remote_code": True} if layout == PER_LAYER else {}
     command = [sys.executable, "-I", "-c", PLAIN_LOADER, str(tmp_path / "out")]
     environment = {
         **os.environ,
@@ -83,7 +83,7 @@ def test_plain_transformers_in_a_fresh_process(tmp_path: Path, layout: str) -> N
     found = torch.load(answer)
     assert found["foreign"] == []
     assert found["module"].startswith(
-        "transformers.models.llama" if layout == UNIFORM else "transformers_modules."
+        "transformers_modules." if layout == PER_LAYER else "transformers.models.llama"
     )
     assert relative_difference(found["logits"], logits_of(expected, tokens())) <= 1e-4
     assert torch.equal(found["again"], found["logits"])

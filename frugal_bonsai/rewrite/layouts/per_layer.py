@@ -13,12 +13,13 @@ from pathlib import Path
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.checkpoint.writer import write_bytes, write_json
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import LayoutRules, heads_fit
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.layouts.bundled import find_bundled
-from frugal_bonsai.rewrite.layouts.widths import heads_fit, layer_widths, plain_config
+from frugal_bonsai.rewrite.layouts.widths import layer_widths, plain_config
 
 
-def write_config(spec: ModelSpec, mask: KeepMask, folder: Path) -> None:
+def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
     """Write ``config.json`` and the bundled model file.
 
     The global widths are the widest layer's, kind by kind, so that whatever is sized by them is

@@ -12,11 +12,12 @@ from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.checkpoint.writer import write_json
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import LayoutRules, heads_fit
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.rewrite.layouts.widths import heads_fit, layer_widths, plain_config
+from frugal_bonsai.rewrite.layouts.widths import layer_widths, plain_config
 
 
-def write_config(spec: ModelSpec, mask: KeepMask, folder: Path) -> None:
+def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
     """Write ``config.json`` with query heads, KV heads, head_dim and FFN channels of every layer.
 
     Raises:

@@ -5,6 +5,7 @@ In: a :class:`ModelSpec` and a :class:`KeepMask`. Out: config keys as dicts. Wri
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from frugal_bonsai.errors import OptionError
@@ -20,15 +21,21 @@ def layer_widths(spec: ModelSpec, mask: KeepMask) -> list[dict[str, int]]:
         OptionError: the mask is another model's, or leaves a layer without a unit of some kind.
     """
     require_units(spec, mask)
-    family, counts = spec.family, mask.counts()
+    counts = mask.counts()
     return [
-        {
-            family.heads_key: kv_heads * spec.query_heads_per_group,
-            family.kv_heads_key: kv_heads,
-            family.ffn_key: channels,
-        }
+        count_widths(spec, {ATTENTION: kv_heads, FFN: channels})
         for kv_heads, channels in zip(counts[ATTENTION], counts[FFN], strict=True)
     ]
+
+
+def count_widths(spec: ModelSpec, counts: Mapping[str, int]) -> dict[str, int]:
+    """The width keys of a config for so many units of each kind in a layer."""
+    family = spec.family
+    return {
+        family.heads_key: counts[ATTENTION] * spec.query_heads_per_group,
+        family.kv_heads_key: counts[ATTENTION],
+        family.ffn_key: counts[FFN],
+    }
 
 
 def require_units(spec: ModelSpec, mask: KeepMask) -> None:
@@ -48,11 +55,6 @@ def require_units(spec: ModelSpec, mask: KeepMask) -> None:
                 f"keep mask: layer {group.layer} keeps none of its {group.count} {group.kind} "
                 "units; keep at least one unit of each kind in every layer"
             )
-
-
-def heads_fit(spec: ModelSpec, heads: int) -> bool:
-    """Whether the architecture's own config class accepts this number of query heads."""
-    return not spec.family.heads_divide_hidden or spec.hidden % heads == 0
 
 
 def plain_config(spec: ModelSpec) -> dict[str, Any]:
