@@ -156,19 +156,29 @@ class Items:
         """With what stands in: the core's inputs (1 - p) C, guesses, a choice of both: 3 p C.
 
         At an output projection the layer holds 2H + C, or half of what attention had: there is
-        room for C (1 + 2 p) in what the layer holds at its peak, up to p = 1/2.
+        room for C (1 + 2 p) in what the layer holds at its peak, up to p = 1/2, and for the
+        stand-ins as they were stored, which are there only while they are converted.
         """
         extra = max(0, math.ceil((2 * self._work.stand_ins - 1) * self._ffn))
-        return self.activations(choice, windows, extra=extra, why=" + (2p-1)*C_down")
+        item = self.activations(choice, windows, extra=extra, why=" + (2p-1)*C_down")
+        tokens = min(choice.micro_batch, windows) * self._work.window
+        loading = tokens * (2 * self._spec.hidden + self._ffn) * self._compute
+        loading += 2 * self._stand_in_widths()
+        if loading <= item.size_bytes:
+            return item
+        return self._near(item.name, loading, "m*S*(2H+C_down)*c + 2*p*C*(1-p)*C")
 
     def stand_ins(self) -> PlanItem:
-        """The stand-ins of one group, as stored and as computed with, while they are loaded."""
+        """The stand-ins of one group as computed with."""
+        size = self._stand_in_widths() * self._compute
+        return self._near("stand-ins of a group", size, "p*C*(1-p)*C*c")
+
+    def _stand_in_widths(self) -> int:
+        """Elements of a group's stand-ins."""
         share, columns = self._work.stand_ins, max(self._attention, self._ffn)
-        widths = math.ceil(share * columns) * math.ceil((1 - share) * columns)
         if share >= 0.5:
-            widths = math.ceil(columns**2 / 4)  # the largest product that a pool can have
-        size = widths * (2 + self._compute)
-        return self._near("stand-ins of a group", size, "p*C*(1-p)*C*(2+c)")
+            return math.ceil(columns**2 / 4)  # the largest product that a pool can have
+        return math.ceil(share * columns) * math.ceil((1 - share) * columns)
 
     def tapped_activations(self, choice: Choice) -> PlanItem:
         """With o_proj's input kept for the statistics."""

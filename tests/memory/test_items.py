@@ -165,17 +165,20 @@ def test_refinement() -> None:
 def test_stand_ins() -> None:
     work = replace(WORK, stand_ins=0.25)
     pool, core = FFN // 4, FFN - FFN // 4
-    assert near(work).stand_ins().size_bytes == pool * core * (2 + 2)
-    assert far(work).stand_ins().size_bytes == pool * core * (2 + 4)
+    assert near(work).stand_ins().size_bytes == pool * core * 2
+    assert far(work).stand_ins().size_bytes == pool * core * 4
     made = 8 * pool**2 + 2 * pool * core + 4 * 256 * (2 * FFN + 3 * pool)
     assert near(work).solve(stand_ins=0.25).size_bytes == made
     assert near(work).solve(stand_ins=0.01) == near(work).solve()
     # Up to half of a group there is room beside what a layer holds at its peak.
     plain, masked = near().activations(CHOICE, 20), near(work).masked_activations(CHOICE, 20)
     assert masked.size_bytes == plain.size_bytes
+    # Small micro-batches have none for stand-ins that are being converted.
+    few = near(replace(work, window=128)).masked_activations(replace(CHOICE, micro_batch=1), 20)
+    assert few.size_bytes == 128 * (2 * H + FFN) * 2 + 2 * pool * core
     most = near(replace(WORK, stand_ins=1.0)).masked_activations(CHOICE, 20)
     assert most.size_bytes == plain.size_bytes + 3 * 2048 * FFN * 2
-    assert near(replace(WORK, stand_ins=0.9)).stand_ins().size_bytes == FFN**2 // 4 * 4
+    assert near(replace(WORK, stand_ins=0.9)).stand_ins().size_bytes == FFN**2 // 4 * 2
 
 
 def test_files() -> None:
