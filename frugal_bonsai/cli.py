@@ -84,6 +84,7 @@ _search = _options(
                 "unit",
                 "local-only",
                 "paper",
+                "fluctuation",
                 "wanda",
                 "magnitude",
                 "random",
@@ -109,7 +110,16 @@ _search = _options(
     click.option(
         "--prior",
         type=click.Choice(
-            ["activation", "wanda", "output", "fluctuation", "exact", "magnitude", "random"]
+            [
+                "activation",
+                "wanda",
+                "output",
+                "fluctuation",
+                "flap",
+                "exact",
+                "magnitude",
+                "random",
+            ]
         ),
     ),
     click.option("--design", type=click.Choice(["per-window", "shared"])),
@@ -121,6 +131,11 @@ _search = _options(
         "--recovery/--no-recovery",
         default=None,
         help="Refit projections after every round.",
+    ),
+    click.option(
+        "--bias/--no-bias",
+        default=None,
+        help="Without masks and recovery: what goes leaves its mean behind as a bias.",
     ),
     click.option(
         "--refit",
@@ -296,6 +311,7 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "masks",
         "mask_windows",
         "recovery",
+        "bias",
         "refit",
         "refine",
         "compensate",

@@ -275,13 +275,13 @@ def run_rewrite(
 
 def run_verify(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
     from frugal_bonsai.checkpoint.reader import Checkpoint
-    from frugal_bonsai.model.family import describe_model
+    from frugal_bonsai.model.arrange import describe_checkpoint
     from frugal_bonsai.rewrite.verify import compare_logits
     from frugal_bonsai.run.prepare import make_engine
     from frugal_bonsai.stream.source import CheckpointSource
 
     with Checkpoint.open(work / "out") as output:
-        spec = describe_model(output.config, output.shapes)
+        spec = describe_checkpoint(output)
         rewritten = make_engine(output, spec, plan, ready.device, None)
         masked = CheckpointSource(opened.checkpoint, opened.spec, mask=_without_channels(opened, 2))
         compare_logits(engine, masked, rewritten, tokens_NS[:2])

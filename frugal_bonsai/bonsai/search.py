@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from frugal_bonsai.bonsai.bias import compensate_by_bias
 from frugal_bonsai.bonsai.design import Design
 from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
@@ -102,12 +103,15 @@ class Search:
             rounds = number - 1 + math.ceil((self._settings.sparsity - done) / self._settings.step)
             self._engine.progress.round(number, rounds, done)
             started = time.monotonic()
+            kept = state.mask
             report = self._round(state, number, store, dense)
             if report is None:
                 break
+            if self._settings.bias:
+                self._leave_means(state, number, before=kept)
             last = not self._can_go_nearer(state.mask)
             if self._settings.recovery or not last:
-                store = self._stores.working(state, number - 1)
+                store = self._stores.working(state, number if self._settings.bias else number - 1)
                 report |= self._refresh(state, number, dense, store, last=last)
             if self._settings.recovery and not last:
                 store = self._stores.working(state, number)
@@ -148,6 +152,7 @@ class Search:
             damping=settings.ridge,
             generator=self._generator(10_000 + number),
             stand_ins=stand_ins,
+            keep_means=settings.bias,
         )
 
     def _next_goal(self, mask: KeepMask) -> tuple[float, float]:
@@ -263,6 +268,16 @@ class Search:
         state.mask = before
         trial = {"trial": {"cut": losses[0], "attention_spared": losses[1]}}
         return (spared if losses[1] < losses[0] else cut_mask), trial
+
+    def _leave_means(self, state: PruneState, number: int, *, before: KeepMask) -> None:
+        """Save the biases that stand for what this round's cut has taken."""
+        assert state.prior is not None and state.prior.means is not None
+        engine, earlier = self._engine, self._stores.refits(state, number - 1)
+        for layer, biases in compensate_by_bias(
+            engine.checkpoint, engine.spec, before, state.mask, state.prior.means, earlier
+        ):
+            self._stores.save_refit(number, layer, biases)
+        state.refit_mask = state.mask
 
     def _mask_count(self) -> int:
         settings = self._settings

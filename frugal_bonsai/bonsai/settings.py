@@ -19,6 +19,7 @@ PRIOR_NAMES = (
     "wanda",
     "output",
     "fluctuation",
+    "flap",
     "exact",
     "magnitude",
     "random",
@@ -50,7 +51,7 @@ class PruneSettings:
         level: at which masks speak: ``group`` (masks say how much goes from each layer and kind,
             the prior says which units), ``unit`` (every candidate unit has its own coefficient),
             ``none`` (no masks: the prior alone).
-        prior: one of the seven statistics.
+        prior: one of the statistics of prior.py.
         design: ``per-window`` or ``shared`` (the paper's).
         draw: of ``unit`` masks: half of a ``kind``'s candidates over all layers, or half of each
             ``layer``'s (the published code).
@@ -69,6 +70,8 @@ class PruneSettings:
         trial: a cut that takes attention units is recovered on a few windows, and so is the cut of
             the same size that takes none; the better one stands (per-layer layout).
         recovery: refit projections after every round.
+        bias: instead, what goes leaves its mean output behind as a bias of its output projection
+            (FLAP); for cuts without masks.
         refit: which ones: ``outputs`` (o_proj, down_proj) or ``all`` (q, k, v, gate, up too).
         refine: how often the last round's recovery moves the FFN's remaining channels (a linearised
             least-squares problem in gate and up) and refits down_proj again; 0 never.
@@ -96,6 +99,7 @@ class PruneSettings:
     compensate: bool = True
     trial: bool = True
     recovery: bool = True
+    bias: bool = False
     refit: str = "all"
     refine: int = 2
     ridge: float = 1e-3
@@ -133,6 +137,11 @@ class PruneSettings:
             raise OptionError(
                 f"--allocation {self.allocation}: decides what masks are to decide at --level "
                 f"{self.level}; take --level none, or --allocation global"
+            )
+        if self.bias and (self.recovery or self.level != NONE):
+            raise OptionError(
+                "--bias: is what cuts without masks and without refits leave behind; take it with "
+                "--level none --no-recovery, or leave it out"
             )
         if self.masks < 2 or self.masks % 2:
             raise OptionError(f"--masks: {self.masks} is not an even number of at least 2")
@@ -209,6 +218,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "compensate": False,
         "trial": False,
         "recovery": False,
+    },
+    # Ranked over all layers by z-score, a unit like any other, whatever its parameters (AL-AM).
+    "fluctuation": {
+        **_RANKED_ONCE,
+        "prior": "flap",
+        "allocation": GLOBAL,
+        "objective": UNITS,
+        "bias": True,
     },
     "wanda": {**_RANKED_ONCE, "prior": "wanda"},
     "magnitude": {**_RANKED_ONCE, "prior": "magnitude"},

@@ -64,6 +64,8 @@ class Items:
         self._ffn_inputs = max(
             _input_projections(spec, group) for group in spec.table.groups if group.kind == FFN
         )
+        copies = spec.activation_copies
+        self._peaks = tuple(peak.with_copies(copies) for peak in spec.family.peaks)
         self._block = -(-self._ffn // refined_blocks(self._ffn))
 
     def stored_bytes(self, weights: str | None) -> int:
@@ -84,7 +86,23 @@ class Items:
             items.append(self._products(choice, self._input_rows, widest))
         elif weights == "int8" or self._source != self._compute:
             items.append(self._near("dequantised layer", models * compute, f"{models} x P*c"))
+        if weights is None and self._spec.family.transposed:
+            items.append(
+                PlanItem(
+                    name="a tensor that is turned",
+                    where=HOST,
+                    size_bytes=self._largest * self._source,
+                    formula="largest tensor of a layer * source",
+                )
+            )
         return items
+
+    def outer(self) -> PlanItem:
+        """What stands outside the layers: final norm, learned positions; not embedding and head."""
+        family, others = self._spec.family, self._spec.other_tensors
+        own = [n for n in others if n not in (family.embedding, family.head)]
+        size = sum(math.prod(others[name]) for name in own) * self._compute
+        return self._near("norms and positions", size, "outside the layers * c")
 
     def _products(self, choice: Choice, rows: int, columns: int) -> PlanItem:
         """Digits and sums of a block of tokens; a GPU multiplies a micro-batch at once."""
@@ -140,27 +158,35 @@ class Items:
             extra: elements a token beside the layer's own.
             why: their names, for the formula.
         """
-        formula = f"m*S*(max(2H+3I, H+4C_o+2K, H+2C_o+5K){why})*c"
+        peaks = ", ".join(str(peak) for peak in self._peaks)
+        formula = f"m*S*(max({peaks}){why})*c"
         batch = min(choice.micro_batch, windows)
         size = batch * self._work.window * (self._per_token() + extra) * self._compute
         return self._near("activations of a micro-batch", size, formula)
 
     def _per_token(self) -> int:
         """Elements a token of one of Hugging Face's layers at its peak, traced in the tests."""
-        hidden, attention = self._spec.hidden, self._attention
-        keys = self._spec.kv_heads * self._spec.head_dim
-        rotating = max(4 * attention + 2 * keys, 2 * attention + 5 * keys)
-        return max(2 * hidden + 3 * self._ffn, hidden + rotating)
+        spec = self._spec
+        keys = spec.kv_heads * spec.head_dim
+        return max(
+            peak.hidden * spec.hidden
+            + peak.ffn * self._ffn
+            + peak.attention * self._attention
+            + peak.key * keys
+            for peak in self._peaks
+        )
 
     def masked_activations(self, choice: Choice, windows: int) -> PlanItem:
         """With what stands in: the core's inputs (1 - p) C, guesses, a choice of both: 3 p C.
 
-        At an output projection the layer holds 2H + C, or half of what attention had: there is
-        room for C (1 + 2 p) in what the layer holds at its peak, up to p = 1/2, and for the
-        stand-ins as they were stored, which are there only while they are converted.
+        At an output projection the layer holds 2H + C, or half of what attention had: of the
+        channels that the layer holds at its peak (three times C with a gate, twice without) all
+        others are room for C (1 + 2 p), up to p = 1/2 with a gate, and for the stand-ins as they
+        were stored, which are there only while they are converted.
         """
-        extra = max(0, math.ceil((2 * self._work.stand_ins - 1) * self._ffn))
-        item = self.activations(choice, windows, extra=extra, why=" + (2p-1)*C_down")
+        held = max(peak.ffn for peak in self._peaks)
+        extra = max(0, math.ceil((2 * self._work.stand_ins + 2 - held) * self._ffn))
+        item = self.activations(choice, windows, extra=extra, why=f" + (2p+2-{held})*C_down")
         tokens = min(choice.micro_batch, windows) * self._work.window
         loading = tokens * (2 * self._spec.hidden + self._ffn) * self._compute
         loading += 2 * self._stand_in_widths()

@@ -36,7 +36,11 @@ class Phases:
 
     def __init__(self, spec: ModelSpec, budget: Budget, work: Work, base_bytes: int) -> None:
         self._items, self._budget, self._work = Items(spec, budget, work), budget, work
-        self._always = [PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured")]
+        self._always = [
+            PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured"),
+            self._items.outer(),
+        ]
+        self._norm_last = spec.family.ffn_norm is not None
         if budget.gpu_bytes is not None:
             self._always.append(
                 PlanItem(
@@ -146,8 +150,10 @@ class Phases:
 
     def _recovery(self, choice: Choice) -> list[Phase]:
         items, windows, work = self._items, self._work.windows, self._work
-        # Both models'; the dense inputs of a sublayer, or those of what is refined; its targets.
+        # Both models'; the dense inputs of a sublayer, or those of what is refined; its targets;
+        # the dense layer's last projection where a norm lies behind it.
         states = 2 + int(work.refit_inputs or work.refine > 0) + int(choice.keep_refinement)
+        states += int(self._norm_last)
         held = [
             *items.stream(choice, self._work.weights, models=2),
             *items.hidden(choice, windows, states=states),

@@ -71,16 +71,26 @@ def layout_rules(
         raise OptionError(f"--tile: {tile} is outside 1..{spec.intermediate} (the FFN's channels)")
     if tile is None:
         tile = _default_tile(spec, default_tile) if layout == UNIFORM else 1
-    counts = tuple(
+    return LayoutRules(layout=layout, tile=tile, attention_counts=_attention_counts(spec, layout))
+
+
+def _attention_counts(spec: ModelSpec, layout: str) -> tuple[int, ...]:
+    """Numbers of KV groups that a layer may keep; none where attention stays whole."""
+    if spec.whole_attention is not None:
+        return ()
+    if layout != PER_LAYER and spec.family.head_dim_key is None:
+        return ()  # transformers computes the width of a head from their number
+    return tuple(
         count
         for count in range(1, spec.kv_heads + 1)
         if layout != UNIFORM or heads_fit(spec, count * spec.query_heads_per_group)
     )
-    return LayoutRules(layout=layout, tile=tile, attention_counts=counts)
 
 
 def heads_fit(spec: ModelSpec, heads: int) -> bool:
     """Whether the architecture's own config class accepts this number of query heads."""
+    if spec.family.head_dim_key is None:
+        return heads == spec.heads
     return not spec.family.heads_divide_hidden or spec.hidden % heads == 0
 
 

@@ -54,6 +54,7 @@ class UnitGroup:
             zeroing its input columns equals removing the unit.
         output_weight: full name of that projection's weight.
         columns_per_unit: input columns of the output projection that one unit owns.
+        removable: False where no layout can do without any of them.
     """
 
     layer: int
@@ -64,6 +65,7 @@ class UnitGroup:
     output: str
     output_weight: str
     columns_per_unit: int
+    removable: bool = True
 
     @property
     def columns(self) -> int:

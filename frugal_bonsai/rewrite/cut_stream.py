@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 
+from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 
 PIECE_BYTES = 2**23
@@ -33,11 +34,18 @@ class TensorCut:
     Attributes:
         name: the tensor.
         indices: for each dimension that changes, the indices that stay, int64, ascending; -1 is a
-            place that zeros fill.
+            place that zeros fill. Dimensions are those of the tensor as it is read; what is read
+            and written here is the file's own, which may be turned.
     """
 
     name: str
     indices: Mapping[int, torch.Tensor]
+
+    def stored(self, entry: TensorEntry) -> TensorCut:
+        """The same with the file's dimensions."""
+        if not entry.transposed:
+            return self
+        return TensorCut(self.name, {1 - axis: kept for axis, kept in self.indices.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +81,8 @@ def stream_cuts(
     Raises:
         CheckpointError: a failing read.
     """
-    pieces = [piece for cut in cuts for piece in _pieces(checkpoint, cut)]
+    stored = [cut.stored(checkpoint.tensors[cut.name]) for cut in cuts]
+    pieces = [piece for cut in stored for piece in _pieces(checkpoint, cut)]
     size = max((_size_bytes(checkpoint, piece) for piece in pieces), default=0)
     buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(_BUFFERS)]
     scratch = _Scratch()
@@ -90,7 +99,7 @@ def stream_cuts(
 def _pieces(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[_Piece]:
     """A tensor as runs of rows; a single number is one piece."""
     entry = checkpoint.tensors[cut.name]
-    rows = entry.shape[0] if entry.shape else 1
+    rows = entry.stored_shape[0] if entry.shape else 1
     step = max(1, PIECE_BYTES * rows // max(1, entry.size_bytes))
     stops = [*range(step, rows, step), rows]
     if 0 not in cut.indices:
@@ -114,7 +123,7 @@ def _pieces(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[_Piece]:
 def _size_bytes(checkpoint: Checkpoint, piece: _Piece) -> int:
     """Bytes of the piece's rows in the source."""
     entry = checkpoint.tensors[piece.cut.name]
-    rows = entry.shape[0] if entry.shape else 1
+    rows = entry.stored_shape[0] if entry.shape else 1
     return (piece.stop - piece.start) * entry.size_bytes // max(1, rows)
 
 
@@ -125,7 +134,7 @@ def _read(checkpoint: Checkpoint, piece: _Piece, buffer_uint8: torch.Tensor) -> 
         return checkpoint.read_into(name, buffer_uint8)
     checkpoint.read_rows_into(name, piece.start, piece.stop, buffer_uint8)
     used = buffer_uint8[: _size_bytes(checkpoint, piece)].view(torch_dtype(entry.dtype))
-    return used.view(piece.stop - piece.start, *entry.shape[1:])
+    return used.view(piece.stop - piece.start, *entry.stored_shape[1:])
 
 
 class _Scratch:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
 from frugal_bonsai.errors import CheckpointError, OptionError
+from frugal_bonsai.model.biases import added_biases, output_bias, weight_of, with_bias_keys
 from frugal_bonsai.model.cut import cut_shape, padded_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules
@@ -48,7 +49,7 @@ class RewriteSummary:
         parameters_after: the same of the output.
         block_parameters_before: parameters inside the layers.
         block_parameters_after: the same of the output, zeros that a layout adds included.
-        removed_parameters: parameters of the removed units.
+        removed_parameters: parameters of the removed units, less those of biases that are added.
         bytes_before: bytes of all tensors in the source's files.
         bytes_after: the same of the output.
         kept: kept units per kind, one number a layer.
@@ -109,7 +110,7 @@ def shrink(
     folder, refit = Path(folder), refit or {}
     _require_legal(spec, mask, rules)
     _require_sliced(spec, refit)
-    names = _tensors_to_write(checkpoint, spec)
+    names, added = _tensors_to_write(checkpoint, spec), added_biases(spec, refit)
     pieces, padded = slices_by_tensor(spec.table), padded_counts(spec, mask, rules)
     shapes = {
         name: cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask, padded)
@@ -119,25 +120,34 @@ def shrink(
         name: _cut(name, checkpoint.tensors[name].shape, pieces.get(name, []), mask, padded)
         for name in names
     }
+    dtypes = {name: checkpoint.tensors[name].dtype for name in names}
+    for name in added:
+        shapes[name], dtypes[name] = shapes[weight_of(name)][:1], dtypes[weight_of(name)]
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    entries = checkpoint.tensors
-    after_bytes = sum(sizes[name] * DTYPE_BYTES[entries[name].dtype] for name in names)
+    after_bytes = sum(sizes[name] * DTYPE_BYTES[dtypes[name]] for name in shapes)
     require_free_space(folder, after_bytes, "the pruned model")
-    WRITE_CONFIG[rules.layout](spec, mask, rules, folder)
-    announced = [(name, entries[name].dtype, shapes[name]) for name in names]
+    WRITE_CONFIG[rules.layout](with_bias_keys(spec, added), mask, rules, folder)
+    # In the source's own names and axes, which is what reads the source.
+    stored = {name: _Stored.of(name, checkpoint) for name in shapes}
+    announced = [(stored[n].name, dtypes[n], stored[n].turned(shapes[n])) for n in shapes]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
         for name, rows in stream_cuts(checkpoint, [cuts[n] for n in names if n not in refit]):
-            writer.append(name, rows)
+            writer.append(stored[name].name, rows)
         for name in refit:
-            kept = cut_shape(entries[name].shape, pieces[name], mask)
-            dtype = torch_dtype(entries[name].dtype)
+            dtype = torch_dtype(dtypes[name])
+            if name in added:
+                writer.write(name, _refitted(name, refit[name](), shapes[name], dtype))
+                continue
+            kept = cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask)
             tensor = _refitted(name, refit[name](), kept, dtype)
-            writer.write(name, _with_zeros(tensor, cuts[name]))
+            writer.write(stored[name].name, stored[name].turn(_with_zeros(tensor, cuts[name])))
+        for name in added:
+            if name not in refit:
+                writer.write(name, _zeros(shapes[name], torch_dtype(dtypes[name])))
         writer.finish()
     in_layers = {
-        spec.prefix(layer) + name
-        for layer in range(spec.layers)
-        for name in spec.layer_tensors[layer]
+        *added,
+        *(spec.prefix(at) + name for at in range(spec.layers) for name in spec.layer_tensors[at]),
     }
     block_parameters = sum(sizes[name] for name in in_layers)
     return RewriteSummary(
@@ -145,12 +155,34 @@ def shrink(
         parameters_after=block_parameters + sum(sizes[name] for name in spec.other_tensors),
         block_parameters_before=spec.block_parameters,
         block_parameters_after=block_parameters,
-        removed_parameters=mask.removed_parameters(),
-        bytes_before=sum(entry.size_bytes for entry in entries.values()),
+        removed_parameters=mask.removed_parameters() - sum(sizes[name] for name in added),
+        bytes_before=checkpoint.weight_bytes,
         bytes_after=after_bytes,
         kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
         files=tuple(sorted(path.name for path in folder.iterdir())),
     )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a tensor stands in the files."""
+
+    name: str
+    transposed: bool
+
+    @classmethod
+    def of(cls, name: str, checkpoint: Checkpoint) -> _Stored:
+        """As in the source; a tensor that the source lacks has the model's own name."""
+        entry = checkpoint.tensors.get(name)
+        return cls(name, False) if entry is None else cls(entry.name, entry.transposed)
+
+    def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape in the file's order of axes."""
+        return shape[::-1] if self.transposed else shape
+
+    def turn(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the file's order of axes."""
+        return tensor.T.contiguous() if self.transposed else tensor
 
 
 def _cut(
@@ -197,8 +229,8 @@ def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
 
 
 def _require_sliced(spec: ModelSpec, refit: Refit) -> None:
-    """Only tensors that units own a part of may be replaced."""
-    names = slices_by_tensor(spec.table)
+    """Only tensors that units own a part of, and output projections' biases, may be replaced."""
+    names = {*slices_by_tensor(spec.table), *map(output_bias, spec.table.groups)}
     for name in refit:
         if name not in names:
             raise OptionError(
@@ -249,6 +281,13 @@ def _same_bytes(checkpoint: Checkpoint, name: str, other: str) -> bool:
         )
         for start in range(0, rows, step)
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A bias that is there because the architecture gives its projections one together."""
+    import torch
+
+    return torch.zeros(shape, dtype=dtype)
 
 
 def _refitted(

@@ -18,6 +18,7 @@ from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.work import BASE
+from frugal_bonsai.model.biases import require_output_biases
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
 from frugal_bonsai.run.machine import choose_budget, choose_device, with_arithmetic
 from frugal_bonsai.run.options import PruneOptions
@@ -96,6 +97,8 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         model.spec.block_parameters,
         settings.allocation,
     )
+    if settings.bias:
+        require_output_biases(model.spec)
     default_source = EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
     rates = profile or quick_profile(device)
     return Prepared(

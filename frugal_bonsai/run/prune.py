@@ -25,7 +25,7 @@ from frugal_bonsai.checkpoint.finite import require_finite_on_disk
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.model.family import describe_model
+from frugal_bonsai.model.arrange import describe_checkpoint
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.words import duration
 from frugal_bonsai.run.options import PruneOptions
@@ -306,7 +306,7 @@ def _rewrite(
     )
     write_companions(model.folder, staged)
     with Checkpoint.open(staged) as output:
-        spec = describe_model(output.config, output.shapes, source="the pruned config.json")
+        spec = describe_checkpoint(output, source="the pruned config.json")
         engine = make_engine(output, spec, job.memory, ready.device, job.progress)
         masked = CheckpointSource(model.checkpoint, model.spec, mask=found.mask, refit=found.refits)
         windows_NS = job.calibration.held_out_NS[:_VERIFY_WINDOWS]

@@ -13,7 +13,7 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory, write_bytes
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.model.family import describe_model
+from frugal_bonsai.model.arrange import describe_checkpoint
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent
@@ -89,7 +89,7 @@ def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
     """Sizes before and after, the latter read back from what was written."""
     spec = model.spec
     with Checkpoint.open(staged) as output:
-        after = describe_model(output.config, output.shapes, source="the pruned config.json")
+        after = describe_checkpoint(output, source="the pruned config.json")
         after_bytes = output.weight_bytes
     return {
         "version": package_version(),

@@ -124,7 +124,7 @@ def test_levels_and_layouts_reach_the_sparsity(
 
 
 @pytest.mark.parametrize(
-    "prior", ["activation", "wanda", "output", "fluctuation", "magnitude", "random"]
+    "prior", ["activation", "wanda", "output", "fluctuation", "flap", "magnitude", "random"]
 )
 def test_every_prior(prior: str, tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
     found = _search(tiny, tokens, tmp_path, prior=prior, recovery=False)
@@ -392,8 +392,9 @@ def _assert_same(resumed: Found, whole: Found) -> None:
         {"level": "unit", "prior": "random"},
         {"recovery": False, "prior": "random"},
         {"layout": UNIFORM},
+        {"method": "fluctuation", "step": 0.1},
     ],
-    ids=["default", "unit", "no recovery", "uniform"],
+    ids=["default", "unit", "no recovery", "uniform", "biases"],
 )
 def test_resume_after_each_round_ends_in_the_same_model(
     options: dict[str, Any], tiny: Tiny, tokens: torch.Tensor, tmp_path: Path

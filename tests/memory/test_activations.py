@@ -23,7 +23,7 @@ from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import ATTENTION, UnitGroup
 from frugal_bonsai.sizes import GIB
 from frugal_bonsai.stream.call import InputHook, call_layer
-from frugal_bonsai.stream.skeleton import Skeleton, build_empty_model
+from frugal_bonsai.stream.skeleton import Skeleton
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 # hidden, FFN channels, query heads, KV heads, head_dim: Llama-3-8B, Llama-3.2-1B, Llama-2-7B (MHA).
@@ -33,6 +33,9 @@ SHAPES = {
     "7b-mha": (4096, 11008, 32, 32, 128),
     "narrow-ffn": (1024, 1024, 16, 16, 64),
 }
+
+# What a config of the family must say beside its sizes.
+EXTRAS: dict[str, dict[str, Any]] = {}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -71,26 +74,31 @@ class Norms:
         return torch.ones(self.spec.other_tensors[name], dtype=BF16)
 
 
-def spec_of(family: str, shape: tuple[int, ...]) -> ModelSpec:
-    from transformers import AutoConfig
+def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     hidden, ffn, heads, kv_heads, head_dim = shape
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=64,
-        max_position_embeddings=8192,
-    ).to_dict() | {"torch_dtype": "bfloat16"}
-    bare = ModelSpec.__new__(ModelSpec)
-    object.__setattr__(bare, "config", config)
-    model = build_empty_model(bare)
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    return describe_model(config, shapes)
+    family = FAMILIES[model_type]
+    sizes = {
+        family.hidden_key: hidden,
+        family.ffn_key: ffn,
+        family.layers_key: 1,
+        family.kv_heads_key: kv_heads,
+        family.heads_key: heads,  # behind the KV heads: some families have one key for both
+        family.positions_key: 8192,
+        "vocab_size": 64,
+    }
+    if family.head_dim_key is not None:
+        sizes[family.head_dim_key] = head_dim
+    config = AutoConfig.for_model(model_type, **sizes, **EXTRAS.get(model_type, {}))
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in shapes:
+        if name.endswith(family.transposed):
+            shapes[name] = shapes[name][::-1]
+    return describe_model(config.to_dict() | {"torch_dtype": "bfloat16"}, shapes)
 
 
 def traced_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = False) -> int:

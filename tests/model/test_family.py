@@ -97,8 +97,8 @@ def test_untied_without_a_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not supported; supported: .*llama"):
-        find_family({"model_type": "gpt2"}, source="x/config.json")
+    with pytest.raises(UnsupportedModelError, match=r"'bert' is not supported; supported: .*llama"):
+        find_family({"model_type": "bert"}, source="x/config.json")
     with pytest.raises(UnsupportedModelError, match="model_type None"):
         find_family({})
 

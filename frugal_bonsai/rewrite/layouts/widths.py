@@ -61,13 +61,15 @@ def plain_config(spec: ModelSpec) -> dict[str, Any]:
     """The source's config without anything that speaks of bundled or custom code.
 
     ``head_dim`` is made explicit: the default, hidden_size / num_attention_heads, would change with
-    the heads. So is a tied head, which the family table may have seen from the tensors alone. An
-    ``auto_map`` is dropped, because code files are not carried along and were not run.
+    the heads (where a config cannot state it, the heads stay). So is a tied head, which the family
+    table may have seen from the tensors alone. An ``auto_map`` is dropped, because code files are
+    not carried along and were not run.
     """
     config = dict(spec.config)
     config.pop("per_layer_config", None)
     config.pop("auto_map", None)
-    config["head_dim"] = spec.head_dim
+    if spec.family.head_dim_key is not None:
+        config[spec.family.head_dim_key] = spec.head_dim
     if spec.tied:
         config["tie_word_embeddings"] = True
     bundled = BUNDLED.get(spec.family.model_type)
