@@ -8,7 +8,8 @@ import pytest
 from plan_shapes import LLAMA_1B, LLAMA_8B
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import Items, pinned_bytes
+from frugal_bonsai.memory.items import pinned_bytes
+from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import Choice, PlanItem, Work
 from frugal_bonsai.rewrite.cut_stream import PIECE_BYTES
 from frugal_bonsai.sizes import GIB
