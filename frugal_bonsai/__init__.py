@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from frugal_bonsai.rewrite.load import load_pruned
     from frugal_bonsai.run.evaluate import evaluate
+    from frugal_bonsai.run.export import export_gguf
     from frugal_bonsai.run.inspect import inspect
     from frugal_bonsai.run.options import PruneOptions
     from frugal_bonsai.run.plan import plan
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PruneOptions",
     "evaluate",
+    "export_gguf",
     "inspect",
     "load_pruned",
     "load_tokenizer",
@@ -33,6 +35,7 @@ __all__ = [
 _HOMES = {
     "PruneOptions": "frugal_bonsai.run.options",
     "evaluate": "frugal_bonsai.run.evaluate",
+    "export_gguf": "frugal_bonsai.run.export",
     "inspect": "frugal_bonsai.run.inspect",
     "load_pruned": "frugal_bonsai.rewrite.load",
     "load_tokenizer": "frugal_bonsai.text.windows",

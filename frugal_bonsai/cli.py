@@ -85,6 +85,7 @@ _search = _options(
                 "local-only",
                 "paper",
                 "fluctuation",
+                "depth",
                 "wanda",
                 "magnitude",
                 "random",
@@ -103,9 +104,9 @@ _search = _options(
     ),
     click.option(
         "--allocation",
-        type=click.Choice(["global", "equal", "ffn"]),
-        help="Without masks: what costs least anywhere, the same share of every layer and kind, or "
-        "of every FFN alone.",
+        type=click.Choice(["global", "equal", "ffn", "layers"]),
+        help="Without masks: what costs least anywhere, the same share of every layer and kind, of "
+        "every FFN alone, or whole layers.",
     ),
     click.option(
         "--prior",
@@ -119,6 +120,7 @@ _search = _options(
                 "exact",
                 "magnitude",
                 "random",
+                "similarity",
             ]
         ),
     ),
@@ -211,6 +213,26 @@ def shrink_command(as_json: bool, **given: Any) -> None:
     from frugal_bonsai.run.shrink import shrink
 
     _print(shrink(**given), render_shrink, as_json=as_json)
+
+
+@cli.command(name="export")
+@click.argument("model", metavar="PRUNED")
+@click.option("--format", "kind", type=click.Choice(["gguf"]), default="gguf", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f16", "f32", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Of the matrices; vectors stay f32.",
+)
+@click.option("--out", required=True, metavar="FILE", help="Appears when it is complete.")
+@_json
+def export_command(kind: str, as_json: bool, **given: Any) -> None:
+    """Write PRUNED (or a dense model) for llama.cpp, one file with the tokenizer in it."""
+    from frugal_bonsai.report.rewrite_tables import render_export
+    from frugal_bonsai.run.export import export_gguf
+
+    _print(export_gguf(**given), render_export, as_json=as_json)
 
 
 @cli.command(name="plan")

@@ -120,7 +120,8 @@ def tiny_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=std, generator=generator)
-            if "norm" in name or ".ln_" in name:
+            # Gemma's norms multiply by one and their weight.
+            if ("norm" in name or ".ln_" in name) and not model_type.startswith("gemma"):
                 parameter.add_(1.0)
     model.to(dtype).save_pretrained(folder)
     return open_tiny(folder)
@@ -154,6 +155,58 @@ _GPT2: dict[str, Any] = {
 # Test name -> model_type and config.
 FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _SIZES),
+    # Windows of 13 tokens are longer than the sliding windows.
+    "mistral": ("mistral", {**_SIZES, "sliding_window": 5}),
+    "qwen2": (
+        "qwen2",
+        {**_SIZES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", _SIZES),
+    "qwen3-biases": ("qwen3", {**_SIZES, "attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {**_SIZES, "no_rope_layers": [1, 0]}),
+    "granite": (
+        "granite",
+        {
+            **_SIZES,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 8.0,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": ("olmo2", _SIZES),
+    "stablelm": ("stablelm", {**_SIZES, "partial_rotary_factor": 0.5, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "stablelm",
+        {
+            **_SIZES,
+            "partial_rotary_factor": 0.5,
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            **_SIZES,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 6,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **_SIZES,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 6,
+        },
+    ),
     "gpt2": ("gpt2", _GPT2),
     "gpt2-untied": ("gpt2", {**_GPT2, "tie_word_embeddings": False, "n_inner": None}),
 }

@@ -19,13 +19,20 @@ from typing import Any
 import torch
 
 from frugal_bonsai.bonsai.bias import compensate_by_bias
+from frugal_bonsai.bonsai.depth import drop_layers, measure_influence
 from frugal_bonsai.bonsai.design import Design
 from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.bonsai.relevance import JUDGES, Judgement, RoundInputs
 from frugal_bonsai.bonsai.select import can_go_nearer, check_reachable, cut, withhold
-from frugal_bonsai.bonsai.settings import TRIAL_SHARE, PruneSettings, round_windows
+from frugal_bonsai.bonsai.settings import (
+    LAYERS,
+    SIMILARITY,
+    TRIAL_SHARE,
+    PruneSettings,
+    round_windows,
+)
 from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.bonsai.stores import Refits, Stores
@@ -166,7 +173,11 @@ class Search:
 
     def _measure_prior(self, store: LayerStore, mask: KeepMask, number: int) -> Prior:
         """One unmasked sweep over the calibration windows."""
-        engine, builder = self._engine, self._builder(mask, number)
+        engine = self._engine
+        if self._settings.prior == SIMILARITY:
+            with engine.stream(store) as stream:
+                return measure_influence(engine.sweep, stream, self._round_windows(number), mask)
+        builder = self._builder(mask, number)
         tap = PriorTap(builder, engine.device)
         with engine.stream(store) as stream:
             engine.sweep.run(stream, self._round_windows(number), tap=tap, name="statistics")
@@ -186,6 +197,8 @@ class Search:
         """Judge and cut; None when the layout leaves nothing to remove."""
         settings, mask = self._settings, state.mask
         assert state.prior is not None
+        if settings.allocation == LAYERS:
+            return self._drop_layers(state, number)
         goal, share = self._next_goal(mask)
         generator = self._generator(number)
         judgement = JUDGES[settings.level](
@@ -231,6 +244,24 @@ class Search:
             "sparsity": cut_mask.removed_parameters() / self._blocks,
             "kept": cut_mask.counts(),
         }
+
+    def _drop_layers(self, state: PruneState, number: int) -> dict[str, Any] | None:
+        """The round of whole layers, as many as come nearest to the target."""
+        assert state.prior is not None
+        before, wanted = state.mask, self._settings.sparsity
+        state.mask = drop_layers(before, state.prior.score_N, round(wanted * self._blocks))
+        if state.mask == before:
+            return None
+        dropped = state.mask.dropped_layers()
+        share = state.mask.removed_parameters() / self._blocks
+        note = (
+            f"layers {', '.join(map(str, dropped))} of {self._engine.spec.layers} (counted from 0) "
+            f"are dropped, {share:.1%}: the number of layers nearest to {wanted:.1%}"
+        )
+        self._engine.progress.note(note)
+        judgement = Judgement(curves=(), fit=None, observations=0)
+        report = {"sparsity": share, "kept": state.mask.counts(), "note": note}
+        return _report(number, judgement) | report
 
     def _try(
         self,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.bonsai.settings import EQUAL, FFN_ALONE, GLOBAL, PARAMETERS
+from frugal_bonsai.bonsai.settings import EQUAL, FFN_ALONE, GLOBAL, LAYERS, PARAMETERS
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import LayoutRules
-from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
+from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, iterate_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +209,9 @@ def can_go_nearer(
 ) -> bool:
     """Whether the layout has legal counts between the present ones and the final target."""
     before, groups = mask.removed_parameters(), _takes_from(mask, allocation)
+    if allocation == LAYERS:
+        sizes = _layer_sizes(mask)
+        return len(sizes) > 1 and _is_nearer(before + min(sizes), before, final_parameters)
     lower = [_next_legal(mask, group, rules) for group in groups]
     steps = [
         (mask.kept(group) - count) * group.unit_parameters
@@ -232,6 +235,15 @@ def _takes_from(mask: KeepMask, allocation: str) -> tuple[UnitGroup, ...]:
     """The groups that an allocation may take units from."""
     groups = mask.table.groups
     return tuple(g for g in groups if g.kind == FFN) if allocation == FFN_ALONE else groups
+
+
+def _layer_sizes(mask: KeepMask) -> list[int]:
+    """Parameters of the units of each layer that stays."""
+    layers = [
+        sum(mask.kept(group) * group.unit_parameters for group in groups)
+        for _, groups in iterate_layers(mask.table)
+    ]
+    return [size for size in layers if size]
 
 
 def _next_legal(mask: KeepMask, group: UnitGroup, rules: LayoutRules) -> int | None:
@@ -268,6 +280,9 @@ def check_reachable(
                 f"have {min(counts)} to {max(counts)} {kind} units: it has been pruned already; "
                 "take --layout per-layer, or prune the dense model that it was made from"
             )
+    if allocation == LAYERS:
+        _check_layers(mask, sparsity, blocks)
+        return
     most = 0
     for group in _takes_from(mask, allocation):
         smallest = rules.legal_counts(group.kind, group.count)[0]
@@ -278,4 +293,16 @@ def check_reachable(
             f"--sparsity: {sparsity:g} is beyond what the {rules.layout} layout can hold: at most "
             f"{most / blocks:.3f} of the block parameters can go (one unit of each kind stays in "
             f"every layer, FFN tile {rules.tile}{whole})"
+        )
+
+
+def _check_layers(mask: KeepMask, sparsity: float, blocks: int) -> None:
+    """At least half of a layer goes, and at least one stays."""
+    sizes = sorted(_layer_sizes(mask))
+    least, most = sizes[0] / 2 / blocks, sum(sizes[:-1]) / blocks
+    if not least < sparsity <= most:
+        raise OptionError(
+            f"--sparsity: {sparsity:g} cannot be had from whole layers: one of the {len(sizes)} is "
+            f"{sizes[0] / blocks:.3f} of the block parameters and one stays; ask for more than "
+            f"{least:.3f} and at most {most:.3f}"
         )

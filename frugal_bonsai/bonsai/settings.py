@@ -14,6 +14,7 @@ from typing import Any
 
 from frugal_bonsai.errors import OptionError
 
+SIMILARITY = "similarity"
 PRIOR_NAMES = (
     "activation",
     "wanda",
@@ -23,13 +24,14 @@ PRIOR_NAMES = (
     "exact",
     "magnitude",
     "random",
+    SIMILARITY,
 )
 GROUP, UNIT, NONE = "group", "unit", "none"
 LEVELS = (GROUP, UNIT, NONE)
 PARAMETERS, UNITS = "parameters", "units"
 OBJECTIVES = (PARAMETERS, UNITS)
-GLOBAL, EQUAL, FFN_ALONE = "global", "equal", "ffn"
-ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE)
+GLOBAL, EQUAL, FFN_ALONE, LAYERS = "global", "equal", "ffn", "layers"
+ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE, LAYERS)
 DESIGNS = ("per-window", "shared")
 REGRESSIONS = ("ridge", "paper")
 UTILITIES = ("loss", "perplexity")
@@ -63,7 +65,8 @@ class PruneSettings:
             code).
         allocation: which groups a cut takes from: ``global``, wherever it costs least; ``equal``,
             the same share of every layer and kind, as near as units allow; ``ffn``, the same of
-            every FFN, attention stays whole. The last two need level ``none``.
+            every FFN, attention stays whole; ``layers``, whole layers by the prior ``similarity``.
+            All but the first need level ``none``.
         pool: candidates of a group, as a multiple of the round's share.
         compensate: units that are off in a mask are replaced by what the others say about them, so
             that masks measure what removal costs after recovery; False puts zeros there.
@@ -142,6 +145,16 @@ class PruneSettings:
             raise OptionError(
                 "--bias: is what cuts without masks and without refits leave behind; take it with "
                 "--level none --no-recovery, or leave it out"
+            )
+        if (self.allocation == LAYERS) != (self.prior == SIMILARITY):
+            raise OptionError(
+                f"--prior {self.prior}: --allocation layers and --prior similarity go together, "
+                "one measures layers and the other takes them; or take --method depth"
+            )
+        if self.allocation == LAYERS and (self.recovery or self.bias):
+            raise OptionError(
+                "--allocation layers: leaves nothing in a dropped layer that could be refitted; "
+                "take it with --no-recovery and --no-bias"
             )
         if self.masks < 2 or self.masks % 2:
             raise OptionError(f"--masks: {self.masks} is not an even number of at least 2")
@@ -227,6 +240,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "objective": UNITS,
         "bias": True,
     },
+    # Whole layers, those that change the residual stream's direction least (ShortGPT).
+    "depth": {**_RANKED_ONCE, "prior": SIMILARITY, "allocation": LAYERS},
     "wanda": {**_RANKED_ONCE, "prior": "wanda"},
     "magnitude": {**_RANKED_ONCE, "prior": "magnitude"},
     "random": {**_RANKED_ONCE, "prior": "random"},

@@ -7,9 +7,9 @@ docs/memory.md.
 
 Legend: P parameters of the largest layer, H hidden, I FFN channels, C_o and C_down input columns of
 o_proj and down_proj, V vocabulary (v rows of it in a chunk), S tokens of a window, m windows of a
-micro-batch, n windows in flight, c bytes of a compute element, K columns of a key, L
-layers; of refinement: J projections into the FFN, R channels of a block, r steps; of stand-ins: p
-their share of a group.
+micro-batch, n windows in flight, c bytes of a compute element, K columns of a key, A query heads
+times S, L layers; of refinement: J projections into the FFN, R channels of a block, r steps; of
+stand-ins: p their share of a group.
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ class SweepItems:
                 )
             )
         return items
+
+    def masks(self) -> PlanItem:
+        """Attention masks of a window, where the architecture needs any."""
+        size = self._spec.family.masks * self._work.window**2 * self._compute
+        return self._near("attention masks", size, "masks*S*S*c")
 
     def outer(self) -> PlanItem:
         """What stands outside the layers: final norm, learned positions; not embedding and head."""
@@ -150,12 +155,14 @@ class SweepItems:
     def _per_token(self) -> int:
         """Elements a token of one of Hugging Face's layers at its peak, traced in the tests."""
         spec = self._spec
-        keys = spec.kv_heads * spec.head_dim
         return max(
-            peak.hidden * spec.hidden
-            + peak.ffn * self._ffn
-            + peak.attention * self._attention
-            + peak.key * keys
+            peak.elements(
+                hidden=spec.hidden,
+                ffn=self._ffn,
+                attention=self._attention,
+                key=spec.kv_heads * spec.head_dim,
+                scores=spec.heads * self._work.window,
+            )
             for peak in self._peaks
         )
 

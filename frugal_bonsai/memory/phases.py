@@ -40,6 +40,7 @@ class Phases:
         self._always = [
             PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured"),
             self._items.outer(),
+            self._items.masks(),
         ]
         self._norm_last = spec.family.ffn_norm is not None
         if budget.gpu_bytes is not None:
@@ -218,4 +219,5 @@ class Phases:
                         + (f" + {fixed // MIB} MiB" if fixed else ""),
                     )
                 )
-        return Phase(name=name, items=(*self._always, *own, *slack))
+        always = [item for item in self._always if item.size_bytes]
+        return Phase(name=name, items=(*always, *own, *slack))

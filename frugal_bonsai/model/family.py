@@ -163,7 +163,7 @@ def describe_model(
             f"{source}: {family.heads_key} {heads} is not a multiple of {family.kv_heads_key} "
             f"{kv_heads}"
         )
-    whole = next((c.reason for c in family.whole_attention if c.holds(config)), None)
+    whole = _why_whole(config, family)
     per_layer = _per_layer(config, family, layers, source)
     layer_tensors, used = _split_by_layer(family, shapes, layers)
     query = heads // kv_heads * head_dim
@@ -215,6 +215,13 @@ def _positive(
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive whole number")
     return value
+
+
+def _why_whole(config: Mapping[str, Any], family: Family) -> str | None:
+    """Why a layer's heads cannot be fewer; None if they can."""
+    if family.head_dim_key is None:
+        return f"transformers computes the width of a head from {family.heads_key}"
+    return next((c.reason for c in family.whole_attention if c.holds(config)), None)
 
 
 def _kv_heads(config: Mapping[str, Any], family: Family, heads: int, source: str) -> int:

@@ -78,8 +78,6 @@ def _attention_counts(spec: ModelSpec, layout: str) -> tuple[int, ...]:
     """Numbers of KV groups that a layer may keep; none where attention stays whole."""
     if spec.whole_attention is not None:
         return ()
-    if layout != PER_LAYER and spec.family.head_dim_key is None:
-        return ()  # transformers computes the width of a head from their number
     return tuple(
         count
         for count in range(1, spec.kv_heads + 1)
@@ -89,8 +87,6 @@ def _attention_counts(spec: ModelSpec, layout: str) -> tuple[int, ...]:
 
 def heads_fit(spec: ModelSpec, heads: int) -> bool:
     """Whether the architecture's own config class accepts this number of query heads."""
-    if spec.family.head_dim_key is None:
-        return heads == spec.heads
     return not spec.family.heads_divide_hidden or spec.hidden % heads == 0
 
 

@@ -6,6 +6,7 @@ that differs between architectures stands in a table as data; nothing else asks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,21 +60,34 @@ class Peak:
     """Elements a token that one of Hugging Face's layers holds at one of its peaks.
 
     Multiples of H (hidden), I (FFN channels), C (input columns of the attention's output
-    projection) and K (columns of a key).
+    projection), K (columns of a key) and A (query heads times tokens of a window: scores, where
+    attention holds them).
     """
 
-    hidden: int = 0
-    ffn: int = 0
-    attention: int = 0
-    key: int = 0
+    hidden: float = 0
+    ffn: float = 0
+    attention: float = 0
+    key: float = 0
+    scores: float = 0
+
+    def elements(self, *, hidden: int, ffn: int, attention: int, key: int, scores: int) -> int:
+        """Elements a token, from the sizes."""
+        size = self.hidden * hidden + self.ffn * ffn + self.attention * attention
+        return math.ceil(size + self.key * key + self.scores * scores)
 
     def with_copies(self, copies: int) -> Peak:
         """The same, where the activation function holds more copies of the channels."""
         return replace(self, ffn=self.ffn + copies) if self.ffn else self
 
     def __str__(self) -> str:
-        terms = ((self.hidden, "H"), (self.ffn, "I"), (self.attention, "C_o"), (self.key, "K"))
-        return "+".join(f"{n if n > 1 else ''}{name}" for n, name in terms if n)
+        terms = (
+            (self.hidden, "H"),
+            (self.ffn, "I"),
+            (self.attention, "C_o"),
+            (self.key, "K"),
+            (self.scores, "A"),
+        )
+        return "+".join(f"{'' if n == 1 else f'{n:g}'}{name}" for n, name in terms if n)
 
 
 # A gated FFN behind attention with rotary embeddings, traced in tests/memory/test_activations.py.
@@ -126,7 +140,7 @@ class Family:
     # of heads, so that a model of this architecture cannot have fewer of them.
     head_dim_key: str | None = "head_dim"
     # What transformers takes for keys that a config may leave out.
-    defaults: Mapping[str, int] = field(default_factory=dict)
+    defaults: Mapping[str, float] = field(default_factory=dict)
     # FFN channels of a config that leaves them out, as a multiple of the hidden size.
     ffn_times_hidden: int | None = None
     # Kind -> the config's key that gives all its projections a bias; without it they get none.
@@ -149,6 +163,8 @@ class Family:
     activation_key: str = "hidden_act"
     activation: str = "silu"
     peaks: tuple[Peak, ...] = GATED_PEAKS
+    # Masks of a window that are held, S*S elements each, where attention needs any.
+    masks: int = 0
     # -- limits -----------------------------------------------------------------------------------
     # Any of these makes the model another one than this table describes.
     refused: tuple[Condition, ...] = ()

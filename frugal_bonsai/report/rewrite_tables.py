@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from frugal_bonsai.report.card_parts import layout_note
 from frugal_bonsai.report.sheet import Sheet
 from frugal_bonsai.report.words import KIND_NAMES, all_printable, duration, size_rows, span
+from frugal_bonsai.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,3 +44,29 @@ def render_shrink(summary: Values, console: Console) -> None:
     sheet.blank()
     sheet.verbatim(f"saved: {summary['out']} ({summary['layout']} layout)")
     sheet.verbatim(f"load:  {summary['load']}")
+
+
+def render_export(summary: Values, console: Console) -> None:
+    """What the file is for llama.cpp, and its size.
+
+    Args:
+        summary: what :func:`frugal_bonsai.export_gguf` returns.
+        console: where to.
+    """
+    summary, sheet = all_printable(summary, console.encoding), Sheet(console)
+    sheet.heading(f"{summary['model']}: {summary['format']}")
+    tensors = ", ".join(f"{count} {kind}" for kind, count in summary["tensors"].items())
+    rows = [
+        ("architecture", summary["architecture"]),
+        ("tokenizer", summary["tokenizer"]),
+        ("tensors", tensors),
+        ("parameters", f"{summary['parameters']:,}"),
+        ("bytes of the checkpoint", format_bytes(summary["weight_bytes"])),
+        ("bytes of the file", format_bytes(summary["file_bytes"])),
+        ("time", duration(summary["seconds"])),
+    ]
+    sheet.table(("", ""), rows)
+    for note in summary["notes"]:
+        sheet.say(f"note: {note}")
+    sheet.blank()
+    sheet.verbatim(f"saved: {summary['out']}")

@@ -20,6 +20,7 @@ from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.model.biases import added_biases, output_bias, weight_of, with_bias_keys
 from frugal_bonsai.model.cut import cut_shape, padded_indices, slices_by_tensor
+from frugal_bonsai.model.drop import new_names, removed_parameters, with_kept_layers
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitSlice
@@ -49,7 +50,8 @@ class RewriteSummary:
         parameters_after: the same of the output.
         block_parameters_before: parameters inside the layers.
         block_parameters_after: the same of the output, zeros that a layout adds included.
-        removed_parameters: parameters of the removed units, less those of biases that are added.
+        removed_parameters: parameters of the removed units and of what else goes with whole layers,
+            less those of biases that are added.
         bytes_before: bytes of all tensors in the source's files.
         bytes_after: the same of the output.
         kept: kept units per kind, one number a layer.
@@ -110,7 +112,9 @@ def shrink(
     folder, refit = Path(folder), refit or {}
     _require_legal(spec, mask, rules)
     _require_sliced(spec, refit)
-    names, added = _tensors_to_write(checkpoint, spec), added_biases(spec, refit)
+    added = added_biases(spec, refit)
+    renamed = new_names(spec, mask, [*_tensors_to_write(checkpoint, spec), *added])
+    names = [name for name in renamed if name not in added]
     pieces, padded = slices_by_tensor(spec.table), padded_counts(spec, mask, rules)
     shapes = {
         name: cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask, padded)
@@ -126,9 +130,10 @@ def shrink(
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     after_bytes = sum(sizes[name] * DTYPE_BYTES[dtypes[name]] for name in shapes)
     require_free_space(folder, after_bytes, "the pruned model")
-    WRITE_CONFIG[rules.layout](with_bias_keys(spec, added), mask, rules, folder)
+    described = with_kept_layers(with_bias_keys(spec, added), mask)
+    WRITE_CONFIG[rules.layout](described, mask, rules, folder)
     # In the source's own names and axes, which is what reads the source.
-    stored = {name: _Stored.of(name, checkpoint) for name in shapes}
+    stored = {name: _Stored.of(name, renamed[name], checkpoint) for name in shapes}
     announced = [(stored[n].name, dtypes[n], stored[n].turned(shapes[n])) for n in shapes]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
         for name, rows in stream_cuts(checkpoint, [cuts[n] for n in names if n not in refit]):
@@ -136,26 +141,26 @@ def shrink(
         for name in refit:
             dtype = torch_dtype(dtypes[name])
             if name in added:
-                writer.write(name, _refitted(name, refit[name](), shapes[name], dtype))
+                writer.write(stored[name].name, _refitted(name, refit[name](), shapes[name], dtype))
                 continue
             kept = cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask)
             tensor = _refitted(name, refit[name](), kept, dtype)
             writer.write(stored[name].name, stored[name].turn(_with_zeros(tensor, cuts[name])))
         for name in added:
             if name not in refit:
-                writer.write(name, _zeros(shapes[name], torch_dtype(dtypes[name])))
+                writer.write(stored[name].name, _zeros(shapes[name], torch_dtype(dtypes[name])))
         writer.finish()
     in_layers = {
         *added,
         *(spec.prefix(at) + name for at in range(spec.layers) for name in spec.layer_tensors[at]),
     }
-    block_parameters = sum(sizes[name] for name in in_layers)
+    block_parameters = sum(sizes[name] for name in in_layers & shapes.keys())
     return RewriteSummary(
         parameters_before=spec.parameters,
         parameters_after=block_parameters + sum(sizes[name] for name in spec.other_tensors),
         block_parameters_before=spec.block_parameters,
         block_parameters_after=block_parameters,
-        removed_parameters=mask.removed_parameters() - sum(sizes[name] for name in added),
+        removed_parameters=removed_parameters(spec, mask) - sum(sizes[name] for name in added),
         bytes_before=checkpoint.weight_bytes,
         bytes_after=after_bytes,
         kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
@@ -171,10 +176,14 @@ class _Stored:
     transposed: bool
 
     @classmethod
-    def of(cls, name: str, checkpoint: Checkpoint) -> _Stored:
-        """As in the source; a tensor that the source lacks has the model's own name."""
+    def of(cls, name: str, renamed: str, checkpoint: Checkpoint) -> _Stored:
+        """As in the source, a layer's number anew; what the source lacks has the model's names."""
         entry = checkpoint.tensors.get(name)
-        return cls(name, False) if entry is None else cls(entry.name, entry.transposed)
+        if entry is None:
+            return cls(renamed, False)
+        # The files may leave out the model's first word; other names that differ are no layer's.
+        bare = renamed[len(name) - len(entry.name) :] if name.endswith(entry.name) else entry.name
+        return cls(bare, entry.transposed)
 
     def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A shape in the file's order of axes."""
@@ -216,7 +225,10 @@ def _with_zeros(tensor: torch.Tensor, cut: TensorCut) -> torch.Tensor:
 def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
     """Each layer keeps a number of units that the layout can hold."""
     require_units(spec, mask)
+    dropped = mask.dropped_layers()
     for group in spec.table.groups:
+        if group.layer in dropped:
+            continue
         count, legal = mask.kept(group), rules.legal_counts(group.kind, group.count)
         if count not in legal:
             below = [n for n in legal if n < count][-1:]

@@ -88,7 +88,7 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
         "memory": describe_memory(job.memory, job.engine),
-        "notes": list(ready.budget.notes),
+        "notes": [*ready.budget.notes, *(r["note"] for r in found.rounds if "note" in r)],
     }
 
 
@@ -117,7 +117,11 @@ def describe_memory(memory: MemoryPlan, engine: Engine) -> dict[str, Any]:
 
 def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
     shares = []
+    dropped = mask.dropped_layers()
     for layer, tensors in enumerate(model.spec.layer_tensors):
+        if layer in dropped:
+            shares.append(1.0)
+            continue
         parameters = sum(math.prod(shape) for shape in tensors.values())
         removed = sum(
             (group.count - mask.kept(group)) * group.unit_parameters

@@ -207,7 +207,8 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     try:
         config = AutoConfig.for_model(**values)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            # The attention that transformers itself takes: sdpa, where the architecture has it.
+            model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"config.json: transformers does not accept it: {error}") from error
     for name in {name.removesuffix(".weight") for name in spec.family.transposed}:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
-from frugal_bonsai.model.biases import added_biases, weight_of
+from frugal_bonsai.model.biases import added_biases, output_bias, weight_of
 from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
@@ -101,7 +101,8 @@ class CheckpointSource:
         checkpoint: the open checkpoint.
         spec: its description.
         mask: zeroes the removed units' columns of the output projections, which equals removing
-            them; shapes stay dense.
+            them, and of layers without any unit the output projections' biases too: nothing is
+            left of them but the residual stream. Shapes stay dense.
         refit: projections refitted by recovery, kept rows or columns alone; scattered into the
             dense shape in the source's dtype. Biases that the source lacks are added to the layer.
             Needs ``mask``.
@@ -117,6 +118,7 @@ class CheckpointSource:
     ) -> None:
         self._checkpoint, self._spec, self._mask, self._refit = checkpoint, spec, mask, refit or {}
         self._cuts, self._added = slices_by_tensor(spec.table), added_biases(spec, self._refit)
+        self._dropped = () if mask is None else mask.dropped_layers()
         self._records = [self._lay_out(layer) for layer in range(spec.layers)]
 
     @property
@@ -148,6 +150,8 @@ class CheckpointSource:
         for group in self._spec.table.of_layer(layer):
             weight_HC = by_name[group.output_weight].view(buffer)
             weight_HC[:, ~self._mask.columns(group)] = 0
+            if layer in self._dropped and output_bias(group) in by_name:
+                by_name[output_bias(group)].view(buffer).zero_()
         for name in by_name.keys() & self._refit.keys():
             weight, pieces = by_name[name].view(buffer), self._cuts.get(name, [])
             if not pieces:  # a bias of an output projection: nothing is cut from it

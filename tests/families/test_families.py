@@ -6,7 +6,7 @@ from tiny_models import FAMILY_CONFIGS
 
 from families.contract import FamilyContract
 from frugal_bonsai.model.families import FAMILIES
-from frugal_bonsai.model.layout import PADDED, UNIFORM
+from frugal_bonsai.model.layout import LAYOUTS
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -15,12 +15,59 @@ def test_every_family_has_a_tiny_model() -> None:
 
 class TestLlama(FamilyContract):
     name = "llama"
+    layouts = LAYOUTS
+
+
+class TestMistral(FamilyContract):
+    name = "mistral"
+
+
+class TestQwen2(FamilyContract):
+    name = "qwen2"
+
+
+class TestQwen3(FamilyContract):
+    name = "qwen3"
+
+
+class TestQwen3Biases(FamilyContract):
+    name = "qwen3-biases"
+
+
+class TestSmolLM3(FamilyContract):
+    name = "smollm3"
+
+
+class TestGranite(FamilyContract):
+    name = "granite"
+
+
+class TestOlmo2(FamilyContract):
+    name = "olmo2"
+    attention = ()
+
+
+class TestStableLm(FamilyContract):
+    name = "stablelm"
+    attention = ()
+
+
+class TestStableLmParallel(FamilyContract):
+    name = "stablelm-parallel"
+    attention = ()
+
+
+class TestGemma2(FamilyContract):
+    name = "gemma2"
+
+
+class TestGemma3(FamilyContract):
+    name = "gemma3"
 
 
 class TestGpt2(FamilyContract):
     name = "gpt2"
     attention = ()
-    layouts = (UNIFORM, PADDED)
 
 
 class TestGpt2Untied(TestGpt2):

@@ -37,6 +37,9 @@ SHAPES = {
 # What a config of the family must say beside its sizes.
 EXTRAS: dict[str, dict[str, Any]] = {}
 
+# Families whose layers hold most inside attention.
+ATTENTION_PEAKS = {"gemma2", "olmo2"}
+
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that are alive, those that were there before left aside."""
@@ -88,6 +91,7 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
         family.heads_key: heads,  # behind the KV heads: some families have one key for both
         family.positions_key: 8192,
         "vocab_size": 64,
+        "pad_token_id": 0,
     }
     if family.head_dim_key is not None:
         sizes[family.head_dim_key] = head_dim
@@ -148,9 +152,13 @@ def test_plan_and_trace_agree(family: str, shape: tuple[int, ...], batch: int, w
 def test_statistics_keep_the_input_of_o_proj(family: str, shape: tuple[int, ...]) -> None:
     spec = spec_of(family, shape)
     plain, tapped = (traced_bytes(spec, 2, 1024, tapped=tapped) for tapped in (False, True))
-    columns = next(g.columns for g in spec.table.groups if g.kind == ATTENTION)
-    assert tapped - plain == pytest.approx(2 * 1024 * columns * 2, rel=0.01)
-    assert planned_bytes(spec, 2, 1024, tapped=True) == pytest.approx(tapped, rel=0.1)
+    kept = 2 * 1024 * next(g.columns for g in spec.table.groups if g.kind == ATTENTION) * 2
+    if family in ATTENTION_PEAKS:  # the peak is over when that input is kept
+        assert plain <= tapped <= plain + kept
+        assert tapped <= planned_bytes(spec, 2, 1024, tapped=True) < 1.2 * tapped
+    else:
+        assert tapped - plain == pytest.approx(kept, rel=0.01)
+        assert planned_bytes(spec, 2, 1024, tapped=True) == pytest.approx(tapped, rel=0.1)
 
 
 def test_the_published_figure_of_an_8b_layer() -> None:

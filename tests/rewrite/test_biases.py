@@ -34,7 +34,7 @@ LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+torch.save(model(torch.load(sys.argv[2])).logits.detach(), sys.argv[3])
 """
 
 

@@ -21,8 +21,8 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     """Write ``config.json`` with query heads, KV heads, head_dim and FFN channels of every layer.
 
     Raises:
-        OptionError: a layer keeps another number of units than layer 0, or a number of heads that
-            the architecture's config class refuses; the text names the layer, kind and count.
+        OptionError: a layer keeps another number of units than the first one, or a number of heads
+            that the architecture's config class refuses; the text names the layer, kind and count.
         OutputError: the file cannot be written.
     """
     widths = layer_widths(spec, mask)[0]
@@ -40,13 +40,16 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
 
 
 def _require_equal(mask: KeepMask) -> None:
-    """Every layer keeps as many units of a kind as layer 0."""
+    """Every layer that stays keeps as many units of a kind as the first one."""
+    dropped = mask.dropped_layers()
     for kind, counts in mask.counts().items():
+        first = next(at for at in range(len(counts)) if at not in dropped)
         for layer, count in enumerate(counts):
-            if count != counts[0]:
+            if count != counts[first] and layer not in dropped:
                 raise OptionError(
-                    f"uniform layout: layer {layer} keeps {count} {kind} units, layer 0 keeps "
-                    f"{counts[0]}; keep the same number in every layer, or take --layout per-layer"
+                    f"uniform layout: layer {layer} keeps {count} {kind} units, layer {first} "
+                    f"keeps {counts[first]}; keep the same number in every layer, or take --layout "
+                    "per-layer"
                 )
 
 

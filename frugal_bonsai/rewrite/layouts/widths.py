@@ -15,16 +15,17 @@ from frugal_bonsai.rewrite.layouts.bundled import BUNDLED
 
 
 def layer_widths(spec: ModelSpec, mask: KeepMask) -> list[dict[str, int]]:
-    """The width keys of each layer's config: query heads, KV heads, FFN channels.
+    """The width keys of each kept layer's config: query heads, KV heads, FFN channels.
 
     Raises:
         OptionError: the mask is another model's, or leaves a layer without a unit of some kind.
     """
     require_units(spec, mask)
-    counts = mask.counts()
+    counts, dropped = mask.counts(), mask.dropped_layers()
     return [
-        count_widths(spec, {ATTENTION: kv_heads, FFN: channels})
-        for kv_heads, channels in zip(counts[ATTENTION], counts[FFN], strict=True)
+        count_widths(spec, {kind: counts[kind][layer] for kind in (ATTENTION, FFN)})
+        for layer in range(spec.layers)
+        if layer not in dropped
     ]
 
 
@@ -39,7 +40,7 @@ def count_widths(spec: ModelSpec, counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def require_units(spec: ModelSpec, mask: KeepMask) -> None:
-    """Check that the mask fits the model and keeps a unit of each kind in every layer.
+    """Check that the mask fits the model and keeps a unit of each kind in every layer it keeps.
 
     Raises:
         OptionError: it does not; the text names the layer and the kind.
@@ -49,11 +50,14 @@ def require_units(spec: ModelSpec, mask: KeepMask) -> None:
             f"keep mask: belongs to another model ({mask.table.units} units, this one has "
             f"{spec.table.units}); make the mask from this model's own unit table"
         )
+    dropped = mask.dropped_layers()
+    if len(dropped) == spec.layers:
+        raise OptionError("keep mask: drops every layer; keep at least one")
     for group in spec.table.groups:
-        if not mask.kept(group):
+        if group.layer not in dropped and not mask.kept(group):
             raise OptionError(
                 f"keep mask: layer {group.layer} keeps none of its {group.count} {group.kind} "
-                "units; keep at least one unit of each kind in every layer"
+                "units; keep at least one unit of each kind, or none of the whole layer"
             )
 
 
