@@ -66,7 +66,7 @@ class SweepItems:
         compute = self.layer_parameters * self._compute
         if products:
             widest = max(self._attention, self._ffn, self._spec.hidden)
-            items.append(self._products(choice, self._input_rows, widest))
+            items.append(self._products(choice, self._input_rows, widest, self._largest))
         elif weights == "int8" or self._source != self._compute:
             items.append(self._near("dequantised layer", models * compute, f"{models} x P*c"))
         if weights is None and self._spec.family.transposed:
@@ -92,11 +92,18 @@ class SweepItems:
         size = sum(math.prod(others[name]) for name in own) * self._compute
         return self._near("norms and positions", size, "outside the layers * c")
 
-    def _products(self, choice: Choice, rows: int, columns: int) -> PlanItem:
-        """Digits and sums of a block of tokens; a GPU multiplies a micro-batch at once."""
+    def _products(self, choice: Choice, rows: int, columns: int, packed: int) -> PlanItem:
+        """Digits and sums of a block of tokens; a GPU multiplies a micro-batch at once.
+
+        On a CPU one of the sums is converted to fp32 at a time, and the kernel packs the weight,
+        of ``packed`` elements, anew at each call.
+        """
         tokens = choice.micro_batch * self._work.window if self._cuda else PRODUCT_TOKENS
         size = product_scratch_bytes(tokens, rows, columns)
-        return self._near("int8 products", size, f"{tokens} tokens * (8*rows + 10*columns)")
+        if self._cuda:
+            return self._near("int8 products", size, f"{tokens} tokens * (8*rows + 10*columns)")
+        formula = f"{tokens} tokens * (12*rows + 10*columns) + largest tensor, packed"
+        return self._near("int8 products", size + 4 * tokens * rows + packed, formula)
 
     def _buffers(self, name: str, count: int, size: int, what: str) -> list[PlanItem]:
         """Buffers of a stream: on the host, pinned for a GPU and there once more."""
@@ -185,7 +192,7 @@ class SweepItems:
         stored = rows * (hidden + 4) if products else rows * hidden * self._source
         items = self._buffers(HEAD_CHUNKS, slots, stored, "v rows as stored")
         if products:
-            items.append(self._products(choice, rows, hidden))
+            items.append(self._products(choice, rows, hidden, rows * hidden))
         elif self._source != self._compute:
             size = rows * hidden * self._compute
             items.append(self._near("head chunk in the compute dtype", size, "v*H*c"))

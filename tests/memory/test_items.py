@@ -77,7 +77,7 @@ def test_a_layer_in_the_compute_dtype_is_used_where_it_lies() -> None:
 def test_int8_products_dequantise_nothing() -> None:
     items = sizes(far().stream(CHOICE, "int8", products=True))
     assert ("dequantised layer", "host") not in items
-    assert items["int8 products", "host"] == 256 * (8 * 14336 + 10 * 14336)
+    assert items["int8 products", "host"] == 256 * (12 * 14336 + 10 * 14336) + H * FFN
 
 
 def test_hidden_states() -> None:
@@ -115,7 +115,7 @@ def test_head() -> None:
     assert far().logits(CHOICE).size_bytes == 4096 * rows * 4 + 4096 * H * 4
     items = sizes(far().head_rows(CHOICE, products=True))
     assert items["head chunks", "host"] == 2 * rows * (H + 4)
-    assert items["int8 products", "host"] == 256 * (8 * rows + 10 * H)
+    assert items["int8 products", "host"] == 256 * (12 * rows + 10 * H) + rows * H
 
 
 def test_a_custom_utility_needs_all_logits() -> None:
