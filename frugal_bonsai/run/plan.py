@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.bonsai.settings import NONE, PruneSettings, make_settings
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile
@@ -88,8 +89,14 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     profile = None if options.profile is None else read_profile(Path(options.profile))
     device = choose_device(options, profile, elsewhere=elsewhere)
     rules = layout_rules(
-        model.spec, options.layout, tile=options.tile, default_tile=DEFAULT_TILE[device.type]
+        model.spec,
+        options.layout,
+        tile=options.tile,
+        default_tile=DEFAULT_TILE[device.type],
+        as_mistral=options.as_mistral,
     )
+    if rules.as_mistral and settings.bias:
+        raise OptionError("--as-mistral: a Mistral has no biases; leave it or --bias out")
     check_reachable(
         KeepMask(model.spec.table),
         settings.sparsity,
