@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.bonsai.settings import NONE, PruneSettings, make_settings
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile
@@ -88,8 +89,14 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     profile = None if options.profile is None else read_profile(Path(options.profile))
     device = choose_device(options, profile, elsewhere=elsewhere)
     rules = layout_rules(
-        model.spec, options.layout, tile=options.tile, default_tile=DEFAULT_TILE[device.type]
+        model.spec,
+        options.layout,
+        tile=options.tile,
+        default_tile=DEFAULT_TILE[device.type],
+        as_mistral=options.as_mistral,
     )
+    if rules.as_mistral and settings.bias:
+        raise OptionError("--as-mistral: a Mistral has no biases; leave it or --bias out")
     check_reachable(
         KeepMask(model.spec.table),
         settings.sparsity,
@@ -141,7 +148,7 @@ def plan_prune(
     native_windows = max(held_out_count(windows), eval_windows)
     mask_windows = min(settings.mask_windows, windows)
     pairs = 0 if settings.level == NONE else mask_windows * (settings.masks + 1)
-    stand_ins = _stand_in_share(settings, uniform=ready.rules.uniform)
+    stand_ins = stand_in_share(settings, uniform=ready.rules.uniform)
     work = Work(
         window=ready.window,
         windows=windows,
@@ -167,8 +174,8 @@ def plan_prune(
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
 
 
-def _stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
-    """Of a group's alive units, in the last round, whose pool is the largest share."""
+def stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
+    """The share of a group's alive units that may have stand-ins: the last round's pool."""
     if not settings.stand_ins(uniform=uniform):
         return 0.0
     # A last round takes a sliver that would be left over (bonsai/search.py).

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import Items
+from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import Choice, Work
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.family import ModelSpec, describe_model
