@@ -15,6 +15,7 @@ def make_summary(layers: int = 3, **changes: Any) -> dict[str, Any]:
         "layout": "uniform",
         "tile": 8,
         "method": "default",
+        "latency": None,
         "settings": {"sparsity": 0.5, "level": "group", "recovery": True, "seed": 17},
         "calibration": {
             "source": "wikitext2 (Salesforce/wikitext, wikitext-2-raw-v1, train)",
