@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from frugal_bonsai.rewrite.load import load_pruned
+    from frugal_bonsai.run.bench import BenchOptions, bench
     from frugal_bonsai.run.evaluate import evaluate
     from frugal_bonsai.run.export import export_gguf
     from frugal_bonsai.run.inspect import inspect
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from frugal_bonsai.text.windows import load_tokenizer
 
 __all__ = [
+    "BenchOptions",
     "PruneOptions",
+    "bench",
     "evaluate",
     "export_gguf",
     "inspect",
@@ -33,7 +36,9 @@ __all__ = [
 # Public name -> the module that has it, imported at first use: `import frugal_bonsai` stays free of
 # torch, and so does `frugal-bonsai --help`.
 _HOMES = {
+    "BenchOptions": "frugal_bonsai.run.bench",
     "PruneOptions": "frugal_bonsai.run.options",
+    "bench": "frugal_bonsai.run.bench",
     "evaluate": "frugal_bonsai.run.evaluate",
     "export_gguf": "frugal_bonsai.run.export",
     "inspect": "frugal_bonsai.run.inspect",

@@ -243,6 +243,42 @@ def export_command(kind: str, as_json: bool, **given: Any) -> None:
     _print(export_gguf(**given), render_export, as_json=as_json)
 
 
+@cli.command(name="bench")
+@click.argument("dense")
+@click.argument("pruned")
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "llama.cpp"]),
+    default="transformers",
+    show_default=True,
+    help="llama.cpp takes GGUF files, or folders with one in them.",
+)
+@click.option("--prompt-tokens", type=int, default=256, show_default=True)
+@click.option("--new-tokens", type=int, default=64, show_default=True)
+@click.option("--repeat", type=int, default=5, show_default=True, help="Counted runs of each.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's]")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1.  [default: GPU if any]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="[default: float32 on a CPU, bfloat16 on a GPU]",
+)
+@_json
+def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
+    """Time DENSE and PRUNED in turn: prefill, decode, peak memory, and their ratios."""
+    from frugal_bonsai.report.rewrite_tables import render_bench
+    from frugal_bonsai.run.bench import BenchOptions, bench
+
+    options = BenchOptions(**given)
+    import psutil
+
+    from frugal_bonsai.report.live import make_progress
+
+    with make_progress(int(psutil.virtual_memory().total)) as progress:
+        result = bench(dense, pruned, options, progress=progress)
+    _print(result, render_bench, as_json=as_json)
+
+
 @cli.command(name="plan")
 @click.argument("model")
 @_search

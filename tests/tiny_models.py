@@ -142,6 +142,12 @@ _SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
+
+
+def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
 _GPT2: dict[str, Any] = {
     "vocab_size": 53,
     "n_embd": 24,
@@ -207,8 +213,66 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 6,
         },
     ),
+    "phi3": ("phi3", {**_SIZES, "sliding_window": 5, "partial_rotary_factor": 0.5}),
     "gpt2": ("gpt2", _GPT2),
     "gpt2-untied": ("gpt2", {**_GPT2, "tie_word_embeddings": False, "n_inner": None}),
+    "gpt-neo": (
+        "gpt_neo",
+        {
+            "vocab_size": 53,
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_heads": 3,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 5,
+            "intermediate_size": 20,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "pythia": ("gpt_neox", _without(_SIZES, "head_dim", "num_key_value_heads")),
+    "gpt-neox-sequential": (
+        "gpt_neox",
+        {
+            **_without(_SIZES, "head_dim", "num_key_value_heads"),
+            "use_parallel_residual": False,
+            "attention_bias": False,
+        },
+    ),
+    "opt": (
+        "opt",
+        {
+            **_without(_SIZES, "head_dim", "num_key_value_heads", "intermediate_size"),
+            "ffn_dim": 20,
+            "word_embed_proj_dim": 24,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # 7B's wiring: one KV head, one norm for both sublayers; 40B's: groups and two norms.
+    "falcon-multi-query": (
+        "falcon",
+        {**_without(_SIZES, "head_dim", "num_key_value_heads"), "ffn_hidden_size": 20},
+    ),
+    "falcon-groups": (
+        "falcon",
+        {
+            **_without(_SIZES, "head_dim", "num_key_value_heads"),
+            "ffn_hidden_size": 20,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 3,
+            "bias": True,
+        },
+    ),
+    "falcon-sequential": (
+        "falcon",
+        {
+            **_without(_SIZES, "head_dim", "num_key_value_heads"),
+            "ffn_hidden_size": 20,
+            "multi_query": False,
+            "parallel_attn": False,
+        },
+    ),
 }
 
 

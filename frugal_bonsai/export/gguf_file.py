@@ -21,7 +21,7 @@ from frugal_bonsai.checkpoint.commit import (
     sync_directory,
 )
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.errors import OptionError, OutputError
+from frugal_bonsai.errors import CheckpointError, OptionError, OutputError
 from frugal_bonsai.export.architecture import Shape, describe_shape
 from frugal_bonsai.export.tensors import DTYPES, GgufTensor, formats, list_tensors, read_tensor
 from frugal_bonsai.export.tokenizer import GgufTokenizer, read_tokenizer
@@ -29,8 +29,6 @@ from frugal_bonsai.model.family import ModelSpec
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-GGUF_SUFFIX = ".gguf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +58,7 @@ def require_gguf() -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            "--format gguf needs the gguf package: pip install 'frugal-bonsai[gguf]'"
+            "GGUF files need the gguf package: pip install 'frugal-bonsai[gguf]'"
         ) from error
 
 
@@ -107,6 +105,24 @@ def write_gguf(
         formats=formats(tensors),
         size_bytes=out.stat().st_size,
     )
+
+
+def read_vocabulary(path: Path) -> int:
+    """Tokens of a GGUF file.
+
+    Raises:
+        CheckpointError: it is no GGUF file.
+    """
+    require_gguf()
+    from gguf import GGUFReader
+
+    try:
+        field = GGUFReader(path).get_field("tokenizer.ggml.tokens")
+    except (OSError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path}: is no readable GGUF file ({error})") from error
+    if field is None:
+        raise CheckpointError(f"{path}: has no tokens (tokenizer.ggml.tokens)")
+    return len(field.data)
 
 
 def _require_no_file(out: Path) -> None:

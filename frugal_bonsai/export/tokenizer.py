@@ -108,6 +108,8 @@ def read_tokenizer(folder: Path, vocabulary: int) -> GgufTokenizer:
             raise _unsupported(path, f"it puts {end!r} around texts, which is not {kind}")
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     characters = bool(model.get("byte_fallback"))
+    if not characters and not merges:
+        raise _unsupported(path, "it has no merges, and llama.cpp loads none without")
     return GgufTokenizer(
         model="llama" if characters else "gpt2",
         pre="default" if characters else _pattern(path, values),

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import HEAD_CHUNKS, Items
+from frugal_bonsai.memory.items import HEAD_CHUNKS
+from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import BASE, GPU, HOST, Choice, PlanItem, SweepLimits, Work
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import MIB

@@ -149,7 +149,8 @@ def describe_model(
     for condition in family.refused:
         if condition.holds(config):
             raise UnsupportedModelError(
-                f"{source}: {condition.key} is {condition.value!r}: {condition.reason}"
+                f"{source}: {condition.key} is {config.get(condition.key)!r}: such a "
+                f"{family.model_type} is not supported, {condition.reason}"
             )
     layers = _positive(config, family, family.layers_key, source)
     hidden = _positive(config, family, family.hidden_key, source)
@@ -225,7 +226,7 @@ def _why_whole(config: Mapping[str, Any], family: Family) -> str | None:
 
 
 def _kv_heads(config: Mapping[str, Any], family: Family, heads: int, source: str) -> int:
-    if any(condition.holds(config) for condition in family.one_kv_head):
+    if family.one_kv_head and all(condition.holds(config) for condition in family.one_kv_head):
         return 1
     return _positive(config, family, family.kv_heads_key, source, default=heads)
 

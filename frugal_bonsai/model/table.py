@@ -38,20 +38,27 @@ class Condition:
     """What a config may say, and what follows from it.
 
     Attributes:
-        key: of ``config.json``.
+        key: of ``config.json``; dots lead into nested objects.
         value: holds if the config's value is this one; a config without the key has ``default``.
+        differs_from: instead of ``value``: holds if the config has the key and its value is not
+            that of this other one.
         reason: the rest of a sentence, for error texts and documents.
         default: what transformers takes where the key is absent.
     """
 
     key: str
-    value: Any
-    reason: str
+    value: Any = None
+    differs_from: str | None = None
+    reason: str = ""
     default: Any = None
 
     def holds(self, config: Mapping[str, Any]) -> bool:
         """Whether this config says so."""
-        found = config.get(self.key)
+        found: Any = config
+        for name in self.key.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        if self.differs_from is not None:
+            return found is not None and bool(found != config.get(self.differs_from))
         return bool((self.default if found is None else found) == self.value)
 
 
@@ -170,7 +177,7 @@ class Family:
     refused: tuple[Condition, ...] = ()
     # Any of these ties a layer's heads together, so that attention stays whole.
     whole_attention: tuple[Condition, ...] = ()
-    # Any of these means that one KV head serves all query heads, whatever kv_heads_key says.
+    # All of these mean that one KV head serves all query heads, whatever kv_heads_key says.
     one_kv_head: tuple[Condition, ...] = ()
 
     def norm_behind(self, projection: str) -> str | None:

@@ -70,3 +70,48 @@ def render_export(summary: Values, console: Console) -> None:
         sheet.say(f"note: {note}")
     sheet.blank()
     sheet.verbatim(f"saved: {summary['out']}")
+
+
+def render_bench(result: Values, console: Console) -> None:
+    """Tokens per second and memory of both models, and their ratios.
+
+    Args:
+        result: what :func:`frugal_bonsai.bench` returns.
+        console: where to.
+    """
+    result, sheet = all_printable(result, console.encoding), Sheet(console)
+    dense, pruned, ratios = result["dense"], result["pruned"], result["ratios"]
+    sheet.heading(f"{pruned['model']} against {dense['model']} ({result['runtime']})")
+    names = {
+        "prefill": f"prefill of {result['prompt_tokens']} tokens, tokens/s",
+        "decode": f"decode of {result['new_tokens']} tokens, tokens/s",
+    }
+    rows = [
+        (
+            name,
+            *(_rate(model[f"{kind}_tokens_per_second"]) for model in (dense, pruned)),
+            f"{ratios[kind]:.2f}",
+        )
+        for kind, name in names.items()
+    ]
+    for where, name in (("host", "peak host memory"), ("gpu", "peak GPU memory")):
+        key = f"{where}_peak_bytes"
+        if dense[key] and pruned[key]:
+            sizes = (format_bytes(dense[key]), format_bytes(pruned[key]))
+            rows.append((name, *sizes, f"{ratios[key]:.2f}"))
+    sizes = (format_bytes(dense["weight_bytes"]), format_bytes(pruned["weight_bytes"]))
+    share = pruned["weight_bytes"] / dense["weight_bytes"]
+    rows.append(("bytes of weights", *sizes, f"{share:.2f}"))
+    sheet.table(("", "dense", "pruned", "ratio"), rows)
+    how = [f"{dense[key]}" for key in ("dtype", "device") if key in dense]
+    if "threads" in dense:
+        how.append(f"{dense['threads']} threads")
+    sheet.say(
+        f"medians of {result['repeat']} runs of each that alternate, smallest to largest in "
+        f"brackets{'; ' + ', '.join(how) if how else ''}"
+    )
+
+
+def _rate(figure: Values) -> str:
+    low, high = figure["smallest"], figure["largest"]
+    return f"{figure['median']:,.1f} ({low:,.1f} to {high:,.1f})"

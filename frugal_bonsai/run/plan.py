@@ -160,7 +160,7 @@ def plan_prune(
     native_windows = max(held_out_count(windows), eval_windows)
     mask_windows = min(settings.mask_windows, windows)
     pairs = 0 if settings.level == NONE else mask_windows * (settings.masks + 1)
-    stand_ins = _stand_in_share(settings, uniform=ready.rules.uniform)
+    stand_ins = stand_in_share(settings, uniform=ready.rules.uniform)
     work = Work(
         window=ready.window,
         windows=windows,
@@ -186,8 +186,8 @@ def plan_prune(
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
 
 
-def _stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
-    """Of a group's alive units, in the last round, whose pool is the largest share."""
+def stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
+    """The share of a group's alive units that may have stand-ins: the last round's pool."""
     if not settings.stand_ins(uniform=uniform):
         return 0.0
     # A last round takes a sliver that would be left over (bonsai/search.py).

@@ -137,10 +137,12 @@ class Skeleton:
                     f"{self._checkpoint.folder}: tensor {name!r} has no place in "
                     f"{type(model).__name__}: {error}"
                 ) from error
-        for module in self._base.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_meta:
-                    setattr(module, name, buffer.to(self.device))
+        # The layers, which stand behind their proxies, may have buffers too.
+        for root in (self._base, *self.layers):
+            for module in root.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    if not buffer.is_meta:
+                        setattr(module, name, buffer.to(self.device))
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """The first layer's input for these tokens, ``[B, S, H]`` in the compute dtype.

@@ -187,7 +187,7 @@ def test_local_only_spares_attention_and_recovers_every_round(
     assert all(r["observations"] == 0 and r["perplexity"] > 1 for r in found.rounds)
 
 
-@pytest.mark.parametrize("level", ["group", "unit"])
+@pytest.mark.parametrize("level", ["group", "none"])
 def test_latency_weighs_relevance_by_the_milliseconds_of_a_unit(
     level: str, tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:

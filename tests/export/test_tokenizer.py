@@ -156,6 +156,7 @@ def byte_level(**pre_tokenizer: Any) -> dict[str, Any]:
         (byte_level(add_prefix_space=True), "puts a space in front"),
         (byte_level(type="Whitespace"), "pre-tokenizer has 'Whitespace'|not byte-level"),
         (byte_level(use_regex=False), r"splits text by \[\]"),
+        (byte_level() | {"model": byte_level()["model"] | {"merges": []}}, "it has no merges"),
         (byte_level() | {"normalizer": {"type": "NFKC"}}, r"normalizers \['NFKC'\]"),
     ],
 )
@@ -172,8 +173,8 @@ def test_more_tokens_than_the_embedding_has_rows(folder: Path) -> None:
 
 
 def test_nfc_of_qwen_is_known(tmp_path: Path) -> None:
-    made = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    made = Tokenizer(models.BPE(vocab={"a": 0, "aa": 1}, merges=[("a", "a")]))
     made.normalizer, made.pre_tokenizer = normalizers.NFC(), split_by(QWEN2)
     made.save(str(tmp_path / "tokenizer.json"))
-    found = read_tokenizer(tmp_path, 1)
+    found = read_tokenizer(tmp_path, 2)
     assert (found.pre, found.special_ids, found.add_bos) == ("qwen2", {}, False)

@@ -72,3 +72,42 @@ class TestGpt2(FamilyContract):
 
 class TestGpt2Untied(TestGpt2):
     name = "gpt2-untied"
+
+
+class TestGptNeo(FamilyContract):
+    name = "gpt-neo"
+    attention = ()
+
+
+class TestPythia(FamilyContract):
+    name = "pythia"
+    attention = ()
+
+
+class TestGptNeoXSequential(FamilyContract):
+    name = "gpt-neox-sequential"
+    attention = ()
+
+
+class TestOpt(FamilyContract):
+    name = "opt"
+    attention = ()
+
+
+class TestFalconMultiQuery(FamilyContract):
+    name = "falcon-multi-query"
+    attention = ()
+
+
+class TestFalconGroups(FamilyContract):
+    name = "falcon-groups"
+    attention = ()
+
+
+class TestFalconSequential(FamilyContract):
+    name = "falcon-sequential"
+    attention = ()
+
+
+class TestPhi3(FamilyContract):
+    name = "phi3"

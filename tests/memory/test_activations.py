@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import Items
+from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import Choice, Work
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.family import ModelSpec, describe_model
@@ -35,10 +35,13 @@ SHAPES = {
 }
 
 # What a config of the family must say beside its sizes.
-EXTRAS: dict[str, dict[str, Any]] = {}
+EXTRAS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global"], 1]]},
+    "falcon": {"new_decoder_architecture": True},
+}
 
 # Families whose layers hold most inside attention.
-ATTENTION_PEAKS = {"gemma2", "olmo2"}
+ATTENTION_PEAKS = {"gemma2", "olmo2", "gpt_neo", "gpt_neox", "falcon"}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -124,7 +127,12 @@ def traced_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = Fal
         parameters = {n: torch.empty(s, dtype=BF16) for n, s in spec.layer_tensors[0].items()}
         hidden_BSH = torch.empty(batch, window, spec.hidden, dtype=BF16)
         hooks = {group.output: hook(group) for group in spec.table.of_layer(0)}
-        before = [t for t in tree_leaves((fake, parameters, hidden_BSH)) if hasattr(t, "dtype")]
+        for module in skeleton.layers[0].modules():  # GPT-Neo keeps its causal mask
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, mode.from_tensor(buffer))
+        buffers = list(skeleton.layers[0].buffers())
+        given = tree_leaves((fake, parameters, hidden_BSH, buffers))
+        before = [t for t in given if hasattr(t, "dtype")]
         with LiveBytes(before) as live:
             call_layer(skeleton.layers[0], parameters, hidden_BSH, fake, hooks)
     return live.peak

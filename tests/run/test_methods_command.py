@@ -76,11 +76,12 @@ def test_latency_is_what_the_profile_says_and_the_card_states_it(tmp_path: Path)
         changed = [f"{key} = {flops}" if line.startswith(key) else line for line in lines]
         profile.write_text("\n".join(changed))
         words = ("--objective", "latency", "--profile", profile, "--generated-tokens", "7")
-        words += ("--sparsity", "0.3", "--step", "0.3", "--layout", "per-layer", "--no-recovery")
+        words += ("--sparsity", "0.3", "--level", "none", "--layout", "per-layer")
+        words += ("--step", "0.3", "--no-recovery")
         summary = succeed("prune", "example", "--out", tmp_path / name, *words, *WORDS)
         latency = summary["latency"]
         assert (latency["prompt_tokens"], latency["generated_tokens"]) == (512, 7)
-        assert latency["speed_up"] > 1.2
+        assert latency["speed_up"] > 1.05
         card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
         assert f"| predicted speed-up | {latency['speed_up']:.2f} times" in card
         kept.append(sum(summary["kept"]["attention"]))

@@ -48,7 +48,5 @@ GPT2 = Family(
     activation_key="activation_function",
     activation="gelu_new",
     peaks=(Peak(hidden=3, ffn=2), Peak(hidden=2, attention=4)),
-    refused=(
-        Condition(key="add_cross_attention", value=True, reason="it is a decoder of two inputs"),
-    ),
+    refused=(Condition(key="add_cross_attention", value=True, reason="it reads a second input"),),
 )
