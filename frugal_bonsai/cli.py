@@ -40,13 +40,20 @@ _profile = click.option(
     help="Hardware profile: plan for that machine; prune predicts its time.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-_layout = click.option(
-    "--layout",
-    type=click.Choice(["uniform", "per-layer", "padded"]),
-    default="uniform",
-    show_default=True,
-    help="uniform loads everywhere; per-layer prunes better; padded is per-layer, zero-filled so "
-    "that it loads everywhere.",
+_layout = _options(
+    click.option(
+        "--layout",
+        type=click.Choice(["uniform", "per-layer", "padded"]),
+        default="uniform",
+        show_default=True,
+        help="uniform loads everywhere; per-layer prunes better; padded is per-layer, zero-filled "
+        "so that it loads everywhere.",
+    ),
+    click.option(
+        "--as-mistral",
+        is_flag=True,
+        help="Allow a Llama any number of heads: written as the Mistral that computes the same.",
+    ),
 )
 _search = _options(
     click.option(

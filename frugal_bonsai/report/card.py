@@ -12,7 +12,7 @@ from typing import Any
 from frugal_bonsai.report.card_parts import (
     LOAD,
     card_head,
-    layout_note,
+    layout_notes,
     markdown_table,
     parent_name,
     source_name,
@@ -65,7 +65,7 @@ def model_card(summary: Values, *, dense_card_name: str | None = None) -> str:
         f"{summary['layout'].capitalize()} layout. The parent's licence applies.\n",
         "## Figures\n",
         _figures(summary),
-        *([f"{note}\n"] if (note := layout_note(summary)) else []),
+        *(f"{note}\n" for note in layout_notes(summary)),
         "## How to load it\n",
         LOAD[summary["layout"]],
         "## How it was made\n",

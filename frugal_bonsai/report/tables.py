@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.report.card_parts import layout_note
+from frugal_bonsai.report.card_parts import layout_notes
 from frugal_bonsai.report.sheet import Sheet
 from frugal_bonsai.report.words import (
     KIND_NAMES,
@@ -48,7 +48,7 @@ def render_prune(summary: Values, console: Console) -> None:
     _say_kept(summary, sheet)
     _say_rounds(summary, sheet)
     _say_run(summary, sheet)
-    for note in filter(None, (layout_note(summary), *summary["notes"])):
+    for note in (*layout_notes(summary), *summary["notes"]):
         sheet.say(f"note: {note}")
     sheet.blank()
     sheet.verbatim(f"saved: {summary['out']} ({summary['layout']} layout)")

@@ -97,8 +97,14 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         )
     device = choose_device(options, profile, elsewhere=elsewhere)
     rules = layout_rules(
-        model.spec, options.layout, tile=options.tile, default_tile=DEFAULT_TILE[device.type]
+        model.spec,
+        options.layout,
+        tile=options.tile,
+        default_tile=DEFAULT_TILE[device.type],
+        as_mistral=options.as_mistral,
     )
+    if rules.as_mistral and settings.bias:
+        raise OptionError("--as-mistral: a Mistral has no biases; leave it or --bias out")
     check_reachable(
         KeepMask(model.spec.table),
         settings.sparsity,

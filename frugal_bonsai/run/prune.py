@@ -263,6 +263,7 @@ def _search(
         "settings": ready.settings.to_json(),
         "layout": ready.rules.layout,
         "tile": ready.rules.tile,
+        "as_mistral": ready.rules.as_mistral,
         "model": model_fingerprint(model.checkpoint),
         "calibration": fingerprint(calibration.windows_NS.numpy().tobytes()),
         "utility": None if utility is None else getattr(utility, "__qualname__", repr(utility)),
@@ -327,6 +328,7 @@ def _rewrite(
                 "weight_bytes": output.weight_bytes,
                 **after,
             },
+            "written_as": spec.family.model_type,
             "sparsity": rewritten.sparsity,
             "verify": {"max_relative_difference": difference, "windows": len(windows_NS)},
         }

@@ -35,6 +35,7 @@ def shrink(
     out: str | Path,
     *,
     layout: str = UNIFORM,
+    as_mistral: bool = False,
     max_shard_size: str | int = "5GB",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def shrink(
         mask: mask file, such as the ``pruning_mask.json`` that a prune wrote.
         out: folder that must not exist yet.
         layout: of the output.
+        as_mistral: a Llama whose head count its config class refuses is written as a Mistral.
         max_shard_size: of the output.
         progress: told what is done.
 
@@ -65,7 +67,7 @@ def shrink(
         spec = opened.spec
         keep = read_mask(Path(mask), spec)
         # The mask decides: any FFN width that the layout can hold is as good as another.
-        rules = layout_rules(spec, layout, tile=1)
+        rules = layout_rules(spec, layout, tile=1, as_mistral=as_mistral)
         progress.note(NO_REFITS)
         with staged_directory(out) as staged:
             written = rewrite(
@@ -95,6 +97,7 @@ def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
         "version": package_version(),
         "model": model.name,
         "family": spec.family.model_type,
+        "written_as": after.family.model_type,
         "kept": mask.counts(),
         "dense": KeepMask(spec.table).counts(),
         "before": {

@@ -13,6 +13,7 @@ def make_summary(layers: int = 3, **changes: Any) -> dict[str, Any]:
         "out": "/home/someone/out dir/small",
         "family": "llama",
         "layout": "uniform",
+        "written_as": "llama",
         "tile": 8,
         "method": "default",
         "latency": None,
