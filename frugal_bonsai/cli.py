@@ -115,6 +115,14 @@ _search = _options(
         "decide on every unit; none: no masks.",
     ),
     click.option(
+        "--objective",
+        type=click.Choice(["parameters", "units", "latency"]),
+        help="What loss is weighed against: parameters removed, units, or milliseconds saved on "
+        "the machine of --profile.",
+    ),
+    click.option("--prompt-tokens", type=int, help="Of the prompt that latency is counted for."),
+    click.option("--generated-tokens", type=int, help="Of its answer.  [default: 512 and 128]"),
+    click.option(
         "--allocation",
         type=click.Choice(["global", "equal", "ffn", "layers"]),
         help="Without masks: what costs least anywhere, the same share of every layer and kind, of "
@@ -379,6 +387,9 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "sparsity",
         "step",
         "level",
+        "objective",
+        "prompt_tokens",
+        "generated_tokens",
         "allocation",
         "prior",
         "design",

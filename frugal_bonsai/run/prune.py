@@ -286,6 +286,7 @@ def _search(
         keep_inputs=memory.keep_inputs,
         keep_refinement=memory.keep_refinement,
         utility=utility,
+        unit_milliseconds=None if ready.latency is None else ready.latency.unit,
     )
     return search.run(resume=resume and state.exists)
 
