@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.bonsai.settings import METHODS
+from frugal_bonsai.model.layout import LAYOUTS, PER_LAYER
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.prune import prune
@@ -172,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", default="default,local-only", help=", ".join(METHODS))
     parser.add_argument("--sparsities", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--layout", default="per-layer", choices=["uniform", "per-layer"])
+    parser.add_argument("--layout", default=PER_LAYER, choices=LAYOUTS)
     parser.add_argument("--calibration")
     parser.add_argument("--eval-text", help="default: calibration windows held out")
     parser.add_argument("--window", type=int)
