@@ -164,6 +164,9 @@ class Family:
     logits_softcap_key: str | None = None
     # The layer returns a tuple, of which the first is its output.
     returns_tuple: bool = False
+    # Attributes of the attention module that its forward reads sizes from, which must follow the
+    # weights that are streamed: path inside the module -> "query" heads or "kv" heads.
+    sized_by: Mapping[str, str] = field(default_factory=dict)
     # The activation's module, where the FFN is no module of its own.
     ffn_activation: str | None = None
     # The key of the activation's name, and what transformers takes where the config has none.
