@@ -23,6 +23,7 @@ from torch.func import functional_call
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.table import HEAD_DIM
 
 # Keys that name an output layout's own loading code; the streamed model needs the parent's classes.
 _LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
@@ -132,14 +133,19 @@ class Skeleton:
         def resize(attention: nn.Module, _: Any) -> None:
             weight_HC = cast(torch.Tensor, attention.get_submodule(output).weight)
             kv_heads = weight_HC.shape[1] // columns
-            counts = {"kv": kv_heads, "query": kv_heads * spec.query_heads_per_group}
+            counts = {
+                "kv": kv_heads,
+                "query": kv_heads * spec.query_heads_per_group,
+                "columns": weight_HC.shape[1],
+            }
             for path, what in sized_by.items():
                 inside, _, name = path.rpartition(".")
                 setattr(getattr(attention, inside) if inside else attention, name, counts[what])
 
         for layer in self.layers:
             attention = layer.get_submodule(owner)
-            attention.config = copy.copy(attention.config)  # its own: layers differ
+            if any(path.startswith("config.") for path in sized_by):
+                attention.config = copy.copy(attention.config)  # its own: layers differ
             attention.register_forward_pre_hook(resize)
 
     def _load_outer(self, model: nn.Module) -> None:
@@ -229,6 +235,10 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
+    if values.get(HEAD_DIM) is not None:  # heads of this width, as many as the dense model had
+        dense = spec.hidden // spec.head_dim
+        values[spec.family.kv_heads_key] = dense // spec.query_heads_per_group
+        values[spec.family.heads_key] = dense
     try:
         config = AutoConfig.for_model(**values)
         with init_empty_weights(include_buffers=False):
