@@ -17,6 +17,7 @@ from frugal_bonsai.report.words import (
     NOTHING,
     all_printable,
     duration,
+    latency_words,
     number,
     numbers_from_to,
     plural,
@@ -154,6 +155,8 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
         f"spent: {summary['forward_tokens']:,} forward tokens, {duration(summary['seconds'])} "
         f"(method {summary['method']}, seed {summary['settings']['seed']})"
     )
+    if summary["latency"] is not None:
+        sheet.say(f"predicted speed-up: {latency_words(summary['latency'])}")
     sheet.say(
         f"calibration: {calibration['source']}, {plural(calibration['windows'], 'window')} of "
         f"{calibration['window']} tokens"

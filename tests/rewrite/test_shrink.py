@@ -92,7 +92,7 @@ def test_summary(tmp_path: Path) -> None:
     assert summary.bytes_after == 4 * summary.parameters_after
     assert summary.sparsity == pytest.approx(removed / (3 * per_layer))
     assert summary.kept == {"attention": (1, 3, 2), "ffn": (5, 20, 9)}
-    assert summary.files == ("config.json", WEIGHTS, "modeling_pruned_llama.py")
+    assert summary.files == ("config.json", WEIGHTS, "modeling_pruned.py")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

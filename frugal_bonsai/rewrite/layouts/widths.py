@@ -12,7 +12,7 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import heads_fit
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
-from frugal_bonsai.rewrite.layouts.bundled import BUNDLED
+from frugal_bonsai.rewrite.layouts.bundled import find_bundled
 from frugal_bonsai.rewrite.layouts.mistral import as_mistral
 
 
@@ -89,7 +89,7 @@ def plain_config(spec: ModelSpec) -> dict[str, Any]:
         config[spec.family.head_dim_key] = spec.head_dim
     if spec.tied:
         config["tie_word_embeddings"] = True
-    bundled = BUNDLED.get(spec.family.model_type)
-    if bundled and config.get("architectures") == [bundled.model_class]:
+    bundled = find_bundled(spec.family.model_type)
+    if config.get("architectures") == [bundled.model_class]:
         config["architectures"] = [bundled.plain_class]
     return config
