@@ -16,6 +16,7 @@ from typing import Any
 
 from frugal_bonsai.errors import UnsupportedModelError
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.plain import plain_values
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 
 PER_LAYER_ARCHITECTURE = "deci"
@@ -100,6 +101,8 @@ def describe_shape(spec: ModelSpec, *, source: str = "config.json") -> Shape:
     Raises:
         UnsupportedModelError: llama.cpp has no such architecture, or computes this one otherwise.
     """
+    from transformers import AutoConfig
+
     model_type = spec.family.model_type
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -118,7 +121,7 @@ def describe_shape(spec: ModelSpec, *, source: str = "config.json") -> Shape:
             f"{PER_LAYER_ARCHITECTURE!r} is the only architecture that allows that, but it does "
             "not compute this one; prune with --layout uniform or padded"
         )
-    config = _read_config(spec)
+    config = AutoConfig.for_model(**plain_values(spec))
     _require_known(config, spec, source)
     _require_biases(architecture, spec, source)
     base, factors = _rope(config, spec, source, allowed=architecture.rope_factors)
@@ -132,16 +135,6 @@ def describe_shape(spec: ModelSpec, *, source: str = "config.json") -> Shape:
         rope_factors=factors,
         norm_epsilon=float(config.rms_norm_eps),
     )
-
-
-def _read_config(spec: ModelSpec) -> Any:
-    """The config with transformers' defaults; head counts that none of them refuses."""
-    from transformers import AutoConfig
-
-    left_out = ("per_layer_config", "auto_map", "architectures")
-    values = {key: value for key, value in spec.config.items() if key not in left_out}
-    one_head = {spec.family.heads_key: 1, spec.family.kv_heads_key: 1, "head_dim": spec.head_dim}
-    return AutoConfig.for_model(**values | one_head)
 
 
 def _require_known(config: Any, spec: ModelSpec, source: str) -> None:
