@@ -214,27 +214,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "olmo2": {},
 }
+# Of these, the ones that may differ layer by layer.
+DECI = ("mistral", "qwen2")
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "uniform"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(tmp_path: Path, stories260k: Path, family: str, pruned: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*((f, lay) for f in FAMILIES for lay in ("dense", UNIFORM)), *((f, PER_LAYER) for f in DECI)],
+)
+def test_families(tmp_path: Path, stories260k: Path, family: str, layout: str) -> None:
     folder = tmp_path / "dense"
     tiny = tiny_family(folder, family, seed=4, **FULL, **FAMILIES[family])
-    if pruned:
+    if layout != "dense":
         mask = KeepMask(tiny.spec.table)
         for group in tiny.spec.table.groups:
             if group.removable:
-                mask.of(group)[1::3] = False
+                mask.of(group)[1 :: 3 if layout == UNIFORM else 2 + group.layer] = False
         folder = tmp_path / "out"
         folder.mkdir()
-        rules = layout_rules(tiny.spec, UNIFORM, tile=1)
+        rules = layout_rules(tiny.spec, layout, tile=1)
         shrink(tiny.checkpoint, tiny.spec, mask, folder, rules=rules)
     write_companions(stories260k, folder)
     summary = export(folder, tmp_path / "m.gguf")
-    own = {"mistral": "llama", "qwen2": "llama" if pruned else "qwen2"}
-    assert summary.architecture == own.get(family, family)
+    own = {"mistral": "llama", "qwen2": "qwen2" if layout == "dense" else "llama"}
+    expected = "deci" if layout == PER_LAYER else own.get(family, family)
+    assert summary.architecture == expected
     assert_same_next_tokens(folder, tmp_path / "m.gguf")
 
 
