@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.plain import plain_values
 from frugal_bonsai.model.units import KeepMask
 
 # Config keys of transformers that hold one entry a layer.
-_NOT_READ = ("per_layer_config", "auto_map", "architectures")
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 
 
@@ -39,8 +39,7 @@ def _layer_lists(spec: ModelSpec) -> dict[str, list[Any]]:
     """
     from transformers import AutoConfig
 
-    known = {key: value for key, value in spec.config.items() if key not in _NOT_READ}
-    full = AutoConfig.for_model(**known)
+    full = AutoConfig.for_model(**plain_values(spec))
     lists = {key: spec.config.get(key) or getattr(full, key, None) for key in _LAYER_LISTS}
     return {
         key: values

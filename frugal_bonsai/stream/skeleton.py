@@ -23,10 +23,7 @@ from torch.func import functional_call
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.table import HEAD_DIM
-
-# Keys that name an output layout's own loading code; the streamed model needs the parent's classes.
-_LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
+from frugal_bonsai.model.plain import plain_values
 
 
 class _Proxy(nn.Module):
@@ -234,13 +231,8 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
-    if values.get(HEAD_DIM) is not None:  # heads of this width, as many as the dense model had
-        dense = spec.hidden // spec.head_dim
-        values[spec.family.kv_heads_key] = dense // spec.query_heads_per_group
-        values[spec.family.heads_key] = dense
     try:
-        config = AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**plain_values(spec))
         with init_empty_weights(include_buffers=False):
             # The attention that transformers itself takes: sdpa, where the architecture has it.
             model = AutoModelForCausalLM.from_config(config)
