@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.bonsai.curve_posterior import Expected, expected_curve, fit_curves
 from frugal_bonsai.bonsai.design import (
     Design,
     Pools,
@@ -24,9 +25,10 @@ from frugal_bonsai.bonsai.design import (
 from frugal_bonsai.bonsai.evaluate import Observations
 from frugal_bonsai.bonsai.paper_regression import fit_paper
 from frugal_bonsai.bonsai.prior import Prior
-from frugal_bonsai.bonsai.regress import Fit, fit_curves, fit_ridge
+from frugal_bonsai.bonsai.regress import Fit
 from frugal_bonsai.bonsai.select import Curve
 from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.unit_posterior import fit_units
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 
@@ -92,12 +94,19 @@ def judge_units(given: RoundInputs) -> Judgement:
         each_layer=given.settings.draw == "layer",
     )
     seen = given.evaluate(design)
-    off_IK = design.off_MK[seen.masks_I].double()
+    off_IK = design.off_MK[seen.masks_I]
     if given.settings.regression == "paper":
-        fit = fit_paper(off_IK, seen.loss_I, given.generator)
+        fit = fit_paper(off_IK.double(), seen.loss_I, given.generator)
     else:
-        prior_K = score_N[design.units_K]
-        fit = fit_ridge(off_IK, seen.loss_I, prior_K, seen.clusters_I, given.generator)
+        fit = fit_units(
+            off_IK,
+            seen.loss_I,
+            score_N[design.units_K],
+            seen.clusters_I,
+            given.generator,
+            strata_K=torch.cat([torch.full((len(m),), at) for at, m in enumerate(pools.members)]),
+            windows_I=seen.windows_I,
+        )
     relevance_N = torch.zeros_like(score_N)
     relevance_N[design.units_K] = fit.relevance_K
     curves = _cumulative(_reordered(pools, relevance_N), relevance_N)
@@ -115,7 +124,14 @@ def judge_groups(given: RoundInputs) -> Judgement:
     seen = given.evaluate(design)
     sizes_G = pools.sizes_G.clamp_min(1)
     amount_IG = design.off_MG[seen.masks_I] / sizes_G
-    fit = fit_curves(amount_IG, seen.loss_I, seen.clusters_I, given.generator)
+    fit = fit_curves(
+        amount_IG,
+        seen.loss_I,
+        seen.clusters_I,
+        given.generator,
+        expected=_expected(pools, given.prior.score_N),
+        windows_I=seen.windows_I,
+    )
     groups = len(sizes_G)
     curves = []
     for at, (group, members) in enumerate(zip(given.mask.table.groups, pools.members, strict=True)):
@@ -123,6 +139,16 @@ def judge_groups(given: RoundInputs) -> Judgement:
         loss = fit.relevance_K[at] * amount_P + fit.relevance_K[groups + at] * amount_P.square()
         curves.append(Curve(group=group, order=members, loss=loss))
     return Judgement(curves=tuple(curves), fit=fit, observations=len(seen.loss_I))
+
+
+def _expected(pools: Pools, score_N: torch.Tensor) -> Expected:
+    """What the prior, added up, makes of every group's curve."""
+    curves = [expected_curve(score_N[members]) for members in pools.members]
+    coefficients = [a for a, _ in curves] + [b for _, b in curves]
+    return Expected(
+        curve_K=torch.tensor(coefficients, dtype=torch.float64),
+        kinds_G=[group.kind for group in pools.mask.table.groups],
+    )
 
 
 def _judge_kinds(given: RoundInputs) -> Judgement:
@@ -148,7 +174,9 @@ def _judge_kinds(given: RoundInputs) -> Judgement:
     kinds = (ATTENTION, FFN)
     first = [next(i for i, g in enumerate(table.groups) if g.kind == kind) for kind in kinds]
     amount_IG = design.off_MG[seen.masks_I][:, first] / pools.sizes_G[first]
-    fit = fit_curves(amount_IG, seen.loss_I, seen.clusters_I, given.generator)
+    fit = fit_curves(
+        amount_IG, seen.loss_I, seen.clusters_I, given.generator, windows_I=seen.windows_I
+    )
     curves = []
     for group, members in zip(table.groups, pools.members, strict=True):
         at = kinds.index(group.kind)

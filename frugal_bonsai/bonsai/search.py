@@ -355,8 +355,13 @@ def _report(number: int, judgement: Judgement) -> dict[str, Any]:
     return {
         "round": number,
         "observations": judgement.observations,
-        # One fold has nothing held out: not a number, which JSON does not know.
-        "r2": None if fit is None or math.isnan(fit.r2) else fit.r2,
-        "tau": None if fit is None or math.isnan(fit.tau) else fit.tau,
+        "r2": None if fit is None else _number(fit.r2),
+        "tau": None if fit is None else _number(fit.tau),
+        "coverage": None if fit is None else _number(fit.coverage),
         "penalty": None if fit is None else fit.penalty,
     }
+
+
+def _number(value: float | None) -> float | None:
+    """One fold has nothing held out: not a number, which JSON does not know."""
+    return None if value is None or math.isnan(value) else value

@@ -9,6 +9,8 @@ directly, ``local`` takes the prior's. Holds one number a candidate.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +86,13 @@ def _cut_per_layer(
     """Greedy by marginal loss per parameter (or unit), one legal step of one group at a time."""
     left = target_parameters - mask.removed_parameters()
     taken = [0] * len(curves)
+    legal = [rules.legal_counts(curve.group.kind, curve.group.count) for curve in curves]
+    alive = [mask.kept(curve.group) for curve in curves]
     heap: list[tuple[float, int, int]] = []
 
     def offer(at: int) -> None:
         curve = curves[at]
-        count = _next_count(mask, curve, taken[at], rules)
+        count = _next_count(legal[at], alive[at], taken[at], len(curve.order))
         if count is None:
             return
         gone = count - taken[at]
@@ -110,15 +114,11 @@ def _cut_per_layer(
     return mask.without(torch.cat(chosen))
 
 
-def _next_count(mask: KeepMask, curve: Curve, taken: int, rules: LayoutRules) -> int | None:
+def _next_count(legal: Sequence[int], alive: int, taken: int, most: int) -> int | None:
     """How many of the order's units are gone at the next legal count, None behind the last one."""
-    alive = mask.kept(curve.group)
-    legal = [
-        count
-        for count in rules.legal_counts(curve.group.kind, curve.group.count)
-        if count < alive - taken and alive - count <= len(curve.order)
-    ]
-    return alive - legal[-1] if legal else None
+    below = bisect_left(legal, alive - taken)
+    count = alive - legal[below - 1] if below else None
+    return None if count is None or count > most else count
 
 
 @dataclass(frozen=True)
