@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from frugal_bonsai.run.plan import plan
     from frugal_bonsai.run.profile import profile
     from frugal_bonsai.run.prune import prune
+    from frugal_bonsai.run.shrink import shrink
     from frugal_bonsai.text.windows import load_tokenizer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "plan",
     "profile",
     "prune",
+    "shrink",
 ]
 
 # Public name -> the module that has it, imported at first use: `import frugal_bonsai` stays free of
@@ -37,6 +39,7 @@ _HOMES = {
     "plan": "frugal_bonsai.run.plan",
     "profile": "frugal_bonsai.run.profile",
     "prune": "frugal_bonsai.run.prune",
+    "shrink": "frugal_bonsai.run.shrink",
 }
 
 

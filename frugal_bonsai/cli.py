@@ -40,6 +40,13 @@ _profile = click.option(
     help="Hardware profile: plan for that machine; prune predicts its time.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_layout = click.option(
+    "--layout",
+    type=click.Choice(["uniform", "per-layer"]),
+    default="uniform",
+    show_default=True,
+    help="uniform loads everywhere; per-layer prunes better.",
+)
 _search = _options(
     click.option(
         "--sparsity",
@@ -48,13 +55,7 @@ _search = _options(
         show_default=True,
         help="Share of the block weights to remove.",
     ),
-    click.option(
-        "--layout",
-        type=click.Choice(["uniform", "per-layer"]),
-        default="uniform",
-        show_default=True,
-        help="uniform loads everywhere; per-layer prunes better.",
-    ),
+    _layout,
     click.option("--tile", type=int, help="FFN widths are multiples of this."),
     click.option(
         "--calibration",
@@ -74,13 +75,35 @@ _search = _options(
         help="Calibration windows.  [default: 65,536 tokens of them, at least 32]",
     ),
     click.option(
-        "--preset", type=click.Choice(["default", "paper"]), default="default", show_default=True
+        "--method",
+        type=click.Choice(
+            [
+                "default",
+                "group",
+                "unit",
+                "local-only",
+                "paper",
+                "wanda",
+                "magnitude",
+                "random",
+            ]
+        ),
+        default="default",
+        show_default=True,
+        help="A bundle of the options below, which override it.  paper: the published algorithm; "
+        "others are there to compare with.",
     ),
     click.option(
-        "--method",
-        type=click.Choice(["group", "unit", "local"]),
-        help="group: masks decide how much goes where, the prior which units; unit: the "
-        "paper's; local: no masks.",
+        "--level",
+        type=click.Choice(["group", "unit", "none"]),
+        help="group: masks decide how much goes where, the prior which units; unit: masks "
+        "decide on every unit; none: no masks.",
+    ),
+    click.option(
+        "--allocation",
+        type=click.Choice(["global", "equal", "ffn"]),
+        help="Without masks: what costs least anywhere, the same share of every layer and kind, or "
+        "of every FFN alone.",
     ),
     click.option(
         "--prior",
@@ -90,7 +113,12 @@ _search = _options(
     ),
     click.option("--design", type=click.Choice(["per-window", "shared"])),
     click.option("--regression", type=click.Choice(["ridge", "paper"])),
-    click.option("--masks", type=int, help="Masks a round on every mask window."),
+    click.option("--masks", type=int, help="Masks a round on every mask window, at most."),
+    click.option(
+        "--certainty",
+        type=float,
+        help="Stop drawing masks when the round's cut is as certain as this; 1 draws all.",
+    ),
     click.option("--mask-windows", type=int, help="Windows that masks are evaluated on."),
     click.option("--step", type=float, help="Share removed in one round."),
     click.option(
@@ -154,6 +182,24 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 
         summary = prune(model, out, _prune_options(given), resume=resume, progress=progress)
     _print(summary, render_prune, as_json=as_json)
+
+
+@cli.command(name="shrink")
+@click.argument("model")
+@click.option("--mask", required=True, metavar="FILE", help="Such as prune's pruning_mask.json.")
+@click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
+@_layout
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@_json
+def shrink_command(as_json: bool, **given: Any) -> None:
+    """Cut MODEL with a mask that someone else made: no text, memory of one tensor.
+
+    A mask holds no weights: what prune's recovery refitted is not in it.
+    """
+    from frugal_bonsai.report.rewrite_tables import render_shrink
+    from frugal_bonsai.run.shrink import shrink
+
+    _print(shrink(**given), render_shrink, as_json=as_json)
 
 
 @cli.command(name="plan")
@@ -243,14 +289,16 @@ def _prune_options(given: dict[str, Any]) -> Any:
     """The flat options of the command as :class:`PruneOptions`."""
     from frugal_bonsai.run.options import PruneOptions
 
-    method = (
+    settings = (
         "sparsity",
         "step",
-        "method",
+        "level",
+        "allocation",
         "prior",
         "design",
         "regression",
         "masks",
+        "certainty",
         "mask_windows",
         "recovery",
         "refit",
@@ -262,7 +310,7 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "arithmetic",
         "seed",
     )
-    return PruneOptions(method={name: given.pop(name) for name in method}, **given)
+    return PruneOptions(settings={name: given.pop(name) for name in settings}, **given)
 
 
 @contextmanager

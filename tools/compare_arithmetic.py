@@ -68,7 +68,7 @@ def main() -> None:
         for level in ("unit", "group"):
             for seed in range(given.seeds):
                 settings = PruneSettings(
-                    method=level, seed=seed, masks=given.masks, mask_windows=given.mask_windows
+                    level=level, seed=seed, masks=given.masks, mask_windows=given.mask_windows
                 )
                 judged = [
                     judge(engine, store, windows_NS, settings, Path(work) / "head")
@@ -104,7 +104,7 @@ def judge(
             )
         return seen[-1]
 
-    judgement = JUDGES[settings.method](
+    judgement = JUDGES[settings.level](
         RoundInputs(
             mask=mask,
             prior=builder.build(),

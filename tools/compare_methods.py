@@ -1,7 +1,7 @@
 """Compare methods over sparsities and seeds: a Markdown table, and a plot if matplotlib is there.
 
     python tools/compare_methods.py MODEL --calibration TEXT --eval-text TEXT --window 256 \
-        --windows 128 --methods default,local,paper --sparsities 0.2,0.5 --seeds 0,1,2 \
+        --windows 128 --methods default,local-only,paper --sparsities 0.2,0.5 --seeds 0,1,2 \
         --out results.md --plot results.png
 
 Every row has the same units, layout, calibration windows and evaluation; only the method differs.
@@ -19,41 +19,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.bonsai.settings import METHODS
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.prune import prune
 
-# One statistic ranks all units once, nothing is refitted: what structured pruners without gradients
-# do. `fluctuation` is FLAP's metric without its bias terms, which the layouts cannot hold.
-_ONE_SHOT: dict[str, Any] = {
-    "method": "local",
-    "step": 0.99,
-    "recovery": False,
-}
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "default": ("default", {}),
-    "group": ("default", {"compensate": False, "refine": 0}),
-    "unit": ("default", {"method": "unit"}),
-    "local": ("default", {"method": "local"}),
-    "paper": ("paper", {}),
-    **{
-        prior: ("default", {**_ONE_SHOT, "prior": prior})
-        for prior in ("random", "magnitude", "wanda", "fluctuation", "exact")
-    },
-}
-
 
 def run_one(options: argparse.Namespace, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     """One prune; its figures."""
-    preset, settings = METHODS[method]
-    settings = {**settings, **json.loads(options.set), "sparsity": sparsity, "seed": seed}
+    settings = {**json.loads(options.set), "sparsity": sparsity, "seed": seed}
     with tempfile.TemporaryDirectory() as folder:
         summary = prune(
             options.model,
             Path(folder) / "out",
             PruneOptions(
-                preset=preset,
-                method=settings,
+                method=method,
+                settings=settings,
                 layout=options.layout,
                 calibration=options.calibration,
                 eval_text=options.eval_text,
@@ -132,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is not in OUT.json yet, then write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
-    parser.add_argument("--methods", default="default,local", help=", ".join(METHODS))
+    parser.add_argument("--methods", default="default,local-only", help=", ".join(METHODS))
     parser.add_argument("--sparsities", default="0.2,0.5")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--layout", default="per-layer", choices=["uniform", "per-layer"])

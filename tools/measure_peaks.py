@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 max_cpu_mem=options.max_cpu_mem,
                 calibration="stdlib",
                 device="cpu",
-                method={
+                settings={
                     "masks": options.masks,
                     "mask_windows": options.mask_windows,
                     "refit": options.refit,

@@ -1,26 +1,32 @@
 """``group`` level: the posterior of one curve a group, ``loss = a t + b t^2`` with a, b >= 0.
 
-In: how much of each group's pool every mask switches off, one loss increase per observation, what the
-statistics expect. Out: the curves' coefficients, their variances, samples of all, held-out scores.
+In: how much of each group's pool every mask switches off, one loss increase per observation, what
+the statistics expect. Out: the curves' coefficients, their variances, samples of all, held-out
+scores.
 
-    loss = X c + noise,   c ~ N(m, s V) within c >= 0,   noise of window w ~ N(0, s penalty n_w).
+    loss = X c + noise,   c ~ N(m, s / penalty) within c >= 0,   noise of window w ~ N(0, s n_w).
 
-X holds t and t^2 of every group. m is what the statistic (the sum of the pool's prior, lowest first)
-makes of each group, times a factor >= 0 a kind that is fitted, or zero; V is flat, or grows with that
-expectation, so that a group of large losses may deviate by more. Both, and the penalty, are chosen by
-held-out density. The mean is non-negative least squares; the variance is the closed form without the
-bounds; samples are the same least squares on perturbed observations and means (randomise, then
-optimise: Bardsley et al. 2014), so that a bound that binds does so in the samples. All of it is as
-large as coefficients x coefficients.
+X holds t and t^2 of every group. m is the mean curve of the group's kind (so that without evidence
+every layer loses the same share), or what is expected of each group (by the curves of the round
+before, continued behind its cut; by the statistic, added up over the pool) times a factor a kind;
+either is fitted, >= 0. What knows more is taken only where it foretells held-out observations
+clearly better. Every kind has a penalty of its own, for one KV group costs as much as many
+channels; all penalties count, by the density of what they foretell (pseudo-BMA; Yao et al. 2018),
+since taking the best for the true one would make the posterior too sure of itself. The mode is
+non-negative least squares, the variance the closed form without the bounds; samples are the same
+least squares on perturbed observations and means (randomise, then optimise: Bardsley et al. 2014),
+so that a bound that binds does so in the samples. All is as large as coefficients x coefficients.
 
-Shape suffixes: I observations, T those fitted on, O those predicted, G groups, K coefficients (all a,
-then all b), D posterior samples, P units of a pool.
+Shape suffixes: I observations, T those fitted on, O those predicted, G groups, K coefficients (all
+a, then all b), D posterior samples, P units of a pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -37,23 +43,27 @@ from frugal_bonsai.bonsai.regress import (
 )
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# One penalty a kind.
+Penalty = tuple[float, ...]
+# Samples whose mean is the posterior's within the bounds.
+_DRAWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the statistics expect of every group.
+    """What is expected of every group, up to a factor a kind.
 
     Attributes:
-        curve_K: coefficients of the groups' curves, in the statistic's own measure.
-        kinds_G: the kind of each group; one factor is fitted for each.
+        curve_K: coefficients of the groups' curves, in a measure of their own.
+        name: where it comes from, for the report.
     """
 
     curve_K: torch.Tensor
-    kinds_G: Sequence[str]
+    name: str
 
 
 def expected_curve(score_P: torch.Tensor) -> tuple[float, float]:
-    """a and b of the curve nearest to the cumulated statistic of a pool, lowest first."""
+    """Coefficients a, b of the curve nearest to the cumulated statistic of a pool, lowest first."""
     from scipy.optimize import nnls
 
     if not len(score_P):
@@ -70,7 +80,8 @@ def fit_curves(
     clusters_I: torch.Tensor,
     generator: torch.Generator,
     *,
-    expected: Expected | None = None,
+    kinds_G: Sequence[str] | None = None,
+    expected: Sequence[Expected] = (),
     windows_I: torch.Tensor | None = None,
 ) -> Fit:
     """The posterior; its mean, scales and penalty by held-out density.
@@ -80,37 +91,84 @@ def fit_curves(
         loss_I: loss increase of each observation over the same window without a mask.
         clusters_I: observations that must share a fold.
         generator: for the folds.
-        expected: by the statistics; None: nothing is known before.
+        kinds_G: the kind of each group: groups of one kind are alike until masks tell them apart;
+            None: nothing is known of any.
+        expected: what may be known besides; the first has the first word.
         windows_I: the window of each observation; None: the same noise for all.
 
     Returns:
-        ``relevance_K`` holds all a, then all b (``[2G]``).
+        ``relevance_K`` holds all a, then all b (``[2G]``): the mean of the posterior within the
+        bounds. Its mode would not do: a group that the masks say little about has it at 0, looks as
+        if it cost nothing and is cut first.
     """
     design_IK = torch.cat([amount_IG, amount_IG.square()], dim=1).double()
     loss_I = loss_I.double()
     folds_I = fold_of(clusters_I, generator)
-    even_I = torch.ones_like(loss_I)
-    beliefs = _beliefs(design_IK, expected)
-    belief, penalty, predicted = _choose(beliefs, design_IK, loss_I, folds_I, even_I)
-    noise_I = even_I
+    noise_I = torch.ones_like(loss_I)
+    beliefs = _beliefs(design_IK.shape[1], kinds_G, expected)
+    tried = _choose(beliefs, design_IK, loss_I, folds_I, noise_I)
+    predicted = _mixed(tried)
     if windows_I is not None:
         noise_I = window_noise(loss_I - predicted.mean_I, windows_I)
-        belief, penalty, predicted = _choose(beliefs, design_IK, loss_I, folds_I, noise_I)
-    r2, tau = scores(predicted.mean_I, loss_I)
-    posterior = _condition(belief, design_IK, loss_I, noise_I, penalty)
+        tried = _try(tried[0].belief, design_IK, loss_I, folds_I, noise_I)
+        predicted = _mixed(tried)
+    weight_M = _weights(tried)
+    posteriors = [_condition(t.belief, design_IK, loss_I, noise_I, t.penalty) for t in tried]
 
     def draw(count: int, generator: torch.Generator) -> torch.Tensor:
-        return _draw(posterior, belief, count, generator)
+        return _draw(posteriors, weight_M, count, generator)
 
+    r2, tau = scores(predicted.mean_I, loss_I)
     return Fit(
-        relevance_K=posterior.mean_K,
-        variance_K=posterior.scale * posterior.covariance_KK.diagonal(),
+        relevance_K=draw(_DRAWS, generator).mean(0),
+        variance_K=_variance(posteriors, weight_M),
         draw=draw,
         r2=r2,
         tau=tau,
         coverage=coverage(predicted, loss_I),
-        penalty=f"non-negative ridge {penalty:g}{belief.name}",
+        penalty=_words(_heaviest(tried)),
     )
+
+
+def _words(chosen: _Tried) -> str:
+    penalties = " and ".join(f"{penalty:g}" for penalty in chosen.penalty)
+    return f"non-negative ridge {penalties}{chosen.belief.name}"
+
+
+def by_statistic(scores: Sequence[torch.Tensor]) -> Expected:
+    """What the statistic makes of every group's curve: its sum over the pool, lowest first.
+
+    Args:
+        scores: of each group's pool, lowest first, ``[P]`` each.
+    """
+    curves = [expected_curve(score_P) for score_P in scores]
+    coefficients = [a for a, _ in curves] + [b for _, b in curves]
+    return Expected(curve_K=torch.tensor(coefficients, dtype=torch.float64), name="the statistics")
+
+
+class Ahead(NamedTuple):
+    """Foretold loss of k more units of each group: ``linear k + square k^2``."""
+
+    linear: list[float]
+    square: list[float]
+
+    def expected(self, sizes_G: torch.Tensor) -> Expected:
+        """For the pools of the next round."""
+        linear_G = torch.tensor(self.linear, dtype=torch.float64) * sizes_G
+        square_G = torch.tensor(self.square, dtype=torch.float64) * sizes_G.square()
+        return Expected(curve_K=torch.cat([linear_G, square_G]), name="the last round's curves")
+
+
+def behind_cut(relevance_K: torch.Tensor, sizes_G: torch.Tensor, gone_G: torch.Tensor) -> Ahead:
+    """The curves behind a cut that takes ``gone_G`` of each group's pool, from there on.
+
+    ``a t + b t^2`` with t = (gone + k) / size, less its value at the cut, in powers of k.
+    """
+    groups = len(sizes_G)
+    a_G, b_G = relevance_K[:groups], relevance_K[groups:]
+    size_G = sizes_G.clamp_min(1).double()
+    linear_G = (a_G + 2 * b_G * gone_G / size_G) / size_G
+    return Ahead(linear_G.tolist(), (b_G / size_G.square()).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +177,12 @@ class _Belief:
 
     Attributes:
         shape_KF: the mean is this times factors >= 0 that are fitted; ``[K, 0]`` for zero.
-        scale_K: V.
+        kind_GF: 1 where a group is of a kind; each has a penalty of its own.
         name: for the report.
     """
 
     shape_KF: torch.Tensor
-    scale_K: torch.Tensor
+    kind_GF: torch.Tensor
     name: str
 
 
@@ -133,7 +191,7 @@ class _Posterior:
     """Coefficients given observations.
 
     Attributes:
-        mean_K: within the bounds.
+        mode_K: within the bounds.
         prior_K: m.
         covariance_KK: of the coefficients without the bounds, in units of s.
         scale: s.
@@ -141,7 +199,7 @@ class _Posterior:
         target_T: its right side.
     """
 
-    mean_K: torch.Tensor
+    mode_K: torch.Tensor
     prior_K: torch.Tensor
     covariance_KK: torch.Tensor
     scale: float
@@ -149,34 +207,62 @@ class _Posterior:
     target_T: torch.Tensor
 
 
-def _beliefs(design_IK: torch.Tensor, expected: Expected | None) -> list[_Belief]:
-    """Nothing known; and what the statistics expect, with even and with growing scales."""
-    coefficients = design_IK.shape[1]
-    even_K = torch.ones(coefficients, dtype=torch.float64)
-    nothing = torch.zeros(coefficients, 0, dtype=torch.float64)
-    beliefs = [_Belief(shape_KF=nothing, scale_K=even_K, name="")]
-    if expected is None:
-        return beliefs
+def _beliefs(
+    coefficients: int, kinds_G: Sequence[str] | None, expected: Sequence[Expected]
+) -> list[_Belief]:
+    """Nothing known, or groups of a kind alike; and what is expected besides."""
     groups = coefficients // 2
-    total_G = expected.curve_K[:groups] + expected.curve_K[groups:]
-    shapes, scale_G = [], torch.ones(groups, dtype=torch.float64)
-    for kind in sorted(set(expected.kinds_G)):
-        mine_G = torch.tensor([other == kind for other in expected.kinds_G])
-        if not float(total_G[mine_G].sum()) > 0:
-            continue
-        shapes.append(torch.where(mine_G.repeat(2), expected.curve_K, 0.0))
-        mean = float(total_G[mine_G].mean())
-        scale_G[mine_G] = (total_G[mine_G] / mean).clamp_min(0.1).square()
-    if not shapes:
-        return beliefs
-    shape_KF, scale_K = torch.stack(shapes, dim=1), scale_G.repeat(2)
-    scale_K = scale_K / scale_K.mean()
-    name = " around the statistics"
-    return [
-        *beliefs,
-        _Belief(shape_KF=shape_KF, scale_K=even_K, name=name),
-        _Belief(shape_KF=shape_KF, scale_K=scale_K, name=f"{name}, scaled by layer and kind"),
-    ]
+    if kinds_G is None:
+        nothing = torch.zeros(coefficients, 0, dtype=torch.float64)
+        return [_Belief(shape_KF=nothing, kind_GF=torch.ones(groups, 1).double(), name="")]
+    mine = [[float(kind == other) for kind in kinds_G] for other in sorted(set(kinds_G))]
+    mine_GF = torch.tensor(mine, dtype=torch.float64).T
+    none_GF = torch.zeros_like(mine_GF)
+    alike_KF = torch.cat([torch.cat([mine_GF, none_GF], 1), torch.cat([none_GF, mine_GF], 1)])
+    beliefs = [_Belief(shape_KF=alike_KF, kind_GF=mine_GF, name=" around each kind's mean")]
+    for one in expected:
+        shape_KF = one.curve_K[:, None] * mine_GF.repeat(2, 1)
+        beliefs.append(_Belief(shape_KF=shape_KF, kind_GF=mine_GF, name=f" around {one.name}"))
+    return beliefs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tried:
+    """How a belief and a penalty foretell held-out observations."""
+
+    belief: _Belief
+    penalty: Penalty
+    predicted: Predicted
+    density_I: torch.Tensor
+
+
+def _try(
+    belief: _Belief,
+    design_IK: torch.Tensor,
+    loss_I: torch.Tensor,
+    folds_I: torch.Tensor,
+    noise_I: torch.Tensor,
+) -> list[_Tried]:
+    """A belief with every penalty of every kind."""
+    tried = []
+    for penalty in product(_PENALTIES, repeat=belief.kind_GF.shape[1]):
+
+        def predict(
+            fitted_I: torch.Tensor, out_I: torch.Tensor, penalty: Penalty = penalty
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            posterior = _condition(
+                belief, design_IK[fitted_I], loss_I[fitted_I], noise_I[fitted_I], penalty
+            )
+            new_OK = design_IK[out_I]
+            own_O = ((new_OK @ posterior.covariance_KK) * new_OK).sum(1)
+            return new_OK @ posterior.mode_K, posterior.scale * (own_O + noise_I[out_I])
+
+        predicted = held_out(predict, folds_I)
+        density_I = log_density(predicted, loss_I)
+        tried.append(
+            _Tried(belief=belief, penalty=penalty, predicted=predicted, density_I=density_I)
+        )
+    return tried
 
 
 def _choose(
@@ -185,38 +271,36 @@ def _choose(
     loss_I: torch.Tensor,
     folds_I: torch.Tensor,
     noise_I: torch.Tensor,
-) -> tuple[_Belief, float, Predicted]:
-    """The penalty, and the first belief, under which held-out observations are likeliest.
-
-    A later one only when it is clearly better.
-    """
-    best: tuple[torch.Tensor, _Belief, float, Predicted] | None = None
+) -> list[_Tried]:
+    """The first belief, with every penalty; a later one when it foretells clearly better."""
+    best: list[_Tried] = []
     for belief in beliefs:
-        mine: tuple[torch.Tensor, _Belief, float, Predicted] | None = None
-        for penalty in _PENALTIES:
+        tried = _try(belief, design_IK, loss_I, folds_I, noise_I)
+        if not best or clearly_likelier(_heaviest(tried).density_I, _heaviest(best).density_I):
+            best = tried
+    return best
 
-            def predict(
-                fitted_I: torch.Tensor,
-                out_I: torch.Tensor,
-                belief: _Belief = belief,
-                penalty: float = penalty,
-            ) -> tuple[torch.Tensor, torch.Tensor]:
-                posterior = _condition(
-                    belief, design_IK[fitted_I], loss_I[fitted_I], noise_I[fitted_I], penalty
-                )
-                new_OK = design_IK[out_I]
-                own_O = ((new_OK @ posterior.covariance_KK) * new_OK).sum(1)
-                return new_OK @ posterior.mean_K, posterior.scale * (own_O + noise_I[out_I])
 
-            predicted = held_out(predict, folds_I)
-            density = log_density(predicted, loss_I)
-            if mine is None or density.mean() > mine[0].mean():
-                mine = (density, belief, penalty, predicted)
-        assert mine is not None
-        if best is None or clearly_likelier(mine[0], best[0]):
-            best = mine
-    assert best is not None
-    return best[1:]
+def _heaviest(tried: list[_Tried]) -> _Tried:
+    return tried[int(_weights(tried).argmax())]
+
+
+def _weights(tried: list[_Tried]) -> torch.Tensor:
+    """What each penalty counts, by what it foretells; equal where nothing could be held out."""
+    total_M = torch.stack([one.density_I.sum() for one in tried])
+    if total_M.isnan().any():
+        return torch.full_like(total_M, 1 / len(total_M))
+    return total_M.softmax(0)
+
+
+def _mixed(tried: list[_Tried]) -> Predicted:
+    """Held-out predictions of all penalties together."""
+    weight_M1 = _weights(tried)[:, None]
+    mean_MI = torch.stack([one.predicted.mean_I for one in tried])
+    square_MI = torch.stack([one.predicted.variance_I for one in tried]) + mean_MI.square()
+    mean_I = (weight_M1 * mean_MI).sum(0)
+    variance_I = (weight_M1 * square_MI).sum(0) - mean_I.square()
+    return Predicted(mean_I=mean_I, variance_I=variance_I)
 
 
 def _condition(
@@ -224,7 +308,7 @@ def _condition(
     design_TK: torch.Tensor,
     loss_T: torch.Tensor,
     noise_T: torch.Tensor,
-    penalty: float,
+    penalty: Penalty,
 ) -> _Posterior:
     """Given these observations: in units in which their mean noise has variance ``scale``."""
     observations, coefficients = design_TK.shape
@@ -235,18 +319,19 @@ def _condition(
         prior_K = belief.shape_KF @ _nonnegative(white_TK @ belief.shape_KF, white_T)
     # As a share of what the observations say about a coefficient on average.
     mean_square = design_TK.square().mean().clamp_min(1e-12)
-    precision_K = penalty * observations * mean_square / belief.scale_K
+    penalty_G = belief.kind_GF @ torch.tensor(penalty, dtype=torch.float64)
+    precision_K = penalty_G.repeat(2) * observations * mean_square
     root_K = precision_K.sqrt()
     rows = torch.cat([white_TK, torch.diag(root_K)])
     target = torch.cat([white_T, root_K * prior_K])
-    mean_K = _nonnegative(rows, target)
+    mode_K = _nonnegative(rows, target)
     covariance_KK = torch.linalg.inv(white_TK.T @ white_TK + torch.diag(precision_K))
     # Coefficients at their bound take no observation's freedom.
-    free_K = mean_K > 0
+    free_K = mode_K > 0
     used = float((covariance_KK @ (white_TK.T @ white_TK)).diagonal()[free_K].sum())
-    left = float((white_T - white_TK @ mean_K).square().sum())
+    left = float((white_T - white_TK @ mode_K).square().sum())
     return _Posterior(
-        mean_K=mean_K,
+        mode_K=mode_K,
         prior_K=prior_K,
         covariance_KK=covariance_KK,
         scale=max(left / max(observations - used, 1.0), 1e-300),
@@ -262,15 +347,30 @@ def _nonnegative(rows_TK: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(solution)
 
 
+def _variance(posteriors: list[_Posterior], weight_M: torch.Tensor) -> torch.Tensor:
+    """Of every coefficient, without the bounds: within the penalties and between them."""
+    mean_MK = torch.stack([one.mode_K for one in posteriors])
+    own_MK = torch.stack([one.scale * one.covariance_KK.diagonal() for one in posteriors])
+    mean_K = weight_M @ mean_MK
+    variance_K: torch.Tensor = weight_M @ (own_MK + mean_MK.square()) - mean_K.square()
+    return variance_K
+
+
 def _draw(
-    posterior: _Posterior, belief: _Belief, count: int, generator: torch.Generator
+    posteriors: list[_Posterior], weight_M: torch.Tensor, count: int, generator: torch.Generator
 ) -> torch.Tensor:
     """Samples ``[D, K]``: every row of the whitened problem has noise of variance ``scale``."""
+    which_D = torch.multinomial(weight_M, count, replacement=True, generator=generator)
+    noise_DK = torch.randn(
+        count, len(posteriors[0].mode_K), generator=generator, dtype=torch.float64
+    )
     # The triangular factor has the same least squares and as few rows as coefficients.
-    rows_KK, pulled_K = _reduce(posterior)
-    noise_DK = torch.randn(count, len(pulled_K), generator=generator, dtype=torch.float64)
-    targets_DK = pulled_K + posterior.scale**0.5 * noise_DK
-    return torch.stack([_nonnegative(rows_KK, target_K) for target_K in targets_DK])
+    reduced = {at: _reduce(posteriors[at]) for at in set(which_D.tolist())}
+    samples = []
+    for at, noise_K in zip(which_D.tolist(), noise_DK, strict=True):
+        rows_KK, pulled_K = reduced[at]
+        samples.append(_nonnegative(rows_KK, pulled_K + posteriors[at].scale ** 0.5 * noise_K))
+    return torch.stack(samples)
 
 
 def _reduce(posterior: _Posterior) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ one number a group and mask (``group``).
 
 Differs from the paper: masks may be drawn per window instead of shared by all windows, and a kind's
 candidates are drawn over all layers together, because "half of each layer" makes every mask remove
-the same KV group when a layer has two (the ``paper`` preset keeps the published draw).
+the same KV group when a layer has two (the ``paper`` method keeps the published draw).
 
 Shape suffixes: M masks, I (mask, window) pairs, G groups, K candidates, N units, B pairs of a
 micro-batch, A alive units of a group, C columns.

@@ -153,7 +153,7 @@ def evaluate_masks(
 
     scores_I = _scores(engine, stream, head, tokens_IS, masker, utility, name)
     perplexity = perplexity and utility is None
-    seen_MW = scores_I[: len(pairs)].view(masks, windows) if shared else scores_I[: len(pairs), None]
+    seen_MW = scores_I[: len(pairs)].view(-1, windows if shared else 1)
     masked_M = _mean_utility(seen_MW, perplexity=perplexity)
     if base_W is None:
         own_W = scores_I[len(pairs) :]

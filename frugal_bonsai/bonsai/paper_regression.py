@@ -70,9 +70,7 @@ def fit_paper(off_IK: torch.Tensor, loss_I: torch.Tensor, generator: torch.Gener
     everything = (keep_IK, utility_I)
     weight_K, _ = _descend(everything, everything, chosen, scale, generator)
 
-    def predict(
-        fitted_I: torch.Tensor, out_I: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(fitted_I: torch.Tensor, out_I: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = keep_IK[fitted_I], utility_I[fitted_I]
         fitted_K, _ = _descend((x, y), (x, y), chosen, scale, generator)
         mean_I = y.mean() + (keep_IK[out_I] - x.mean(0)) @ fitted_K

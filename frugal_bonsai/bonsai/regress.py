@@ -1,8 +1,8 @@
 """What every regression shares: folds, held-out scores, the noise of each window, the result.
 
 In: observations and held-out predictions. Out: R2, Kendall's tau and the coverage of the stated
-uncertainty, which say whether to trust a fit; a noise variance for every window. The regressions are
-in unit_posterior.py (one coefficient a unit), curve_posterior.py (one curve a group) and
+uncertainty, which say whether to trust a fit; a noise variance for every window. The regressions
+are in unit_posterior.py (one coefficient a unit), curve_posterior.py (one curve a group) and
 paper_regression.py (the published one). Closed forms in float64 on the CPU.
 
 Shape suffixes: I observations, K coefficients, D posterior samples, W windows.
@@ -110,7 +110,8 @@ def log_density(predicted: Predicted, loss_I: torch.Tensor) -> torch.Tensor:
     """Log density of each observation under its prediction; NaN where nothing was held out."""
     variance_I = predicted.variance_I
     left_I = (loss_I - predicted.mean_I).square() / variance_I
-    return -0.5 * (left_I + (2 * torch.pi * variance_I).log())
+    density_I: torch.Tensor = -0.5 * (left_I + (2 * torch.pi * variance_I).log())
+    return density_I
 
 
 def clearly_likelier(density_I: torch.Tensor, than_I: torch.Tensor) -> bool:
@@ -150,4 +151,5 @@ def window_noise(residual_I: torch.Tensor, windows_I: torch.Tensor) -> torch.Ten
     between = ((mean_W - mean).square().mean() - by_chance_W.mean()).clamp_min(0)
     trust_W = between / (between + by_chance_W).clamp_min(1e-300)
     noise_W = mean + trust_W * (mean_W - mean)
-    return noise_W[index_I] / noise_W[index_I].mean()
+    noise_I: torch.Tensor = noise_W[index_I]
+    return noise_I / noise_I.mean()

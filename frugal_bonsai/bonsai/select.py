@@ -3,7 +3,7 @@
 In: for every group an order of its candidates and a curve: the predicted loss after removing the
 first k of them. Out: flat indices of the units that go. One selection serves every method: a unit
 regression gives curves by summing relevances in ascending order, a group regression gives them
-directly, ``local`` takes the prior's. Holds one number a candidate.
+directly, without masks it is the prior's. Holds one number a candidate.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.bonsai.settings import EQUAL, FFN_ALONE, GLOBAL, PARAMETERS
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
-
-PARAMETER, UNIT = "parameter", "unit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,8 @@ def cut(
     rules: LayoutRules,
     *,
     final_parameters: int | None = None,
-    per: str = PARAMETER,
+    objective: str = PARAMETERS,
+    allocation: str = GLOBAL,
 ) -> KeepMask:
     """Remove the cheapest units until ``target_parameters`` of the dense blocks are gone.
 
@@ -55,17 +55,22 @@ def cut(
         rules: of the output layout.
         final_parameters: what the last round will have removed; a step that is larger than this
             round's share (attention, in the uniform layout) may not pass it. The target, if None.
-        per: ``per-layer`` orders by loss per ``parameter``, or per ``unit`` as the published code
+        objective: ``per-layer`` orders by loss per parameter, or per unit as the published code
             does: there a KV group competes with a channel, however many parameters it has.
+        allocation: ``equal`` and ``ffn`` take from the group of which the smallest share is gone,
+            the loss decides between equals.
 
     Returns:
         A new mask. ``per-layer``: at most the target, short of it by less than the finest step;
         ``uniform``: the legal size nearest to it.
     """
+    if allocation == FFN_ALONE:
+        curves = withhold(curves, ATTENTION)
+    equal = allocation in (EQUAL, FFN_ALONE)
     if rules.uniform:
         final = target_parameters if final_parameters is None else final_parameters
-        return _cut_uniform(mask, curves, target_parameters, final, rules)
-    return _cut_per_layer(mask, curves, target_parameters, rules, per)
+        return _cut_uniform(mask, curves, target_parameters, final, rules, equal=equal)
+    return _cut_per_layer(mask, curves, target_parameters, rules, objective, equal=equal)
 
 
 def withhold(curves: tuple[Curve, ...], kind: str) -> tuple[Curve, ...]:
@@ -81,14 +86,19 @@ def _cut_per_layer(
     curves: tuple[Curve, ...],
     target_parameters: int,
     rules: LayoutRules,
-    per: str,
+    objective: str,
+    *,
+    equal: bool,
 ) -> KeepMask:
-    """Greedy by marginal loss per parameter (or unit), one legal step of one group at a time."""
+    """Greedy by marginal loss per parameter (or unit), one legal step of one group at a time.
+
+    ``equal``: by the share of the group that would be gone first, so that shares rise together.
+    """
     left = target_parameters - mask.removed_parameters()
     taken = [0] * len(curves)
     legal = [rules.legal_counts(curve.group.kind, curve.group.count) for curve in curves]
     alive = [mask.kept(curve.group) for curve in curves]
-    heap: list[tuple[float, int, int]] = []
+    heap: list[tuple[float, float, int, int]] = []
 
     def offer(at: int) -> None:
         curve = curves[at]
@@ -97,13 +107,14 @@ def _cut_per_layer(
             return
         gone = count - taken[at]
         cost = float(curve.loss[count] - curve.loss[taken[at]])
-        size = gone * (curve.group.unit_parameters if per == PARAMETER else 1)
-        heapq.heappush(heap, (cost / size, at, gone))
+        size = gone * (curve.group.unit_parameters if objective == PARAMETERS else 1)
+        share = 1 - (alive[at] - count) / curve.group.count if equal else 0.0
+        heapq.heappush(heap, (share, cost / size, at, gone))
 
     for at in range(len(curves)):
         offer(at)
     while heap and left > 0:
-        _, at, gone = heapq.heappop(heap)
+        _, _, at, gone = heapq.heappop(heap)
         parameters = gone * curves[at].group.unit_parameters
         if parameters > left:
             continue  # finer steps fill what is left
@@ -158,8 +169,10 @@ def _cut_uniform(
     target_parameters: int,
     final_parameters: int,
     rules: LayoutRules,
+    *,
+    equal: bool,
 ) -> KeepMask:
-    """The option that is cheapest per parameter removed this round."""
+    """The option that is cheapest per parameter removed this round, or takes the kinds alike."""
     before = mask.removed_parameters()
     options = [
         option
@@ -174,7 +187,11 @@ def _cut_uniform(
     ] or options
     if not options:
         return mask
-    best = min(options, key=lambda o: o.loss / (o.removed_parameters - before))
+    if equal:
+        whole = {curve.group.kind: curve.group.count for curve in curves}
+        best = min(options, key=lambda o: abs(o.attention / whole[ATTENTION] - o.ffn / whole[FFN]))
+    else:
+        best = min(options, key=lambda o: o.loss / (o.removed_parameters - before))
     chosen = []
     for curve in curves:
         stay = best.attention if curve.group.kind == ATTENTION else best.ffn
@@ -187,26 +204,34 @@ def _is_nearer(removed: int, before: int, final: int) -> bool:
     return removed > before and removed - final < final - before
 
 
-def can_go_nearer(mask: KeepMask, final_parameters: int, rules: LayoutRules) -> bool:
+def can_go_nearer(
+    mask: KeepMask, final_parameters: int, rules: LayoutRules, allocation: str = GLOBAL
+) -> bool:
     """Whether the layout has legal counts between the present ones and the final target."""
-    before, table = mask.removed_parameters(), mask.table
-    lower = [_next_legal(mask, group, rules) for group in table.groups]
+    before, groups = mask.removed_parameters(), _takes_from(mask, allocation)
+    lower = [_next_legal(mask, group, rules) for group in groups]
     steps = [
         (mask.kept(group) - count) * group.unit_parameters
-        for group, count in zip(table.groups, lower, strict=True)
+        for group, count in zip(groups, lower, strict=True)
         if count is not None
     ]
     if not rules.uniform:
         return any(step <= final_parameters - before for step in steps)
-    for kind in table.kinds:
+    for kind in mask.table.kinds:
         mine = [
             (mask.kept(group) - count) * group.unit_parameters
-            for group, count in zip(table.groups, lower, strict=True)
+            for group, count in zip(groups, lower, strict=True)
             if group.kind == kind and count is not None
         ]
         if mine and _is_nearer(before + sum(mine), before, final_parameters):
             return True
     return False
+
+
+def _takes_from(mask: KeepMask, allocation: str) -> tuple[UnitGroup, ...]:
+    """The groups that an allocation may take units from."""
+    groups = mask.table.groups
+    return tuple(g for g in groups if g.kind == FFN) if allocation == FFN_ALONE else groups
 
 
 def _next_legal(mask: KeepMask, group: UnitGroup, rules: LayoutRules) -> int | None:
@@ -226,8 +251,10 @@ def _loss_at(mask: KeepMask, curves: list[Curve], count: int) -> float:
     return sum(float(curve.loss[mask.kept(curve.group) - count]) for curve in curves)
 
 
-def check_reachable(mask: KeepMask, sparsity: float, rules: LayoutRules, blocks: int) -> None:
-    """Refuse a sparsity that the layout cannot hold.
+def check_reachable(
+    mask: KeepMask, sparsity: float, rules: LayoutRules, blocks: int, allocation: str = GLOBAL
+) -> None:
+    """Refuse a sparsity that the layout cannot hold, or the allocation cannot find.
 
     Raises:
         OptionError: even the smallest legal counts leave too much, or the layout is uniform and the
@@ -242,12 +269,13 @@ def check_reachable(mask: KeepMask, sparsity: float, rules: LayoutRules, blocks:
                 "take --layout per-layer, or prune the dense model that it was made from"
             )
     most = 0
-    for group in mask.table.groups:
+    for group in _takes_from(mask, allocation):
         smallest = rules.legal_counts(group.kind, group.count)[0]
         most += (group.count - smallest) * group.unit_parameters
     if sparsity * blocks > most:
+        whole = ", attention stays whole (--allocation ffn)" if allocation == FFN_ALONE else ""
         raise OptionError(
             f"--sparsity: {sparsity:g} is beyond what the {rules.layout} layout can hold: at most "
             f"{most / blocks:.3f} of the block parameters can go (one unit of each kind stays in "
-            f"every layer, FFN tile {rules.tile})"
+            f"every layer, FFN tile {rules.tile}{whole})"
         )

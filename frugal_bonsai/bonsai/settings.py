@@ -1,7 +1,8 @@
 """What a prune is asked to do: one frozen dataclass, checked when it is made.
 
-In: the user's options. Out: :class:`PruneSettings`; ``preset`` gives the bundles of METHOD. An
-unknown key is an error.
+In: a method's name and the user's options. Out: :class:`PruneSettings`. A method is a bundle of
+settings under one name (:data:`METHODS`): the product's own, the published algorithm, and those
+that both are compared with. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ PRIOR_NAMES = (
     "magnitude",
     "random",
 )
-METHODS = ("group", "unit", "local")
+GROUP, UNIT, NONE = "group", "unit", "none"
+LEVELS = (GROUP, UNIT, NONE)
+PARAMETERS, UNITS = "parameters", "units"
+OBJECTIVES = (PARAMETERS, UNITS)
+GLOBAL, EQUAL, FFN_ALONE = "global", "equal", "ffn"
+ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE)
 DESIGNS = ("per-window", "shared")
 REGRESSIONS = ("ridge", "paper")
 UTILITIES = ("loss", "perplexity")
@@ -41,18 +47,24 @@ class PruneSettings:
     Attributes:
         sparsity: share of the block parameters to remove, in (0, 1).
         step: share removed in one round (the paper's p).
-        method: ``group`` (masks say how much goes from each layer and kind, the prior says which
-            units), ``unit`` (every candidate unit has its own coefficient), ``local`` (no masks:
-            the prior alone).
+        level: at which masks speak: ``group`` (masks say how much goes from each layer and kind,
+            the prior says which units), ``unit`` (every candidate unit has its own coefficient),
+            ``none`` (no masks: the prior alone).
         prior: one of the seven statistics.
         design: ``per-window`` or ``shared`` (the paper's).
         draw: of ``unit`` masks: half of a ``kind``'s candidates over all layers, or half of each
             ``layer``'s (the published code).
         regression: ``ridge`` (non-negative curves for ``group``) or ``paper``.
         utility: ``loss`` (-mean NLL) or ``perplexity`` (-exp of it).
-        masks: masks a round on every mask window (even; half of them complements).
+        masks: masks a round on every mask window, at most (even; half of them complements).
+        certainty: a round stops drawing masks when its cut is as certain as this: one less the
+            share of its predicted loss that knowing everything would save. 1 spends all masks.
         mask_windows: windows that masks are evaluated on.
-        per: what a cut's loss is counted against, ``parameter`` or ``unit`` (the published code).
+        objective: what a cut's loss is counted against: ``parameters`` or ``units`` (the published
+            code).
+        allocation: which groups a cut takes from: ``global``, wherever it costs least; ``equal``,
+            the same share of every layer and kind, as near as units allow; ``ffn``, the same of
+            every FFN, attention stays whole. The last two need level ``none``.
         pool: candidates of a group, as a multiple of the round's share.
         compensate: units that are off in a mask are replaced by what the others say about them, so
             that masks measure what removal costs after recovery; False puts zeros there.
@@ -72,15 +84,17 @@ class PruneSettings:
 
     sparsity: float = 0.5
     step: float = 0.05
-    method: str = "group"
+    level: str = GROUP
     prior: str = "exact"
     design: str = "per-window"
     draw: str = "kind"
     regression: str = "ridge"
     utility: str = "loss"
     masks: int = 8
+    certainty: float = 0.8
     mask_windows: int = 16
-    per: str = "parameter"
+    objective: str = PARAMETERS
+    allocation: str = GLOBAL
     pool: float = 2.5
     compensate: bool = True
     trial: bool = True
@@ -93,18 +107,19 @@ class PruneSettings:
     arithmetic: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("sparsity", "step"):
-            value = getattr(self, name)
-            if not 0 < value < 1:
-                raise OptionError(f"--{name}: {value} is outside (0, 1); write 0.5 for 50%")
+        if not 0 < self.sparsity < 1:
+            raise OptionError(f"--sparsity: {self.sparsity} is outside (0, 1); write 0.5 for 50%")
+        if not 0 < self.step <= 1:
+            raise OptionError(f"--step: {self.step} is outside (0, 1]; write 0.05 for 5%")
         for name, choices in (
-            ("method", METHODS),
+            ("level", LEVELS),
             ("prior", PRIOR_NAMES),
             ("design", DESIGNS),
             ("draw", ("kind", "layer")),
             ("regression", REGRESSIONS),
             ("utility", UTILITIES),
-            ("per", ("parameter", "unit")),
+            ("objective", OBJECTIVES),
+            ("allocation", ALLOCATIONS),
             ("refit", REFITS),
             ("weights", ("int8", "native")),
             ("arithmetic", ("auto", "float", "int8")),
@@ -112,13 +127,22 @@ class PruneSettings:
             value = getattr(self, name)
             if value not in choices:
                 raise OptionError(f"--{name}: {value!r} is not one of {', '.join(choices)}")
-        if self.method == "group" and self.regression == "paper":
+        if self.level == GROUP and self.regression == "paper":
             raise OptionError(
-                "--regression: paper explains single units, --method group fits curves of its own; "
-                "take --method unit, or --regression ridge"
+                "--regression: paper explains single units, --level group fits curves of its own; "
+                "take --level unit, or --regression ridge"
+            )
+        if self.level != NONE and self.allocation != GLOBAL:
+            raise OptionError(
+                f"--allocation {self.allocation}: decides what masks are to decide at --level "
+                f"{self.level}; take --level none, or --allocation global"
             )
         if self.masks < 2 or self.masks % 2:
             raise OptionError(f"--masks: {self.masks} is not an even number of at least 2")
+        if not 0 < self.certainty <= 1:
+            raise OptionError(
+                f"--certainty: {self.certainty} is outside (0, 1]; 1 spends all masks of a round"
+            )
         if self.mask_windows < 1:
             raise OptionError(f"--mask-windows: {self.mask_windows} is not at least 1")
         if self.pool < 1:
@@ -136,15 +160,21 @@ class PruneSettings:
 
     def stand_ins(self, *, uniform: bool) -> bool:
         """Whether masks are evaluated with stand-ins: where pools are shares of every group."""
-        return self.compensate and self.method == "group" and not uniform
+        return self.compensate and self.level == GROUP and not uniform
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the state and the card."""
         return dataclasses.asdict(self)
 
 
-# Windows that a trial recovers on, as a share of a round's.
-TRIAL_SHARE = 0.5
+def trial_windows(windows: int) -> tuple[int, int]:
+    """Of a round's windows, those that a trial recovers on and those that it is judged by.
+
+    A third each; of one window no others are left. Judged by the windows that it has learnt from, a
+    cut would look as good as it can be learnt by heart.
+    """
+    third = max(1, windows // 3)
+    return third, min(third, windows - third)
 
 
 def round_windows(settings: PruneSettings, columns: int, window: int, windows: int) -> int:
@@ -161,42 +191,60 @@ def round_windows(settings: PruneSettings, columns: int, window: int, windows: i
     return min(windows, -(-TOKENS_PER_COLUMN * columns // window))
 
 
-PRESETS: dict[str, dict[str, Any]] = {
+# What the methods that rank units once by one statistic have in common. They are published without
+# masks, rounds or refits, and give every layer and kind the same share (Wanda-sp as An et al. 2023
+# run it; Li et al. 2017 for norms): scores of one statistic do not compare across layers.
+_RANKED_ONCE: dict[str, Any] = {
+    "level": NONE,
+    "step": 1.0,
+    "allocation": EQUAL,
+    "recovery": False,
+}
+METHODS: dict[str, dict[str, Any]] = {
     "default": {},
+    # Masks without what the default adds to them: stand-ins and the trial of attention.
+    "group": {"compensate": False, "trial": False},
+    "unit": {"level": UNIT, "trial": False},
+    # No masks: equal FFN widths, channels by the exact layerwise loss, attention whole.
+    "local-only": {"level": NONE, "allocation": FFN_ALONE},
     # The published settings (Bonsai, section 4 and appendix; the published code's defaults).
     "paper": {
-        "method": "unit",
+        "level": UNIT,
         "prior": "wanda",
         "design": "shared",
         "draw": "layer",
         "regression": "paper",
         "utility": "perplexity",
         "masks": 200,
+        "certainty": 1.0,
         "mask_windows": 32,
-        "per": "unit",
+        "objective": UNITS,
         "pool": 2.0,
         "compensate": False,
         "trial": False,
         "recovery": False,
     },
+    "wanda": {**_RANKED_ONCE, "prior": "wanda"},
+    "magnitude": {**_RANKED_ONCE, "prior": "magnitude"},
+    "random": {**_RANKED_ONCE, "prior": "random"},
 }
 
 
-def make_settings(preset: str, options: Mapping[str, Any]) -> PruneSettings:
-    """A preset with the user's own options over it.
+def make_settings(method: str, options: Mapping[str, Any]) -> PruneSettings:
+    """A method's settings with the user's own options over them.
 
     Args:
-        preset: ``default`` or ``paper``.
-        options: fields of :class:`PruneSettings`; None means "as the preset has it".
+        method: one of :data:`METHODS`.
+        options: fields of :class:`PruneSettings`; None means "as the method has it".
 
     Raises:
-        OptionError: unknown preset, unknown field, or a value that cannot work.
+        OptionError: unknown method, unknown field, or a value that cannot work.
     """
-    if preset not in PRESETS:
-        raise OptionError(f"--preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    if method not in METHODS:
+        raise OptionError(f"--method: {method!r} is not one of {', '.join(METHODS)}")
     known = {field.name for field in dataclasses.fields(PruneSettings)}
     for name in options:
         if name not in known:
             raise OptionError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
     given = {name: value for name, value in options.items() if value is not None}
-    return PruneSettings(**{**PRESETS[preset], **given})
+    return PruneSettings(**{**METHODS[method], **given})

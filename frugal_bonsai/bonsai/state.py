@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from frugal_bonsai.bonsai.curve_posterior import Ahead
 from frugal_bonsai.bonsai.prior import Prior
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
@@ -28,8 +29,8 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 
 STATE_FILE = "state.json"
-VERSION = 1
-_KEYS = ["forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
+VERSION = 2
+_KEYS = ["ahead", "forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
 
 
 @dataclass(kw_only=True)
@@ -42,6 +43,7 @@ class PruneState:
         forward_tokens: tokens spent so far.
         prior: for the next round.
         refit_mask: the mask that the saved refits' columns belong to; None before any recovery.
+        ahead: what the last round's curves foretell of more units; None where it had none.
     """
 
     mask: KeepMask
@@ -49,6 +51,7 @@ class PruneState:
     forward_tokens: int = 0
     prior: Prior | None = None
     refit_mask: KeepMask | None = None
+    ahead: Ahead | None = None
 
 
 class StateFolder:
@@ -88,6 +91,7 @@ class StateFolder:
                 "removed": state.mask.to_json(),
                 "prior": None if state.prior is None else state.prior.name,
                 "refit": state.refit_mask is not None,
+                "ahead": None if state.ahead is None else state.ahead._asdict(),
             },
         )
         for old in self.folder.glob("round_*"):
@@ -129,6 +133,8 @@ class StateFolder:
             state.prior = Prior(saved["prior"], score_N)
         if saved["refit"]:
             state.refit_mask = mask
+        if saved["ahead"] is not None:
+            state.ahead = Ahead(**saved["ahead"])
         return state
 
     def _compare(self, path: Path, saved: dict[str, Any]) -> None:

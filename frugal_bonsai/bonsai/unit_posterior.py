@@ -6,13 +6,14 @@ variance of every unit's relevance, samples of all, and held-out scores. With Z 
     loss = c + Z r + noise,   r ~ N(a rho, s V),   noise of window w ~ N(0, s penalty n_w),
 
 c and a >= 0 are fixed effects with a flat prior (generalised least squares), rho is the prior (the
-statistic), V its scale by layer and kind or all ones, n_w the noise of each window, s the overall scale.
-V and the penalty are those of the largest evidence, the restricted likelihood (Patterson and Thompson
-1971), s follows in closed form. Held-out folds cannot tell noise from relevances where units are many
-more than observations: nothing is foretold either way. The evidence can: a mask and its complement
-have opposite shares of the relevances, and not of the noise. All solves are observations x
-observations (dual form, as in kriging; Rasmussen and Williams 2006, section 2.7): time and memory are
-linear in the units, which are visited in blocks, and 100,000 of them take seconds.
+statistic), V its scale by layer and kind or all ones, n_w the noise of each window, s the overall
+scale. V and the penalty are those of the largest evidence, the restricted likelihood (Patterson
+and Thompson 1971), s follows in closed form. Held-out folds cannot tell noise from relevances
+where units are many more than observations: nothing is foretold either way. The evidence can: a
+mask and its complement have opposite shares of the relevances, and not of the noise. All solves
+are observations x observations (dual form, as in kriging; Rasmussen and Williams 2006, section
+2.7): time and memory are linear in the units, which are visited in blocks, and 100,000 of them
+take seconds.
 
 Differs from the paper: there it is an L1- or L2-penalised regression without a prior mean
 (paper_regression.py).
@@ -175,7 +176,7 @@ def _kernels(
     flat_II = torch.zeros(observations, observations, dtype=torch.float64)
     scaled_II, along_I = torch.zeros_like(flat_II), torch.zeros_like(flat_II[0])
     centre_K = torch.empty(units, dtype=torch.float64)
-    for stratum in strata_K.unique():
+    for stratum in sorted(set(strata_K.tolist())):
         mine_U = (strata_K == stratum).nonzero().flatten()
         own_II = torch.zeros_like(flat_II)
         for part in _blocks(len(mine_U)):
@@ -361,4 +362,5 @@ def _deviations(
         drawn_DK[:, part] -= (dual_DT @ z_IK) * scale_K
         if posterior.effects_TF.shape[1] == 2:
             drawn_DK[:, part] -= beta_DF[:, 1:] * prior_K[part]
-    return drawn_DK * posterior.scale**0.5
+    deviation_DK: torch.Tensor = drawn_DK * posterior.scale**0.5
+    return deviation_DK

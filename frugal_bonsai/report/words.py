@@ -10,6 +10,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from frugal_bonsai.sizes import format_bytes
+
+Row = tuple[str, str, str, str]
+
 # The paper's name for a kind of unit is "module"; these are the kinds' names in tables.
 KIND_NAMES = {"attention": "KV groups", "ffn": "FFN channels"}
 # What nobody measured, or what is no number.
@@ -49,6 +53,23 @@ def ratio(before: float | None, after: float | None) -> str:
     if not before or after is None or math.isinf(before):
         return NOTHING
     return number(after / before, 3)
+
+
+def size_rows(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> list[Row]:
+    """Parameters and bytes, before, after and what is left of them.
+
+    Args:
+        before: of the dense model: ``parameters``, ``block_parameters``, ``weight_bytes``.
+        after: the same of the pruned one.
+        where: what the bytes are of (``weights``, ``on disk``).
+    """
+    rows = [
+        (name, f"{before[key]:,}", f"{after[key]:,}", ratio(before[key], after[key]))
+        for name, key in (("parameters", "parameters"), ("block parameters", "block_parameters"))
+    ]
+    dense, pruned = before["weight_bytes"], after["weight_bytes"]
+    sizes = (format_bytes(dense), format_bytes(pruned))
+    return [*rows, (f"bytes {where}", *sizes, ratio(dense, pruned))]
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The options of ``prune`` and ``plan``: where, under which caps, on which text, and the method."""
+"""The options of ``prune`` and ``plan``: where, under which caps, on which text, and how."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class PruneOptions:
     """Everything that a user may say to ``prune`` but MODEL, the output folder and ``--resume``.
 
     Attributes:
-        preset: ``default`` or ``paper``.
-        method: fields of ``PruneSettings`` that the user names; None is "as the preset has it".
+        method: one of ``bonsai.settings.METHODS``.
+        settings: fields of ``PruneSettings`` that the user names; None is "as the method has it".
         layout: ``uniform`` or ``per-layer``.
         tile: FFN tile; None lets the layout choose.
         calibration: text source; None is wikitext2, or stdlib for ``example``.
@@ -32,8 +32,8 @@ class PruneOptions:
             for the time that it predicts.
     """
 
-    preset: str = "default"
-    method: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "default"
+    settings: Mapping[str, Any] = field(default_factory=dict)
     layout: str = UNIFORM
     tile: int | None = None
     calibration: str | None = None

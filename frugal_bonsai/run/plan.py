@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import PruneSettings, make_settings
+from frugal_bonsai.bonsai.settings import NONE, PruneSettings, make_settings
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile
@@ -82,7 +82,7 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.profile import quick_profile
 
-    settings = make_settings(options.preset, options.method)
+    settings = make_settings(options.method, options.settings)
     window = choose_window(model.spec, options.window)
     profile = None if options.profile is None else read_profile(Path(options.profile))
     device = choose_device(options, profile, elsewhere=elsewhere)
@@ -90,7 +90,11 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         model.spec, options.layout, tile=options.tile, default_tile=DEFAULT_TILE[device.type]
     )
     check_reachable(
-        KeepMask(model.spec.table), settings.sparsity, rules, model.spec.block_parameters
+        KeepMask(model.spec.table),
+        settings.sparsity,
+        rules,
+        model.spec.block_parameters,
+        settings.allocation,
     )
     default_source = EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
     rates = profile or quick_profile(device)
@@ -133,7 +137,7 @@ def plan_prune(
     settings = ready.settings
     native_windows = max(held_out_count(windows), eval_windows)
     mask_windows = min(settings.mask_windows, windows)
-    pairs = 0 if settings.method == "local" else mask_windows * (settings.masks + 1)
+    pairs = 0 if settings.level == NONE else mask_windows * (settings.masks + 1)
     stand_ins = _stand_in_share(settings, uniform=ready.rules.uniform)
     work = Work(
         window=ready.window,

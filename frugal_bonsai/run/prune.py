@@ -151,9 +151,9 @@ def prune(
         )
         summary = _rewrite(job, found, staged, shard_bytes, before)
         summary |= {"out": str(out), "load": load_line(out, ready.rules.layout)}
-        summary |= {"preset": options.preset, "predicted": predicted}
+        summary |= {"method": options.method, "predicted": predicted}
         summary |= {"seconds": time.monotonic() - started}
-        write_papers(staged, summary)
+        write_papers(staged, summary, opened.spec, found.mask)
     shutil.rmtree(run_folder(out), ignore_errors=True)
     return summary
 
@@ -170,9 +170,9 @@ def _as_begun(options: PruneOptions, folder: Path) -> PruneOptions:
     from frugal_bonsai.bonsai.state import saved_settings
 
     begun = saved_settings(folder).get("arithmetic")
-    if begun is None or options.method.get("arithmetic") not in (None, "auto"):
+    if begun is None or options.settings.get("arithmetic") not in (None, "auto"):
         return options
-    return replace(options, method={**options.method, "arithmetic": begun})
+    return replace(options, settings={**options.settings, "arithmetic": begun})
 
 
 def _drop_if_unstarted(folder: Path) -> None:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
 from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import UNIFORM
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.card import model_card
+from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.run.plan import Prepared, plan_items
 from frugal_bonsai.run.prepare import Model
 
@@ -65,7 +67,7 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
     model, ready, texts = job.model, job.ready, job.texts
     table = model.spec.table
     return {
-        "version": version("frugal-bonsai"),
+        "version": package_version(),
         "model": model.name,
         "family": model.spec.family.model_type,
         "layout": ready.rules.layout,
@@ -82,7 +84,6 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
         else {"name": texts.eval_name, "window": ready.window, "windows": len(texts.eval_NS)},
         "kept": found.mask.counts(),
         "dense": KeepMask(table).counts(),
-        "removed_units": found.mask.to_json(),
         "layer_sparsity": _layer_sparsity(model, found.mask),
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
@@ -126,6 +127,11 @@ def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
     return shares
 
 
+def package_version() -> str:
+    """Of this package."""
+    return version("frugal-bonsai")
+
+
 def load_line(out: Path, layout: str) -> str:
     """The line that loads the output."""
     if layout == UNIFORM:
@@ -133,10 +139,10 @@ def load_line(out: Path, layout: str) -> str:
     return f"frugal_bonsai.load_pruned({str(out)!r})"
 
 
-def write_papers(staged: Path, summary: dict[str, Any]) -> None:
+def write_papers(staged: Path, summary: dict[str, Any], spec: ModelSpec, mask: KeepMask) -> None:
     """The card, the mask and the report beside the weights."""
-    removed = summary.pop("removed_units")
-    mask = {"format": 1, "model": summary["model"], "removed": removed}
-    write_json(staged / MASK_FILE, mask)
+    from frugal_bonsai.rewrite.mask_file import write_mask
+
+    write_mask(staged / MASK_FILE, parent_name(summary["model"]), spec, mask)
     write_json(staged / REPORT_FILE, summary)
     write_bytes(staged / "README.md", model_card(summary).encode())

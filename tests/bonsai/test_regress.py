@@ -81,9 +81,10 @@ def test_log_density_is_that_of_a_normal_distribution() -> None:
     loss = noise(50, 2.0)
     expected = torch.distributions.Normal(0.0, 2.0).log_prob(loss)
     torch.testing.assert_close(log_density(_predicted(4.0, 50), loss), expected)
-    assert log_density(_predicted(4.0), noise(4000, 2.0)).mean() > log_density(
-        _predicted(9.0), noise(4000, 2.0)
-    ).mean()
+    assert (
+        log_density(_predicted(4.0), noise(4000, 2.0)).mean()
+        > log_density(_predicted(9.0), noise(4000, 2.0)).mean()
+    )
 
 
 def test_better_means_by_more_than_a_standard_error() -> None:

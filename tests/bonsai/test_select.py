@@ -10,7 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugal_bonsai.bonsai.select import Curve, check_reachable, cut, uniform_options, withhold
+from frugal_bonsai.bonsai.select import (
+    Curve,
+    can_go_nearer,
+    check_reachable,
+    cut,
+    uniform_options,
+    withhold,
+)
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
@@ -155,7 +162,7 @@ def test_cost_counted_per_unit_ignores_how_many_parameters_a_unit_has() -> None:
     )
     per_parameter = cut(mask, curves, HEAD, _rules(PER_LAYER))
     assert per_parameter.kept(attention) == attention.count - 1
-    per_unit = cut(mask, curves, HEAD, _rules(PER_LAYER), per="unit")
+    per_unit = cut(mask, curves, HEAD, _rules(PER_LAYER), objective="units")
     assert per_unit.kept(attention) == attention.count
     assert per_unit.kept(ffn) == ffn.count - HEAD // CHANNEL
 
@@ -279,6 +286,61 @@ def test_uniform_options_lists_every_legal_attention_count() -> None:
     assert all(a.removed_parameters > 0 for a, _ in pairwise(options))
 
 
+# -- equal shares -----------------------------------------------------------------------------
+@given(seed=st.integers(0, 10_000), share=st.floats(0.05, 0.8))
+@settings(max_examples=40, deadline=None)
+def test_equal_allocation_takes_the_same_share_of_every_layer_and_kind(
+    seed: int, share: float
+) -> None:
+    """Whatever the losses say: widths within one channel, heads as many as whole units allow."""
+    mask = KeepMask(_table())
+    curves = _curves(mask, seed, attention_cost=0.001)
+    target = round(share * sum(len(c.order) * c.group.unit_parameters for c in curves))
+    after = cut(mask, curves, target, _rules(PER_LAYER), allocation="equal")
+    _removed(mask, after, curves)
+    heads, channels = after.counts()[ATTENTION], after.counts()[FFN]
+    assert max(channels) - min(channels) <= 1
+    gone = 1 - min(channels) / 32
+    # A head goes when the share that would be gone with it is that of the channels.
+    for kept in heads:
+        assert 1 - kept / 4 <= gone + 1 / 32
+        assert kept == 1 or 1 - (kept - 1) / 4 >= gone - 1 / 32 - HEAD / target
+    assert 0 <= target - after.removed_parameters() < CHANNEL or min(channels) == 1
+
+
+def test_equal_allocation_leaves_it_to_the_loss_which_layers_lose_one_more() -> None:
+    mask = KeepMask(_table())
+    curves = tuple(
+        Curve(group=c.group, order=c.order, loss=(3 - c.group.layer) * torch.arange(len(c.loss)))
+        for c in _curves(mask, 0)
+    )
+    after = cut(mask, curves, 7 * CHANNEL, _rules(PER_LAYER), allocation="equal")
+    assert after.counts() == {ATTENTION: [4, 4, 4], FFN: [30, 30, 29]}
+
+
+@pytest.mark.parametrize("layout", [PER_LAYER, UNIFORM])
+def test_ffn_allocation_leaves_attention_whole(layout: str) -> None:
+    mask = KeepMask(_table())
+    curves = _curves(mask, 0, attention_cost=0.0)
+    target = 3 * 20 * CHANNEL
+    after = cut(mask, curves, target, _rules(layout), allocation="ffn")
+    assert after.counts() == {ATTENTION: [4, 4, 4], FFN: [12, 12, 12]}
+    assert can_go_nearer(after, target + 3 * CHANNEL, _rules(layout), "ffn")
+    narrow = cut(mask, curves, 3 * 31 * CHANNEL, _rules(layout), allocation="ffn")
+    # Only attention could go on.
+    assert can_go_nearer(narrow, mask.table.parameters, _rules(layout))
+    assert not can_go_nearer(narrow, mask.table.parameters, _rules(layout), "ffn")
+
+
+def test_uniform_layout_with_equal_allocation_takes_the_kinds_alike() -> None:
+    mask, rules = KeepMask(_table()), _rules(UNIFORM, heads=(1, 2, 4))
+    curves = _curves(mask, 0, attention_cost=1e-6)  # by the loss, attention would go
+    few = cut(mask, curves, round(0.2 * mask.table.parameters), rules, allocation="equal")
+    assert few.counts()[ATTENTION] == [4, 4, 4]
+    half = cut(mask, curves, round(0.5 * mask.table.parameters), rules, allocation="equal")
+    assert half.counts() == {ATTENTION: [2, 2, 2], FFN: [16, 16, 16]}
+
+
 # -- reach ------------------------------------------------------------------------------------
 def test_sparsity_beyond_the_layout_is_refused() -> None:
     mask = KeepMask(_table())
@@ -288,6 +350,14 @@ def test_sparsity_beyond_the_layout_is_refused() -> None:
     with pytest.raises(OptionError, match=r"--sparsity: 0\.95 is beyond .* per-layer layout") as e:
         check_reachable(mask, 0.95, _rules(PER_LAYER), blocks)
     assert f"at most {most / blocks:.3f} of the block parameters" in str(e.value)
+
+
+def test_sparsity_beyond_the_ffn_is_refused_where_attention_stays_whole() -> None:
+    mask = KeepMask(_table())
+    most = 3 * 31 * CHANNEL / mask.table.parameters
+    check_reachable(mask, most - 0.001, _rules(PER_LAYER), mask.table.parameters, "ffn")
+    with pytest.raises(OptionError, match=r"attention stays whole \(--allocation ffn\)"):
+        check_reachable(mask, most + 0.001, _rules(PER_LAYER), mask.table.parameters, "ffn")
 
 
 def test_legal_head_counts_and_tile_bound_the_reach() -> None:

@@ -55,8 +55,12 @@ def test_noise_alone_has_no_held_out_r2() -> None:
 @pytest.mark.parametrize(("observations", "units"), [(12, 40), (60, 8)])
 @pytest.mark.parametrize("penalty", [1e-2, 1.0, 100.0])
 def test_dual_equals_primal(observations: int, units: int, penalty: float) -> None:
-    """Mean and variance are those of Bayes' rule in coefficient space, c and a under flat priors."""
-    off, planted, prior = mask_pairs(observations, units), planted_units(units), planted_units(units)
+    """As Bayes' rule has it in coefficient space, with c and a under flat priors."""
+    off, planted, prior = (
+        mask_pairs(observations, units),
+        planted_units(units),
+        planted_units(units),
+    )
     strata = torch.arange(units) % 2
     prior = prior * torch.where(strata == 0, 1.0, 0.2)
     weights = 0.5 + torch.rand(observations, generator=generator(5)).double()
@@ -74,7 +78,9 @@ def test_dual_equals_primal(observations: int, units: int, penalty: float) -> No
     solved = spread @ (design.T @ (loss / (penalty * weights)))
     into = torch.cat([torch.eye(units).double(), _zeros(units)[:, None], prior[:, None]], dim=1)
     left = loss - design @ solved
-    scale = left @ (left / (penalty * weights)) + solved[:units] @ (precision[:units] * solved[:units])
+    scale = left @ (left / (penalty * weights)) + solved[:units] @ (
+        precision[:units] * solved[:units]
+    )
     assert posterior.scale == pytest.approx(float(scale) / (observations - 2), rel=1e-6)
     mean, variance = _mean_and_variance(kernel, posterior, off, prior)
     torch.testing.assert_close(mean, into @ solved, rtol=1e-6, atol=1e-8)

@@ -149,7 +149,7 @@ def test_prune_says_what_the_run_was() -> None:
     assert "peak 3.00 GiB (predicted 3.00 GiB) of 8.00 GiB of host memory" in text
     assert "peak 21.00 GiB (predicted 20.00 GiB) of 24.00 GiB of GPU memory" in text
     assert "memory ran out" not in text
-    assert "162,469,134 forward tokens, 90 min (preset default, seed 17)" in text
+    assert "162,469,134 forward tokens, 90 min (method default, seed 17)" in text
     assert "32 windows of 2048 tokens" in text
     assert "within 5.8e-07 on 1 window" in text
     assert "note: --max-gpu-mem has no effect" in text
@@ -186,15 +186,17 @@ def test_deep_models_have_equal_layers_merged() -> None:
 
 def test_rounds_are_a_trust_report() -> None:
     text = printed(render_prune, make_summary())
-    cells = ["1", "25.0%", "192", "0.77", "0.65", "34.57", "81,234,567", "12 min"]
+    cells = ["1", "25.0%", "192", "0.77", "0.65", "0.81", "34.57", "81,234,567", "12 min"]
     assert row(text.split("how far to trust")[1], "1 ") == cells
     assert "non-negative ridge 0.1 (round 1), non-negative ridge 0.01 (round 2)" in words(text)
     assert "window 2048; dense 5.12" in words(text)
+    assert "of at most 2,000 forward tokens" in words(text)
+    assert "sampling ended with: settled in every round" in words(text)
 
 
 def test_rounds_with_what_is_no_number_or_was_not_measured() -> None:
     odd = make_round(1, 0.2, r2=float("nan"), tau=-0.5, perplexity=3.2e9)
-    local = make_round(2, 0.4, r2=None, tau=None, penalty=None, observations=0)
+    local = make_round(2, 0.4, r2=None, tau=None, penalty=None, observations=0, coverage=None)
     del local["perplexity"], local["dense_perplexity"]
     text = printed(render_prune, make_summary(rounds=[odd, local]))
     assert {"-0.50", "3.20e+09", "-"} <= set(text.split())

@@ -209,7 +209,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_run_for_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("prune", "example", "--out", tmp_path / "out", "--sparsity", "0.1", "--step", "0.1")
-    words += ("--method", "local", "--max-cpu-mem", "4GB", *QUICK[:4])
+    words += ("--level", "none", "--max-cpu-mem", "4GB", *QUICK[:4])
 
     def full(*_: object) -> None:
         raise OutputError("out: the disk is full")
@@ -233,8 +233,8 @@ def test_tables_on_a_pipe_are_plain_and_name_the_load_line(tmp_path: Path) -> No
         out,
         "--sparsity",
         "0.05",
-        "--method",
-        "local",
+        "--level",
+        "none",
         "--max-cpu-mem",
         "2GB",
         *QUICK[:4],
@@ -256,7 +256,7 @@ def test_a_utility_of_ones_own_need_not_be_differentiable(tmp_path: Path) -> Non
         return float((logits_SV[:-1].argmax(-1) == tokens_S[1:]).float().mean())
 
     options = PruneOptions(
-        method={"sparsity": 0.1, "step": 0.1, "masks": 2, "mask_windows": 2},
+        settings={"sparsity": 0.1, "step": 0.1, "masks": 2, "mask_windows": 2},
         layout="per-layer",
         windows=4,
         window=64,
@@ -269,7 +269,7 @@ def test_a_utility_of_ones_own_need_not_be_differentiable(tmp_path: Path) -> Non
 
 
 def test_windows_sampled_from_the_model_itself_and_its_time_said_first(tmp_path: Path) -> None:
-    words = ("example", "--calibration", "self", "--sparsity", "0.05", "--method", "local")
+    words = ("example", "--calibration", "self", "--sparsity", "0.05", "--level", "none")
     words += ("--windows", "4", "--window", "32", "--max-cpu-mem", "2GB")
     said = re.compile(r"5 windows of 32 tokens are sampled .* 31 sweeps .* about \d+ s")
     plan = succeed("plan", *words)

@@ -1,0 +1,87 @@
+"""What the cards of all commands share: names without local paths, the head, how to load, tables.
+
+In: a summary's values. Out: pieces of Markdown. Holds nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PureWindowsPath
+
+from frugal_bonsai.report.words import printable
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+# An absolute, home or dotted path inside other text: its last part alone is kept.
+_LOCAL_PATH = re.compile(r"(?<!\S)(?:[A-Za-z]:[\\/]|[\\/~]|\.{1,2}[\\/])\S*")
+
+LOAD = {
+    "uniform": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Plain transformers, no custom code. PATH is the folder that holds this file, or its hub id.
+""",
+    "per-layer": """```python
+import frugal_bonsai
+
+model = frugal_bonsai.load_pruned("PATH")
+tokenizer = frugal_bonsai.load_tokenizer("PATH")
+```
+
+PATH is the folder that holds this file. Without frugal-bonsai (widths differ between layers, which
+transformers' own Llama classes cannot build, so the model file that lies beside the weights runs):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)
+```
+
+Both need transformers 5.14 or newer.
+""",
+}
+
+
+def parent_name(model: str) -> str:
+    """A hub id as it is; of a folder its name alone."""
+    if is_hub_id(model):
+        return model
+    return printable(_name(Path(model).expanduser()) or _name(Path(model).resolve()) or "model")
+
+
+def _name(path: Path) -> str:
+    name = PureWindowsPath(str(path)).name
+    return "" if name in (".", "..") else name
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether it reads ``org/name`` and no such folder lies here."""
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def source_name(source: str) -> str:
+    """A text's name without the folders that it lies in."""
+    if PureWindowsPath(source).is_absolute() or source.startswith("/"):
+        return printable(PureWindowsPath(source).name)
+    return printable(_LOCAL_PATH.sub(lambda found: PureWindowsPath(found[0]).name, source))
+
+
+def card_head(model: str) -> str:
+    """The YAML head; a base model is named where it is on the hub."""
+    base = f"base_model: {model}\n" if is_hub_id(model) else ""
+    return f"---\nlibrary_name: transformers\n{base}tags:\n- frugal-bonsai\n- pruned\n---\n"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; its cells are escaped."""
+    lines = [_row(head), "|" + "---|" * len(head), *map(_row, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,44 @@
+"""The model card of what ``shrink`` wrote: the masked parent, made smaller.
+
+In: its summary as plain values. Out: Markdown with a YAML head, without local paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from frugal_bonsai.report.card_parts import LOAD, card_head, markdown_table, parent_name
+from frugal_bonsai.report.words import KIND_NAMES, size_rows, span
+
+
+def mask_card(summary: Mapping[str, Any]) -> str:
+    """The text of README.md.
+
+    Args:
+        summary: what :func:`frugal_bonsai.shrink` returns; "out" and "load" are not used.
+    """
+    parent = parent_name(summary["model"])
+    kept = [
+        (KIND_NAMES.get(kind, kind), span(summary["dense"][kind]), span(counts))
+        for kind, counts in summary["kept"].items()
+    ]
+    parts = [
+        card_head(summary["model"]),
+        f"# {parent}, {summary['sparsity']:.1%} of its block weights removed\n",
+        f"Made from `{parent}` ({summary['family']}) and a keep mask with frugal-bonsai "
+        f"{summary['version']}: the units that `pruning_mask.json` lists are gone. "
+        f"{summary['layout'].capitalize()} layout. The parent's licence applies: these are "
+        f"weights of `{parent}`.\n",
+        *(f"Note: {note}.\n" for note in summary["notes"]),
+        "## Figures\n",
+        markdown_table(
+            ("", "before", "after", "ratio"),
+            size_rows(summary["before"], summary["after"], "of weights"),
+        ),
+        markdown_table(("units a layer", "before", "after"), kept),
+        "Kept weights are bit for bit the parent's. No perplexity was measured.\n",
+        "## How to load it\n",
+        LOAD[summary["layout"]],
+    ]
+    return "\n".join(parts)

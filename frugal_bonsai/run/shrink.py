@@ -1,0 +1,110 @@
+"""``shrink``: the rewriter alone, from a mask that someone made elsewhere.
+
+In: a dense model, a mask file, an output folder. Out: the pruned model in that folder, which
+appears when it is complete, and a summary as plain values. No text, no forward pass, no GPU. Holds
+one tensor. Weights that recovery refitted are not in a mask: the result is the masked parent.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory, write_bytes
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.model.family import describe_model
+from frugal_bonsai.model.layout import UNIFORM, layout_rules
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.report.card_parts import parent_name
+from frugal_bonsai.report.mask_card import mask_card
+from frugal_bonsai.run.prepare import Model, open_model
+from frugal_bonsai.run.summary import MASK_FILE, load_line, package_version
+from frugal_bonsai.sizes import parse_bytes
+
+NO_REFITS = (
+    "a mask holds no weights: projections that recovery refitted are not in it, so this is the "
+    "masked parent, worse than what prune wrote with recovery"
+)
+
+
+def shrink(
+    model: str,
+    mask: str | Path,
+    out: str | Path,
+    *,
+    layout: str = UNIFORM,
+    max_shard_size: str | int = "5GB",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the pruned model that a mask file describes.
+
+    Args:
+        model: the dense model: folder, hub id or ``example``.
+        mask: mask file, such as the ``pruning_mask.json`` that a prune wrote.
+        out: folder that must not exist yet.
+        layout: of the output.
+        max_shard_size: of the output.
+        progress: told what is done.
+
+    Returns:
+        The summary, plain values (what ``--json`` prints).
+
+    Raises:
+        FrugalBonsaiError: anything that the user can mend; no half-written output is left.
+    """
+    from frugal_bonsai.rewrite.companions import write_companions
+    from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
+    from frugal_bonsai.rewrite.shrink import shrink as rewrite
+
+    out, progress, started = Path(out), progress or Silent(), time.monotonic()
+    require_no_output(out)
+    shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
+    with open_model(model) as opened:
+        spec = opened.spec
+        keep = read_mask(Path(mask), spec)
+        # The mask decides: any FFN width that the layout can hold is as good as another.
+        rules = layout_rules(spec, layout, tile=1)
+        progress.note(NO_REFITS)
+        with staged_directory(out) as staged:
+            written = rewrite(
+                opened.checkpoint, spec, keep, staged, rules=rules, max_shard_bytes=shard_bytes
+            )
+            write_companions(opened.folder, staged)
+            write_mask(staged / MASK_FILE, parent_name(opened.name), spec, keep)
+            summary = _describe(opened, keep, staged) | {
+                "layout": layout,
+                "sparsity": written.sparsity,
+                "out": str(out),
+                "load": load_line(out, layout),
+                "notes": [NO_REFITS],
+                "seconds": time.monotonic() - started,
+            }
+            write_bytes(staged / "README.md", mask_card(summary).encode())
+    return summary
+
+
+def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
+    """Sizes before and after, the latter read back from what was written."""
+    spec = model.spec
+    with Checkpoint.open(staged) as output:
+        after = describe_model(output.config, output.shapes, source="the pruned config.json")
+        after_bytes = output.weight_bytes
+    return {
+        "version": package_version(),
+        "model": model.name,
+        "family": spec.family.model_type,
+        "kept": mask.counts(),
+        "dense": KeepMask(spec.table).counts(),
+        "before": {
+            "parameters": spec.parameters,
+            "block_parameters": spec.block_parameters,
+            "weight_bytes": model.checkpoint.weight_bytes,
+        },
+        "after": {
+            "parameters": after.parameters,
+            "block_parameters": after.block_parameters,
+            "weight_bytes": after_bytes,
+        },
+    }

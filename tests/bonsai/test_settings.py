@@ -1,0 +1,50 @@
+"""Methods are bundles of settings; what contradicts itself is refused with the option's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from frugal_bonsai.bonsai.settings import METHODS, PruneSettings, make_settings
+from frugal_bonsai.cli import prune_command
+from frugal_bonsai.errors import OptionError
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_a_valid_bundle_and_options_override_it(method: str) -> None:
+    settings = make_settings(method, {"sparsity": 0.3, "seed": 7, "masks": None})
+    assert (settings.sparsity, settings.seed) == (0.3, 7)
+    for name, value in METHODS[method].items():
+        assert getattr(settings, name) == value
+    assert make_settings(method, {"ridge": 0.5}).ridge == 0.5
+
+
+def test_no_two_methods_are_the_same() -> None:
+    bundles = [make_settings(method, {}).to_json() for method in METHODS]
+    assert all(bundles.count(bundle) == 1 for bundle in bundles)
+    assert make_settings("default", {}) == PruneSettings()
+
+
+def test_the_command_line_offers_every_method() -> None:
+    [option] = [o for o in prune_command.params if o.name == "method"]
+    assert set(option.type.choices) == set(METHODS)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("best", {}, r"--method: 'best' is not one of default, group"),
+        ("default", {"level": "layer"}, r"--level: 'layer' is not one of group, unit, none"),
+        ("default", {"per": "unit"}, r"unknown setting 'per'; known: allocation, arithmetic"),
+        ("default", {"allocation": "ffn"}, r"take --level none, or --allocation global"),
+        ("unit", {"allocation": "equal"}, r"--allocation equal: .* at --level unit"),
+        ("default", {"step": 1.1}, r"--step: 1\.1 is outside \(0, 1\]"),
+        ("default", {"sparsity": 1.0}, r"--sparsity: 1\.0 is outside \(0, 1\)"),
+        ("default", {"objective": "speed"}, r"--objective: 'speed' is not one of parameters"),
+        ("paper", {"level": "group"}, r"take --level unit, or --regression ridge"),
+    ],
+)
+def test_settings_that_cannot_work(method: str, options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(OptionError, match=expected):
+        make_settings(method, options)

@@ -1,0 +1,182 @@
+"""``frugal-bonsai shrink``: a mask that someone made elsewhere, applied as a user applies it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import fail, frugal_bonsai, python, succeed
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.model.family import ModelSpec, describe_model
+from frugal_bonsai.model.layout import PER_LAYER, UNIFORM
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
+
+QUICK = ("--windows", "4", "--window", "64", "--level", "none", "--max-cpu-mem", "2GB")
+
+LOGITS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+folder, tokens, answer, remote = sys.argv[1:5]
+model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=remote == "1")
+with torch.no_grad():
+    torch.save(model(torch.load(tokens)).logits, answer)
+print(type(model).__module__)
+"""
+
+
+def describe(model: str | Path) -> tuple[Path, ModelSpec]:
+    folder = find_model(str(model))
+    with Checkpoint.open(folder) as checkpoint:
+        return folder, describe_model(checkpoint.config, checkpoint.shapes)
+
+
+def masked_logits(folder: Path, spec: ModelSpec, mask: KeepMask, tokens: Any) -> torch.Tensor:
+    """The dense model in fp32, the inputs of its output projections zeroed where masked."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for group in spec.table.groups:
+        columns_C = mask.columns(group)
+        projection = model.model.layers[group.layer].get_submodule(group.output)
+        projection.register_forward_pre_hook(
+            lambda _module, inputs, columns_C=columns_C: (inputs[0] * columns_C,)
+        )
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def plain_logits(folder: Path, layout: str, tokens: Any, tmp_path: Path) -> torch.Tensor:
+    """What plain transformers computes, in a process of its own."""
+    torch.save(tokens, tmp_path / "tokens")
+    remote = "0" if layout == UNIFORM else "1"
+    cache = str(tmp_path / "modules")
+    arguments = (folder, tmp_path / "tokens", tmp_path / "answer", remote)
+    said = python(LOGITS, *arguments, HF_MODULES_CACHE=cache)
+    assert said.startswith("transformers." if layout == UNIFORM else "transformers_modules")
+    return torch.load(tmp_path / "answer")
+
+
+def keep_some(spec: ModelSpec, layout: str) -> KeepMask:
+    """Half of the KV groups and FFN channels; per-layer, fewer in later layers."""
+    mask = KeepMask(spec.table)
+    generator = torch.Generator().manual_seed(2)
+    for group in spec.table.groups:
+        kept = group.count // 2
+        if layout == PER_LAYER:
+            kept = max(1, kept - group.layer)
+        mask.of(group)[torch.randperm(group.count, generator=generator)[kept:]] = False
+    return mask
+
+
+@pytest.mark.parametrize("layout", [UNIFORM, PER_LAYER])
+def test_a_prune_without_recovery_and_its_mask_give_the_same_files(
+    tmp_path: Path, layout: str
+) -> None:
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    options = ("--sparsity", "0.3", "--layout", layout, "--no-recovery", *QUICK)
+    summary = succeed("prune", "example", "--out", pruned, *options)
+    mask = pruned / "pruning_mask.json"
+    result = succeed("shrink", "example", "--mask", mask, "--out", out, "--layout", layout)
+    assert result["kept"] == summary["kept"]
+    assert result["sparsity"] == pytest.approx(summary["sparsity"])
+    sizes = ("parameters", "block_parameters", "weight_bytes")
+    assert result["after"] == {key: summary["after"][key] for key in sizes}
+    assert any("refitted" in note for note in result["notes"])
+    names = {path.name for path in pruned.iterdir()} - {"pruning_report.json"}
+    assert {path.name for path in out.iterdir()} == names
+    for name in names - {"README.md"}:
+        assert (out / name).read_bytes() == (pruned / name).read_bytes(), name
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "refitted" in card and f"{summary['sparsity']:.1%}" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("layout", [UNIFORM, PER_LAYER])
+def test_a_real_model_equals_its_masked_parent(
+    tmp_path: Path, stories3m: Path, layout: str
+) -> None:
+    folder, spec = describe(stories3m)
+    mask = keep_some(spec, layout)
+    write_mask(tmp_path / "mask.json", "stories3M", spec, mask)
+    out = tmp_path / "out"
+    result = succeed(
+        "shrink", folder, "--mask", tmp_path / "mask.json", "--out", out, "--layout", layout
+    )
+    tokens = torch.randint(3, spec.vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
+    expected = masked_logits(folder, spec, mask, tokens)
+    found = plain_logits(out, layout, tokens, tmp_path)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-4
+    removed = result["before"]["block_parameters"] - result["after"]["block_parameters"]
+    assert removed == mask.removed_parameters()
+    # The mask in the output is the one that was given: it can be shared on.
+    assert read_mask(out / "pruning_mask.json", spec) == mask
+
+
+def test_recovery_is_not_in_a_mask_and_the_command_says_so(tmp_path: Path) -> None:
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    succeed("prune", "example", "--out", pruned, "--sparsity", "0.2", *QUICK)
+    mask = pruned / "pruning_mask.json"
+    done = frugal_bonsai("shrink", "example", "--mask", mask, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "recovery refitted are not in it" in " ".join(done.stdout.split())
+    assert "AutoModelForCausalLM.from_pretrained" in done.stdout
+    theirs, ours = (load_file(path / "model.safetensors") for path in (pruned, out))
+    different = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert "model.layers.1.mlp.down_proj.weight" in different
+    assert "model.embed_tokens.weight" not in different
+
+
+def refused(tmp_path: Path, *words: str | Path) -> str:
+    before = sorted(tmp_path.iterdir())
+    text = fail("shrink", *words, "--out", tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    return text
+
+
+def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    _, spec = describe("example")
+    mask, path = keep_some(spec, PER_LAYER), tmp_path / "mask.json"
+    write_mask(path, "example", spec, mask)
+    text = refused(tmp_path, "example", "--mask", path)
+    assert "uniform layout: layer" in text and "take --layout per-layer" in text
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["removed"]["ffn"][0] = [10_000]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    text = refused(tmp_path, "example", "--mask", path, "--layout", "per-layer")
+    assert "names unit 10000" in text and "mask.json" in text
+    assert "cannot be read" in refused(tmp_path, "example", "--mask", tmp_path / "none")
+    assert "no-such" in refused(tmp_path, tmp_path / "no-such", "--mask", path)
+
+
+def test_a_mask_for_another_model(tmp_path: Path, stories3m: Path) -> None:
+    _, spec = describe(stories3m)
+    write_mask(tmp_path / "mask.json", "stories3M", spec, keep_some(spec, UNIFORM))
+    text = refused(tmp_path, "example", "--mask", tmp_path / "mask.json")
+    assert "belongs to another model: 'stories3M'" in text
+
+
+def test_an_output_that_exists(tmp_path: Path) -> None:
+    _, spec = describe("example")
+    write_mask(tmp_path / "mask.json", "example", spec, keep_some(spec, UNIFORM))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep me", encoding="utf-8")
+    assert "exists" in refused(tmp_path, "example", "--mask", tmp_path / "mask.json")
+    assert (tmp_path / "out" / "mine.txt").read_text(encoding="utf-8") == "keep me"
+
+
+def test_the_python_function(tmp_path: Path) -> None:
+    import frugal_bonsai as package
+
+    _, spec = describe("example")
+    write_mask(tmp_path / "mask.json", "example", spec, keep_some(spec, UNIFORM))
+    result = package.shrink("example", tmp_path / "mask.json", tmp_path / "out")
+    assert result["load"] == f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
+    shutil.rmtree(tmp_path / "out")
