@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from frugal_bonsai.rewrite.load import load_pruned
+    from frugal_bonsai.run.bench import BenchOptions, bench
     from frugal_bonsai.run.evaluate import evaluate
+    from frugal_bonsai.run.export import export_gguf
     from frugal_bonsai.run.inspect import inspect
     from frugal_bonsai.run.options import PruneOptions
     from frugal_bonsai.run.plan import plan
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
     from frugal_bonsai.text.windows import load_tokenizer
 
 __all__ = [
+    "BenchOptions",
     "PruneOptions",
+    "bench",
     "evaluate",
+    "export_gguf",
     "inspect",
     "load_pruned",
     "load_tokenizer",
@@ -31,8 +36,11 @@ __all__ = [
 # Public name -> the module that has it, imported at first use: `import frugal_bonsai` stays free of
 # torch, and so does `frugal-bonsai --help`.
 _HOMES = {
+    "BenchOptions": "frugal_bonsai.run.bench",
     "PruneOptions": "frugal_bonsai.run.options",
+    "bench": "frugal_bonsai.run.bench",
     "evaluate": "frugal_bonsai.run.evaluate",
+    "export_gguf": "frugal_bonsai.run.export",
     "inspect": "frugal_bonsai.run.inspect",
     "load_pruned": "frugal_bonsai.rewrite.load",
     "load_tokenizer": "frugal_bonsai.text.windows",

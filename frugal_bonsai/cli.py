@@ -40,12 +40,20 @@ _profile = click.option(
     help="Hardware profile: plan for that machine; prune predicts its time.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-_layout = click.option(
-    "--layout",
-    type=click.Choice(["uniform", "per-layer"]),
-    default="uniform",
-    show_default=True,
-    help="uniform loads everywhere; per-layer prunes better.",
+_layout = _options(
+    click.option(
+        "--layout",
+        type=click.Choice(["uniform", "per-layer", "padded"]),
+        default="uniform",
+        show_default=True,
+        help="uniform loads everywhere; per-layer prunes better; padded is per-layer, zero-filled "
+        "so that it loads everywhere.",
+    ),
+    click.option(
+        "--as-mistral",
+        is_flag=True,
+        help="Allow a Llama any number of heads: written as the Mistral that computes the same.",
+    ),
 )
 _search = _options(
     click.option(
@@ -83,6 +91,8 @@ _search = _options(
                 "unit",
                 "local-only",
                 "paper",
+                "fluctuation",
+                "depth",
                 "wanda",
                 "magnitude",
                 "random",
@@ -100,15 +110,33 @@ _search = _options(
         "decide on every unit; none: no masks.",
     ),
     click.option(
+        "--objective",
+        type=click.Choice(["parameters", "units", "latency"]),
+        help="What loss is weighed against: parameters removed, units, or milliseconds saved on "
+        "the machine of --profile.",
+    ),
+    click.option("--prompt-tokens", type=int, help="Of the prompt that latency is counted for."),
+    click.option("--generated-tokens", type=int, help="Of its answer.  [default: 512 and 128]"),
+    click.option(
         "--allocation",
-        type=click.Choice(["global", "equal", "ffn"]),
-        help="Without masks: what costs least anywhere, the same share of every layer and kind, or "
-        "of every FFN alone.",
+        type=click.Choice(["global", "equal", "ffn", "layers"]),
+        help="Without masks: what costs least anywhere, the same share of every layer and kind, of "
+        "every FFN alone, or whole layers.",
     ),
     click.option(
         "--prior",
         type=click.Choice(
-            ["activation", "wanda", "output", "fluctuation", "exact", "magnitude", "random"]
+            [
+                "activation",
+                "wanda",
+                "output",
+                "fluctuation",
+                "flap",
+                "exact",
+                "magnitude",
+                "random",
+                "similarity",
+            ]
         ),
     ),
     click.option("--design", type=click.Choice(["per-window", "shared"])),
@@ -125,6 +153,11 @@ _search = _options(
         "--recovery/--no-recovery",
         default=None,
         help="Refit projections after every round.",
+    ),
+    click.option(
+        "--bias/--no-bias",
+        default=None,
+        help="Without masks and recovery: what goes leaves its mean behind as a bias.",
     ),
     click.option(
         "--refit",
@@ -200,6 +233,62 @@ def shrink_command(as_json: bool, **given: Any) -> None:
     from frugal_bonsai.run.shrink import shrink
 
     _print(shrink(**given), render_shrink, as_json=as_json)
+
+
+@cli.command(name="export")
+@click.argument("model", metavar="PRUNED")
+@click.option("--format", "kind", type=click.Choice(["gguf"]), default="gguf", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f16", "f32", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Of the matrices; vectors stay f32.",
+)
+@click.option("--out", required=True, metavar="FILE", help="Appears when it is complete.")
+@_json
+def export_command(kind: str, as_json: bool, **given: Any) -> None:
+    """Write PRUNED (or a dense model) for llama.cpp, one file with the tokenizer in it."""
+    from frugal_bonsai.report.rewrite_tables import render_export
+    from frugal_bonsai.run.export import export_gguf
+
+    _print(export_gguf(**given), render_export, as_json=as_json)
+
+
+@cli.command(name="bench")
+@click.argument("dense")
+@click.argument("pruned")
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "llama.cpp"]),
+    default="transformers",
+    show_default=True,
+    help="llama.cpp takes GGUF files, or folders with one in them.",
+)
+@click.option("--prompt-tokens", type=int, default=256, show_default=True)
+@click.option("--new-tokens", type=int, default=64, show_default=True)
+@click.option("--repeat", type=int, default=5, show_default=True, help="Counted runs of each.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's]")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1.  [default: GPU if any]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="[default: float32 on a CPU, bfloat16 on a GPU]",
+)
+@_json
+def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
+    """Time DENSE and PRUNED in turn: prefill, decode, peak memory, and their ratios."""
+    from frugal_bonsai.report.rewrite_tables import render_bench
+    from frugal_bonsai.run.bench import BenchOptions, bench
+
+    options = BenchOptions(**given)
+    import psutil
+
+    from frugal_bonsai.report.live import make_progress
+
+    with make_progress(int(psutil.virtual_memory().total)) as progress:
+        result = bench(dense, pruned, options, progress=progress)
+    _print(result, render_bench, as_json=as_json)
 
 
 @cli.command(name="plan")
@@ -293,6 +382,9 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "sparsity",
         "step",
         "level",
+        "objective",
+        "prompt_tokens",
+        "generated_tokens",
         "allocation",
         "prior",
         "design",
@@ -301,6 +393,7 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "certainty",
         "mask_windows",
         "recovery",
+        "bias",
         "refit",
         "refine",
         "compensate",

@@ -42,3 +42,7 @@ class StateError(FrugalBonsaiError):
 
 class VerifyError(FrugalBonsaiError):
     """The rewritten model does not compute what the masked parent computes."""
+
+
+class BenchError(FrugalBonsaiError):
+    """A model cannot be timed: it does not load, or its process ended."""

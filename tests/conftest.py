@@ -41,3 +41,9 @@ def stories3m(shared: Path) -> Path:
 def stories260k(shared: Path) -> Path:
     """A real Llama: fp32, GQA 8/4, 0.26 M parameters, tied."""
     return _model(shared, "stories260K")
+
+
+@pytest.fixture(scope="session")
+def gpt1m_bytes(shared: Path) -> Path:
+    """A real GPT-2: fp16, 4 heads, 0.95 M parameters, bytes as vocabulary, untied."""
+    return _model(shared, "gpt1m-bytes")

@@ -1,4 +1,4 @@
-"""Tiny random Llamas on disk, and Hugging Face's own model as the oracle.
+"""Tiny random models on disk, and Hugging Face's own model as the oracle.
 
 Every parameter is random, norms and biases too, so that nothing is right by being zero or one.
 """
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.memory.plan import SweepLimits
+from frugal_bonsai.model.arrange import describe_checkpoint
 from frugal_bonsai.model.cut import slices_by_tensor
-from frugal_bonsai.model.family import ModelSpec, describe_model
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import FLOAT, Engine
 from frugal_bonsai.stream.source import CheckpointSource
@@ -78,9 +79,11 @@ class Tiny:
     def source(self, **options: Any) -> CheckpointSource:
         return CheckpointSource(self.checkpoint, self.spec, **options)
 
-    def hugging_face(self, mask: KeepMask | None = None) -> LlamaForCausalLM:
+    def hugging_face(self, mask: KeepMask | None = None) -> PreTrainedModel:
         """The model in fp32; with a mask, all weights of the removed units are zero."""
-        model = LlamaForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32
+        ).eval()
         if mask is not None:
             zero_units(model, self.spec, mask)
         return model
@@ -97,39 +100,203 @@ def sweep_limits(**limits: int) -> SweepLimits:
     return SweepLimits(**{**values, **limits})
 
 
-def tiny_llama(
+def tiny_llama(folder: Path, **changes: Any) -> Tiny:
+    """Save a random Llama into a new folder and open it; see :func:`tiny_model`."""
+    return tiny_model(folder, "llama", **{**TINY, **changes})
+
+
+def tiny_model(
     folder: Path,
+    model_type: str,
     *,
     seed: int = 0,
     std: float = 0.3,
     dtype: torch.dtype = torch.float32,
-    **changes: Any,
+    **config: Any,
 ) -> Tiny:
-    """Save a random Llama into a new folder and open it."""
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
+    """Save a random model of an architecture into a new folder and open it."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=std, generator=generator)
-            if "norm" in name:
+            # Gemma's norms multiply by one and their weight.
+            if ("norm" in name or ".ln_" in name) and not model_type.startswith("gemma"):
                 parameter.add_(1.0)
     model.to(dtype).save_pretrained(folder)
     return open_tiny(folder)
 
 
+# A two-layer model of every family in the table: its own config class, counts that all differ.
+_SIZES: dict[str, Any] = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+_GPT2: dict[str, Any] = {
+    "vocab_size": 53,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_inner": 20,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Test name -> model_type and config.
+FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _SIZES),
+    # Windows of 13 tokens are longer than the sliding windows.
+    "mistral": ("mistral", {**_SIZES, "sliding_window": 5}),
+    "qwen2": (
+        "qwen2",
+        {**_SIZES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", _SIZES),
+    "qwen3-biases": ("qwen3", {**_SIZES, "attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {**_SIZES, "no_rope_layers": [1, 0]}),
+    "granite": (
+        "granite",
+        {
+            **_SIZES,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 8.0,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": ("olmo2", _SIZES),
+    "stablelm": ("stablelm", {**_SIZES, "partial_rotary_factor": 0.5, "use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "stablelm",
+        {
+            **_SIZES,
+            "partial_rotary_factor": 0.5,
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            **_SIZES,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 6,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **_SIZES,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 6,
+        },
+    ),
+    "phi3": ("phi3", {**_SIZES, "sliding_window": 5, "partial_rotary_factor": 0.5}),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt2-untied": ("gpt2", {**_GPT2, "tie_word_embeddings": False, "n_inner": None}),
+    "gpt-neo": (
+        "gpt_neo",
+        {
+            "vocab_size": 53,
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_heads": 3,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 5,
+            "intermediate_size": 20,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "pythia": ("gpt_neox", _without(_SIZES, "head_dim", "num_key_value_heads")),
+    "gpt-neox-sequential": (
+        "gpt_neox",
+        {
+            **_without(_SIZES, "head_dim", "num_key_value_heads"),
+            "use_parallel_residual": False,
+            "attention_bias": False,
+        },
+    ),
+    "opt": (
+        "opt",
+        {
+            **_without(_SIZES, "head_dim", "num_key_value_heads", "intermediate_size"),
+            "ffn_dim": 20,
+            "word_embed_proj_dim": 24,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # 7B's wiring: one KV head, one norm for both sublayers; 40B's: groups and two norms.
+    "falcon-multi-query": (
+        "falcon",
+        {**_without(_SIZES, "head_dim", "num_key_value_heads"), "ffn_hidden_size": 20},
+    ),
+    "falcon-groups": (
+        "falcon",
+        {
+            **_without(_SIZES, "head_dim", "num_key_value_heads"),
+            "ffn_hidden_size": 20,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 3,
+            "bias": True,
+        },
+    ),
+    "falcon-sequential": (
+        "falcon",
+        {
+            **_without(_SIZES, "head_dim", "num_key_value_heads"),
+            "ffn_hidden_size": 20,
+            "multi_query": False,
+            "parallel_attn": False,
+        },
+    ),
+}
+
+
+def tiny_family(folder: Path, name: str, **changes: Any) -> Tiny:
+    """A two-layer model of a family; see :data:`FAMILY_CONFIGS`."""
+    model_type, config = FAMILY_CONFIGS[name]
+    return tiny_model(folder, model_type, **{**config, **changes})
+
+
 def open_tiny(folder: Path) -> Tiny:
     checkpoint = Checkpoint.open(folder)
-    return Tiny(folder, checkpoint, describe_model(checkpoint.config, checkpoint.shapes))
+    return Tiny(folder, checkpoint, describe_checkpoint(checkpoint))
 
 
-def zero_units(model: LlamaForCausalLM, spec: ModelSpec, mask: KeepMask) -> None:
+def zero_units(model: PreTrainedModel, spec: ModelSpec, mask: KeepMask) -> None:
     """Zero every row and column that the removed units own (biases of rows too)."""
     tensors = dict(model.named_parameters())
     with torch.no_grad():
         for name, pieces in slices_by_tensor(spec.table).items():
             for group, piece in pieces:
                 gone = (~mask.of(group)).repeat_interleave(piece.width).nonzero().flatten()
-                tensors[name].index_fill_(piece.axis, gone + piece.start, 0.0)
+                turned = name.endswith(spec.family.transposed)
+                axis = 1 - piece.axis if turned else piece.axis
+                tensors[name].index_fill_(axis, gone + piece.start, 0.0)
 
 
 def random_windows(
@@ -141,7 +308,7 @@ def random_windows(
 
 @torch.no_grad()
 def sampled_windows(
-    model: LlamaForCausalLM, windows: int, window: int, *, seed: int = 0
+    model: PreTrainedModel, windows: int, window: int, *, seed: int = 0
 ) -> torch.Tensor:
     """Windows sampled from the model itself: on these it is better than any change of it."""
     generator = torch.Generator().manual_seed(seed)
@@ -154,7 +321,7 @@ def sampled_windows(
 
 
 @torch.no_grad()
-def hugging_face_losses(model: LlamaForCausalLM, tokens_NS: torch.Tensor) -> torch.Tensor:
+def hugging_face_losses(model: PreTrainedModel, tokens_NS: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of tokens 2..S, one window at a time, ``[N, S-1]``."""
     losses = []
     for tokens_S in tokens_NS:

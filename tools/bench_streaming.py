@@ -5,7 +5,10 @@ Figures, each the ratio of the medians of runs that alternate (above 1: ours is 
     streamed      the same model resident in memory, same sweep and arithmetic, against streamed
     masked        Hugging Face's own forward over the same tokens (fp32) against the masked sweep
     int8          the same forward against the masked sweep with int8 products
-    offload       accelerate.disk_offload running the masks one at a time, against the masked sweep
+    offload       accelerate.disk_offload running the masks one at a time, against the masked sweep,
+                  both with everything in the page cache
+    offload-cold  the same for a model larger than memory: of what either side reads, nothing is in
+                  the page cache when a mask (theirs) or a sweep (ours) begins
     cold          a plain sequential pread of the same bytes against a sweep of few windows, cold
     utilisation   the masked sweep's arithmetic at the measured rate of matrix products, against
                   the sweep (model FLOP utilisation)
@@ -42,7 +45,7 @@ from frugal_bonsai.stream.layers import LayerStream, Parameters
 from frugal_bonsai.stream.store import INT8, build_store
 
 CPU = torch.device("cpu")
-FIGURES = ("streamed", "masked", "int8", "offload", "cold", "utilisation")
+FIGURES = ("streamed", "masked", "int8", "offload", "offload-cold", "cold", "utilisation")
 
 
 class HalfOff:
@@ -171,32 +174,51 @@ class Bench:
 
     def offload(self) -> None:
         """Masks one at a time through accelerate.disk_offload, each on its window."""
+        self._against_offload(cold=False)
+
+    def offload_cold(self) -> None:
+        """The same, where the page cache cannot hold the model from one pass to the next."""
+        self._against_offload(cold=True)
+
+    def _against_offload(self, *, cold: bool) -> None:
         from accelerate import disk_offload
 
-        folder = self.work / "offloaded"
-        model = load_model(self.model.folder, torch.bfloat16)
+        dtype = getattr(torch, self.given.offload_dtype)
+        folder = self.work / f"offloaded-{self.given.offload_dtype}"
+        model = load_model(self.model.folder, dtype)
         disk_offload(model, str(folder), execution_device=CPU)
+        theirs, mine = list(folder.iterdir()), self._read_by_sweeps()
         masks = min(self.given.offload_masks, len(self.tokens_NS))
 
         def one_at_a_time() -> None:
             for window in range(masks):
+                if cold:
+                    drop(theirs)
                 with masked(model, self.model, window), torch.inference_mode():
                     tokens_1S = self.tokens_NS[window : window + 1]
                     model(input_ids=tokens_1S, labels=tokens_1S, use_cache=False)
 
+        def sweep(arithmetic: str, stream: LayerStream) -> None:
+            if cold:
+                drop(mine)
+            self.sweep(arithmetic, stream)
+
         for arithmetic, engine in self.engines.items():
             with engine.evaluation_stream(self.store) as stream:
                 self._compare(
-                    f"offload (bf16), {masks} masks, against {arithmetic} over "
-                    f"{len(self.tokens_NS)}, seconds a mask",
+                    f"offload{' cold' * cold} ({self.given.offload_dtype}), {masks} masks, against "
+                    f"{arithmetic} over {len(self.tokens_NS)}, seconds a mask",
                     one_at_a_time,
-                    lambda s=stream, a=arithmetic: self.sweep(a, s),
+                    lambda s=stream, a=arithmetic: sweep(a, s),
                     shares=(masks, len(self.tokens_NS)),
                 )
 
+    def _read_by_sweeps(self) -> list[Path]:
+        return sorted((self.work / "store").iterdir()) + sorted((self.work / "head").iterdir())
+
     def cold(self) -> None:
         """Few windows, nothing in the page cache."""
-        files = sorted((self.work / "store").iterdir()) + sorted((self.work / "head").iterdir())
+        files = self._read_by_sweeps()
         buffer = bytearray(max(file.stat().st_size for file in files))
 
         def plain() -> None:
@@ -309,6 +331,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--cold-windows", type=int, default=1)
     parser.add_argument("--offload-masks", type=int, default=2)
+    parser.add_argument("--offload-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--micro-batch-tokens", type=int, default=1280)
     parser.add_argument("--head-tokens", type=int, default=2048)
     parser.add_argument("--repeat", type=int, default=3)
@@ -323,7 +346,7 @@ def main() -> None:
     with open_model(given.model) as model, tempfile.TemporaryDirectory(dir=given.work) as work:
         bench = Bench(model, given, Path(work))
         for figure in chosen:
-            getattr(bench, figure)()
+            getattr(bench, figure.replace("-", "_"))()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write a checkpoint of random weights with the shapes of a real model, for measurements.
 
 The tensors are those that Hugging Face's own class of the architecture has, one written at a time;
-a tokenizer of single characters comes along, so that every command runs on it. Any number of layers
+a tokenizer of single bytes comes along, so that every command runs on it. Any number of layers
 can stand for all: memory and time of a sweep are proportional to them.
 
     python tools/make_shape_checkpoint.py llama-3.2-1b OUT [--layers 4] [--dtype bfloat16]
@@ -18,6 +18,7 @@ import torch
 
 from frugal_bonsai.checkpoint.reader import dtype_name
 from frugal_bonsai.checkpoint.writer import ShardedWriter, staged_directory
+from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.sizes import format_bytes, parse_bytes
 
 # From the published config.json of each model; rope scaling left out, it changes no shape.
@@ -29,6 +30,17 @@ LLAMA_3 = {
     "rms_norm_eps": 1e-5,
 }
 SHAPES: dict[str, dict[str, Any]] = {
+    # No real model: 100 M parameters of which nearly all are in the layers, to measure speed with.
+    "llama-100m": {
+        **LLAMA_3,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
     "llama-3.2-1b": {
         **LLAMA_3,
         "hidden_size": 2048,
@@ -122,15 +134,30 @@ def random_weight(
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of printable ASCII characters, one token each."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A tokenizer of single bytes, which GGUF files can hold too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = ["\n", *map(chr, range(32, 127))]
-    vocabulary = {"<unk>": 0, **{c: at for at, c in enumerate(characters, start=1)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: at for at, character in enumerate(alphabet)}
+    last = alphabet[-1]
+    vocabulary[last * 2] = len(alphabet)  # llama.cpp loads no tokenizer without merges
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(last, last)]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def write_half_mask(folder: Path, path: Path) -> None:
+    """A mask for ``frugal-bonsai shrink`` that keeps every second unit of each group."""
+    from frugal_bonsai.rewrite.mask_file import write_mask
+    from frugal_bonsai.run.prepare import open_model
+
+    with open_model(str(folder), headers_only=True) as opened:
+        mask = KeepMask(opened.spec.table)
+        for group in opened.spec.table.groups:
+            mask.of(group)[1::2] = False
+        write_mask(path, folder.name, opened.spec, mask)
 
 
 def main() -> None:
@@ -141,6 +168,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--max-shard-size", default="1GB")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--half-mask", type=Path, help="write a mask too that keeps every second unit"
+    )
     given = parser.parse_args()
     size_bytes = make_checkpoint(
         given.shape,
@@ -150,6 +180,8 @@ def main() -> None:
         max_shard_bytes=parse_bytes(given.max_shard_size, option="--max-shard-size"),
         seed=given.seed,
     )
+    if given.half_mask is not None:
+        write_half_mask(given.out, given.half_mask)
     print(f"{given.out}: {format_bytes(size_bytes)} of random weights, shapes of {given.shape}")
 
 

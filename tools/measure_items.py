@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=4, help="of a micro-batch")
+    parser.add_argument("--share", type=float, default=0.25, help="of a group that has stand-ins")
     parser.add_argument("--scratch", help="folder for the store")
     options = parser.parse_args()
     print("| item | predicted MiB | measured MiB | predicted / measured |")
@@ -49,7 +50,7 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
     import torch
 
     from frugal_bonsai.memory.budget import Budget, enforce_host_cap
-    from frugal_bonsai.memory.items import Items
+    from frugal_bonsai.memory.prune_items import Items
     from frugal_bonsai.memory.work import Choice, SweepLimits, Work
     from frugal_bonsai.run.prepare import measured_base_bytes, open_model
     from frugal_bonsai.stream.engine import Engine
@@ -59,7 +60,9 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
     enforce_host_cap(0, 1)  # blocks go back to the system when they are freed
     with open_model(options.checkpoint) as opened, torch.inference_mode():
         measured_base_bytes(opened.spec, int8=True)
-        todo = Work(window=options.window, windows=options.windows, weights=INT8)
+        todo = Work(
+            window=options.window, windows=options.windows, weights=INT8, stand_ins=options.share
+        )
         items = Items(opened.spec, Budget(device="cpu", host_bytes=0), todo)
         choice = Choice(
             micro_batch=options.windows, in_flight=options.windows, resident=0, keep_inputs=False
@@ -80,7 +83,9 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
         )
         yield "building the store", items.building().size_bytes, size
         yield from _measure_layer(engine, store, items, choice, options)
+        yield from _measure_products(engine, store, items, choice, options)
         yield from _measure_solve(opened.spec, items)
+        yield from _measure_stand_ins(opened.spec, items, todo.stand_ins)
 
 
 def _measure_layer(
@@ -120,6 +125,52 @@ def _measure_layer(
     size, _ = growth(lambda: engine.head.nll(hidden, tokens_NS))
     predicted = sum(item.size_bytes for item in items.head_rows(choice))
     yield "head chunks and logits", predicted + items.logits(choice).size_bytes, size
+
+
+def _measure_products(
+    engine: Any, store: Any, items: Any, choice: Any, options: argparse.Namespace
+) -> Any:
+    """All products of a layer, one after the other: they share their scratch memory."""
+    import torch
+
+    from frugal_bonsai.stream.layers import LayerStream
+
+    device = engine.device
+    with LayerStream(store, device=device, dtype=torch.float32, int8_products=True) as stream:
+        parameters = next(stream.visit())[1]
+        weights = [weight for weight in parameters.values() if weight.dim() == 2]
+
+        def multiply() -> None:
+            for weight_OI in weights:
+                torch.nn.functional.linear(input_TI[:, : weight_OI.shape[1]], weight_OI)
+
+        input_TI = torch.randn(256, max(weight.shape[1] for weight in weights))
+        widest = max(weight.shape[0] for weight in weights)
+        size, _ = growth(multiply)
+    planned = items.stream(choice, "int8", products=True)
+    predicted = next(item.size_bytes for item in planned if item.name == "int8 products")
+    yield "int8 products", predicted, size - 4 * len(input_TI) * widest
+
+
+def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
+    """Made from a group's Gram matrix, saved, and loaded with as few inputs as can be."""
+    import torch
+
+    from frugal_bonsai.bonsai.gram import Moments
+    from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
+
+    group = spec.table.of_layer(0)[-1]
+    moments = Moments(group.columns, device=torch.device("cpu"), gram=True)
+    moments.add(torch.randn(1, 16, group.columns))
+    saved: dict[str, Any] = {}
+    writer = StandInWriter(
+        share=share, damping=1e-3, save=lambda group, tensors: saved.update(tensors)
+    )
+    size, _ = growth(lambda: writer.add(group, moments, torch.rand(group.count)))
+    yield "making stand-ins", items.solve(stand_ins=share).size_bytes, size
+    loaded = StandIns(lambda group: saved)
+    size, _ = growth(lambda: loaded.of(group, torch.randn(1, 1, group.columns)))
+    yield "stand-ins of a group", items.stand_ins().size_bytes, size
 
 
 def _measure_solve(spec: Any, items: Any) -> Any:

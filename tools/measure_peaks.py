@@ -26,6 +26,7 @@ PHASES = {
     "statistics": "statistics",
     "masks": "masked evaluation",
     "recovery": "recovery",
+    "refinement": "refinement",
     "rewrite": "rewriting",
     "verify": "verifying",
 }
@@ -63,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--masks", type=int, default=2)
     parser.add_argument("--mask-windows", type=int, default=8)
     parser.add_argument("--refit", default="all")
+    parser.add_argument("--layout", default="uniform", help="per-layer masks have stand-ins")
     parser.add_argument("--weights", default="int8")
     parser.add_argument("--arithmetic", default="float", help="of masked evaluation")
     parser.add_argument("--phases", nargs="*", choices=list(PHASES))
@@ -98,6 +100,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 max_cpu_mem=options.max_cpu_mem,
                 calibration="stdlib",
                 device="cpu",
+                layout=options.layout,
                 settings={
                     "masks": options.masks,
                     "mask_windows": options.mask_windows,
@@ -165,11 +168,15 @@ def run_store(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
 def run_statistics(
     opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
 ) -> None:
+    """It makes the masks' stand-ins, too."""
+    import torch
+
     from frugal_bonsai.bonsai.prior import PriorTap
 
-    tap = PriorTap(_prior(opened, ready), engine.device)
+    builder = _prior(opened, ready, work)
     with engine.stream(_store(opened, work)) as stream:
-        engine.sweep.run(stream, tokens_NS, tap=tap)
+        engine.sweep.run(stream, tokens_NS, tap=PriorTap(builder, engine.device))
+    torch.save(builder.build().score_N, work / "score.pt")
 
 
 def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
@@ -177,12 +184,18 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
 
     from frugal_bonsai.bonsai.design import draw_group_masks, draw_pools
     from frugal_bonsai.bonsai.evaluate import evaluate_masks
+    from frugal_bonsai.bonsai.stand_in import StandIns
+    from frugal_bonsai.bonsai.state import StateFolder
     from frugal_bonsai.model.units import KeepMask
+    from frugal_bonsai.run.plan import stand_in_share
 
+    folder = StateFolder(work / "state", {})
     mask, settings = KeepMask(opened.spec.table), ready.settings
     windows_WS = tokens_NS[: settings.mask_windows]
     generator = torch.Generator().manual_seed(0)
-    pools = draw_pools(mask, torch.rand(mask.table.units, generator=generator), 0.1)
+    # The pools that the stand-ins were made for.
+    share = stand_in_share(settings, uniform=ready.rules.uniform) or 0.1
+    pools = draw_pools(mask, torch.load(work / "score.pt"), share)
     pairs = settings.masks * len(windows_WS) // 2
     design = draw_group_masks(pools, pairs, 0.1, generator)
     with engine.evaluation_stream(_store(opened, work)) as stream:
@@ -195,11 +208,33 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
             windows_WS,
             shared=False,
             perplexity=False,
+            stand_ins=StandIns(lambda group: folder.stand_in(0, group)),
         )
 
 
 def run_recovery(
     opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
+) -> None:
+    """Of a round before the last: it makes the next round's prior and stand-ins."""
+    _recover(opened, ready, plan, engine, tokens_NS, work, _prior(opened, ready, work), 0)
+
+
+def run_refinement(
+    opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
+) -> None:
+    """The last round's recovery, which makes no prior."""
+    _recover(opened, ready, plan, engine, tokens_NS, work, None, ready.settings.refine)
+
+
+def _recover(
+    opened: Any,
+    ready: Any,
+    plan: Any,
+    engine: Any,
+    tokens_NS: Any,
+    work: Path,
+    prior: Any,
+    refine: int,
 ) -> None:
     from frugal_bonsai.bonsai.recover import Recovery
     from frugal_bonsai.checkpoint.reader import torch_dtype
@@ -220,10 +255,12 @@ def run_recovery(
         save=save,
         saved_dtype=dtype,
         mask=KeepMask(opened.spec.table) if ready.settings.refit == "all" else None,
+        refine=refine,
+        keep_refinement=plan.keep_refinement,
     )
     store = _store(opened, work)
     with engine.stream(store) as dense, engine.stream(store) as pruned:
-        recovery.run(dense, pruned, engine.head, tokens_NS, _prior(opened, ready))
+        recovery.run(dense, pruned, engine.head, tokens_NS, prior)
 
 
 def run_rewrite(
@@ -238,13 +275,13 @@ def run_rewrite(
 
 def run_verify(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
     from frugal_bonsai.checkpoint.reader import Checkpoint
-    from frugal_bonsai.model.family import describe_model
+    from frugal_bonsai.model.arrange import describe_checkpoint
     from frugal_bonsai.rewrite.verify import compare_logits
     from frugal_bonsai.run.prepare import make_engine
     from frugal_bonsai.stream.source import CheckpointSource
 
     with Checkpoint.open(work / "out") as output:
-        spec = describe_model(output.config, output.shapes)
+        spec = describe_checkpoint(output)
         rewritten = make_engine(output, spec, plan, ready.device, None)
         masked = CheckpointSource(opened.checkpoint, opened.spec, mask=_without_channels(opened, 2))
         compare_logits(engine, masked, rewritten, tokens_NS[:2])
@@ -267,17 +304,28 @@ def _store(opened: Any, work: Path) -> Any:
     return LayerStore(work / "store", opened.spec.layers)
 
 
-def _prior(opened: Any, ready: Any) -> Any:
+def _prior(opened: Any, ready: Any, work: Path) -> Any:
+    """With the stand-ins of the next round."""
     import torch
 
     from frugal_bonsai.bonsai.prior import PriorBuilder
+    from frugal_bonsai.bonsai.stand_in import StandInWriter
+    from frugal_bonsai.bonsai.state import StateFolder
     from frugal_bonsai.model.units import KeepMask
+    from frugal_bonsai.run.plan import stand_in_share
 
+    folder, settings = StateFolder(work / "state", {}), ready.settings
+    writer = StandInWriter(
+        share=stand_in_share(settings, uniform=ready.rules.uniform),
+        damping=settings.ridge,
+        save=lambda group, tensors: folder.save_stand_in(0, group, tensors),
+    )
     return PriorBuilder(
-        ready.settings.prior,
+        settings.prior,
         KeepMask(opened.spec.table),
-        damping=ready.settings.ridge,
+        damping=settings.ridge,
         generator=torch.Generator().manual_seed(0),
+        stand_ins=writer if settings.stand_ins(uniform=ready.rules.uniform) else None,
     )
 
 
@@ -287,6 +335,7 @@ PHASE_FUNCTIONS: dict[str, Callable[..., None]] = {
     "statistics": run_statistics,
     "masks": run_masks,
     "recovery": run_recovery,
+    "refinement": run_refinement,
     "rewrite": run_rewrite,
     "verify": run_verify,
 }

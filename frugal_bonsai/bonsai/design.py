@@ -57,7 +57,8 @@ def draw_pools(mask: KeepMask, score_N: torch.Tensor, share: float) -> Pools:
         span = mask.table.span(group)
         alive = mask.of(group).nonzero().flatten() + span.start
         order = alive[score_N[alive].argsort(stable=True)]
-        members.append(order[: pool_size(len(alive), share)])
+        size = pool_size(len(alive), share) if group.removable else 0
+        members.append(order[:size])
     return Pools(mask, tuple(members))
 
 

@@ -47,9 +47,14 @@ class Moments:
         return self.gram_CC.diagonal().double() / self.tokens
 
     @property
+    def mean_C(self) -> torch.Tensor:
+        """E[x] of each column, float64."""
+        return self.sum_C / self.tokens
+
+    @property
     def variance_C(self) -> torch.Tensor:
         """Var[x] of each column, float64."""
-        return (self.mean_square_C - (self.sum_C / self.tokens).square()).clamp_min(0)
+        return (self.mean_square_C - self.mean_C.square()).clamp_min(0)
 
     def factor(self, damping: float, *, where: str) -> DampedFactor:
         """The factor of ``x x^T``, which takes the Gram matrix's memory: nothing is added any more.

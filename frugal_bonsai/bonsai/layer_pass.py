@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.func import functional_call
 from torch.nn.functional import linear
 
 from frugal_bonsai.stream.call import capture_input, replaced
@@ -37,6 +38,8 @@ class LayerPass:
     saved_dtype: Callable[[str], torch.dtype]
     # The dense model's inputs of the last sublayer's projections, when those are refitted too.
     dense_inputs: HiddenStates | None = None
+    # The dense model's output of the last output projection, where a norm lies behind that.
+    dense_outputs: HiddenStates | None = None
     # Outputs of the sublayers that have been refitted, as functions of a micro-batch.
     outputs: dict[str, Callable[[slice], torch.Tensor]] = field(default_factory=dict)
 
@@ -86,15 +89,59 @@ class LayerPass:
         outputs = {projection: output(items) for projection, output in self.outputs.items()}
         stack = ExitStack()
         for projection, output_BSH in outputs.items():
-            stack.enter_context(replaced(self.module, projection, output_BSH))
+            attention = projection == self.sweep.skeleton.spec.family.attention_output
+            stack.enter_context(
+                replaced(self.module, projection, output_BSH, returns_tuple=attention)
+            )
         return stack
 
     def residual(self, items: slice) -> torch.Tensor:
         """The pruned model's residual stream before the sublayer that comes next."""
         hidden_BSH = self.hidden_pruned.read(items)
-        for output in self.outputs.values():
-            hidden_BSH = hidden_BSH + output(items)
+        for projection, output in self.outputs.items():
+            hidden_BSH = hidden_BSH + self.added(projection, output(items), self.pruned)
         return hidden_BSH
+
+    def added(
+        self, projection: str, output_BSH: torch.Tensor, parameters: Parameters
+    ) -> torch.Tensor:
+        """What a projection's output adds to the residual stream: behind norm and multiplier."""
+        spec = self.sweep.skeleton.spec
+        norm = spec.family.norm_behind(projection)
+        if norm is not None:
+            own = {
+                name.removeprefix(f"{norm}."): value
+                for name, value in parameters.items()
+                if name.startswith(f"{norm}.")
+            }
+            output_BSH = functional_call(self.module.get_submodule(norm), own, (output_BSH,))
+        scale = spec.residual_scale
+        return output_BSH if scale == 1.0 else output_BSH * scale
+
+    def to_give(
+        self, projection: str, residual_BSH: torch.Tensor, dense_BSH: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What a projection should give, its bias included.
+
+        Args:
+            projection: whose output it is.
+            residual_BSH: what the sublayer should add to the pruned model's residual stream.
+            dense_BSH: the dense projection's own output. A norm behind the projection cannot give
+                whatever it is asked for: there this is the aim, and drift stays what it is.
+        """
+        spec = self.sweep.skeleton.spec
+        if spec.family.norm_behind(projection) is not None:
+            assert dense_BSH is not None
+            return dense_BSH
+        scale = spec.residual_scale
+        return residual_BSH if scale == 1.0 else residual_BSH / scale
+
+    def last_target(self, projection: str, items: slice) -> torch.Tensor:
+        """What the last sublayer's projection should give; the dense layer has been computed."""
+        if self.dense_outputs is not None:
+            return self.dense_outputs.read(items)
+        missing_BSH = self.hidden_dense.read(items) - self.residual(items)
+        return self.to_give(projection, missing_BSH, None)
 
     def inputs(self, projection: str, items: slice) -> torch.Tensor:
         """The pruned model's input of a projection, given the refits before it."""

@@ -1,7 +1,7 @@
 """The prior: a cheap score per unit from one unmasked sweep.
 
 In: the inputs x of every output projection over the calibration windows, and its weight w. Out: a
-score per unit, higher = more relevant. Seven are known; ``exact`` is the default. Holds the moments
+score per unit, higher = more relevant. ``exact`` is the default. Holds the moments
 of one layer's inputs (one Gram matrix a group for ``exact``).
 
 | prior | per column, summed (wanda, activation: averaged) over a unit's columns | source |
@@ -10,6 +10,7 @@ of one layer's inputs (one Gram matrix a group for ``exact``).
 | wanda | mean_h abs(w) * sqrt(E[x^2]) | Sun et al. 2023, as Bonsai uses it |
 | output | E[x^2] * norm(w)^2 | |
 | fluctuation | Var[x] * norm(w)^2 | FLAP, An et al. 2023 |
+| flap | the same as a z-score among the group's columns, averaged | FLAP, An et al. 2023 |
 | exact | the exact layerwise loss, see gram.py | Hassibi and Stork 1993 |
 | magnitude | norm(w) | |
 | random | uniform | |
@@ -67,6 +68,11 @@ def _fluctuation(s: _Scored) -> torch.Tensor:
     return s.per_unit(s.moments.variance_C * s.weight_square_C).sum(1)
 
 
+def _flap(s: _Scored) -> torch.Tensor:
+    score_C = s.moments.variance_C * s.weight_square_C
+    return s.per_unit((score_C - score_C.mean()) / score_C.std().clamp_min(1e-30)).mean(1)
+
+
 def _magnitude(s: _Scored) -> torch.Tensor:
     return s.per_unit(s.weight_square_C).sum(1).sqrt()
 
@@ -87,6 +93,7 @@ PRIORS: dict[str, Callable[[_Scored], torch.Tensor]] = {
     "wanda": _wanda,
     "output": _output,
     "fluctuation": _fluctuation,
+    "flap": _flap,
     "exact": _exact,
     "magnitude": _magnitude,
     "random": _random,
@@ -100,10 +107,13 @@ class Prior:
     Attributes:
         name: one of :data:`PRIORS`.
         score_N: float64 ``[N]`` over the dense model's units; 0 for removed ones.
+        means: where asked for, the mean input of every output projection's columns, by the name of
+            its weight, over the columns that are alive, fp32.
     """
 
     name: str
     score_N: torch.Tensor
+    means: dict[str, torch.Tensor] | None = None
 
 
 class PriorBuilder:
@@ -115,6 +125,7 @@ class PriorBuilder:
         damping: for ``exact``.
         generator: for ``random``.
         stand_ins: given, the next round's are made from the same moments.
+        keep_means: keep the mean inputs too.
     """
 
     def __init__(
@@ -125,10 +136,12 @@ class PriorBuilder:
         damping: float,
         generator: torch.Generator,
         stand_ins: StandInWriter | None = None,
+        keep_means: bool = False,
     ) -> None:
         self.name, self._mask = name, mask
         self._damping, self._generator, self._stand_ins = damping, generator, stand_ins
         self._score_N = torch.zeros(mask.table.units, dtype=torch.float64)
+        self._means: dict[str, torch.Tensor] | None = {} if keep_means else None
 
     @property
     def needs_gram(self) -> bool:
@@ -144,13 +157,15 @@ class PriorBuilder:
         score_U = PRIORS[self.name](scored)
         if self._stand_ins is not None:
             self._stand_ins.add(group, moments, score_U.double())
+        if self._means is not None:
+            self._means[group.output_weight] = moments.mean_C.float().cpu()
         alive_U = self._mask.of(group)
         self._score_N[self._mask.table.span(group)][alive_U] = score_U.double().cpu()
         # (a boolean index of a view writes through to the flat vector)
 
     def build(self) -> Prior:
         """The finished prior."""
-        return Prior(self.name, self._score_N)
+        return Prior(self.name, self._score_N, self._means)
 
 
 class PriorTap:

@@ -12,9 +12,10 @@ give on the pruned model's drifted input what the dense ones give on their own (
 after it, if asked for, the FFN's channels themselves are moved (refine.py).
 
 Aiming at the *dense* residual, not at the pruned layer's own old output, corrects the drift of all
-layers before. Holds two layers, two sets of hidden states, one Gram matrix, and (if the plan
-allows) the inputs X of one layer, else they are computed again. A refit weight takes the place of
-the weight that it replaces.
+layers before. Where the layer multiplies the projection's output, the aim is divided by that; where
+a norm lies behind the projection, the aim is the dense projection's own output. Holds two layers,
+two sets of hidden states, one Gram matrix, and (if the plan allows) the inputs X of one layer, else
+they are computed again. A refit weight takes the place of the weight that it replaces.
 
 Shape suffixes: N windows, B those of a micro-batch, S tokens.
 """
@@ -31,9 +32,9 @@ from frugal_bonsai.bonsai.layer_pass import LayerPass, RefitOutput
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
 from frugal_bonsai.bonsai.recover_inputs import input_projections, refit_inputs
 from frugal_bonsai.bonsai.recover_outputs import Solved, solve_output
-from frugal_bonsai.bonsai.refine import Refinement
+from frugal_bonsai.bonsai.refine import Refinement, input_rows
 from frugal_bonsai.model.units import FFN, KeepMask, UnitGroup
-from frugal_bonsai.stream.call import call_layer, capture_output
+from frugal_bonsai.stream.call import call_layer, capture_outputs
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.hidden import HiddenStates
@@ -122,6 +123,8 @@ class Recovery:
         both = self._mask is not None or self._refine > 0
         dense_inputs = sweep.hidden_states(tokens_NS) if both else None
         targets = sweep.hidden_states(tokens_NS) if self._keep_refinement else None
+        normed = skeleton.spec.family.ffn_norm is not None
+        dense_outputs = sweep.hidden_states(tokens_NS) if normed else None
         kwargs = skeleton.layer_kwargs(tokens_NS.shape[1])
         sweep.progress.sweep(self._name, skeleton.spec.layers, 2 * tokens_NS.numel())
         residual: list[float] = []
@@ -137,6 +140,7 @@ class Recovery:
                     kwargs[layer],
                     self._saved_dtype,
                     dense_inputs,
+                    dense_outputs,
                 )
                 fitted = len(tokens_NS) - held_out
                 self._refit_layer(work, fitted, held_out, prior, residual, targets)
@@ -212,8 +216,8 @@ class Recovery:
         """
         spec = work.sweep.skeleton.spec
         assert work.dense_inputs is not None
-        projections = input_projections(spec, group)
-        names = [f"{projection}.weight" for projection in projections]
+        projections = input_rows(spec, group)
+        names = list(dict.fromkeys(f"{rows.projection}.weight" for rows in projections))
         sizes = sum(work.pruned[name].numel() for name in (*names, f"{group.output}.weight"))
         with memory_for(f"refinement of {group.name}"):
             problem = Refinement(
@@ -263,22 +267,31 @@ class Recovery:
         result, once nothing can go wrong any more.
         """
         if last:
-            return work.hidden_dense.read(items) - work.residual(items), _nothing
+            return work.last_target(group.output, items), _nothing
         before_BSH = work.hidden_dense.read(items)
-        after_BSH, sublayer_BSH, input_BSH = capture_output(
+        family = work.sweep.skeleton.spec.family
+        wanted = [group.output]
+        if work.dense_outputs is not None:
+            wanted.append(family.ffn_output)
+        seen = capture_outputs(
             work.module,
             work.dense,
             before_BSH,
             work.kwargs,
-            group.output,
+            wanted,
             input_of=self._last_input(work),
         )
-        target_BSH = before_BSH + sublayer_BSH - work.residual(items)
+        own_BSH = seen.outputs[group.output]
+        missing_BSH = before_BSH + work.added(group.output, own_BSH, work.dense)
+        missing_BSH = missing_BSH - work.residual(items)
+        target_BSH = work.to_give(group.output, missing_BSH, own_BSH)
 
         def keep() -> None:
-            if work.dense_inputs is not None and input_BSH is not None:
-                work.dense_inputs.write(items, input_BSH)
-            work.hidden_dense.write(items, after_BSH)
+            if work.dense_inputs is not None and seen.input_BSH is not None:
+                work.dense_inputs.write(items, seen.input_BSH)
+            if work.dense_outputs is not None:
+                work.dense_outputs.write(items, seen.outputs[family.ffn_output])
+            work.hidden_dense.write(items, seen.result_BSH)
 
         return target_BSH, keep
 

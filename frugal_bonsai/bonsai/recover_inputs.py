@@ -29,7 +29,8 @@ from frugal_bonsai.stream.call import capture_input
 def input_projections(spec: ModelSpec, group: UnitGroup) -> list[str]:
     """Modules inside the layer whose output rows the group's units own, all of one input."""
     prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
-    names = [piece.tensor.removeprefix(prefix) for piece in group.slices if piece.axis == 0]
+    found = [piece.tensor.removeprefix(prefix) for piece in group.slices if piece.axis == 0]
+    names = dict.fromkeys(found)  # a fused one has several pieces
     return [name.removesuffix(".weight") for name in names if len(shapes[name]) == 2]
 
 
@@ -77,9 +78,9 @@ def refit_inputs(
     for projection in projections:
         name = f"{projection}.weight"
         full = spec.prefix(work.layer) + name
-        piece = next(piece for piece in group.slices if piece.tensor == full)
+        pieces = [(group, piece) for piece in group.slices if piece.tensor == full]
         dense_RH = work.dense[name]
-        rows = kept_indices(len(dense_RH), [(group, piece)], mask).to(device)
+        rows = kept_indices(len(dense_RH), pieces, mask).to(device)
         factor = moments.factor(ridge, where=f"recovery of {full}")
         weight_RH = _rows_times(dense_RH, rows, cross_HH)
         ridge_refit_(factor, weight_RH, work.pruned[name])

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -32,6 +33,7 @@ from frugal_bonsai.bonsai.factor import DampedFactor
 from frugal_bonsai.bonsai.layer_pass import LayerPass
 from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
 from frugal_bonsai.memory.work import refined_blocks, refining_passes
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.hidden import HiddenStates
 
@@ -42,13 +44,43 @@ _DIFFERENCE = 1e-2
 _WHITENING = 1e-4
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one kind in a projection into the FFN: all of ``up_proj``, half of ``gate_up``.
+
+    Attributes:
+        projection: module inside the layer.
+        at: which of its parts these rows are.
+        of: how many parts of one size it has.
+    """
+
+    projection: str
+    at: int
+    of: int
+
+    def take(self, value: torch.Tensor) -> torch.Tensor:
+        """These rows of the projection's weight or bias, a view."""
+        return value.chunk(self.of)[self.at]
+
+
+def input_rows(spec: ModelSpec, group: UnitGroup) -> list[Rows]:
+    """The rows that a group's units own, one entry a kind of row."""
+    prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
+    names = [piece.tensor.removeprefix(prefix) for piece in group.slices if piece.axis == 0]
+    names = [name for name in names if len(shapes[name]) == 2]
+    return [
+        Rows(name.removesuffix(".weight"), names[:index].count(name), names.count(name))
+        for index, name in enumerate(names)
+    ]
+
+
 class Refinement:
     """One sublayer's problem.
 
     Args:
         work: the layer of both models; everything before the sublayer is refitted.
         group: the sublayer's units, one channel each.
-        projections: modules inside the layer that the group's rows belong to.
+        projections: the rows that the group owns, see :func:`input_rows`.
         windows: how many are in flight.
         inputs: room for the projections' inputs.
         targets: room for what the sublayer should give; None computes it whenever it is needed.
@@ -60,7 +92,7 @@ class Refinement:
         self,
         work: LayerPass,
         group: UnitGroup,
-        projections: Sequence[str],
+        projections: Sequence[Rows],
         windows: int,
         *,
         inputs: HiddenStates,
@@ -69,25 +101,27 @@ class Refinement:
         iterations: int = REFINE_ITERATIONS,
     ) -> None:
         self._work, self._group, self._windows = work, group, windows
-        self._projections = tuple(projections)
+        self._rows = tuple(projections)
+        self._first = self._rows[0].projection
         self._inputs, self._targets, self._keep = inputs, targets, keep
         self._iterations = iterations
         self._slopes_KNSR: torch.Tensor | None = None
         self._batches = work.sweep.batches
         # All of it is fp32: as many windows as take what a layer's activations take.
         self._weight = torch.float32.itemsize // work.sweep.skeleton.dtype.itemsize
-        owner = group.output.rpartition(".")[0]
+        family = work.sweep.skeleton.spec.family
+        owner = family.ffn_activation or group.output.rpartition(".")[0]
         self._sublayer = work.module.get_submodule(owner)
-        hidden = work.pruned[f"{self._projections[0]}.weight"].shape[1]
+        hidden = work.pruned[f"{self._first}.weight"].shape[1]
         gram_HH = torch.zeros(hidden, hidden, device=work.sweep.skeleton.device)
         self._window = work.hidden_pruned.window
         self._now = slice(0, windows)
 
         def add(items: slice) -> None:
-            input_BSH = work.inputs(self._projections[0], items)
+            input_BSH = work.inputs(self._first, items)
             inputs.write(items, input_BSH)
             if targets is not None:
-                targets.write(items, work.hidden_dense.read(items) - work.residual(items))
+                targets.write(items, work.last_target(group.output, items))
             input_TH = input_BSH.flatten(0, 1).float()
             gram_HH.addmm_(input_TH.T, input_TH)
 
@@ -109,8 +143,7 @@ class Refinement:
         """What the sublayer should give, its bias included; nothing is to be kept."""
         if self._targets is not None:
             return self._targets.read(items), _nothing
-        work = self._work
-        return work.hidden_dense.read(items) - work.residual(items), _nothing
+        return self._work.last_target(self._group.output, items), _nothing
 
     def improve(self, weight_HR: torch.Tensor, windows: slice) -> dict[str, torch.Tensor]:
         """New weights of the input projections, given the output projection: name -> ``[R, H]``.
@@ -123,20 +156,21 @@ class Refinement:
             windows: those that the problem is about.
         """
         self._now = windows
-        names = [f"{projection}.weight" for projection in self._projections]
+        names = list(dict.fromkeys(f"{rows.projection}.weight" for rows in self._rows))
         pruned, dtype = self._work.pruned, self._work.sweep.skeleton.dtype
         # The stream's own buffers stay as they are: the caller may go back to them.
         pruned.update({name: self._work.borrow(name, pruned[name]) for name in names})
         moved_by_name = {name: pruned[name].float() for name in names}
-        for rows in self._blocks():
-            moved_KRH = self._improve_rows(weight_HR, rows)
-            for name, moved_RH in zip(names, moved_KRH, strict=True):
-                moved_by_name[name][rows] = moved_RH
-                pruned[name][rows] = moved_RH.to(dtype)  # the same memory in fp32
+        for block in self._blocks():
+            moved_KRH = self._improve_rows(weight_HR, block)
+            for rows, moved_RH in zip(self._rows, moved_KRH, strict=True):
+                name = f"{rows.projection}.weight"
+                rows.take(moved_by_name[name])[block] = moved_RH
+                rows.take(pruned[name])[block] = moved_RH.to(dtype)  # the same memory in fp32
         return moved_by_name
 
     def _blocks(self) -> list[slice]:
-        channels = len(self._work.pruned[f"{self._projections[0]}.weight"])
+        channels = len(self._rows[0].take(self._work.pruned[f"{self._first}.weight"]))
         return _split(channels, refined_blocks(channels))
 
     def _improve_rows(self, weight_HR: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -170,7 +204,8 @@ class Refinement:
 
     def _weights(self, rows: slice) -> list[torch.Tensor]:
         """A block of each input projection's weight, fp32."""
-        return [self._work.pruned[f"{name}.weight"][rows].float() for name in self._projections]
+        pruned = self._work.pruned
+        return [own.take(pruned[f"{own.projection}.weight"])[rows].float() for own in self._rows]
 
     def _run(self, body: Callable[[slice], None]) -> None:
         """Micro-batches of the windows that the problem is about."""
@@ -244,16 +279,20 @@ class Refinement:
     ) -> list[torch.Tensor]:
         """Pre-activations of a block, ``[T, R]`` for each projection."""
         before = []
-        for projection, weight_RH in zip(self._projections, weights, strict=True):
+        for own, weight_RH in zip(self._rows, weights, strict=True):
             before.append(input_TH @ weight_RH.T)
-            bias_R = self._work.pruned.get(f"{projection}.bias")
-            if bias_R is not None:
-                before[-1] += bias_R[rows].float()
+            bias = self._work.pruned.get(f"{own.projection}.bias")
+            if bias is not None:
+                before[-1] += own.take(bias)[rows].float()
         return before
 
     def _activation(self, before: Sequence[torch.Tensor]) -> torch.Tensor:
         """phi: what the sublayer makes of its channels' pre-activations, ``[T, R]``."""
-        given = dict(zip(self._projections, before, strict=True))
+        given: dict[str, torch.Tensor] = {}
+        for own, one_TR in zip(self._rows, before, strict=True):
+            earlier_TR = given.get(own.projection)
+            whole = one_TR if earlier_TR is None else torch.cat([earlier_TR, one_TR], dim=-1)
+            given[own.projection] = whole
         with _given(self._work.module, given, self._group.output):
             activation_TR: torch.Tensor = self._sublayer(before[0])
         return activation_TR

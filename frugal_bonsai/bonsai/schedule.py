@@ -6,6 +6,7 @@ that a round would make by given curves. Holds no tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from frugal_bonsai.bonsai.select import Curve, can_go_nearer, cut
@@ -22,11 +23,13 @@ class Schedule:
         settings: of the prune.
         rules: of the layout.
         blocks: parameters of the dense model's blocks.
+        latency: what a unit of each kind takes on this machine, for the objective of that name.
     """
 
     settings: PruneSettings
     rules: LayoutRules
     blocks: int
+    latency: Mapping[str, float] | None = None
 
     @property
     def final_parameters(self) -> int:
@@ -64,6 +67,7 @@ class Schedule:
                 self.rules,
                 final_parameters=self.final_parameters,
                 objective=self.settings.objective,
+                latency=self.latency,
                 allocation=self.settings.allocation,
             )
             if cut_mask != mask or goal >= self.settings.sparsity:

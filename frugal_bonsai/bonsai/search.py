@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from frugal_bonsai.bonsai.bias import compensate_by_bias
+from frugal_bonsai.bonsai.depth import drop_layers, measure_influence
 from frugal_bonsai.bonsai.evaluate import Utility
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
@@ -27,7 +29,14 @@ from frugal_bonsai.bonsai.round_masks import RoundMasks
 from frugal_bonsai.bonsai.sampling import Judgement
 from frugal_bonsai.bonsai.schedule import Schedule
 from frugal_bonsai.bonsai.select import check_reachable
-from frugal_bonsai.bonsai.settings import GROUP, PruneSettings, round_windows, trial_windows
+from frugal_bonsai.bonsai.settings import (
+    GROUP,
+    LAYERS,
+    SIMILARITY,
+    PruneSettings,
+    round_windows,
+    trial_windows,
+)
 from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.bonsai.stores import Refits, Stores
@@ -61,6 +70,7 @@ class Search:
         keep_inputs: recovery may hold a layer's inputs (from the plan).
         keep_refinement: refinement may hold its targets and slopes (from the plan).
         utility: a user's own utility.
+        unit_milliseconds: of each kind of unit, for the objective ``latency``.
     """
 
     def __init__(
@@ -75,6 +85,7 @@ class Search:
         keep_inputs: bool,
         keep_refinement: bool = True,
         utility: Utility | None = None,
+        unit_milliseconds: Mapping[str, float] | None = None,
     ) -> None:
         self._engine, self._settings, self._rules = engine, settings, rules
         self._windows_NS, self._folder = windows_NS, state
@@ -82,7 +93,9 @@ class Search:
         self._utility = utility
         self._stores = Stores(engine, state, work, settings.weights)
         self._blocks = engine.spec.block_parameters
-        self._schedule = Schedule(settings=settings, rules=rules, blocks=self._blocks)
+        self._schedule = Schedule(
+            settings=settings, rules=rules, blocks=self._blocks, latency=unit_milliseconds
+        )
         check_reachable(
             KeepMask(engine.spec.table),
             settings.sparsity,
@@ -107,12 +120,15 @@ class Search:
             rounds = number - 1 + math.ceil((self._settings.sparsity - done) / self._settings.step)
             self._engine.progress.round(number, rounds, done)
             started = time.monotonic()
+            kept = state.mask
             report = self._round(state, number, store, dense)
             if report is None:
                 break
+            if self._settings.bias:
+                self._leave_means(state, number, before=kept)
             last = not self._schedule.goes_on(state.mask)
             if self._settings.recovery or not last:
-                store = self._stores.working(state, number - 1)
+                store = self._stores.working(state, number if self._settings.bias else number - 1)
                 report |= self._refresh(state, number, dense, store, last=last)
             if self._settings.recovery and not last:
                 store = self._stores.working(state, number)
@@ -148,11 +164,16 @@ class Search:
             damping=settings.ridge,
             generator=self._generator(10_000 + number),
             stand_ins=stand_ins,
+            keep_means=settings.bias,
         )
 
     def _measure_prior(self, store: LayerStore, mask: KeepMask, number: int) -> Prior:
         """One unmasked sweep over the calibration windows."""
-        engine, builder = self._engine, self._builder(mask, number)
+        engine = self._engine
+        if self._settings.prior == SIMILARITY:
+            with engine.stream(store) as stream:
+                return measure_influence(engine.sweep, stream, self._round_windows(number), mask)
+        builder = self._builder(mask, number)
         tap = PriorTap(builder, engine.device)
         with engine.stream(store) as stream:
             engine.sweep.run(stream, self._round_windows(number), tap=tap, name="statistics")
@@ -172,6 +193,8 @@ class Search:
         """Judge and cut; None when the layout leaves nothing to remove."""
         settings, mask = self._settings, state.mask
         assert state.prior is not None
+        if settings.allocation == LAYERS:
+            return self._drop_layers(state, number)
         generator = self._generator(number)
         masks = self._masks(store, number, generator)
         judgement = JUDGES[settings.level](
@@ -193,7 +216,7 @@ class Search:
         if cut_mask == mask:
             return None
         report = describe_judgement(number, judgement, masks)
-        if settings.recovery and settings.trial and not self._rules.uniform:
+        if settings.tries(uniform=self._rules.uniform):
             assert dense is not None
             even = settings.level == GROUP
             rivals = rival_cuts(mask, cut_mask, judgement.curves, target, self._rules, even=even)
@@ -221,6 +244,24 @@ class Search:
             utility=self._utility,
         )
 
+    def _drop_layers(self, state: PruneState, number: int) -> dict[str, Any] | None:
+        """The round of whole layers, as many as come nearest to the target."""
+        assert state.prior is not None
+        before, wanted = state.mask, self._settings.sparsity
+        state.mask = drop_layers(before, state.prior.score_N, round(wanted * self._blocks))
+        if state.mask == before:
+            return None
+        dropped = state.mask.dropped_layers()
+        share = state.mask.removed_parameters() / self._blocks
+        note = (
+            f"layers {', '.join(map(str, dropped))} of {self._engine.spec.layers} (counted from 0) "
+            f"are dropped, {share:.1%}: the number of layers nearest to {wanted:.1%}"
+        )
+        self._engine.progress.note(note)
+        judgement = Judgement(curves=(), fit=None, observations=0)
+        report = {"sparsity": share, "kept": state.mask.counts(), "note": note}
+        return describe_judgement(number, judgement) | report
+
     def _recovered_loss(
         self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
     ) -> float:
@@ -244,6 +285,16 @@ class Search:
                 held_out=held_out,
             )
         return float(result.losses_NS[fitted if held_out else 0 :].mean())
+
+    def _leave_means(self, state: PruneState, number: int, *, before: KeepMask) -> None:
+        """Save the biases that stand for what this round's cut has taken."""
+        assert state.prior is not None and state.prior.means is not None
+        engine, earlier = self._engine, self._stores.refits(state, number - 1)
+        for layer, biases in compensate_by_bias(
+            engine.checkpoint, engine.spec, before, state.mask, state.prior.means, earlier
+        ):
+            self._stores.save_refit(number, layer, biases)
+        state.refit_mask = state.mask
 
     def _refresh(
         self,
@@ -313,7 +364,9 @@ class Search:
         )
 
 
-def describe_judgement(number: int, judgement: Judgement, masks: RoundMasks) -> dict[str, Any]:
+def describe_judgement(
+    number: int, judgement: Judgement, masks: RoundMasks | None = None
+) -> dict[str, Any]:
     """A round's masks and regression as plain values."""
     fit, sampled = judgement.fit, judgement.sampled
     return {
@@ -325,8 +378,8 @@ def describe_judgement(number: int, judgement: Judgement, masks: RoundMasks) -> 
         "penalty": None if fit is None else fit.penalty,
         "certainty": None if sampled is None else sampled.certainty,
         "stopped": None if sampled is None else sampled.stopped,
-        "mask_tokens": masks.tokens,
-        "mask_budget_tokens": masks.budget_tokens,
+        "mask_tokens": 0 if masks is None else masks.tokens,
+        "mask_budget_tokens": 0 if masks is None else masks.budget_tokens,
     }
 
 

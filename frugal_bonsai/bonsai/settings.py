@@ -14,21 +14,24 @@ from typing import Any
 
 from frugal_bonsai.errors import OptionError
 
+SIMILARITY = "similarity"
 PRIOR_NAMES = (
     "activation",
     "wanda",
     "output",
     "fluctuation",
+    "flap",
     "exact",
     "magnitude",
     "random",
+    SIMILARITY,
 )
 GROUP, UNIT, NONE = "group", "unit", "none"
 LEVELS = (GROUP, UNIT, NONE)
-PARAMETERS, UNITS = "parameters", "units"
-OBJECTIVES = (PARAMETERS, UNITS)
-GLOBAL, EQUAL, FFN_ALONE = "global", "equal", "ffn"
-ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE)
+PARAMETERS, UNITS, LATENCY = "parameters", "units", "latency"
+OBJECTIVES = (PARAMETERS, UNITS, LATENCY)
+GLOBAL, EQUAL, FFN_ALONE, LAYERS = "global", "equal", "ffn", "layers"
+ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE, LAYERS)
 DESIGNS = ("per-window", "shared")
 REGRESSIONS = ("ridge", "paper")
 UTILITIES = ("loss", "perplexity")
@@ -50,7 +53,7 @@ class PruneSettings:
         level: at which masks speak: ``group`` (masks say how much goes from each layer and kind,
             the prior says which units), ``unit`` (every candidate unit has its own coefficient),
             ``none`` (no masks: the prior alone).
-        prior: one of the seven statistics.
+        prior: one of the statistics of prior.py.
         design: ``per-window`` or ``shared`` (the paper's).
         draw: of ``unit`` masks: half of a ``kind``'s candidates over all layers, or half of each
             ``layer``'s (the published code).
@@ -60,17 +63,22 @@ class PruneSettings:
         certainty: a round stops drawing masks when its cut is as certain as this: one less the
             share of its predicted loss that knowing everything would save. 1 spends all masks.
         mask_windows: windows that masks are evaluated on.
-        objective: what a cut's loss is counted against: ``parameters`` or ``units`` (the published
-            code).
+        objective: what a cut's loss is counted against: ``parameters``, ``units`` (the published
+            code) or ``latency``, milliseconds that the machine of the profile saves.
+        prompt_tokens: of the prompt that ``latency`` is counted for: a prefill of so many tokens,
+        generated_tokens: and as many steps of one token, each reading all weights.
         allocation: which groups a cut takes from: ``global``, wherever it costs least; ``equal``,
             the same share of every layer and kind, as near as units allow; ``ffn``, the same of
-            every FFN, attention stays whole. The last two need level ``none``.
+            every FFN, attention stays whole; ``layers``, whole layers by the prior ``similarity``.
+            All but the first need level ``none``.
         pool: candidates of a group, as a multiple of the round's share.
         compensate: units that are off in a mask are replaced by what the others say about them, so
             that masks measure what removal costs after recovery; False puts zeros there.
         trial: a cut that takes attention units is recovered on a few windows, and so is the cut of
             the same size that takes none; the better one stands (per-layer layout).
         recovery: refit projections after every round.
+        bias: instead, what goes leaves its mean output behind as a bias of its output projection
+            (FLAP); for cuts without masks.
         refit: which ones: ``outputs`` (o_proj, down_proj) or ``all`` (q, k, v, gate, up too).
         refine: how often the last round's recovery moves the FFN's remaining channels (a linearised
             least-squares problem in gate and up) and refits down_proj again; 0 never.
@@ -90,15 +98,18 @@ class PruneSettings:
     draw: str = "kind"
     regression: str = "ridge"
     utility: str = "loss"
-    masks: int = 8
+    masks: int = 16
     certainty: float = 0.8
     mask_windows: int = 16
     objective: str = PARAMETERS
+    prompt_tokens: int = 512
+    generated_tokens: int = 128
     allocation: str = GLOBAL
     pool: float = 2.5
     compensate: bool = True
     trial: bool = True
     recovery: bool = True
+    bias: bool = False
     refit: str = "all"
     refine: int = 2
     ridge: float = 1e-3
@@ -137,6 +148,21 @@ class PruneSettings:
                 f"--allocation {self.allocation}: decides what masks are to decide at --level "
                 f"{self.level}; take --level none, or --allocation global"
             )
+        if self.bias and (self.recovery or self.level != NONE):
+            raise OptionError(
+                "--bias: is what cuts without masks and without refits leave behind; take it with "
+                "--level none --no-recovery, or leave it out"
+            )
+        if (self.allocation == LAYERS) != (self.prior == SIMILARITY):
+            raise OptionError(
+                f"--prior {self.prior}: --allocation layers and --prior similarity go together, "
+                "one measures layers and the other takes them; or take --method depth"
+            )
+        if self.allocation == LAYERS and (self.recovery or self.bias):
+            raise OptionError(
+                "--allocation layers: leaves nothing in a dropped layer that could be refitted; "
+                "take it with --no-recovery and --no-bias"
+            )
         if self.masks < 2 or self.masks % 2:
             raise OptionError(f"--masks: {self.masks} is not an even number of at least 2")
         if not 0 < self.certainty <= 1:
@@ -155,12 +181,25 @@ class PruneSettings:
             raise OptionError(
                 f"--arithmetic int8: needs --weights int8, found {self.weights}; leave one out"
             )
+        if self.prompt_tokens < 1:
+            raise OptionError(f"--prompt-tokens: {self.prompt_tokens} is not at least 1")
+        if self.generated_tokens < 0:
+            raise OptionError(f"--generated-tokens: {self.generated_tokens} is negative")
+        if self.objective == LATENCY and self.allocation != GLOBAL:
+            raise OptionError(
+                f"--objective latency: weighs groups against each other, --allocation "
+                f"{self.allocation} does not; take --allocation global"
+            )
         if self.seed < 0:
             raise OptionError(f"--seed: {self.seed} is negative")
 
     def stand_ins(self, *, uniform: bool) -> bool:
         """Whether masks are evaluated with stand-ins: where pools are shares of every group."""
         return self.compensate and self.level == GROUP and not uniform
+
+    def tries(self, *, uniform: bool) -> bool:
+        """Whether cuts of attention are tried: at equal parameters, so not for ``latency``."""
+        return self.trial and self.recovery and not uniform and self.objective != LATENCY
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the state and the card."""
@@ -224,6 +263,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "trial": False,
         "recovery": False,
     },
+    # Ranked over all layers by z-score, a unit like any other, whatever its parameters (AL-AM).
+    "fluctuation": {
+        **_RANKED_ONCE,
+        "prior": "flap",
+        "allocation": GLOBAL,
+        "objective": UNITS,
+        "bias": True,
+    },
+    # Whole layers, those that change the residual stream's direction least (ShortGPT).
+    "depth": {**_RANKED_ONCE, "prior": SIMILARITY, "allocation": LAYERS},
     "wanda": {**_RANKED_ONCE, "prior": "wanda"},
     "magnitude": {**_RANKED_ONCE, "prior": "magnitude"},
     "random": {**_RANKED_ONCE, "prior": "random"},

@@ -46,7 +46,7 @@ class StandInWriter:
         optimal compensation by the columns outside the pool.
         """
         size = pool_size(len(score_A), self.share)
-        if size == 0:
+        if size == 0 or not group.removable:
             return
         width = group.columns_per_unit
         units = score_A.argsort(stable=True)[:size].sort().values

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import write_tensors
 from frugal_bonsai.errors import StateError
-from frugal_bonsai.model.cut import slices_by_tensor
+from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 
 STATE_FILE = "state.json"
 VERSION = 2
+PRIOR_FILE = "prior.safetensors"
+_SCORE = "score"
 _KEYS = ["ahead", "forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
 
 
@@ -80,7 +83,9 @@ class StateFolder:
         folder = self.round_folder(number)
         _make_folder(folder)
         if state.prior is not None:
-            write_tensors(folder / "prior.safetensors", {"score": state.prior.score_N})
+            write_tensors(
+                folder / PRIOR_FILE, {_SCORE: state.prior.score_N, **(state.prior.means or {})}
+            )
         write_json(
             self.folder / STATE_FILE,
             {
@@ -129,8 +134,7 @@ class StateFolder:
         )
         folder = self.round_folder(len(state.rounds))
         if saved["prior"] is not None:
-            score_N = read_file(folder / "prior.safetensors", "score")
-            state.prior = Prior(saved["prior"], score_N)
+            state.prior = _read_prior(folder / PRIOR_FILE, saved["prior"])
         if saved["refit"]:
             state.refit_mask = mask
         if saved["ahead"] is not None:
@@ -195,10 +199,14 @@ class StateFolder:
             path = self.round_folder(number) / f"refit_{layer:05d}.safetensors"
             entries, _ = read_header(path)
             for name in entries:
-                [(group, piece)] = cuts[name]
-                then, now = (m.of(group).repeat_interleave(piece.width) for m in (refit_mask, mask))
-                stay_K = now[then].nonzero().flatten()
-                readers[name] = _RefitReader(path, name, piece.axis, stay_K)
+                if name not in cuts:  # a bias of an output projection: nothing is cut from it
+                    readers[name] = partial(read_file, path, name)
+                    continue
+                axis = cuts[name][0][1].axis
+                extent = spec.layer_tensors[layer][name.removeprefix(spec.prefix(layer))][axis]
+                then_K = kept_indices(extent, cuts[name], refit_mask)
+                stay_K = torch.isin(then_K, kept_indices(extent, cuts[name], mask))
+                readers[name] = _RefitReader(path, name, axis, stay_K.nonzero().flatten())
         return readers
 
 
@@ -239,6 +247,12 @@ class _RefitReader:
 
     def __call__(self) -> torch.Tensor:
         return read_file(self.path, self.name).index_select(self.axis, self.stay_K)
+
+
+def _read_prior(path: Path, name: str) -> Prior:
+    entries, _ = read_header(path)
+    means = {entry: read_file(path, entry) for entry in entries if entry != _SCORE}
+    return Prior(name, read_file(path, _SCORE), means or None)
 
 
 def read_file(path: Path, name: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.model.biases import weight_of
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.store import LayerStore, build_store
@@ -77,8 +78,9 @@ class Stores:
         return self._folder.refits(number, self._engine.spec, state.refit_mask, state.mask)
 
     def saved_dtype(self, name: str) -> torch.dtype:
-        """The source's dtype, which is what the rewriter writes."""
-        return torch_dtype(self._engine.checkpoint.tensors[name].dtype)
+        """The source's dtype, which is what the rewriter writes; a new bias has its weight's."""
+        tensors = self._engine.checkpoint.tensors
+        return torch_dtype(tensors[name if name in tensors else weight_of(name)].dtype)
 
     def save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
         """Keep one layer's refits of round ``number`` in the source's dtype."""

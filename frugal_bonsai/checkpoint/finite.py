@@ -46,10 +46,10 @@ def require_finite_on_disk(checkpoint: Checkpoint, names: Iterable[str]) -> None
     """
     for name in names:
         entry = checkpoint.tensors[name]
-        step = max(1, _CHUNK_ELEMENTS // max(1, math.prod(entry.shape[1:])))
-        bad = 0
-        for start in range(0, entry.shape[0], step):
-            stop = min(start + step, entry.shape[0])
+        step = max(1, _CHUNK_ELEMENTS // max(1, math.prod(entry.stored_shape[1:])))
+        bad, rows = 0, entry.stored_shape[0]
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
             bad += _count_bad(checkpoint.read_rows(name, start, stop))
         _refuse(entry, bad)
 

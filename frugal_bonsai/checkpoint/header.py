@@ -43,6 +43,8 @@ class TensorEntry:
         file: the file that holds it.
         start: first byte, counted from the start of the file.
         end: one past the last byte.
+        transposed: the file holds ``[in, out]`` where ``shape`` says ``[out, in]``; reading a whole
+            tensor turns it.
     """
 
     name: str
@@ -51,11 +53,17 @@ class TensorEntry:
     file: Path
     start: int
     end: int
+    transposed: bool = False
 
     @property
     def size_bytes(self) -> int:
         """Bytes on disk."""
         return self.end - self.start
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Dimensions in the file."""
+        return self.shape[::-1] if self.transposed else self.shape
 
 
 class _DuplicateKeyError(Exception):

@@ -74,7 +74,8 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         config: ``config.json``.
-        tensors: entry of every tensor, in the order of the files and of the data in them.
+        tensors: entry of every tensor, in the order of the files and of the data in them. Keys are
+            the files' own names until :meth:`rearrange` replaces them.
     """
 
     def __init__(
@@ -97,6 +98,14 @@ class Checkpoint:
         """
         folder = Path(folder)
         return cls(folder, read_config(folder), find_tensors(folder))
+
+    def rearrange(self, tensors: dict[str, TensorEntry]) -> None:
+        """See the same files under other names, or turned.
+
+        Args:
+            tensors: what a caller asks for -> entry, which has the file's own name.
+        """
+        self.tensors = tensors
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -127,7 +136,9 @@ class Checkpoint:
         return tensor
 
     def read_into(self, name: str, buffer_uint8: torch.Tensor) -> torch.Tensor:
-        """One whole tensor, read straight into a buffer; allocates nothing.
+        """One whole tensor, read straight into a buffer.
+
+        Allocates nothing, but for a transposed tensor: what is read is held a second time.
 
         Args:
             name: the tensor.
@@ -142,13 +153,19 @@ class Checkpoint:
         """
         entry = self._entry(name)
         view = _buffer_view(entry, buffer_uint8)
+        stored = view.new_empty(len(view)) if entry.transposed else view
         file = self._file(entry.file)
         file.advise_sequential(entry.start, entry.size_bytes)
-        file.read_into(tensor_bytes(view), entry.start, f"tensor {name!r}")
-        return view.view(torch_dtype(entry.dtype)).view(entry.shape)
+        file.read_into(tensor_bytes(stored), entry.start, f"tensor {name!r}")
+        tensor = view.view(torch_dtype(entry.dtype)).view(entry.shape)
+        if entry.transposed:
+            tensor.copy_(stored.view(tensor.dtype).view(entry.stored_shape).T)
+        return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` (excluded) of dimension 0, in memory of their own.
+
+        Rows are the file's: of a transposed tensor, columns.
 
         Raises:
             CheckpointError: no such tensor or a failing read.
@@ -159,7 +176,7 @@ class Checkpoint:
         entry = self._entry(name)
         rows = torch.empty((stop - start) * _row_bytes(entry), dtype=torch.uint8)
         self.read_rows_into(name, start, stop, rows)
-        return rows.view(torch_dtype(entry.dtype)).view(stop - start, *entry.shape[1:])
+        return rows.view(torch_dtype(entry.dtype)).view(stop - start, *entry.stored_shape[1:])
 
     def read_rows_into(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> None:
         """Read rows ``start`` to ``stop`` (excluded) into the first bytes of a uint8 CPU buffer.
@@ -170,8 +187,9 @@ class Checkpoint:
         """
         entry = self._entry(name)
         row_bytes = _row_bytes(entry)
-        if not 0 <= start <= stop <= entry.shape[0]:
-            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {entry.shape[0]}")
+        rows = entry.stored_shape[0]
+        if not 0 <= start <= stop <= rows:
+            raise IndexError(f"rows {start}:{stop} of {name!r}, which has {rows}")
         self._file(entry.file).read_into(
             tensor_bytes(buffer[: (stop - start) * row_bytes]),
             entry.start + start * row_bytes,
@@ -279,7 +297,7 @@ def _row_bytes(entry: TensorEntry) -> int:
     """Bytes of one row of dimension 0."""
     if not entry.shape:
         raise IndexError(f"tensor {entry.name!r} is a scalar and has no rows")
-    return math.prod(entry.shape[1:]) * DTYPE_BYTES[entry.dtype]
+    return math.prod(entry.stored_shape[1:]) * DTYPE_BYTES[entry.dtype]
 
 
 def _runs(rows: list[int]) -> list[tuple[int, int, int]]:

@@ -58,6 +58,7 @@ class _Shard:
     specs: dict[str, TensorSpec]
     ranges: dict[str, tuple[int, int]]
     missing: set[str]
+    written_bytes: dict[str, int]
     renamed: bool = False
 
 
@@ -119,6 +120,46 @@ class ShardedWriter:
             OutputError: the disk is full or refuses.
             ValueError: not announced, written before, another dtype or shape, or a closed writer.
         """
+        shard = self._shard_for(name)
+        if shard.written_bytes[name]:
+            raise ValueError(f"tensor {name!r} was written in part")
+        _, dtype, shape = shard.specs[name]
+        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"tensor {name!r}: got {dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
+                f"announced {dtype} {shape}"
+            )
+        self._write(shard, name, tensor)
+
+    def append(self, name: str, rows: torch.Tensor) -> None:
+        """Write the next rows of one tensor; it is complete with its last one.
+
+        Args:
+            name: the tensor; others may be written between its rows.
+            rows: ``[rows, ...]``, as in :meth:`write`.
+
+        Raises:
+            OutputError: the disk is full or refuses.
+            ValueError: not announced, complete, another dtype, rows of another shape or too many of
+                them, or a closed writer.
+        """
+        shard = self._shard_for(name)
+        _, dtype, shape = shard.specs[name]
+        begin, end = shard.ranges[name]
+        left = end - begin - shard.written_bytes[name]
+        if (
+            dtype_name(rows.dtype) != dtype
+            or tuple(rows.shape[1:]) != shape[1:]
+            or rows.numel() * rows.element_size() > left
+        ):
+            raise ValueError(
+                f"tensor {name!r}: got rows {dtype_name(rows.dtype)} {tuple(rows.shape)}, "
+                f"announced {dtype} {shape}, of which {left} bytes are missing"
+            )
+        self._write(shard, name, rows)
+
+    def _shard_for(self, name: str) -> _Shard:
+        """The shard of a tensor that is not complete."""
         if self._closed:
             raise ValueError("writer is closed")
         shard = self._shard_of.get(name)
@@ -126,15 +167,16 @@ class ShardedWriter:
             raise ValueError(f"tensor {name!r} was not announced")
         if name not in shard.missing:
             raise ValueError(f"tensor {name!r} was already written")
-        _, dtype, shape = shard.specs[name]
-        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"tensor {name!r}: got {dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
-                f"announced {dtype} {shape}"
-            )
+        return shard
+
+    def _write(self, shard: _Shard, name: str, tensor: torch.Tensor) -> None:
+        begin, end = shard.ranges[name]
         with output_errors(shard.path), FileIO(str(shard.temporary), "r+b") as file:
-            _write_at(file, _memory(tensor), shard.ranges[name][0])
-            shard.missing.discard(name)
+            data = _memory(tensor)
+            _write_at(file, data, begin + shard.written_bytes[name])
+            shard.written_bytes[name] += len(data)
+            if begin + shard.written_bytes[name] == end:
+                shard.missing.discard(name)
             if not shard.missing:
                 os.fsync(file.fileno())
 
@@ -192,6 +234,7 @@ class ShardedWriter:
             specs={spec[0]: spec for spec in specs},
             ranges=ranges,
             missing=set(ranges),
+            written_bytes=dict.fromkeys(ranges, 0),
         )
         self._shards.append(shard)
         with output_errors(path), FileIO(str(shard.temporary), "xb") as file:

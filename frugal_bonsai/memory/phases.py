@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import HEAD_CHUNKS, Items
+from frugal_bonsai.memory.items import HEAD_CHUNKS
+from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import BASE, GPU, HOST, Choice, PlanItem, SweepLimits, Work
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import MIB
@@ -36,7 +37,12 @@ class Phases:
 
     def __init__(self, spec: ModelSpec, budget: Budget, work: Work, base_bytes: int) -> None:
         self._items, self._budget, self._work = Items(spec, budget, work), budget, work
-        self._always = [PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured")]
+        self._always = [
+            PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured"),
+            self._items.outer(),
+            self._items.masks(),
+        ]
+        self._norm_last = spec.family.ffn_norm is not None
         if budget.gpu_bytes is not None:
             self._always.append(
                 PlanItem(
@@ -146,8 +152,10 @@ class Phases:
 
     def _recovery(self, choice: Choice) -> list[Phase]:
         items, windows, work = self._items, self._work.windows, self._work
-        # Both models'; the dense inputs of a sublayer, or those of what is refined; its targets.
+        # Both models'; the dense inputs of a sublayer, or those of what is refined; its targets;
+        # the dense layer's last projection where a norm lies behind it.
         states = 2 + int(work.refit_inputs or work.refine > 0) + int(choice.keep_refinement)
+        states += int(self._norm_last)
         held = [
             *items.stream(choice, self._work.weights, models=2),
             *items.hidden(choice, windows, states=states),
@@ -211,4 +219,5 @@ class Phases:
                         + (f" + {fixed // MIB} MiB" if fixed else ""),
                     )
                 )
-        return Phase(name=name, items=(*self._always, *own, *slack))
+        always = [item for item in self._always if item.size_bytes]
+        return Phase(name=name, items=(*always, *own, *slack))

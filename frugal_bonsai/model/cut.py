@@ -6,6 +6,7 @@ the removed units own. Holds the tensor and its copy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitSlice, UnitTable
@@ -36,6 +37,34 @@ def kept_indices(
     return keep.nonzero().flatten()
 
 
+def padded_indices(
+    extent: int,
+    pieces: list[tuple[UnitGroup, UnitSlice]],
+    mask: KeepMask,
+    padded: Mapping[str, int] | None,
+) -> torch.Tensor:
+    """Indices (int64) of one dimension of the output; -1 is a place that zeros fill.
+
+    Args:
+        extent: of the dimension in the dense tensor.
+        pieces: where units sit in this dimension.
+        mask: the units kept.
+        padded: units of each kind that a layer is stored with, the kept ones first; None stores
+            the kept ones alone.
+    """
+    import torch
+
+    if padded is None:
+        return kept_indices(extent, pieces, mask)
+    parts, at = [], 0
+    for group, piece in sorted(pieces, key=lambda pair: pair[1].start):
+        owned = mask.of(group).repeat_interleave(piece.width).nonzero().flatten() + piece.start
+        zeros = (padded[group.kind] - mask.kept(group)) * piece.width
+        parts += [torch.arange(at, piece.start), owned, torch.full((zeros,), -1)]
+        at = piece.start + group.count * piece.width
+    return torch.cat([*parts, torch.arange(at, extent)])
+
+
 def cut_tensor(
     tensor: torch.Tensor, pieces: list[tuple[UnitGroup, UnitSlice]], mask: KeepMask
 ) -> torch.Tensor:
@@ -49,10 +78,14 @@ def cut_tensor(
 
 
 def cut_shape(
-    shape: tuple[int, ...], pieces: list[tuple[UnitGroup, UnitSlice]], mask: KeepMask
+    shape: tuple[int, ...],
+    pieces: list[tuple[UnitGroup, UnitSlice]],
+    mask: KeepMask,
+    padded: Mapping[str, int] | None = None,
 ) -> tuple[int, ...]:
-    """The shape that :func:`cut_tensor` gives, without the tensor."""
+    """The shape that the cut gives, without the tensor; see :func:`padded_indices`."""
     extents = list(shape)
     for group, piece in pieces:
-        extents[piece.axis] -= (group.count - mask.kept(group)) * piece.width
+        stored = mask.kept(group) if padded is None else padded[group.kind]
+        extents[piece.axis] -= (group.count - stored) * piece.width
     return tuple(extents)

@@ -1,4 +1,4 @@
-"""A family is a table: tensor names, axes and head geometry of one architecture.
+"""One model's description: its family's table and the numbers from its config and headers.
 
 In: ``config.json`` as a dict and the checkpoint's tensor shapes. Out: a :class:`ModelSpec`, all
 that the planner, the sweep and the rewriter need. Hugging Face's own layer class does the
@@ -8,54 +8,14 @@ forward; nothing here computes. Holds no weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.model.table import ACTIVATION_COPIES, Family
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice, UnitTable
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One tensor of a sublayer that loses rows or columns with its units.
-
-    ``width`` is in units of the kind's own measure: ``"query"`` (query heads of a KV group times
-    head_dim), ``"head"`` (head_dim) or ``"one"``.
-    """
-
-    tensor: str  # inside the layer, without the layer's prefix
-    axis: int
-    width: str = "one"
-    required: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Names and geometry of one architecture, keyed by ``config.model_type``."""
-
-    model_type: str
-    layer_prefix: str  # with {layer}
-    embedding: str
-    final_norm: str  # tensor prefix of the final norm's parameters
-    head: str
-    base_module: str  # attribute of the causal model that holds the layers' loop
-    layers_module: str  # attribute path of the ModuleList inside the base module
-    embedding_module: str  # attribute path of the token embedding inside the base module
-    norm_module: str  # attribute path of the final norm inside the base module
-    attention_parts: tuple[Part, ...]
-    attention_output: str
-    ffn_parts: tuple[Part, ...]
-    ffn_output: str
-    hidden_key: str = "hidden_size"
-    layers_key: str = "num_hidden_layers"
-    ffn_key: str = "intermediate_size"
-    heads_key: str = "num_attention_heads"
-    kv_heads_key: str = "num_key_value_heads"
-    positions_key: str = "max_position_embeddings"
-    # The config demands hidden_size % num_attention_heads == 0 (Llama does; see FORMATS).
-    heads_divide_hidden: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +34,7 @@ class ModelSpec:
         vocabulary: V, rows of the token embedding.
         positions: longest window in tokens.
         tied: the head is the token embedding.
+        whole_attention: why no unit of attention can be removed; None if they can.
         table: the units.
         layer_tensors: for each layer, the names of its tensors inside the layer -> shape.
         other_tensors: names of all tensors outside the layers -> shape.
@@ -90,6 +51,7 @@ class ModelSpec:
     vocabulary: int
     positions: int
     tied: bool
+    whole_attention: str | None = None
     table: UnitTable
     layer_tensors: tuple[Mapping[str, tuple[int, ...]], ...]
     other_tensors: Mapping[str, tuple[int, ...]]
@@ -108,6 +70,31 @@ class ModelSpec:
     def parameters(self) -> int:
         """All parameters, a tied head counted once."""
         return self.block_parameters + sum(_size(s) for s in self.other_tensors.values())
+
+    @property
+    def residual_scale(self) -> float:
+        """What a sublayer's output is multiplied by before it is added to the residual stream."""
+        key = self.family.residual_scale_key
+        return 1.0 if key is None else float(self.config.get(key) or 1.0)
+
+    @property
+    def activation_copies(self) -> int:
+        """Copies of the channels that a composed activation function holds; see the table."""
+        name = self.config.get(self.family.activation_key) or self.family.activation
+        return ACTIVATION_COPIES.get(str(name), 0)
+
+    @property
+    def logits_divisor(self) -> float:
+        """What logits are divided by."""
+        key = self.family.logits_divisor_key
+        return 1.0 if key is None else float(self.config.get(key) or 1.0)
+
+    @property
+    def logits_softcap(self) -> float | None:
+        """Bound that logits approach by a tanh; None leaves them."""
+        key = self.family.logits_softcap_key
+        value = None if key is None else self.config.get(key, self.family.defaults.get(key))
+        return None if value is None else float(value)
 
     @property
     def head_tensor(self) -> str:
@@ -159,33 +146,40 @@ def describe_model(
         CheckpointError: a tensor is missing or has another shape than the config says.
     """
     family = find_family(config, source=source)
-    layers = _positive(config, family.layers_key, source)
-    hidden = _positive(config, family.hidden_key, source)
-    heads = _positive(config, family.heads_key, source)
-    kv_heads = _positive(config, family.kv_heads_key, source, default=heads)
-    head_dim = _positive(config, "head_dim", source, default=hidden // heads)
+    for condition in family.refused:
+        if condition.holds(config):
+            raise UnsupportedModelError(
+                f"{source}: {condition.key} is {config.get(condition.key)!r}: such a "
+                f"{family.model_type} is not supported, {condition.reason}"
+            )
+    layers = _positive(config, family, family.layers_key, source)
+    hidden = _positive(config, family, family.hidden_key, source)
+    heads = _positive(config, family, family.heads_key, source)
+    kv_heads = _kv_heads(config, family, heads, source)
+    head_dim = hidden // heads
+    if family.head_dim_key is not None:
+        head_dim = _positive(config, family, family.head_dim_key, source, default=head_dim)
     if heads % kv_heads:
         raise CheckpointError(
             f"{source}: {family.heads_key} {heads} is not a multiple of {family.kv_heads_key} "
             f"{kv_heads}"
         )
-    per_layer = _per_layer(config, family, kv_heads, layers, source)
+    whole = _why_whole(config, family)
+    per_layer = _per_layer(config, family, layers, source)
     layer_tensors, used = _split_by_layer(family, shapes, layers)
+    query = heads // kv_heads * head_dim
+    widths = {"query": query, "head": head_dim, "group": query + 2 * head_dim, "one": 1}
     groups: list[UnitGroup] = []
     for layer in range(layers):
-        prefix = family.layer_prefix.format(layer=layer)
         kv_here, ffn_here = per_layer[layer]
-        widths = {"query": heads // kv_heads * head_dim, "head": head_dim, "one": 1}
-        for kind, parts, output, count in (
-            (ATTENTION, family.attention_parts, family.attention_output, kv_here),
-            (FFN, family.ffn_parts, family.ffn_output, ffn_here),
-        ):
-            groups.append(
-                _group(layer, kind, prefix, parts, output, count, widths, hidden, shapes, source)
-            )
+        groups.append(_group(family, ATTENTION, layer, kv_here, widths, hidden, shapes, source))
+        groups.append(_group(family, FFN, layer, ffn_here, widths, hidden, shapes, source))
+    if whole is not None:
+        groups = [replace(g, removable=g.kind != ATTENTION) for g in groups]
     embedding_shape = _shape(shapes, family.embedding, source)
-    tied = bool(config.get("tie_word_embeddings", False)) or family.head not in shapes
-    if tied and not config.get("tie_word_embeddings", True):
+    asked = config.get("tie_word_embeddings")
+    tied = bool(asked) or family.head not in shapes
+    if tied and asked is False:
         raise CheckpointError(
             f"{source}: tie_word_embeddings is false but the checkpoint has no {family.head}"
         )
@@ -204,8 +198,9 @@ def describe_model(
         head_dim=head_dim,
         intermediate=max(ffn for _, ffn in per_layer),
         vocabulary=embedding_shape[0],
-        positions=_positive(config, family.positions_key, source, default=2048),
+        positions=_positive(config, family, family.positions_key, source, default=2048),
         tied=tied,
+        whole_attention=whole,
         table=UnitTable(tuple(groups)),
         layer_tensors=layer_tensors,
         other_tensors=others,
@@ -213,29 +208,46 @@ def describe_model(
 
 
 def _positive(
-    config: Mapping[str, Any], key: str, source: str, *, default: int | None = None
+    config: Mapping[str, Any], family: Family, key: str, source: str, *, default: int | None = None
 ) -> int:
     value = config.get(key)
     if value is None:
-        value = default
+        value = family.defaults.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive whole number")
     return value
 
 
+def _why_whole(config: Mapping[str, Any], family: Family) -> str | None:
+    """Why a layer's heads cannot be fewer; None if they can."""
+    if family.head_dim_key is None:
+        return f"transformers computes the width of a head from {family.heads_key}"
+    return next((c.reason for c in family.whole_attention if c.holds(config)), None)
+
+
+def _kv_heads(config: Mapping[str, Any], family: Family, heads: int, source: str) -> int:
+    if family.one_kv_head and all(condition.holds(config) for condition in family.one_kv_head):
+        return 1
+    return _positive(config, family, family.kv_heads_key, source, default=heads)
+
+
 def _per_layer(
-    config: Mapping[str, Any], family: Family, kv_heads: int, layers: int, source: str
+    config: Mapping[str, Any], family: Family, layers: int, source: str
 ) -> list[tuple[int, int]]:
     """(KV heads, FFN channels) of each layer; ``per_layer_config`` overrides the global numbers."""
     # transformers writes the keys with leading zeros ("07") when it saves such a config again.
     overrides = {int(key): value for key, value in (config.get("per_layer_config") or {}).items()}
+    heads = _positive(config, family, family.heads_key, source)
+    default = None
+    if family.ffn_times_hidden is not None:
+        default = family.ffn_times_hidden * _positive(config, family, family.hidden_key, source)
     counts = []
     for layer in range(layers):
         here = {**config, **overrides.get(layer, {})}
         counts.append(
             (
-                _positive(here, family.kv_heads_key, source, default=kv_heads),
-                _positive(here, family.ffn_key, source),
+                _kv_heads(here, family, heads, source),
+                _positive(here, family, family.ffn_key, source, default=default),
             )
         )
     return counts
@@ -251,7 +263,7 @@ def _split_by_layer(
         mine = {
             name.removeprefix(prefix): tuple(shape)
             for name, shape in shapes.items()
-            if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
+            if name.startswith(prefix) and not name.endswith(family.unread)
         }
         by_layer.append(mine)
         used.update(name for name in shapes if name.startswith(prefix))
@@ -267,36 +279,41 @@ def _shape(shapes: Shapes, name: str, source: str) -> tuple[int, ...]:
 
 
 def _group(
-    layer: int,
+    family: Family,
     kind: str,
-    prefix: str,
-    parts: Sequence[Part],
-    output: str,
+    layer: int,
     count: int,
     widths: Mapping[str, int],
     hidden: int,
     shapes: Shapes,
     source: str,
 ) -> UnitGroup:
-    slices = []
-    parameters = 0
+    """The units of one kind in one layer; the shapes of their tensors must be the config's."""
+    attention = kind == ATTENTION
+    parts = family.attention_parts if attention else family.ffn_parts
+    output = family.attention_output if attention else family.ffn_output
+    prefix = family.layer_prefix.format(layer=layer)
+    slices, parameters, extents = [], 0, dict[str, int]()
     for part in parts:
         name = prefix + part.tensor
         if name not in shapes and not part.required:
             continue
         shape = _shape(shapes, name, source)
         width = widths[part.width]
-        other = 1 if len(shape) == 1 else hidden
-        expected = (count * width,) if len(shape) == 1 else (count * width, hidden)
-        if part.axis == 1:
-            expected = (hidden, count * width)
+        start = count * sum(widths[before] for before in part.after)
+        slices.append(UnitSlice(tensor=name, axis=part.axis, width=width, start=start))
+        parameters += width * (1 if len(shape) == 1 else hidden)
+        extents[name] = max(extents.get(name, 0), start + count * width)
+    for piece in slices:
+        extent, shape = extents[piece.tensor], tuple(shapes[piece.tensor])
+        expected = (extent,) if len(shape) == 1 else (extent, hidden)
+        if piece.axis == 1:
+            expected = (hidden, extent)
         if shape != expected:
             raise CheckpointError(
-                f"{source}: tensor {name} has shape {list(shape)}, expected {list(expected)} "
-                f"from the config"
+                f"{source}: tensor {piece.tensor} has shape {list(shape)}, expected "
+                f"{list(expected)} from the config"
             )
-        slices.append(UnitSlice(tensor=name, axis=part.axis, width=width))
-        parameters += width * other
     out_name = f"{prefix}{output}.weight"
     columns = next(s.width for s in slices if s.tensor == out_name)
     return UnitGroup(

@@ -13,7 +13,7 @@ projection (C = U * columns_per_unit).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -54,6 +54,7 @@ class UnitGroup:
             zeroing its input columns equals removing the unit.
         output_weight: full name of that projection's weight.
         columns_per_unit: input columns of the output projection that one unit owns.
+        removable: False where no layout can do without any of them.
     """
 
     layer: int
@@ -64,6 +65,7 @@ class UnitGroup:
     output: str
     output_weight: str
     columns_per_unit: int
+    removable: bool = True
 
     @property
     def columns(self) -> int:
@@ -165,6 +167,19 @@ class KeepMask:
     def removed_parameters(self) -> int:
         """Parameters of the removed units."""
         return sum((g.count - self.kept(g)) * g.unit_parameters for g in self.table.groups)
+
+    def dropped_layers(self) -> tuple[int, ...]:
+        """Layers that keep no unit at all: the whole layer goes, norms and biases too."""
+        alive = {group.layer for group in self.table.groups if self.kept(group)}
+        return tuple(layer for layer, _ in iterate_layers(self.table) if layer not in alive)
+
+    def without_layers(self, layers: Collection[int]) -> KeepMask:
+        """A new mask that drops these layers."""
+        keep_N = self.keep_N.clone()
+        for group in self.table.groups:
+            if group.layer in layers:
+                keep_N[self.table.span(group)] = False
+        return KeepMask(self.table, keep_N)
 
     def without(self, indices_K: torch.Tensor) -> KeepMask:
         """A new mask with the units at these flat indices (int64 ``[K]``) removed."""

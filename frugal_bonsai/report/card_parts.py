@@ -6,8 +6,9 @@ In: a summary's values. Out: pieces of Markdown. Holds nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from frugal_bonsai.report.words import printable
 
@@ -15,8 +16,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 # An absolute, home or dotted path inside other text: its last part alone is kept.
 _LOCAL_PATH = re.compile(r"(?<!\S)(?:[A-Za-z]:[\\/]|[\\/~]|\.{1,2}[\\/])\S*")
 
-LOAD = {
-    "uniform": """```python
+_PLAIN = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
@@ -24,7 +24,10 @@ tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
 Plain transformers, no custom code. PATH is the folder that holds this file, or its hub id.
-""",
+"""
+LOAD = {
+    "uniform": _PLAIN,
+    "padded": _PLAIN,
     "per-layer": """```python
 import frugal_bonsai
 
@@ -75,6 +78,25 @@ def card_head(model: str) -> str:
     """The YAML head; a base model is named where it is on the hub."""
     base = f"base_model: {model}\n" if is_hub_id(model) else ""
     return f"---\nlibrary_name: transformers\n{base}tags:\n- frugal-bonsai\n- pruned\n---\n"
+
+
+def layout_notes(summary: Mapping[str, Any]) -> list[str]:
+    """What the layout saves, where that is less than what was removed; what it is written as."""
+    notes = []
+    if summary["layout"] == "padded":
+        before, after = summary["before"]["block_parameters"], summary["after"]["block_parameters"]
+        notes.append(
+            f"Padded layout: every layer is filled up with zeros to the widest one, which changes "
+            f"no result. {summary['sparsity']:.1%} of the block weights have no effect any more; "
+            f"{1 - after / before:.1%} are really gone from the files, memory and work."
+        )
+    if summary["written_as"] != summary["family"]:
+        notes.append(
+            f"Written as model_type {summary['written_as']!r}: it computes the same as this "
+            f"{summary['family']} without biases and without a sliding window, and its config "
+            f"takes a number of heads that {summary['family']}'s refuses."
+        )
+    return notes
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

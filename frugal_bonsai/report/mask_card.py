@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from frugal_bonsai.report.card_parts import LOAD, card_head, markdown_table, parent_name
+from frugal_bonsai.report.card_parts import (
+    LOAD,
+    card_head,
+    layout_notes,
+    markdown_table,
+    parent_name,
+)
 from frugal_bonsai.report.words import KIND_NAMES, size_rows, span
 
 
@@ -37,6 +43,7 @@ def mask_card(summary: Mapping[str, Any]) -> str:
             size_rows(summary["before"], summary["after"], "of weights"),
         ),
         markdown_table(("units a layer", "before", "after"), kept),
+        *(f"{note}\n" for note in layout_notes(summary)),
         "Kept weights are bit for bit the parent's. No perplexity was measured.\n",
         "## How to load it\n",
         LOAD[summary["layout"]],

@@ -18,6 +18,7 @@ from frugal_bonsai.checkpoint.commit import write_json
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.rewrite.layouts.widths import require_units
 
 FORMAT = 2
 _KEYS = ("format", "model", "removed")
@@ -126,6 +127,10 @@ def _read_units(path: Path, removed: Any, spec: ModelSpec) -> KeepMask:
             )
         for group, units in zip(groups, layers, strict=True):
             _remove(path, mask, group, units)
+    try:
+        require_units(spec, mask)
+    except OptionError as error:
+        raise OptionError(f"--mask {path}: {error}") from error
     return mask
 
 
@@ -142,11 +147,6 @@ def _remove(path: Path, mask: KeepMask, group: UnitGroup, units: Any) -> None:
     if len(set(units)) != len(units):
         twice = next(unit for unit in units if units.count(unit) > 1)
         raise OptionError(f"{where}: names unit {twice} twice")
-    if len(units) == group.count:
-        raise OptionError(
-            f"{where}: removes all {group.count} units; at least one of each kind stays in every "
-            "layer"
-        )
     mask.of(group)[units] = False
 
 

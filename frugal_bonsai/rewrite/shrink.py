@@ -3,7 +3,8 @@
 In: a :class:`Checkpoint`, its :class:`ModelSpec`, a :class:`KeepMask` and refitted projections.
 Out: safetensors (sharded with an index where large), ``config.json`` of the layout and what it
 needs beside it, in a folder that the caller stages and commits. Values are not recomputed: what is
-kept is kept bit for bit, in the source's dtype. Holds one tensor of the source and its kept part.
+kept is kept bit for bit, in the source's dtype. Holds a few megabytes of the tensor that is being
+read, and the whole of one that is refitted.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
 from frugal_bonsai.errors import CheckpointError, OptionError
-from frugal_bonsai.model.cut import cut_shape, cut_tensor, slices_by_tensor
+from frugal_bonsai.model.biases import added_biases, output_bias, weight_of, with_bias_keys
+from frugal_bonsai.model.cut import cut_shape, padded_indices, slices_by_tensor
+from frugal_bonsai.model.drop import new_names, removed_parameters, with_kept_layers
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules
-from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitSlice
 from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.cut_stream import TensorCut, stream_cuts
 from frugal_bonsai.rewrite.layouts import WRITE_CONFIG
+from frugal_bonsai.rewrite.layouts.padded import padded_counts
 from frugal_bonsai.rewrite.layouts.widths import require_units
 from frugal_bonsai.sizes import DTYPE_BYTES
 
@@ -44,7 +49,9 @@ class RewriteSummary:
         parameters_before: all parameters of the source, a tied head counted once.
         parameters_after: the same of the output.
         block_parameters_before: parameters inside the layers.
-        block_parameters_after: the same of the output.
+        block_parameters_after: the same of the output, zeros that a layout adds included.
+        removed_parameters: parameters of the removed units and of what else goes with whole layers,
+            less those of biases that are added.
         bytes_before: bytes of all tensors in the source's files.
         bytes_after: the same of the output.
         kept: kept units per kind, one number a layer.
@@ -55,6 +62,7 @@ class RewriteSummary:
     parameters_after: int
     block_parameters_before: int
     block_parameters_after: int
+    removed_parameters: int
     bytes_before: int
     bytes_after: int
     kept: Mapping[str, tuple[int, ...]]
@@ -62,8 +70,8 @@ class RewriteSummary:
 
     @property
     def sparsity(self) -> float:
-        """Removed share of the block parameters."""
-        return 1 - self.block_parameters_after / self.block_parameters_before
+        """Share of the block parameters that is not computed with any more."""
+        return self.removed_parameters / self.block_parameters_before
 
 
 def shrink(
@@ -89,7 +97,7 @@ def shrink(
             an incomplete model.
         rules: the layout and its legal unit counts.
         refit: name of a projection's weight -> a function that returns what replaces it,
-            floating, kept rows or columns alone; called once, when the tensor's turn has come.
+            floating, kept rows or columns alone; called once, one after the other, at the end.
         max_shard_bytes: tensor bytes of one shard.
 
     Returns:
@@ -104,47 +112,123 @@ def shrink(
     folder, refit = Path(folder), refit or {}
     _require_legal(spec, mask, rules)
     _require_sliced(spec, refit)
-    names = _tensors_to_write(checkpoint, spec)
-    cuts = slices_by_tensor(spec.table)
+    added = added_biases(spec, refit)
+    renamed = new_names(spec, mask, [*_tensors_to_write(checkpoint, spec), *added])
+    names = [name for name in renamed if name not in added]
+    pieces, padded = slices_by_tensor(spec.table), padded_counts(spec, mask, rules)
     shapes = {
-        name: cut_shape(checkpoint.tensors[name].shape, cuts.get(name, []), mask) for name in names
+        name: cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask, padded)
+        for name in names
     }
+    cuts = {
+        name: _cut(name, checkpoint.tensors[name].shape, pieces.get(name, []), mask, padded)
+        for name in names
+    }
+    dtypes = {name: checkpoint.tensors[name].dtype for name in names}
+    for name in added:
+        shapes[name], dtypes[name] = shapes[weight_of(name)][:1], dtypes[weight_of(name)]
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    entries = checkpoint.tensors
-    after_bytes = sum(sizes[name] * DTYPE_BYTES[entries[name].dtype] for name in names)
+    after_bytes = sum(sizes[name] * DTYPE_BYTES[dtypes[name]] for name in shapes)
     require_free_space(folder, after_bytes, "the pruned model")
-    WRITE_CONFIG[rules.layout](spec, mask, folder)
-    announced = [(name, entries[name].dtype, shapes[name]) for name in names]
+    described = with_kept_layers(with_bias_keys(spec, added), mask)
+    WRITE_CONFIG[rules.layout](described, mask, rules, folder)
+    # In the source's own names and axes, which is what reads the source.
+    stored = {name: _Stored.of(name, renamed[name], checkpoint) for name in shapes}
+    announced = [(stored[n].name, dtypes[n], stored[n].turned(shapes[n])) for n in shapes]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
-        for name in names:
-            if name in refit:
-                dtype = torch_dtype(entries[name].dtype)
-                writer.write(name, _refitted(name, refit[name](), shapes[name], dtype))
-            else:
-                writer.write(name, cut_tensor(checkpoint.read(name), cuts.get(name, []), mask))
+        for name, rows in stream_cuts(checkpoint, [cuts[n] for n in names if n not in refit]):
+            writer.append(stored[name].name, rows)
+        for name in refit:
+            dtype = torch_dtype(dtypes[name])
+            if name in added:
+                writer.write(stored[name].name, _refitted(name, refit[name](), shapes[name], dtype))
+                continue
+            kept = cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask)
+            tensor = _refitted(name, refit[name](), kept, dtype)
+            writer.write(stored[name].name, stored[name].turn(_with_zeros(tensor, cuts[name])))
+        for name in added:
+            if name not in refit:
+                writer.write(stored[name].name, _zeros(shapes[name], torch_dtype(dtypes[name])))
         writer.finish()
     in_layers = {
-        spec.prefix(layer) + name
-        for layer in range(spec.layers)
-        for name in spec.layer_tensors[layer]
+        *added,
+        *(spec.prefix(at) + name for at in range(spec.layers) for name in spec.layer_tensors[at]),
     }
-    block_parameters = sum(sizes[name] for name in in_layers)
+    block_parameters = sum(sizes[name] for name in in_layers & shapes.keys())
     return RewriteSummary(
         parameters_before=spec.parameters,
         parameters_after=block_parameters + sum(sizes[name] for name in spec.other_tensors),
         block_parameters_before=spec.block_parameters,
         block_parameters_after=block_parameters,
-        bytes_before=sum(entry.size_bytes for entry in entries.values()),
+        removed_parameters=removed_parameters(spec, mask) - sum(sizes[name] for name in added),
+        bytes_before=checkpoint.weight_bytes,
         bytes_after=after_bytes,
         kept={kind: tuple(counts) for kind, counts in mask.counts().items()},
         files=tuple(sorted(path.name for path in folder.iterdir())),
     )
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """How a tensor stands in the files."""
+
+    name: str
+    transposed: bool
+
+    @classmethod
+    def of(cls, name: str, renamed: str, checkpoint: Checkpoint) -> _Stored:
+        """As in the source, a layer's number anew; what the source lacks has the model's names."""
+        entry = checkpoint.tensors.get(name)
+        if entry is None:
+            return cls(renamed, False)
+        # The files may leave out the model's first word; other names that differ are no layer's.
+        bare = renamed[len(name) - len(entry.name) :] if name.endswith(entry.name) else entry.name
+        return cls(bare, entry.transposed)
+
+    def turned(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape in the file's order of axes."""
+        return shape[::-1] if self.transposed else shape
+
+    def turn(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the file's order of axes."""
+        return tensor.T.contiguous() if self.transposed else tensor
+
+
+def _cut(
+    name: str,
+    shape: tuple[int, ...],
+    pieces: list[tuple[UnitGroup, UnitSlice]],
+    mask: KeepMask,
+    padded: Mapping[str, int] | None,
+) -> TensorCut:
+    """What of a tensor is written."""
+    indices = {}
+    for axis in sorted({piece.axis for _, piece in pieces}):
+        on_axis = [(group, piece) for group, piece in pieces if piece.axis == axis]
+        taken = padded_indices(shape[axis], on_axis, mask, padded)
+        if len(taken) != shape[axis] or bool((taken < 0).any()):
+            indices[axis] = taken
+    return TensorCut(name, indices)
+
+
+def _with_zeros(tensor: torch.Tensor, cut: TensorCut) -> torch.Tensor:
+    """A tensor of kept rows and columns alone, with the zeros that the layout adds."""
+    for axis, indices in cut.indices.items():
+        if len(indices) != tensor.shape[axis]:
+            shape = list(tensor.shape)
+            shape[axis] = len(indices)
+            places = (indices >= 0).nonzero().flatten()
+            tensor = tensor.new_zeros(shape).index_copy_(axis, places, tensor)
+    return tensor
+
+
 def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
     """Each layer keeps a number of units that the layout can hold."""
     require_units(spec, mask)
+    dropped = mask.dropped_layers()
     for group in spec.table.groups:
+        if group.layer in dropped:
+            continue
         count, legal = mask.kept(group), rules.legal_counts(group.kind, group.count)
         if count not in legal:
             below = [n for n in legal if n < count][-1:]
@@ -157,8 +241,8 @@ def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
 
 
 def _require_sliced(spec: ModelSpec, refit: Refit) -> None:
-    """Only tensors that units own a part of may be replaced."""
-    names = slices_by_tensor(spec.table)
+    """Only tensors that units own a part of, and output projections' biases, may be replaced."""
+    names = {*slices_by_tensor(spec.table), *map(output_bias, spec.table.groups)}
     for name in refit:
         if name not in names:
             raise OptionError(
@@ -209,6 +293,13 @@ def _same_bytes(checkpoint: Checkpoint, name: str, other: str) -> bool:
         )
         for start in range(0, rows, step)
     )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A bias that is there because the architecture gives its projections one together."""
+    import torch
+
+    return torch.zeros(shape, dtype=dtype)
 
 
 def _refitted(

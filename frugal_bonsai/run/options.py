@@ -18,7 +18,9 @@ class PruneOptions:
     Attributes:
         method: one of ``bonsai.settings.METHODS``.
         settings: fields of ``PruneSettings`` that the user names; None is "as the method has it".
-        layout: ``uniform`` or ``per-layer``.
+        layout: ``uniform``, ``per-layer`` or ``padded``.
+        as_mistral: a Llama may get a head count that its config class refuses, and is then written
+            as the Mistral that computes the same.
         tile: FFN tile; None lets the layout choose.
         calibration: text source; None is wikitext2, or stdlib for ``example``.
         eval_text: text whose perplexity is reported before and after.
@@ -35,6 +37,7 @@ class PruneOptions:
     method: str = "default"
     settings: Mapping[str, Any] = field(default_factory=dict)
     layout: str = UNIFORM
+    as_mistral: bool = False
     tile: int | None = None
     calibration: str | None = None
     eval_text: str | None = None

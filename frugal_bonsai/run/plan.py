@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import NONE, PruneSettings, make_settings
+from frugal_bonsai.bonsai.settings import LATENCY, NONE, PruneSettings, make_settings
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile
+from frugal_bonsai.memory.latency import LatencyModel, model_latency
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.work import BASE
+from frugal_bonsai.model.biases import require_output_biases
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
 from frugal_bonsai.run.machine import choose_budget, choose_device, with_arithmetic
 from frugal_bonsai.run.options import PruneOptions
@@ -52,6 +55,7 @@ class Prepared:
         profile: of the machine that is planned for; None is this one.
         rates: that profile, or what a second of measuring here gives.
         elsewhere: that machine is another one, so nothing here is asked.
+        latency: of the model on the profile's machine; None without a profile.
     """
 
     settings: PruneSettings
@@ -64,6 +68,7 @@ class Prepared:
     rates: HardwareProfile
     profile: HardwareProfile | None = None
     elsewhere: bool = False
+    latency: LatencyModel | None = None
 
 
 def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> Prepared:
@@ -85,10 +90,21 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     settings = make_settings(options.method, options.settings)
     window = choose_window(model.spec, options.window)
     profile = None if options.profile is None else read_profile(Path(options.profile))
+    if settings.objective == LATENCY and profile is None:
+        raise OptionError(
+            "--objective latency: needs the rates of the machine that the model is for; measure "
+            "this one with frugal-bonsai profile --out FILE, then add --profile FILE"
+        )
     device = choose_device(options, profile, elsewhere=elsewhere)
     rules = layout_rules(
-        model.spec, options.layout, tile=options.tile, default_tile=DEFAULT_TILE[device.type]
+        model.spec,
+        options.layout,
+        tile=options.tile,
+        default_tile=DEFAULT_TILE[device.type],
+        as_mistral=options.as_mistral,
     )
+    if rules.as_mistral and settings.bias:
+        raise OptionError("--as-mistral: a Mistral has no biases; leave it or --bias out")
     check_reachable(
         KeepMask(model.spec.table),
         settings.sparsity,
@@ -96,6 +112,8 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         model.spec.block_parameters,
         settings.allocation,
     )
+    if settings.bias:
+        require_output_biases(model.spec)
     default_source = EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
     rates = profile or quick_profile(device)
     return Prepared(
@@ -109,6 +127,16 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         profile=profile,
         rates=rates,
         elsewhere=elsewhere,
+        latency=None if profile is None else _latency(model, settings, profile),
+    )
+
+
+def _latency(model: Model, settings: PruneSettings, profile: HardwareProfile) -> LatencyModel:
+    return model_latency(
+        model.spec,
+        profile,
+        prompt_tokens=settings.prompt_tokens,
+        generated_tokens=settings.generated_tokens,
     )
 
 
@@ -138,7 +166,7 @@ def plan_prune(
     native_windows = max(held_out_count(windows), eval_windows)
     mask_windows = min(settings.mask_windows, windows)
     pairs = 0 if settings.level == NONE else mask_windows * (settings.masks + 1)
-    stand_ins = _stand_in_share(settings, uniform=ready.rules.uniform)
+    stand_ins = stand_in_share(settings, uniform=ready.rules.uniform)
     work = Work(
         window=ready.window,
         windows=windows,
@@ -164,8 +192,8 @@ def plan_prune(
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
 
 
-def _stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
-    """Of a group's alive units, in the last round, whose pool is the largest share."""
+def stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
+    """The share of a group's alive units that may have stand-ins: the last round's pool."""
     if not settings.stand_ins(uniform=uniform):
         return 0.0
     # A last round takes a sliver that would be left over (bonsai/search.py).

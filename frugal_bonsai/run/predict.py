@@ -73,7 +73,7 @@ def prune_work(
     mask_windows = min(settings.mask_windows, windows)
     columns = max(group.columns for group in model.spec.table.groups)
     part = round_windows(settings, columns, ready.window, windows)
-    tries = settings.recovery and settings.trial and not ready.rules.uniform
+    tries = settings.tries(uniform=ready.rules.uniform)
     fitted, held_out = trial_windows(part) if tries else (0, 0)
     # Those it is judged by take the pruned model alone through them: half of both.
     trial = fitted + math.ceil(held_out / 2)

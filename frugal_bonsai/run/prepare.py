@@ -16,7 +16,8 @@ from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.errors import CheckpointError, OptionError
-from frugal_bonsai.model.family import ModelSpec, describe_model
+from frugal_bonsai.model.arrange import describe_checkpoint
+from frugal_bonsai.model.family import ModelSpec
 
 # Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
 CHARACTERS_PER_TOKEN = 8
@@ -57,7 +58,7 @@ def open_model(name: str, *, headers_only: bool = False) -> Iterator[Model]:
     """
     with open_headers(name) if headers_only else Checkpoint.open(find_model(name)) as checkpoint:
         source = str(checkpoint.folder / "config.json")
-        spec = describe_model(checkpoint.config, checkpoint.shapes, source=source)
+        spec = describe_checkpoint(checkpoint, source=source)
         _require_floating(checkpoint)
         yield Model(name=name, checkpoint=checkpoint, spec=spec)
 

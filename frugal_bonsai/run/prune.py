@@ -25,7 +25,7 @@ from frugal_bonsai.checkpoint.finite import require_finite_on_disk
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.model.family import describe_model
+from frugal_bonsai.model.arrange import describe_checkpoint
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.words import duration
 from frugal_bonsai.run.options import PruneOptions
@@ -263,6 +263,7 @@ def _search(
         "settings": ready.settings.to_json(),
         "layout": ready.rules.layout,
         "tile": ready.rules.tile,
+        "as_mistral": ready.rules.as_mistral,
         "model": model_fingerprint(model.checkpoint),
         "calibration": fingerprint(calibration.windows_NS.numpy().tobytes()),
         "utility": None if utility is None else getattr(utility, "__qualname__", repr(utility)),
@@ -281,6 +282,7 @@ def _search(
         keep_inputs=memory.keep_inputs,
         keep_refinement=memory.keep_refinement,
         utility=utility,
+        unit_milliseconds=None if ready.latency is None else ready.latency.unit,
     )
     return search.run(resume=resume and state.exists)
 
@@ -306,7 +308,7 @@ def _rewrite(
     )
     write_companions(model.folder, staged)
     with Checkpoint.open(staged) as output:
-        spec = describe_model(output.config, output.shapes, source="the pruned config.json")
+        spec = describe_checkpoint(output, source="the pruned config.json")
         engine = make_engine(output, spec, job.memory, ready.device, job.progress)
         masked = CheckpointSource(model.checkpoint, model.spec, mask=found.mask, refit=found.refits)
         windows_NS = job.calibration.held_out_NS[:_VERIFY_WINDOWS]
@@ -326,6 +328,7 @@ def _rewrite(
                 "weight_bytes": output.weight_bytes,
                 **after,
             },
+            "written_as": spec.family.model_type,
             "sparsity": rewritten.sparsity,
             "verify": {"max_relative_difference": difference, "windows": len(windows_NS)},
         }

@@ -13,7 +13,7 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory, write_bytes
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.model.family import describe_model
+from frugal_bonsai.model.arrange import describe_checkpoint
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent
@@ -35,6 +35,7 @@ def shrink(
     out: str | Path,
     *,
     layout: str = UNIFORM,
+    as_mistral: bool = False,
     max_shard_size: str | int = "5GB",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def shrink(
         mask: mask file, such as the ``pruning_mask.json`` that a prune wrote.
         out: folder that must not exist yet.
         layout: of the output.
+        as_mistral: a Llama whose head count its config class refuses is written as a Mistral.
         max_shard_size: of the output.
         progress: told what is done.
 
@@ -65,7 +67,7 @@ def shrink(
         spec = opened.spec
         keep = read_mask(Path(mask), spec)
         # The mask decides: any FFN width that the layout can hold is as good as another.
-        rules = layout_rules(spec, layout, tile=1)
+        rules = layout_rules(spec, layout, tile=1, as_mistral=as_mistral)
         progress.note(NO_REFITS)
         with staged_directory(out) as staged:
             written = rewrite(
@@ -89,12 +91,13 @@ def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
     """Sizes before and after, the latter read back from what was written."""
     spec = model.spec
     with Checkpoint.open(staged) as output:
-        after = describe_model(output.config, output.shapes, source="the pruned config.json")
+        after = describe_checkpoint(output, source="the pruned config.json")
         after_bytes = output.weight_bytes
     return {
         "version": package_version(),
         "model": model.name,
         "family": spec.family.model_type,
+        "written_as": after.family.model_type,
         "kept": mask.counts(),
         "dense": KeepMask(spec.table).counts(),
         "before": {

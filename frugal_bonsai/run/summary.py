@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
+from frugal_bonsai.memory.latency import describe_latency
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.layout import UNIFORM
+from frugal_bonsai.model.layout import PER_LAYER
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.card import model_card
@@ -85,10 +86,11 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
         "kept": found.mask.counts(),
         "dense": KeepMask(table).counts(),
         "layer_sparsity": _layer_sparsity(model, found.mask),
+        "latency": None if ready.latency is None else describe_latency(ready.latency, found.mask),
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
         "memory": describe_memory(job.memory, job.engine),
-        "notes": list(ready.budget.notes),
+        "notes": [*ready.budget.notes, *(r["note"] for r in found.rounds if "note" in r)],
     }
 
 
@@ -117,7 +119,11 @@ def describe_memory(memory: MemoryPlan, engine: Engine) -> dict[str, Any]:
 
 def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
     shares = []
+    dropped = mask.dropped_layers()
     for layer, tensors in enumerate(model.spec.layer_tensors):
+        if layer in dropped:
+            shares.append(1.0)
+            continue
         parameters = sum(math.prod(shape) for shape in tensors.values())
         removed = sum(
             (group.count - mask.kept(group)) * group.unit_parameters
@@ -134,9 +140,9 @@ def package_version() -> str:
 
 def load_line(out: Path, layout: str) -> str:
     """The line that loads the output."""
-    if layout == UNIFORM:
-        return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
-    return f"frugal_bonsai.load_pruned({str(out)!r})"
+    if layout == PER_LAYER:
+        return f"frugal_bonsai.load_pruned({str(out)!r})"
+    return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
 
 
 def write_papers(staged: Path, summary: dict[str, Any], spec: ModelSpec, mask: KeepMask) -> None:

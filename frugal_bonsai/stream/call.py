@@ -9,8 +9,9 @@ Shape suffixes: B windows of a micro-batch, S tokens, H hidden, C columns of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def call_layer(
         kwargs: what the model calls this layer with.
         hooks: name of an output projection -> hook on its input.
     """
-    with _hooked(module, hooks or {}):
+    with _hooked(module, hooks or {}, hidden_BSH.shape[:2]):
         output = functional_call(module, parameters, (hidden_BSH,), dict(kwargs))
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result
@@ -70,66 +71,102 @@ def capture_input(
     return seen[0]
 
 
-def capture_output(
+@dataclass(frozen=True)
+class Seen:
+    """What a layer gave, and what was asked for on the way.
+
+    Attributes:
+        result_BSH: the layer's output.
+        outputs: of the projections that were named.
+        input_BSH: of the module that was named.
+    """
+
+    result_BSH: torch.Tensor
+    outputs: dict[str, torch.Tensor]
+    input_BSH: torch.Tensor | None
+
+
+def capture_outputs(
     module: nn.Module,
     parameters: Parameters,
     hidden_BSH: torch.Tensor,
     kwargs: Mapping[str, Any],
-    projection: str,
+    projections: Iterable[str],
     *,
     input_of: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The layer's output, the output of one projection, and the input of another one, if named."""
-    outputs: list[torch.Tensor] = []
+) -> Seen:
+    """The layer's output, those of some of its projections, and the input of one more, if named."""
+    outputs: dict[str, torch.Tensor] = {}
     inputs: list[torch.Tensor] = []
 
-    def keep(_: nn.Module, __: Any, output_BSH: torch.Tensor) -> None:
-        outputs.append(output_BSH)
+    def keep(projection: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def hook(_: nn.Module, __: Any, output_BSH: torch.Tensor) -> None:
+            outputs[projection] = _unflattened(output_BSH, hidden_BSH.shape[:2])
 
-    handle = module.get_submodule(projection).register_forward_hook(keep)
-    hooks: dict[str, InputHook] = {} if input_of is None else {input_of: inputs.append}
-    try:
+        return hook
+
+    with ExitStack() as stack:
+        for name in projections:
+            handle = module.get_submodule(name).register_forward_hook(keep(name))
+            stack.callback(handle.remove)
+        hooks: dict[str, InputHook] = {} if input_of is None else {input_of: inputs.append}
         result_BSH = call_layer(module, parameters, hidden_BSH, kwargs, hooks)
-    finally:
-        handle.remove()
-    return result_BSH, outputs[0], inputs[0] if inputs else None
+    return Seen(result_BSH, outputs, inputs[0] if inputs else None)
 
 
 @contextmanager
-def replaced(module: nn.Module, projection: str, output_BSH: torch.Tensor) -> Iterator[None]:
+def replaced(
+    module: nn.Module, projection: str, output_BSH: torch.Tensor, *, returns_tuple: bool
+) -> Iterator[None]:
     """Within the context the projection's sublayer returns ``output_BSH`` without computing.
 
-    The sublayer is the module that owns the projection (``self_attn`` of ``self_attn.o_proj``).
+    The sublayer is the module that owns the projection (``self_attn`` of ``self_attn.o_proj``); a
+    projection that the layer itself owns is replaced alone, what stands before it is computed.
+
+    Args:
+        module: the layer.
+        projection: the sublayer's output projection.
+        output_BSH: of the projection.
+        returns_tuple: attention modules of transformers return (output, weights), FFN modules the
+            output.
     """
-    sublayer = module.get_submodule(projection.rpartition(".")[0])
-    given = (output_BSH, None) if _returns_tuple(sublayer) else output_BSH
-    sublayer.forward = lambda *args, **kwargs: given  # shadows the class's forward
+    owner = projection.rpartition(".")[0]
+    sublayer = module.get_submodule(owner or projection)
+    given = (output_BSH, None) if owner and returns_tuple else output_BSH
+    # Shadows the class's forward.
+    if owner:
+        sublayer.forward = lambda *args, **kwargs: given
+    else:
+        sublayer.forward = lambda value: output_BSH.view(*value.shape[:-1], -1)
     try:
         yield
     finally:
         del sublayer.forward
 
 
-def _returns_tuple(sublayer: nn.Module) -> bool:
-    """Attention modules of transformers return (output, weights), FFN modules the output."""
-    return hasattr(sublayer, "layer_idx") or hasattr(sublayer, "num_key_value_groups")
-
-
 @contextmanager
-def _hooked(module: nn.Module, hooks: Mapping[str, InputHook]) -> Iterator[None]:
+def _hooked(module: nn.Module, hooks: Mapping[str, InputHook], items: torch.Size) -> Iterator[None]:
     handles = []
     try:
         for name, hook in hooks.items():
-            handles.append(module.get_submodule(name).register_forward_pre_hook(_as_prehook(hook)))
+            prehook = _as_prehook(hook, items)
+            handles.append(module.get_submodule(name).register_forward_pre_hook(prehook))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _as_prehook(hook: InputHook) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], Any]:
+def _as_prehook(
+    hook: InputHook, items: torch.Size
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], Any]:
     def prehook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
-        changed = hook(args[0])
-        return None if changed is None else (changed, *args[1:])
+        changed = hook(_unflattened(args[0], items))
+        return None if changed is None else (changed.view_as(args[0]), *args[1:])
 
     return prehook
+
+
+def _unflattened(value: torch.Tensor, items: torch.Size) -> torch.Tensor:
+    """``[B, S, ...]``, where a layer works on ``[B * S, ...]`` too; the same memory."""
+    return value if value.shape[:2] == items else value.view(*items, -1)

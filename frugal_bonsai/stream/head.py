@@ -76,7 +76,7 @@ class Head:
                 normed_TH = hidden.read(here)[:, :-1].flatten(0, 1)
                 self.batches.run(
                     len(normed_TH),
-                    lambda block: losses.add(block, linear(normed_TH[block], weight_vH)),
+                    lambda block: losses.add(block, self._logits(normed_TH[block], weight_vH)),
                 )
 
             self.batches.run(windows, add, weight=window)
@@ -86,8 +86,18 @@ class Head:
     def logits(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """Logits of all tokens over the whole vocabulary, fp32 ``[B, S, V]``."""
         normed_BSH = self._skeleton.norm(hidden_BSH)
-        parts = [linear(normed_BSH, weight_vH).float() for weight_vH in self._chunks()]
+        parts = [self._logits(normed_BSH, weight_vH).float() for weight_vH in self._chunks()]
         return torch.cat(parts, dim=-1)
+
+    def _logits(self, normed_TH: torch.Tensor, weight_vH: torch.Tensor) -> torch.Tensor:
+        """Logits over some rows, scaled and capped as the model does, where they lie."""
+        spec, logits_Tv = self._skeleton.spec, linear(normed_TH, weight_vH)
+        if spec.logits_divisor != 1.0:
+            logits_Tv.div_(spec.logits_divisor)
+        if spec.logits_softcap is not None:
+            cap = spec.logits_softcap
+            logits_Tv.div_(cap).tanh_().mul_(cap)
+        return logits_Tv
 
     def _chunks(self) -> Iterator[torch.Tensor]:
         """Yield rows ``[v, H]`` in order; a head that is one chunk is read once and kept."""

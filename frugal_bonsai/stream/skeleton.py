@@ -11,14 +11,17 @@ Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec
 
 # Keys that name an output layout's own loading code; the streamed model needs the parent's classes.
@@ -28,10 +31,12 @@ _LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
 class _Proxy(nn.Module):
     """Stands where a layer stood and keeps what the model calls it with."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, *, returns_tuple: bool) -> None:
         super().__init__()
         # Some models read attributes of a layer before they call it (attention_type, for example).
         self._layer = [layer]
+        self._signature = inspect.signature(layer.forward)
+        self._returns_tuple = returns_tuple
         self.hidden_BSH: torch.Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
@@ -41,13 +46,12 @@ class _Proxy(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_layer"][0], name)
 
-    def forward(self, hidden_BSH: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args:
-            raise UnsupportedModelError(
-                "this model passes positional arguments to its layers, which cannot be replayed"
-            )
-        self.hidden_BSH, self.kwargs = hidden_BSH, kwargs
-        return hidden_BSH
+    def forward(self, hidden_BSH: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Arguments are replayed by name; the first is the hidden state.
+        named = dict(self._signature.bind_partial(hidden_BSH, *args).arguments)
+        named.pop(next(iter(named)))
+        self.hidden_BSH, self.kwargs = hidden_BSH, {**named, **kwargs}
+        return (hidden_BSH, None) if self._returns_tuple else hidden_BSH
 
 
 class Skeleton:
@@ -71,14 +75,17 @@ class Skeleton:
         self.spec, self.device, self.dtype = spec, device, dtype
         self._checkpoint = checkpoint
         model = build_empty_model(spec)
-        self._base = cast(nn.Module, getattr(model, spec.family.base_module))
+        self._base = model.get_submodule(spec.family.base_module)
         layers = self._base.get_submodule(spec.family.layers_module)
         self.layers: list[nn.Module] = list(cast(Iterable[nn.Module], layers))
         self._check_tensors(model)
-        self._proxies = [_Proxy(layer) for layer in self.layers]
+        returns_tuple = spec.family.returns_tuple
+        self._proxies = [_Proxy(layer, returns_tuple=returns_tuple) for layer in self.layers]
         parent, _, name = spec.family.layers_module.rpartition(".")
         setattr(self._base.get_submodule(parent), name, nn.ModuleList(self._proxies))
         self._load_outer(model)
+        self._follow_weights()
+        self._embedding = self._base.get_submodule(spec.family.embedding_module)
         self.norm = self._base.get_submodule(spec.family.norm_module)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
@@ -114,6 +121,27 @@ class Skeleton:
                     f"{list(parameter.shape)} from config.json"
                 )
 
+    def _follow_weights(self) -> None:
+        """Let attention modules that know their number of heads take it from streamed weights."""
+        spec, sized_by = self.spec, self.spec.family.sized_by
+        if not sized_by:
+            return
+        owner, _, output = spec.family.attention_output.rpartition(".")
+        columns = spec.query_heads_per_group * spec.head_dim
+
+        def resize(attention: nn.Module, _: Any) -> None:
+            weight_HC = cast(torch.Tensor, attention.get_submodule(output).weight)
+            kv_heads = weight_HC.shape[1] // columns
+            counts = {"kv": kv_heads, "query": kv_heads * spec.query_heads_per_group}
+            for path, what in sized_by.items():
+                inside, _, name = path.rpartition(".")
+                setattr(getattr(attention, inside) if inside else attention, name, counts[what])
+
+        for layer in self.layers:
+            attention = layer.get_submodule(owner)
+            attention.config = copy.copy(attention.config)  # its own: layers differ
+            attention.register_forward_pre_hook(resize)
+
     def _load_outer(self, model: nn.Module) -> None:
         """Load what stands outside the layers, embedding and head excepted; move the buffers."""
         from accelerate.utils import set_module_tensor_to_device
@@ -132,10 +160,12 @@ class Skeleton:
                     f"{self._checkpoint.folder}: tensor {name!r} has no place in "
                     f"{type(model).__name__}: {error}"
                 ) from error
-        for module in self._base.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.is_meta:
-                    setattr(module, name, buffer.to(self.device))
+        # The layers, which stand behind their proxies, may have buffers too.
+        for root in (self._base, *self.layers):
+            for module in root.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    if not buffer.is_meta:
+                        setattr(module, name, buffer.to(self.device))
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """The first layer's input for these tokens, ``[B, S, H]`` in the compute dtype.
@@ -172,7 +202,10 @@ class Skeleton:
     def _rows(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         distinct, where = torch.unique(tokens_BS.cpu(), return_inverse=True)
         rows = self._checkpoint.gather_rows(self.spec.family.embedding, distinct)
-        return rows.to(self.dtype)[where].to(self.device)
+        weight = {"weight": rows.to(self.device, self.dtype)}
+        # The model's own embedding, which may scale what it looks up, over these rows alone.
+        embedded = functional_call(self._embedding, weight, (where.to(self.device),))
+        return cast(torch.Tensor, embedded)
 
     def _run_base(self, embedded_BSH: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         with torch.inference_mode():
@@ -187,6 +220,8 @@ class Skeleton:
 def build_empty_model(spec: ModelSpec) -> nn.Module:
     """Hugging Face's model of this config on the meta device, buffers real.
 
+    Its transposed projections are ordinary ones: weights are streamed as ``[out, in]``.
+
     Raises:
         CheckpointError: transformers does not accept the config.
     """
@@ -197,7 +232,13 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     try:
         config = AutoConfig.for_model(**values)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            # The attention that transformers itself takes: sdpa, where the architecture has it.
+            model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"config.json: transformers does not accept it: {error}") from error
+    for name in {name.removesuffix(".weight") for name in spec.family.transposed}:
+        for layer in range(spec.layers):
+            path = spec.prefix(layer) + name
+            inner, outer = model.get_parameter(f"{path}.weight").shape
+            model.set_submodule(path, nn.Linear(inner, outer, device="meta"))
     return cast(nn.Module, model.eval())

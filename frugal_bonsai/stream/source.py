@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
+from frugal_bonsai.model.biases import added_biases, output_bias, weight_of
 from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
@@ -100,9 +101,11 @@ class CheckpointSource:
         checkpoint: the open checkpoint.
         spec: its description.
         mask: zeroes the removed units' columns of the output projections, which equals removing
-            them; shapes stay dense.
+            them, and of layers without any unit the output projections' biases too: nothing is
+            left of them but the residual stream. Shapes stay dense.
         refit: projections refitted by recovery, kept rows or columns alone; scattered into the
-            dense shape in the source's dtype. Needs ``mask``.
+            dense shape in the source's dtype. Biases that the source lacks are added to the layer.
+            Needs ``mask``.
     """
 
     def __init__(
@@ -114,7 +117,8 @@ class CheckpointSource:
         refit: Refit | None = None,
     ) -> None:
         self._checkpoint, self._spec, self._mask, self._refit = checkpoint, spec, mask, refit or {}
-        self._cuts = slices_by_tensor(spec.table)
+        self._cuts, self._added = slices_by_tensor(spec.table), added_biases(spec, self._refit)
+        self._dropped = () if mask is None else mask.dropped_layers()
         self._records = [self._lay_out(layer) for layer in range(spec.layers)]
 
     @property
@@ -136,23 +140,35 @@ class CheckpointSource:
         prefix = self._spec.prefix(layer)
         for record in self._records[layer]:
             piece = buffer[record.start : record.start + record.size_bytes]
-            self._checkpoint.read_into(prefix + record.name, piece)
+            if prefix + record.name in self._added:
+                piece.zero_()
+            else:
+                self._checkpoint.read_into(prefix + record.name, piece)
         if self._mask is None:
             return
         by_name = {prefix + record.name: record for record in self._records[layer]}
         for group in self._spec.table.of_layer(layer):
             weight_HC = by_name[group.output_weight].view(buffer)
             weight_HC[:, ~self._mask.columns(group)] = 0
+            if layer in self._dropped and output_bias(group) in by_name:
+                by_name[output_bias(group)].view(buffer).zero_()
         for name in by_name.keys() & self._refit.keys():
-            weight, pieces = by_name[name].view(buffer), self._cuts[name]
+            weight, pieces = by_name[name].view(buffer), self._cuts.get(name, [])
+            if not pieces:  # a bias of an output projection: nothing is cut from it
+                weight.copy_(self._refit[name]().to(weight.dtype))
+                continue
             axis = pieces[0][1].axis
             kept = kept_indices(weight.shape[axis], pieces, self._mask)
             weight.index_copy_(axis, kept, self._refit[name]().to(weight.dtype))
 
     def _lay_out(self, layer: int) -> tuple[Record, ...]:
         prefix, offset, records = self._spec.prefix(layer), 0, []
-        for name, shape in self._spec.layer_tensors[layer].items():
-            entry = self._checkpoint.tensors[prefix + name]
+        shapes = dict(self._spec.layer_tensors[layer])
+        for bias in (name.removeprefix(prefix) for name in self._added if name.startswith(prefix)):
+            shapes[bias] = shapes[weight_of(bias)][:1]
+        for name, shape in shapes.items():
+            stored = name if name in self._spec.layer_tensors[layer] else weight_of(name)
+            entry = self._checkpoint.tensors[prefix + stored]
             records.append(Record(name=name, shape=tuple(shape), dtype=entry.dtype, start=offset))
             offset = align(offset + records[-1].size_bytes)
         return tuple(records)

@@ -20,6 +20,7 @@ from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 from frugal_bonsai.checkpoint.writer import write_tensors
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.int8 import quantise_rows
+from frugal_bonsai.model.biases import added_biases
 from frugal_bonsai.model.cut import cut_tensor, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
@@ -105,7 +106,7 @@ def build_store(
         spec: its description.
         weights: ``"int8"`` or ``"native"``.
         mask: units that are left out.
-        refit: output projections that recovery has changed, ``[H, kept columns]``.
+        refit: what recovery has changed, kept rows or columns alone; biases that are new.
         check_finite: refuse NaN and infinity in the source.
         progress: told of each layer.
 
@@ -119,7 +120,7 @@ def build_store(
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     mask, refit = mask or KeepMask(spec.table), refit or {}
-    cuts = slices_by_tensor(spec.table)
+    cuts, added = slices_by_tensor(spec.table), added_biases(spec, refit)
     if progress:
         progress.sweep("writing the working store", spec.layers, 0)
     for layer in range(spec.layers):
@@ -136,6 +137,9 @@ def build_store(
                 weights,
                 torch_dtype(checkpoint.tensors[full].dtype),
             )
+        for full in added:
+            if full.startswith(prefix) and full in refit:
+                tensors[full.removeprefix(prefix)] = refit[full]()
         # Wide elements first, so that each tensor lies aligned in the layer's bytes.
         write_tensors(
             _layer_file(folder, layer),

@@ -1,4 +1,4 @@
-"""All seven priors against direct computation on inputs captured from Hugging Face's model."""
+"""All priors against direct computation on inputs captured from Hugging Face's model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from tiny_models import BIASES, Tiny, random_mask, random_windows, tiny_llama
 
 from frugal_bonsai.bonsai.prior import PRIORS, Prior, PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.settings import PRIOR_NAMES
+from frugal_bonsai.bonsai.settings import PRIOR_NAMES, SIMILARITY
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.stream.store import NATIVE, build_store
 
@@ -21,8 +21,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny_llama(tmp_path_factory.mktemp("prior") / "m", **BIASES)
 
 
-def _measure(tiny: Tiny, name: str, mask: KeepMask, folder: Path, *, micro_batch: int = 2) -> Prior:
-    builder = PriorBuilder(name, mask, damping=DAMPING, generator=torch.Generator().manual_seed(11))
+def _measure(
+    tiny: Tiny,
+    name: str,
+    mask: KeepMask,
+    folder: Path,
+    *,
+    micro_batch: int = 2,
+    keep_means: bool = False,
+) -> Prior:
+    builder = PriorBuilder(
+        name,
+        mask,
+        damping=DAMPING,
+        generator=torch.Generator().manual_seed(11),
+        keep_means=keep_means,
+    )
     engine = tiny.engine(micro_batch=micro_batch)
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights=NATIVE, mask=mask)
     with engine.stream(store) as stream:
@@ -60,11 +74,8 @@ def _direct(name: str, x: torch.Tensor, w: torch.Tensor) -> float:
     )
 
 
-SEVEN = ("activation", "wanda", "output", "fluctuation", "exact", "magnitude", "random")
-
-
-def test_seven_are_known_and_settings_know_them() -> None:
-    assert tuple(PRIORS) == PRIOR_NAMES and set(SEVEN) <= set(PRIORS)
+def test_settings_know_the_priors() -> None:
+    assert (*PRIORS, SIMILARITY) == PRIOR_NAMES
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -123,11 +134,41 @@ def test_micro_batches_do_not_matter(name: str, tiny: Tiny, tmp_path: Path) -> N
     )
 
 
-def test_of_the_seven_only_exact_needs_gram_matrices(tiny: Tiny) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_flap_is_the_mean_z_score_of_a_units_columns(
+    masked: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    """As the published code has it: standardised over a group's columns, then averaged."""
+    mask = random_mask(tiny.spec) if masked else KeepMask(tiny.spec.table)
+    prior = _measure(tiny, "flap", mask, tmp_path)
+    for group, (inputs, weight) in _captured(tiny, mask).items():
+        columns, alive = mask.columns(group), mask.of(group)
+        x, w = inputs[:, columns], weight[:, columns]
+        score = x.var(0, unbiased=False) * w.norm(dim=0) ** 2
+        standard = (score - score.mean()) / score.std()
+        expected = standard.view(-1, group.columns_per_unit).mean(1)
+        found = prior.score_N[tiny.spec.table.span(group)]
+        torch.testing.assert_close(found[alive], expected, rtol=1e-3, atol=1e-4)
+        assert float(found[alive].mean()) == pytest.approx(0, abs=1e-6)
+        assert not found[~alive].any()
+
+
+def test_mean_inputs_are_kept_where_they_are_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    mask = random_mask(tiny.spec)
+    assert _measure(tiny, "flap", mask, tmp_path).means is None
+    prior = _measure(tiny, "flap", mask, tmp_path, keep_means=True)
+    captured = _captured(tiny, mask)
+    assert prior.means is not None and len(prior.means) == len(captured)
+    for group, (inputs, _) in captured.items():
+        expected = inputs[:, mask.columns(group)].mean(0).float()
+        torch.testing.assert_close(prior.means[group.output_weight], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_of_the_priors_only_exact_needs_gram_matrices(tiny: Tiny) -> None:
     mask, generator = KeepMask(tiny.spec.table), torch.Generator()
     needs = [
         name
-        for name in SEVEN
+        for name in PRIORS
         if PriorBuilder(name, mask, damping=1e-4, generator=generator).needs_gram
     ]
     assert needs == ["exact"]

@@ -14,8 +14,7 @@ from frugal_bonsai.bonsai import refine
 from frugal_bonsai.bonsai.layer_pass import LayerPass
 from frugal_bonsai.bonsai.prior import PriorBuilder
 from frugal_bonsai.bonsai.recover import Recovered, Recovery
-from frugal_bonsai.bonsai.recover_inputs import input_projections
-from frugal_bonsai.bonsai.refine import Refinement, conjugate_gradients
+from frugal_bonsai.bonsai.refine import Refinement, conjugate_gradients, input_rows
 from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store
@@ -110,7 +109,7 @@ def _problem(
     problem = Refinement(
         work,
         ffn,
-        input_projections(tiny.spec, ffn),
+        input_rows(tiny.spec, ffn),
         len(tokens),
         inputs=sweep.hidden_states(tokens),
         targets=sweep.hidden_states(tokens) if keep else None,

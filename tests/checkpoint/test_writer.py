@@ -152,6 +152,44 @@ class TestShardedWriter:
         with pytest.raises(ValueError, match="writer is closed"):
             out.write("a", TENSORS["a"])
 
+    def test_rows_of_several_tensors_in_turn(self, tmp_path: Path) -> None:
+        tensors = {"a": torch.randn(5, 3), "b": torch.randn(4).bfloat16(), "c": torch.ones(0, 2)}
+        with ShardedWriter(tmp_path, specs(tensors), max_shard_bytes=70) as out:
+            out.append("a", tensors["a"][:2])
+            out.append("b", tensors["b"][:1])
+            with pytest.raises(ValueError, match=r"never written: \['a', 'b', 'c'\]"):
+                out.finish()
+        assert names(tmp_path) == []
+        with ShardedWriter(tmp_path, specs(tensors), max_shard_bytes=70) as out:
+            out.append("a", tensors["a"][:2])
+            out.append("b", tensors["b"])
+            out.append("a", tensors["a"][2:4])
+            out.append("a", tensors["a"][4:])
+            out.write("c", tensors["c"])
+            out.finish()
+        found = {
+            name: t
+            for path in tmp_path.glob("*.safetensors")
+            for name, t in load_file(path).items()
+        }
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+    def test_wrong_rows(self, tmp_path: Path) -> None:
+        with ShardedWriter(tmp_path, specs({"a": torch.zeros(5, 3)}), max_shard_bytes=70) as out:
+            with pytest.raises(ValueError, match=r"'a': got rows F32 \(1, 4\), announced F32"):
+                out.append("a", torch.zeros(1, 4))
+            with pytest.raises(ValueError, match=r"'a': got rows BF16"):
+                out.append("a", torch.zeros(1, 3, dtype=torch.bfloat16))
+            out.append("a", torch.zeros(4, 3))
+            with pytest.raises(ValueError, match=r"\(5, 3\), of which 12 bytes are missing"):
+                out.append("a", torch.zeros(2, 3))
+            with pytest.raises(ValueError, match="'a' was written in part"):
+                out.write("a", torch.zeros(5, 3))
+            out.append("a", torch.zeros(1, 3))
+            with pytest.raises(ValueError, match="'a' was already written"):
+                out.append("a", torch.zeros(1, 3))
+
     def test_wrong_plans(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"given twice: \['a'\]"):
             ShardedWriter(tmp_path, [("a", "U8", (1,))] * 2, max_shard_bytes=1)

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import Items
+from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import Choice, Work
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import ATTENTION, UnitGroup
 from frugal_bonsai.sizes import GIB
 from frugal_bonsai.stream.call import InputHook, call_layer
-from frugal_bonsai.stream.skeleton import Skeleton, build_empty_model
+from frugal_bonsai.stream.skeleton import Skeleton
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 # hidden, FFN channels, query heads, KV heads, head_dim: Llama-3-8B, Llama-3.2-1B, Llama-2-7B (MHA).
@@ -33,6 +33,15 @@ SHAPES = {
     "7b-mha": (4096, 11008, 32, 32, 128),
     "narrow-ffn": (1024, 1024, 16, 16, 64),
 }
+
+# What a config of the family must say beside its sizes.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global"], 1]]},
+    "falcon": {"new_decoder_architecture": True},
+}
+
+# Families whose layers hold most inside attention.
+ATTENTION_PEAKS = {"gemma2", "olmo2", "gpt_neo", "gpt_neox", "falcon"}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -71,26 +80,32 @@ class Norms:
         return torch.ones(self.spec.other_tensors[name], dtype=BF16)
 
 
-def spec_of(family: str, shape: tuple[int, ...]) -> ModelSpec:
-    from transformers import AutoConfig
+def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     hidden, ffn, heads, kv_heads, head_dim = shape
-    config = AutoConfig.for_model(
-        family,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=64,
-        max_position_embeddings=8192,
-    ).to_dict() | {"torch_dtype": "bfloat16"}
-    bare = ModelSpec.__new__(ModelSpec)
-    object.__setattr__(bare, "config", config)
-    model = build_empty_model(bare)
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    return describe_model(config, shapes)
+    family = FAMILIES[model_type]
+    sizes = {
+        family.hidden_key: hidden,
+        family.ffn_key: ffn,
+        family.layers_key: 1,
+        family.kv_heads_key: kv_heads,
+        family.heads_key: heads,  # behind the KV heads: some families have one key for both
+        family.positions_key: 8192,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    }
+    if family.head_dim_key is not None:
+        sizes[family.head_dim_key] = head_dim
+    config = AutoConfig.for_model(model_type, **sizes, **EXTRAS.get(model_type, {}))
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in shapes:
+        if name.endswith(family.transposed):
+            shapes[name] = shapes[name][::-1]
+    return describe_model(config.to_dict() | {"torch_dtype": "bfloat16"}, shapes)
 
 
 def traced_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = False) -> int:
@@ -112,7 +127,12 @@ def traced_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = Fal
         parameters = {n: torch.empty(s, dtype=BF16) for n, s in spec.layer_tensors[0].items()}
         hidden_BSH = torch.empty(batch, window, spec.hidden, dtype=BF16)
         hooks = {group.output: hook(group) for group in spec.table.of_layer(0)}
-        before = [t for t in tree_leaves((fake, parameters, hidden_BSH)) if hasattr(t, "dtype")]
+        for module in skeleton.layers[0].modules():  # GPT-Neo keeps its causal mask
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, mode.from_tensor(buffer))
+        buffers = list(skeleton.layers[0].buffers())
+        given = tree_leaves((fake, parameters, hidden_BSH, buffers))
+        before = [t for t in given if hasattr(t, "dtype")]
         with LiveBytes(before) as live:
             call_layer(skeleton.layers[0], parameters, hidden_BSH, fake, hooks)
     return live.peak
@@ -140,9 +160,13 @@ def test_plan_and_trace_agree(family: str, shape: tuple[int, ...], batch: int, w
 def test_statistics_keep_the_input_of_o_proj(family: str, shape: tuple[int, ...]) -> None:
     spec = spec_of(family, shape)
     plain, tapped = (traced_bytes(spec, 2, 1024, tapped=tapped) for tapped in (False, True))
-    columns = next(g.columns for g in spec.table.groups if g.kind == ATTENTION)
-    assert tapped - plain == pytest.approx(2 * 1024 * columns * 2, rel=0.01)
-    assert planned_bytes(spec, 2, 1024, tapped=True) == pytest.approx(tapped, rel=0.1)
+    kept = 2 * 1024 * next(g.columns for g in spec.table.groups if g.kind == ATTENTION) * 2
+    if family in ATTENTION_PEAKS:  # the peak is over when that input is kept
+        assert plain <= tapped <= plain + kept
+        assert tapped <= planned_bytes(spec, 2, 1024, tapped=True) < 1.2 * tapped
+    else:
+        assert tapped - plain == pytest.approx(kept, rel=0.01)
+        assert planned_bytes(spec, 2, 1024, tapped=True) == pytest.approx(tapped, rel=0.1)
 
 
 def test_the_published_figure_of_an_8b_layer() -> None:

@@ -8,8 +8,10 @@ import pytest
 from plan_shapes import LLAMA_1B, LLAMA_8B
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import Items, pinned_bytes
+from frugal_bonsai.memory.items import pinned_bytes
+from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import Choice, PlanItem, Work
+from frugal_bonsai.rewrite.cut_stream import PIECE_BYTES
 from frugal_bonsai.sizes import GIB
 
 H, FFN, VOCABULARY = 4096, 14336, 128256
@@ -75,7 +77,7 @@ def test_a_layer_in_the_compute_dtype_is_used_where_it_lies() -> None:
 def test_int8_products_dequantise_nothing() -> None:
     items = sizes(far().stream(CHOICE, "int8", products=True))
     assert ("dequantised layer", "host") not in items
-    assert items["int8 products", "host"] == 256 * (8 * 14336 + 10 * 14336)
+    assert items["int8 products", "host"] == 256 * (12 * 14336 + 10 * 14336) + H * FFN
 
 
 def test_hidden_states() -> None:
@@ -113,7 +115,7 @@ def test_head() -> None:
     assert far().logits(CHOICE).size_bytes == 4096 * rows * 4 + 4096 * H * 4
     items = sizes(far().head_rows(CHOICE, products=True))
     assert items["head chunks", "host"] == 2 * rows * (H + 4)
-    assert items["int8 products", "host"] == 256 * (8 * rows + 10 * H)
+    assert items["int8 products", "host"] == 256 * (12 * rows + 10 * H) + rows * H
 
 
 def test_a_custom_utility_needs_all_logits() -> None:
@@ -164,22 +166,27 @@ def test_refinement() -> None:
 def test_stand_ins() -> None:
     work = replace(WORK, stand_ins=0.25)
     pool, core = FFN // 4, FFN - FFN // 4
-    assert near(work).stand_ins().size_bytes == pool * core * (2 + 2)
-    assert far(work).stand_ins().size_bytes == pool * core * (2 + 4)
+    assert near(work).stand_ins().size_bytes == pool * core * 2
+    assert far(work).stand_ins().size_bytes == pool * core * 4
     made = 8 * pool**2 + 2 * pool * core + 4 * 256 * (2 * FFN + 3 * pool)
     assert near(work).solve(stand_ins=0.25).size_bytes == made
     assert near(work).solve(stand_ins=0.01) == near(work).solve()
     # Up to half of a group there is room beside what a layer holds at its peak.
     plain, masked = near().activations(CHOICE, 20), near(work).masked_activations(CHOICE, 20)
     assert masked.size_bytes == plain.size_bytes
+    # Small micro-batches have none for stand-ins that are being converted.
+    few = near(replace(work, window=128)).masked_activations(replace(CHOICE, micro_batch=1), 20)
+    assert few.size_bytes == 128 * (2 * H + FFN) * 2 + 2 * pool * core
     most = near(replace(WORK, stand_ins=1.0)).masked_activations(CHOICE, 20)
     assert most.size_bytes == plain.size_bytes + 3 * 2048 * FFN * 2
-    assert near(replace(WORK, stand_ins=0.9)).stand_ins().size_bytes == FFN**2 // 4 * 4
+    assert near(replace(WORK, stand_ins=0.9)).stand_ins().size_bytes == FFN**2 // 4 * 2
 
 
 def test_files() -> None:
     assert near().building().size_bytes == H * FFN * (2 * 2 - 1) + STORED
-    assert near().rewriting().size_bytes == VOCABULARY * H * 2
+    assert near(replace(WORK, recovery=True)).rewriting().size_bytes == 2 * H * FFN * 2
+    alone = near(replace(WORK, recovery=False)).rewriting()
+    assert alone.size_bytes == 4 * PIECE_BYTES
     assert near().stores().size_bytes == 2 * 32 * STORED
     assert near().stores().where == "disk"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import BIASES, GQA, MHA, TIED, VARIANTS, Tiny, tiny_llama
+from tiny_models import BIASES, GQA, MHA, TIED, VARIANTS, Tiny, tiny_family, tiny_llama
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.model.family import describe_model, find_family
@@ -97,8 +97,8 @@ def test_untied_without_a_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'gpt2' is not supported; supported: .*llama"):
-        find_family({"model_type": "gpt2"}, source="x/config.json")
+    with pytest.raises(UnsupportedModelError, match=r"'bert' is not supported; supported: .*llama"):
+        find_family({"model_type": "bert"}, source="x/config.json")
     with pytest.raises(UnsupportedModelError, match="model_type None"):
         find_family({})
 
@@ -180,3 +180,68 @@ def test_real_model_is_described(stories3m: Path) -> None:
     assert (spec.heads, spec.kv_heads, spec.tied) == (6, 2, True)
     assert spec.query_heads_per_group == 3
     assert 3.0e6 < spec.parameters < 3.2e6
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "text"),
+    [
+        ("gpt2", {"add_cross_attention": True}, "reads a second input"),
+        ("opt", {"word_embed_proj_dim": 12}, r"word_embed_proj_dim is 12: .*project_in"),
+        ("opt", {"do_layer_norm_before": False}, "norms stand in the residual stream"),
+        ("opt", {"_remove_final_layer_norm": True}, "no norm before the head"),
+        ("falcon-groups", {"alibi": True}, "position biases belong to heads"),
+    ],
+)
+def test_kinds_of_a_family_that_are_refused(
+    name: str, changes: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    tiny = tiny_family(tmp_path / "m", name)
+    config = {**tiny.checkpoint.config, **changes}
+    with pytest.raises(UnsupportedModelError, match=text):
+        describe_model(config, tiny.checkpoint.shapes)
+
+
+def test_fused_parts_lie_behind_each_other(tmp_path: Path) -> None:
+    spec = tiny_family(tmp_path / "phi3", "phi3").spec
+    attention, ffn = spec.table.of_layer(0)
+    # 6 query heads of 4 read 3 KV heads: 8 rows of q, 4 of k and 4 of v for each group.
+    assert [(s.axis, s.start, s.width) for s in attention.slices] == [
+        (0, 0, 8),
+        (0, 24, 4),
+        (0, 36, 4),
+        (1, 0, 8),
+    ]
+    assert attention.unit_parameters == (8 + 4 + 4 + 8) * 24
+    assert [(s.axis, s.start, s.width) for s in ffn.slices] == [(0, 0, 1), (0, 20, 1), (1, 0, 1)]
+    spec = tiny_family(tmp_path / "falcon", "falcon-groups").spec
+    attention, _ = spec.table.of_layer(0)
+    assert [(s.axis, s.start, s.width) for s in attention.slices] == [
+        (0, 0, 16),
+        (0, 0, 16),
+        (1, 0, 8),
+    ]
+    assert attention.unit_parameters == 16 * 24 + 16 + 8 * 24
+
+
+def test_why_attention_stays_whole(tmp_path: Path) -> None:
+    tiny = tiny_family(tmp_path / "phi3", "phi3")
+    assert tiny.spec.whole_attention is None
+    config = {**tiny.checkpoint.config, "rope_scaling": {"type": "longrope"}}
+    spec = describe_model(config, tiny.checkpoint.shapes)
+    assert spec.whole_attention == (
+        "its config checks the rotary factors' length against the number of heads"
+    )
+    assert [g.removable for g in spec.table.groups] == [False, True, False, True]
+    assert tiny_family(tmp_path / "olmo2", "olmo2").spec.whole_attention == (
+        "its q_norm and k_norm run over all heads at once"
+    )
+    assert tiny_family(tmp_path / "opt", "opt").spec.whole_attention == (
+        "transformers computes the width of a head from num_attention_heads"
+    )
+
+
+def test_one_kv_head_whatever_the_config_says_of_their_number(tmp_path: Path) -> None:
+    spec = tiny_family(tmp_path / "m", "falcon-multi-query").spec
+    assert (spec.heads, spec.kv_heads, spec.table.groups[0].count) == (6, 1, 1)
+    assert tiny_family(tmp_path / "g", "falcon-groups").spec.kv_heads == 3
+    assert tiny_family(tmp_path / "s", "falcon-sequential").spec.kv_heads == 6

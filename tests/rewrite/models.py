@@ -82,7 +82,7 @@ def tiny_parent(folder: Path, **options: Any) -> Parent:
 
 
 def random_mask(spec: ModelSpec, layout: str, *, seed: int = 0) -> KeepMask:
-    """Random units; ``uniform`` keeps 2 groups and 9 channels a layer, ``per-layer`` any count."""
+    """Random units; ``uniform`` keeps 2 groups and 9 channels a layer, the others any count."""
     generator = torch.Generator().manual_seed(seed)
     mask = KeepMask(spec.table)
     for group in spec.table.groups:

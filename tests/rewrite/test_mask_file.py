@@ -124,7 +124,7 @@ def _without(*keys: Any) -> Callable[[Any], Any]:
         (_set("removed", "attention", 2, to=["0"]), "layer 2: names unit '0', expected whole"),
         (_set("removed", "attention", 2, to=[True]), "layer 2: names unit True, expected whole"),
         (_set("removed", "attention", 2, to=[1, 0, 1]), "layer 2: names unit 1 twice"),
-        (_set("removed", "attention", 0, to=[2, 0, 1]), "layer 0: removes all 3 units"),
+        (_set("removed", "attention", 0, to=[2, 0, 1]), "layer 0 keeps none of its 3"),
     ],
 )
 def test_files_that_are_refused(tmp_path: Path, change: Callable[[Any], Any], text: str) -> None:

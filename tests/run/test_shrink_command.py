@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.model.family import ModelSpec, describe_model
-from frugal_bonsai.model.layout import PER_LAYER, UNIFORM
+from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
 
@@ -56,11 +56,11 @@ def masked_logits(folder: Path, spec: ModelSpec, mask: KeepMask, tokens: Any) ->
 def plain_logits(folder: Path, layout: str, tokens: Any, tmp_path: Path) -> torch.Tensor:
     """What plain transformers computes, in a process of its own."""
     torch.save(tokens, tmp_path / "tokens")
-    remote = "0" if layout == UNIFORM else "1"
+    remote = "1" if layout == PER_LAYER else "0"
     cache = str(tmp_path / "modules")
     arguments = (folder, tmp_path / "tokens", tmp_path / "answer", remote)
     said = python(LOGITS, *arguments, HF_MODULES_CACHE=cache)
-    assert said.startswith("transformers." if layout == UNIFORM else "transformers_modules")
+    assert said.startswith("transformers_modules" if layout == PER_LAYER else "transformers.")
     return torch.load(tmp_path / "answer")
 
 
@@ -70,7 +70,7 @@ def keep_some(spec: ModelSpec, layout: str) -> KeepMask:
     generator = torch.Generator().manual_seed(2)
     for group in spec.table.groups:
         kept = group.count // 2
-        if layout == PER_LAYER:
+        if layout != UNIFORM:
             kept = max(1, kept - group.layer)
         mask.of(group)[torch.randperm(group.count, generator=generator)[kept:]] = False
     return mask
@@ -99,7 +99,7 @@ def test_a_prune_without_recovery_and_its_mask_give_the_same_files(
     assert str(tmp_path) not in card
 
 
-@pytest.mark.parametrize("layout", [UNIFORM, PER_LAYER])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_real_model_equals_its_masked_parent(
     tmp_path: Path, stories3m: Path, layout: str
 ) -> None:
@@ -115,7 +115,12 @@ def test_a_real_model_equals_its_masked_parent(
     found = plain_logits(out, layout, tokens, tmp_path)
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-4
     removed = result["before"]["block_parameters"] - result["after"]["block_parameters"]
-    assert removed == mask.removed_parameters()
+    if layout == PADDED:  # the first layer is the widest: one of 2 KV groups, 256 of 512 channels
+        assert removed == spec.layers * (49_152 + 256 * 3 * 192)
+    else:
+        assert removed == mask.removed_parameters()
+    share = mask.removed_parameters() / spec.block_parameters
+    assert result["sparsity"] == pytest.approx(share)
     # The mask in the output is the one that was given: it can be shared on.
     assert read_mask(out / "pruning_mask.json", spec) == mask
 

@@ -12,7 +12,7 @@ import torch
 from tiny_models import BIASES, CPU, VARIANTS, random_windows, relative, tiny_llama
 from torch import nn
 
-from frugal_bonsai.stream.call import call_layer, capture_input, capture_output, replaced
+from frugal_bonsai.stream.call import call_layer, capture_input, capture_outputs, replaced
 from frugal_bonsai.stream.skeleton import Skeleton
 
 O_PROJ, DOWN_PROJ = "self_attn.o_proj", "mlp.down_proj"
@@ -75,10 +75,12 @@ def test_layer_and_captures_equal_hugging_faces(changes: dict[str, Any], tmp_pat
         assert relative(call_layer(*given), expected) < 1e-6
         for name in (O_PROJ, DOWN_PROJ):
             assert relative(capture_input(*given, name), inputs[name]) < 1e-6
-            output, projected, seen = capture_output(*given, name, input_of=DOWN_PROJ)
-            assert relative(output, expected) < 1e-6
-            assert seen is not None and relative(seen, inputs[DOWN_PROJ]) < 1e-6
-            assert relative(projected, outputs[name]) < 1e-6
+            seen = capture_outputs(*given, [name], input_of=DOWN_PROJ)
+            assert relative(seen.result_BSH, expected) < 1e-6
+            assert seen.input_BSH is not None
+            assert relative(seen.input_BSH, inputs[DOWN_PROJ]) < 1e-6
+            assert seen.outputs.keys() == {name}
+            assert relative(seen.outputs[name], outputs[name]) < 1e-6
     assert torch.equal(layer.hidden, before), "the layer's input was changed"
 
 
@@ -130,10 +132,12 @@ def test_replaced_sublayer_returns_what_it_is_told(projection: str, tmp_path: Pa
     layer = _layer(tmp_path / "m", BIASES)
     given = (layer.module, layer.parameters, layer.hidden, layer.kwargs)
     with torch.inference_mode():
-        whole, projected, _ = capture_output(*given, projection)
-        with replaced(layer.module, projection, projected):
+        seen = capture_outputs(*given, [projection])
+        whole, projected = seen.result_BSH, seen.outputs[projection]
+        in_attention = {"returns_tuple": projection == O_PROJ}
+        with replaced(layer.module, projection, projected, **in_attention):
             assert relative(call_layer(*given), whole) < 1e-6
-        with replaced(layer.module, projection, torch.zeros_like(projected)):
+        with replaced(layer.module, projection, torch.zeros_like(projected), **in_attention):
             without = call_layer(*given)
         zero = {projection: lambda x: torch.zeros_like(x)}
         bias = layer.parameters[f"{projection}.bias"]

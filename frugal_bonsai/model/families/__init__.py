@@ -2,6 +2,39 @@
 
 from __future__ import annotations
 
+from frugal_bonsai.model.families.falcon import FALCON
+from frugal_bonsai.model.families.gemma2 import GEMMA2
+from frugal_bonsai.model.families.gemma3 import GEMMA3
+from frugal_bonsai.model.families.gpt2 import GPT2
+from frugal_bonsai.model.families.gpt_neo import GPT_NEO
+from frugal_bonsai.model.families.gpt_neox import GPT_NEOX
+from frugal_bonsai.model.families.granite import GRANITE
 from frugal_bonsai.model.families.llama import LLAMA
+from frugal_bonsai.model.families.mistral import MISTRAL
+from frugal_bonsai.model.families.olmo2 import OLMO2
+from frugal_bonsai.model.families.opt import OPT
+from frugal_bonsai.model.families.phi3 import PHI3
+from frugal_bonsai.model.families.qwen2 import QWEN2
+from frugal_bonsai.model.families.qwen3 import QWEN3
+from frugal_bonsai.model.families.smollm3 import SMOLLM3
+from frugal_bonsai.model.families.stablelm import STABLELM
 
-FAMILIES = {family.model_type: family for family in (LLAMA,)}
+_TABLES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    GRANITE,
+    OLMO2,
+    STABLELM,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    GPT2,
+    GPT_NEO,
+    GPT_NEOX,
+    OPT,
+    FALCON,
+)
+FAMILIES = {family.model_type: family for family in _TABLES}

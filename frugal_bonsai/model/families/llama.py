@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from frugal_bonsai.model.family import Family, Part
+from frugal_bonsai.model.table import Family, Part
+from frugal_bonsai.model.units import ATTENTION, FFN
 
 LLAMA = Family(
     model_type="llama",
@@ -32,5 +33,6 @@ LLAMA = Family(
         Part(tensor="mlp.down_proj.weight", axis=1),
     ),
     ffn_output="mlp.down_proj",
+    bias_keys={ATTENTION: "attention_bias", FFN: "mlp_bias"},
     heads_divide_hidden=True,
 )

@@ -1,7 +1,7 @@
 """Output layouts: one file each, and the table that finds them by name.
 
 A layout writes ``config.json`` of the pruned model (and what must lie beside it); the weights are
-the same in all of them.
+the same in all of them, but for the zeros that ``padded`` adds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.layout import PER_LAYER, UNIFORM
+from frugal_bonsai.model.layout import PADDED, PER_LAYER, UNIFORM, LayoutRules
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.rewrite.layouts import per_layer, uniform
+from frugal_bonsai.rewrite.layouts import padded, per_layer, uniform
 
-WriteConfig = Callable[[ModelSpec, KeepMask, Path], None]
+WriteConfig = Callable[[ModelSpec, KeepMask, LayoutRules, Path], None]
 
 WRITE_CONFIG: Mapping[str, WriteConfig] = MappingProxyType(
-    {UNIFORM: uniform.write_config, PER_LAYER: per_layer.write_config}
+    {
+        UNIFORM: uniform.write_config,
+        PER_LAYER: per_layer.write_config,
+        PADDED: padded.write_config,
+    }
 )

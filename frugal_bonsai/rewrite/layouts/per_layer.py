@@ -13,12 +13,13 @@ from pathlib import Path
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.checkpoint.writer import write_bytes, write_json
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import LayoutRules, heads_fit
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.rewrite.layouts.bundled import find_bundled
-from frugal_bonsai.rewrite.layouts.widths import heads_fit, layer_widths, plain_config
+from frugal_bonsai.rewrite.layouts.bundled import FILE, find_bundled, read_bundled
+from frugal_bonsai.rewrite.layouts.widths import layer_widths, plain_config
 
 
-def write_config(spec: ModelSpec, mask: KeepMask, folder: Path) -> None:
+def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
     """Write ``config.json`` and the bundled model file.
 
     The global widths are the widest layer's, kind by kind, so that whatever is sized by them is
@@ -27,7 +28,7 @@ def write_config(spec: ModelSpec, mask: KeepMask, folder: Path) -> None:
 
     Raises:
         OptionError: the mask is another model's, or leaves a layer without a unit of some kind.
-        UnsupportedModelError: no bundled model file for this architecture.
+        UnsupportedModelError: transformers has no causal language model of this architecture.
         OutputError: a file cannot be written.
     """
     widths = layer_widths(spec, mask)
@@ -44,5 +45,5 @@ def write_config(spec: ModelSpec, mask: KeepMask, folder: Path) -> None:
         config["auto_map"] = bundled.auto_map
         if overrides:
             config["per_layer_config"] = overrides
-        write_bytes(folder / bundled.file, bundled.read())
+        write_bytes(folder / FILE, read_bundled())
     write_json(folder / CONFIG_FILE, config)

@@ -12,40 +12,44 @@ from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.checkpoint.writer import write_json
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import LayoutRules, heads_fit
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.rewrite.layouts.widths import heads_fit, layer_widths, plain_config
+from frugal_bonsai.rewrite.layouts.widths import equal_layers_config, layer_widths
 
 
-def write_config(spec: ModelSpec, mask: KeepMask, folder: Path) -> None:
+def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
     """Write ``config.json`` with query heads, KV heads, head_dim and FFN channels of every layer.
 
     Raises:
-        OptionError: a layer keeps another number of units than layer 0, or a number of heads that
-            the architecture's config class refuses; the text names the layer, kind and count.
+        OptionError: a layer keeps another number of units than the first one, or a number of heads
+            that the architecture's config class refuses; the text names the layer, kind and count.
         OutputError: the file cannot be written.
     """
     widths = layer_widths(spec, mask)[0]
     _require_equal(mask)
     heads = widths[spec.family.heads_key]
-    if not heads_fit(spec, heads):
+    if not rules.heads_fit(spec, heads):
         kept = widths[spec.family.kv_heads_key]
         raise OptionError(
             f"uniform layout: layer 0 keeps {kept} attention units, which is {heads} query heads; "
             f"{spec.family.model_type} demands that {spec.family.hidden_key} ({spec.hidden}) is a "
             f"multiple of {spec.family.heads_key}. Legal numbers of units: {_legal(spec)}; or "
-            "take --layout per-layer"
+            "take --layout per-layer, or --as-mistral"
         )
-    write_json(folder / CONFIG_FILE, plain_config(spec) | widths)
+    write_json(folder / CONFIG_FILE, equal_layers_config(spec, widths))
 
 
 def _require_equal(mask: KeepMask) -> None:
-    """Every layer keeps as many units of a kind as layer 0."""
+    """Every layer that stays keeps as many units of a kind as the first one."""
+    dropped = mask.dropped_layers()
     for kind, counts in mask.counts().items():
+        first = next(at for at in range(len(counts)) if at not in dropped)
         for layer, count in enumerate(counts):
-            if count != counts[0]:
+            if count != counts[first] and layer not in dropped:
                 raise OptionError(
-                    f"uniform layout: layer {layer} keeps {count} {kind} units, layer 0 keeps "
-                    f"{counts[0]}; keep the same number in every layer, or take --layout per-layer"
+                    f"uniform layout: layer {layer} keeps {count} {kind} units, layer {first} "
+                    f"keeps {counts[first]}; keep the same number in every layer, or take --layout "
+                    "per-layer"
                 )
 
 

@@ -1,0 +1,70 @@
+"""Bias compensation: what a cut removes leaves its mean output behind (FLAP, An et al. 2023).
+
+In: the dense weights, the mean inputs of the output projections before the cut, the units that it
+takes. Out: a new bias for every output projection. With W the projection's weight and g its columns
+that go, ``b' = b + W_g E[x_g]``. Holds some rows of one projection.
+
+Shape suffixes: H hidden, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.model.biases import output_bias
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import KeepMask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Of a projection, read at a time.
+_ROWS = 128
+
+
+def compensate_by_bias(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    before: KeepMask,
+    after: KeepMask,
+    means: Mapping[str, torch.Tensor],
+    earlier: Mapping[str, Callable[[], torch.Tensor]],
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """The biases after a cut, layer by layer: (layer, full name of the bias -> fp32 ``[H]``).
+
+    Args:
+        checkpoint: the dense model.
+        spec: its description.
+        before: units alive when the means were taken.
+        after: units that stay.
+        means: weight of an output projection -> mean of its inputs over the columns of ``before``.
+        earlier: biases of earlier rounds.
+    """
+    for layer in range(spec.layers):
+        biases: dict[str, torch.Tensor] = {}
+        for group in spec.table.of_layer(layer):
+            name, columns_C = output_bias(group), before.columns(group)
+            gone_C = columns_C & ~after.columns(group)
+            mean_C = torch.zeros(len(columns_C)).masked_scatter(
+                columns_C, means[group.output_weight]
+            )
+            rows = range(0, spec.hidden, _ROWS)
+            bias_H = torch.cat(
+                [
+                    checkpoint.read_rows(
+                        group.output_weight, start, min(start + _ROWS, spec.hidden)
+                    )[:, gone_C].float()
+                    @ mean_C[gone_C]
+                    for start in rows
+                ]
+            )
+            if name in earlier:
+                bias_H += earlier[name]().float()
+            elif name in checkpoint.tensors:
+                bias_H += checkpoint.read(name).float()
+            biases[name] = bias_H
+        yield layer, biases

@@ -1,0 +1,130 @@
+"""How long a model takes to read a prompt (prefill) and to make tokens (decode).
+
+In: a loaded model or a GGUF file, and token ids. Out: seconds of each. Two runtimes: transformers,
+and llama.cpp (``xllamacpp``), which times itself. Holds the model and one KV cache.
+
+Shape suffixes: B batch of one, S tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from frugal_bonsai.errors import BenchError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """One run.
+
+    Attributes:
+        prefill_seconds: of the whole prompt, up to the logits of its last token.
+        decode_seconds: of all new tokens, one after the other.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+
+
+class Timed(Protocol):
+    """A model that can be timed."""
+
+    def run(self, prompt: list[int], new_tokens: int) -> Latency:
+        """Read the prompt, make so many tokens greedily, whatever they are."""
+
+
+class TransformersModel:
+    """A model that transformers has loaded.
+
+    Args:
+        model: a causal language model in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def run(self, prompt: list[int], new_tokens: int) -> Latency:
+        """See :class:`Timed`; a dynamic KV cache, the head for the last token alone."""
+        import torch
+
+        tokens_BS = torch.tensor([prompt], device=self._model.device)
+        with torch.inference_mode():
+            started = self._now()
+            made = self._model(tokens_BS, use_cache=True, logits_to_keep=1)
+            read = self._now()
+            for _ in range(new_tokens):
+                tokens_BS = made.logits[:, -1:].argmax(-1)
+                made = self._model(tokens_BS, past_key_values=made.past_key_values, use_cache=True)
+            ended = self._now()
+        return Latency(prefill_seconds=read - started, decode_seconds=ended - read)
+
+    def _now(self) -> float:
+        """The time when everything that was asked of the device is done."""
+        import torch
+
+        device: torch.device = self._model.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+
+class LlamaCppModel:
+    """A GGUF file in llama.cpp, with its defaults but one sequence and no kept prompts.
+
+    Args:
+        path: of the file.
+        context_tokens: prompt and new tokens together.
+        threads: None leaves llama.cpp's choice.
+
+    Raises:
+        OptionError: no ``xllamacpp`` package.
+        BenchError: the file does not load.
+    """
+
+    def __init__(self, path: Path, context_tokens: int, threads: int | None) -> None:
+        try:
+            import xllamacpp
+        except ImportError as error:
+            raise OptionError(
+                "--runtime llama.cpp needs the xllamacpp package: "
+                "pip install 'frugal-bonsai[llama-cpp]'"
+            ) from error
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel = context_tokens, 1
+        if threads is not None:
+            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        try:
+            self._server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise BenchError(f"{path}: llama.cpp cannot load it ({error})") from error
+
+    def run(self, prompt: list[int], new_tokens: int) -> Latency:
+        """See :class:`Timed`; llama.cpp's own times.
+
+        Raises:
+            BenchError: llama.cpp refuses.
+        """
+        made = self._server.handle_completions(
+            {
+                "prompt": prompt,
+                # It makes the first one of the prompt's logits and does not count that as decoding.
+                "max_tokens": new_tokens + 1,
+                "temperature": 0,
+                "cache_prompt": False,
+                "ignore_eos": True,
+            }
+        )
+        times = made.get("timings")
+        if times is None or times["prompt_n"] != len(prompt):
+            raise BenchError(f"llama.cpp did not read the prompt: {made}")
+        return Latency(
+            prefill_seconds=times["prompt_ms"] / 1000,
+            decode_seconds=times["predicted_ms"] / 1000,
+        )

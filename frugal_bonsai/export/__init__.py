@@ -1,0 +1,1 @@
+"""Export: a checkpoint, dense or pruned, in the format of another runtime."""

@@ -1,0 +1,226 @@
+"""The items of a prune: statistics, masked evaluation, recovery, refinement, files.
+
+In: as items.py, whose sweeps these build on. Out: itemised bytes. Pure. The formulas are explained
+and compared with measurements in docs/memory.md; the legend is that of items.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.items import SweepItems
+from frugal_bonsai.memory.work import DISK, HOST, Choice, PlanItem, Work, refined_blocks
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import FFN, UnitGroup
+
+# Columns of a block of a factor (bonsai/factor.py), rows of a block of a refit (bonsai/gram.py).
+_FACTOR_BLOCK, _REFIT_ROWS = 256, 128
+# Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
+_REWRITE_PIECES_BYTES = 4 * 2**23
+# Tokens of a window that the verification looks at, see rewrite/verify.py.
+_VERIFY_TOKENS, _VERIFY_WINDOWS = 64, 2
+
+
+class Items(SweepItems):
+    """The items for one model, device and work."""
+
+    def __init__(self, spec: ModelSpec, budget: Budget, work: Work) -> None:
+        super().__init__(spec, budget, work)
+        self._ffn_inputs = max(
+            _input_projections(spec, group) for group in spec.table.groups if group.kind == FFN
+        )
+        self._block = -(-self._ffn // refined_blocks(self._ffn))
+
+    def masked_activations(self, choice: Choice, windows: int) -> PlanItem:
+        """With what stands in: the core's inputs (1 - p) C, guesses, a choice of both: 3 p C.
+
+        At an output projection the layer holds 2H + C, or half of what attention had: of the
+        channels that the layer holds at its peak (three times C with a gate, twice without) all
+        others are room for C (1 + 2 p), up to p = 1/2 with a gate, and for the stand-ins as they
+        were stored, which are there only while they are converted.
+        """
+        held = max(peak.ffn for peak in self._peaks)
+        extra = max(0, math.ceil((2 * self._work.stand_ins + 2 - held) * self._ffn))
+        item = self.activations(choice, windows, extra=extra, why=f" + (2p+2-{held})*C_down")
+        tokens = min(choice.micro_batch, windows) * self._work.window
+        loading = tokens * (2 * self._spec.hidden + self._ffn) * self._compute
+        loading += 2 * self._stand_in_widths()
+        if loading <= item.size_bytes:
+            return item
+        return self._near(item.name, loading, "m*S*(2H+C_down)*c + 2*p*C*(1-p)*C")
+
+    def stand_ins(self) -> PlanItem:
+        """The stand-ins of one group as computed with."""
+        size = self._stand_in_widths() * self._compute
+        return self._near("stand-ins of a group", size, "p*C*(1-p)*C*c")
+
+    def _stand_in_widths(self) -> int:
+        """Elements of a group's stand-ins."""
+        share, columns = self._work.stand_ins, max(self._attention, self._ffn)
+        if share >= 0.5:
+            return math.ceil(columns**2 / 4)  # the largest product that a pool can have
+        return math.ceil(share * columns) * math.ceil((1 - share) * columns)
+
+    def tapped_activations(self, choice: Choice) -> PlanItem:
+        """With o_proj's input kept for the statistics."""
+        return self.activations(choice, self._work.windows, extra=self._attention, why=" + C_o")
+
+    def paired_activations(self, choice: Choice) -> PlanItem:
+        """With target, residual and the refitted sublayer's output beside the layer's own."""
+        windows, hidden = self._work.windows, self._spec.hidden
+        return self.activations(choice, windows, extra=2 * hidden, why=" + 2H")
+
+    def verified_activations(self) -> PlanItem:
+        """A layer's activations of the verification's tokens, and both models' hidden states."""
+        per_token = self._per_token() + 3 * self._spec.hidden
+        size = _VERIFY_WINDOWS * _VERIFY_TOKENS * per_token * self._compute
+        return self._near("activations of a micro-batch", size, "2*64 tokens * (2H+3I + 3H)*c")
+
+    def verified_logits(self) -> PlanItem:
+        """Logits of some tokens of both models, in parts and joined, and their difference."""
+        size = 3 * _VERIFY_TOKENS * self._spec.vocabulary * 4
+        return self._near("logits that are compared", size, f"3 x {_VERIFY_TOKENS}*V*4")
+
+    def sampling(self) -> PlanItem:
+        """Keys and values of what is sampled.
+
+        A cache grows by concatenation: while a layer's does, its old one is held too.
+        """
+        spec, windows = self._spec, self._work.sampled
+        cache = 2 * self._work.window * spec.kv_heads * spec.head_dim * (spec.layers + 1)
+        size = windows * (cache * self._compute + 12 * spec.vocabulary)
+        formula = "windows*(2*S*K*(L+1)*c + 12*V)"
+        return self._near("KV cache of the text that is sampled", size, formula)
+
+    def gram(self) -> PlanItem:
+        """Gram matrices of both of a layer's groups."""
+        size = 4 * (self._attention**2 + self._ffn**2)
+        return self._near("Gram matrices", size, "4*(C_o^2 + C_down^2)")
+
+    def gram_of_recovery(self) -> PlanItem:
+        """One group's Gram matrix and cross moments at a time."""
+        hidden = self._spec.hidden
+        size = max(
+            *(columns**2 + columns * hidden for columns in (self._attention, self._ffn)),
+            2 * hidden**2 + self._input_rows * hidden if self._work.refit_inputs else 0,
+        )
+        formula = "4*max(C^2 + C*H)" + (", 2*H^2 + R*H" if self._work.refit_inputs else "")
+        return self._near("Gram matrix and cross moments", 4 * size, formula)
+
+    def solve(self, *, stand_ins: float = 0.0) -> PlanItem:
+        """What a factorisation, an inverse and a refit hold beside the Gram matrix.
+
+        Args:
+            stand_ins: share of a group whose stand-ins are made from the inverse: twice the
+                products of their columns with each other, the fp16 result, a block of their columns
+                and one of the others', three of what these give.
+        """
+        widest = max(self._attention, self._ffn)
+        size = 4 * widest * max(3 * _FACTOR_BLOCK, _FACTOR_BLOCK + 6 * _REFIT_ROWS)
+        pool = math.ceil(stand_ins * widest)
+        made = 4 * 2 * pool**2 + 2 * pool * (widest - pool)
+        made += 4 * _FACTOR_BLOCK * (2 * widest + 3 * pool)
+        if not pool or made <= size:
+            return self._near("blocks of a solve", size, "4*C*(256 + 6*128)")
+        return self._near(
+            "making stand-ins", made, "8*(p*C)^2 + 2*p*C*(1-p)*C + 4*256*(2*C + 3*p*C)"
+        )
+
+    def kept_inputs(self, windows: int, *, ffn: bool = True) -> PlanItem:
+        """Recovery's inputs of the projections of a layer; refinement's of attention's alone."""
+        tokens, columns = windows * self._work.window, self._attention + int(ffn) * self._ffn
+        size, widths = tokens * columns * self._compute, "(C_o+C_down)" if ffn else "C_o"
+        return self._near("recovery's inputs of a layer", size, f"n*S*{widths}*c")
+
+    def refined_weights(self) -> list[PlanItem]:
+        """New weights of the FFN in fp32, and down_proj's refit.
+
+        Those that are computed with lie where the dense layer's were.
+        """
+        if self._compute == 4:
+            return []
+        size = 4 * (self._ffn_inputs + 1) * self._ffn * self._spec.hidden
+        return [self._near("refined weights of a layer", size, "4*(J+1)*C_down*H")]
+
+    def refined_block(self) -> PlanItem:
+        """A block's weights, step, and what conjugate gradients keep; the inputs' factor."""
+        hidden = self._spec.hidden
+        size = 4 * (8 * self._ffn_inputs * self._block * hidden + hidden**2)
+        return self._near("refinement of a block of channels", size, "4*(8*J*R*H + H^2)")
+
+    def refined_activations(self, choice: Choice) -> PlanItem:
+        """A block's pre-activations, slopes and products of both, in fp32; or a layer's own.
+
+        In bf16 half as many windows are taken at a time.
+        """
+        windows, window = self._work.windows, self._work.window
+        block = 3 * self._spec.hidden + (3 * self._ffn_inputs + 4) * self._block
+        batch = min(choice.micro_batch, windows)
+        own = batch * window * (self._per_token() + 2 * self._spec.hidden) * self._compute
+        size = max(own, max(1, batch * self._compute // 4) * window * block * 4)
+        formula = "max(a layer's, m*S*c/4*(3H + (3J+4)*R)*4)"
+        return self._near("activations of a micro-batch", size, formula)
+
+    def slopes(self, windows: int) -> PlanItem:
+        """Refinement's slopes of a block of channels for a step's windows, fp32."""
+        steps = min(self._work.refine, windows)
+        part = -(-windows // steps)
+        size = 4 * part * self._work.window * self._ffn_inputs * self._block
+        return self._near("refinement's slopes", size, "n/r*S*J*R*4")
+
+    def refits(self) -> PlanItem:
+        """Refit weights that are saved more precisely than computed with; others lie in place.
+
+        The one that is being written is converted to the source's dtype.
+        """
+        columns = self._attention + self._ffn
+        whole, formula = columns * self._spec.hidden, "H*(C_o+C_down)*source"
+        if self._work.refit_inputs:
+            whole, formula = self.layer_parameters, "P*source"
+        if self._compute == 4 or self._source == self._compute:
+            converted = self._source != self._compute
+            whole, formula = int(converted) * self._largest, "largest projection * source"
+        return PlanItem(
+            name="refit weights", where=HOST, size_bytes=whole * self._source, formula=formula
+        )
+
+    def building(self) -> PlanItem:
+        """A layer's store file is collected; a tensor is read, cut and quantised at a time."""
+        stored = self.stored_bytes(self._work.weights)
+        element = 1 if self._work.weights == "int8" else self._source
+        return PlanItem(
+            name="building the store",
+            where=HOST,
+            size_bytes=stored + self._largest * (2 * self._source - element),
+            formula="layer as stored, its largest tensor twice as in the source instead",
+        )
+
+    def rewriting(self) -> PlanItem:
+        """Pieces of the tensor that is read, cut and written; a refit one is held whole."""
+        refit = 2 * self._largest * self._source if self._work.recovery else 0
+        return PlanItem(
+            name="rewriting the model",
+            where=HOST,
+            size_bytes=max(refit, _REWRITE_PIECES_BYTES),
+            formula="max(2 x largest of a layer * source, 32 MiB)" if refit else "32 MiB",
+        )
+
+    def stores(self) -> PlanItem:
+        """The stores on disk."""
+        layers = self._work.store_copies * self._spec.layers
+        return PlanItem(
+            name="working stores",
+            where=DISK,
+            size_bytes=layers * self.stored_bytes(self._work.weights),
+            formula="copies * layers * layer as stored",
+        )
+
+
+def _input_projections(spec: ModelSpec, group: UnitGroup) -> int:
+    """Projections whose output rows the group's units own."""
+    prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
+    return sum(
+        piece.axis == 0 and len(shapes[piece.tensor.removeprefix(prefix)]) == 2
+        for piece in group.slices
+    )

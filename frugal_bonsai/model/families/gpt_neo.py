@@ -1,0 +1,41 @@
+"""GPT-Neo: every other layer attends to a window of tokens; scores are fp32 and not scaled."""
+
+from __future__ import annotations
+
+from frugal_bonsai.model.table import Family, Part, Peak
+
+GPT_NEO = Family(
+    model_type="gpt_neo",
+    layer_prefix="transformer.h.{layer}.",
+    embedding="transformer.wte.weight",
+    final_norm="transformer.ln_f.",
+    head="lm_head.weight",
+    unread=(".attn.attention.bias", ".attn.attention.masked_bias"),
+    base_module="transformer",
+    layers_module="h",
+    embedding_module="wte",
+    norm_module="ln_f",
+    returns_tuple=True,
+    attention_parts=(
+        Part(tensor="attn.attention.q_proj.weight", width="query"),
+        Part(tensor="attn.attention.k_proj.weight", width="head"),
+        Part(tensor="attn.attention.v_proj.weight", width="head"),
+        Part(tensor="attn.attention.out_proj.weight", axis=1, width="query"),
+    ),
+    attention_output="attn.attention.out_proj",
+    ffn_parts=(
+        Part(tensor="mlp.c_fc.weight"),
+        Part(tensor="mlp.c_fc.bias"),
+        Part(tensor="mlp.c_proj.weight", axis=1),
+    ),
+    ffn_output="mlp.c_proj",
+    layers_key="num_layers",
+    ffn_times_hidden=4,
+    heads_key="num_heads",
+    kv_heads_key="num_heads",
+    head_dim_key=None,
+    activation_key="activation_function",
+    activation="gelu_new",
+    peaks=(Peak(hidden=3, ffn=2, scores=1), Peak(hidden=2, attention=6, scores=4)),
+    masks=1,
+)

@@ -1,0 +1,9 @@
+"""Mistral: Llama with a sliding window and free head counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from frugal_bonsai.model.families.llama import LLAMA
+
+MISTRAL = replace(LLAMA, model_type="mistral", heads_divide_hidden=False, bias_keys={}, masks=1)

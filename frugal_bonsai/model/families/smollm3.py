@@ -1,0 +1,9 @@
+"""SmolLM3: Llama of which some layers do without rotary embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from frugal_bonsai.model.families.llama import LLAMA
+
+SMOLLM3 = replace(LLAMA, model_type="smollm3", heads_divide_hidden=False, masks=1)

@@ -1,0 +1,55 @@
+"""Layout ``padded``: units kept layer by layer, zero-filled to the widest layer.
+
+In: a model, its mask and a folder. Out: the source's ``config.json`` with the widest layer's
+numbers; no custom code. The zeros change nothing: a zero unit's input to the output projection is
+multiplied by zero columns (a KV group of zeros attends evenly to zero values; a channel of zeros is
+activation(0) times zero). So everything that loads the architecture loads it; it is smaller only by
+what no layer needs. Holds the config.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from frugal_bonsai.checkpoint.folder import CONFIG_FILE
+from frugal_bonsai.checkpoint.writer import write_json
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import PADDED, LayoutRules
+from frugal_bonsai.model.units import ATTENTION, KeepMask
+from frugal_bonsai.rewrite.layouts.widths import count_widths, equal_layers_config, require_units
+
+
+def padded_counts(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> dict[str, int] | None:
+    """Units of each kind that every layer is stored with; None where a layout stores those kept.
+
+    The widest layer's count, for attention the next one that the architecture's config accepts.
+
+    Raises:
+        OptionError: the config accepts none that is large enough.
+    """
+    if rules.layout != PADDED:
+        return None
+    widest = {kind: max(counts) for kind, counts in mask.counts().items()}
+    per_group, kept = spec.query_heads_per_group, widest[ATTENTION]
+    for count in range(kept, max(kept, spec.hidden // per_group) + 1):
+        if rules.heads_fit(spec, count * per_group):
+            return widest | {ATTENTION: count}
+    raise OptionError(
+        f"padded layout: a layer keeps {kept * per_group} query heads, and "
+        f"{spec.family.model_type} accepts no number from there on ({spec.family.hidden_key} "
+        f"{spec.hidden} must be a multiple of it); take --layout per-layer, or --as-mistral"
+    )
+
+
+def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
+    """Write ``config.json``.
+
+    Raises:
+        OptionError: the mask is another model's, or leaves a layer without a unit of some kind.
+        OutputError: the file cannot be written.
+    """
+    require_units(spec, mask)
+    counts = padded_counts(spec, mask, rules)
+    assert counts is not None
+    write_json(folder / CONFIG_FILE, equal_layers_config(spec, count_widths(spec, counts)))

@@ -1,0 +1,68 @@
+"""A real llama.cpp (``xllamacpp``), in a process of its own: its asserts end the process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Flash attention off and the KV cache in fp32: the defaults round more than the comparison allows.
+WORKER = """
+import json, sys
+import xllamacpp
+path, jobs = sys.argv[1], json.load(sys.stdin)
+params = xllamacpp.CommonParams()
+params.model.path = path
+params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(params)
+answers = []
+for prompt, tokens in jobs:
+    made = server.handle_completions({
+        "prompt": prompt, "max_tokens": tokens, "temperature": 0, "top_k": 1, "logprobs": 1,
+        "cache_prompt": False, "ignore_eos": True})
+    # None where the tokens are parts of a character.
+    content = (made["choices"][0]["logprobs"] or {"content": []})["content"]
+    answers.append({"ids": [t["id"] for t in content], "logprobs": [t["logprob"] for t in content],
+                    "text": made["choices"][0]["text"], "prompt": made["usage"]["prompt_tokens"]})
+print("ANSWERS" + json.dumps(answers))
+"""
+
+needs_llama_cpp = pytest.mark.skipif(
+    find_spec("xllamacpp") is None,
+    reason="needs xllamacpp (pip install 'frugal-bonsai[llama-cpp]')",
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What greedy decoding made of one prompt."""
+
+    ids: list[int]
+    logprobs: list[float]
+    text: str
+    prompt_tokens: int
+
+
+def complete(path: Path, jobs: list[tuple[str | list[int], int]]) -> list[Answer]:
+    """Greedy tokens behind each prompt (text, or token ids)."""
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(path)],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
+    assert done.returncode == 0 and lines, (done.returncode, done.stderr[-3000:])
+    answers: list[dict[str, Any]] = json.loads(lines[0].removeprefix("ANSWERS"))
+    return [Answer(a["ids"], a["logprobs"], a["text"], a["prompt"]) for a in answers]

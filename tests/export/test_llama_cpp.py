@@ -1,0 +1,319 @@
+"""Exported models in a real llama.cpp: the tokens that transformers gives, layout by layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rewrite.models import greedy, keep_counts, open_parent, random_mask, tiny_parent
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from export.llama_cpp import complete, needs_llama_cpp
+from frugal_bonsai import load_pruned
+from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.export.gguf_file import write_gguf
+from frugal_bonsai.export.tensors import interleave
+from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.companions import write_companions
+
+NEW_TOKENS = 40
+WORDS = ("Once upon a time, there was", "Lily and Tom went to the park. They", "The big dog")
+
+
+def export(folder: Path, out: Path, dtype: str = "f32") -> Any:
+    with open_parent(folder) as opened:
+        return write_gguf(opened.checkpoint, opened.spec, out, name="test", dtype=dtype)
+
+
+@torch.no_grad()
+def expected_tokens(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """transformers' greedy tokens and their log-probabilities."""
+    model = load_pruned(folder, dtype=torch.float32)
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        made = greedy(model, ids, new_tokens=NEW_TOKENS)
+        scores = model(made[:, :-1]).logits[0, len(prompt) - 1 :].log_softmax(-1)
+        new = made[0, len(prompt) :]
+        found.append((new.tolist(), scores.gather(1, new[:, None])[:, 0].tolist()))
+    return found
+
+
+def assert_same_tokens(
+    folder: Path, gguf: Path, prompts: list[list[int]], *, within: float = 1e-4
+) -> None:
+    answers = complete(gguf, [(prompt, NEW_TOKENS) for prompt in prompts])
+    for answer, (ids, logprobs) in zip(answers, expected_tokens(folder, prompts), strict=True):
+        assert answer.ids == ids
+        assert answer.logprobs == pytest.approx(logprobs, abs=within)
+
+
+def ids_of(folder: Path, texts: tuple[str, ...] = WORDS) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer(text).input_ids for text in texts]
+
+
+def real_texts(shared: Path) -> list[str]:
+    """Lines of stories, and what a tokenizer finds hard."""
+    text = (shared / "text" / "tinystories_test.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if len(line) > 20][:80]
+    hard = [
+        "  two  spaces ",
+        "naïve café — 中文 🙂",
+        "x=1;\n\ty = 2\n",
+        "I'LL don't 12345",
+        "<s>a</s>",
+    ]
+    return [*lines, *hard]
+
+
+# -- real models --------------------------------------------------------------------------------
+@needs_llama_cpp
+@pytest.mark.parametrize("layout", ["dense", *LAYOUTS])
+def test_stories3m(tmp_path: Path, stories3m: Path, layout: str) -> None:
+    folder = stories3m
+    if layout != "dense":
+        folder = tmp_path / "out"
+        with open_parent(stories3m) as parent:
+            counts = {"attention": [2, 1, 2, 1, 1, 2], "ffn": [512, 300, 256, 128, 64, 384]}
+            if layout == UNIFORM:
+                counts = {"attention": [1] * 6, "ffn": [256] * 6}
+            parent.shrink(keep_counts(parent.spec, counts), folder, layout)
+        write_companions(stories3m, folder)
+    summary = export(folder, tmp_path / "m.gguf")
+    assert summary.architecture == ("deci" if layout == PER_LAYER else "llama")
+    assert_same_tokens(folder, tmp_path / "m.gguf", ids_of(stories3m))
+
+
+@needs_llama_cpp
+def test_texts_are_split_as_transformers_does(
+    tmp_path: Path, stories3m: Path, shared: Path
+) -> None:
+    """A text and its tokens give the same next token with the same probability, and count."""
+    export(stories3m, tmp_path / "m.gguf")
+    assert_same_split(stories3m, tmp_path / "m.gguf", real_texts(shared))
+
+
+@needs_llama_cpp
+def test_the_byte_level_example(tmp_path: Path, shared: Path) -> None:
+    from frugal_bonsai.checkpoint.locate import find_model
+
+    folder = find_model("example")
+    summary = export(folder, tmp_path / "m.gguf")
+    assert summary.tokenizer == "gpt2 (gpt-2)"
+    assert_same_tokens(folder, tmp_path / "m.gguf", ids_of(folder))
+    assert_same_split(folder, tmp_path / "m.gguf", real_texts(shared))
+
+
+def assert_same_split(folder: Path, gguf: Path, texts: list[str]) -> None:
+    ids = ids_of(folder, tuple(texts))
+    jobs: list[tuple[str | list[int], int]] = [(text, 5) for text in texts]
+    answers = complete(gguf, jobs + [(tokens, 5) for tokens in ids])
+    assert sum(bool(answer.ids) for answer in answers) > 0.9 * len(answers)
+    for text, tokens, mine, theirs in zip(
+        texts, ids, answers[: len(texts)], answers[len(texts) :], strict=True
+    ):
+        assert mine.prompt_tokens == len(tokens), text
+        assert (mine.ids, mine.logprobs) == (theirs.ids, theirs.logprobs), text
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+def test_smaller_number_formats(tmp_path: Path, stories3m: Path, dtype: str) -> None:
+    export(stories3m, tmp_path / "full.gguf")
+    summary = export(stories3m, tmp_path / "m.gguf", dtype)
+    # 13 norms stay f32; everything else is in the format asked for.
+    assert summary.formats == {dtype: 43, "f32": 13}
+    share = summary.size_bytes / (tmp_path / "full.gguf").stat().st_size
+    assert share < {"f16": 0.53, "q8_0": 0.30}[dtype]
+    prompts = ids_of(stories3m)
+    answers = complete(tmp_path / "m.gguf", [(prompt, 1) for prompt in prompts])
+    for answer, (_, logprobs) in zip(answers, expected_tokens(stories3m, prompts), strict=True):
+        assert answer.logprobs == pytest.approx(logprobs[:1], abs=0.05)
+
+
+@needs_llama_cpp
+def test_q8_0_of_widths_that_are_no_multiple_of_32(tmp_path: Path, stories3m: Path) -> None:
+    counts = {"attention": [1] * 6, "ffn": [100, 300, 256, 128, 64, 384]}
+    with open_parent(stories3m) as parent:
+        parent.shrink(keep_counts(parent.spec, counts), tmp_path / "out", PER_LAYER)
+    write_companions(stories3m, tmp_path / "out")
+    summary = export(tmp_path / "out", tmp_path / "m.gguf", "q8_0")
+    assert summary.formats["f16"] == 2  # down_proj of the first two layers
+    [answer] = complete(tmp_path / "m.gguf", [(ids_of(stories3m)[0], 1)])
+    [(_, logprobs)] = expected_tokens(tmp_path / "out", ids_of(stories3m)[:1])
+    assert answer.logprobs == pytest.approx(logprobs[:1], abs=0.05)
+
+
+# -- every feature of a Llama that is exported -----------------------------------------------------
+FEATURES: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "mha": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+    },
+}
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("layout", [UNIFORM, PER_LAYER, PADDED])
+def test_features(tmp_path: Path, stories260k: Path, feature: str, layout: str) -> None:
+    changes = {"vocab_size": 512, "max_position_embeddings": 128, **FEATURES[feature]}
+    with tiny_parent(tmp_path / "dense", seed=3, **changes) as parent:
+        mask = random_mask(parent.spec, layout, seed=1)
+        parent.shrink(mask, tmp_path / "out", layout)
+    write_companions(stories260k, tmp_path / "out")
+    summary = export(tmp_path / "out", tmp_path / "m.gguf")
+    assert summary.architecture == ("deci" if layout == PER_LAYER else "llama")
+    assert_same_next_tokens(tmp_path / "out", tmp_path / "m.gguf")
+
+
+@torch.no_grad()
+def assert_same_next_tokens(folder: Path, gguf: Path) -> None:
+    """Behind every beginning of a text of 60 random tokens, where the next one is no byte.
+
+    llama.cpp's server puts tokens that are single bytes together and leaves their parts out.
+    """
+    text = [1, *torch.randint(259, 512, (60,), generator=torch.Generator().manual_seed(0)).tolist()]
+    logits = load_pruned(folder, dtype=torch.float32)(torch.tensor([text])).logits[0]
+    best = logits.log_softmax(-1).max(-1)
+    compared = [at for at, token in enumerate(best.indices.tolist()) if token > 258]
+    assert len(compared) > 15
+    answers = complete(gguf, [(text[: at + 1], 1) for at in compared])
+    assert [answer.ids for answer in answers] == [[int(best.indices[at])] for at in compared]
+    found = [answer.logprobs[0] for answer in answers]
+    assert found == pytest.approx([float(best.values[at]) for at in compared], abs=1e-3)
+
+
+# -- without llama.cpp --------------------------------------------------------------------------
+def test_rows_in_llama_cpps_order() -> None:
+    rows = torch.arange(2 * 6)  # two heads of six: halves 0 1 2 | 3 4 5
+    assert interleave(rows, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    weight = rows[:, None] * torch.ones(1, 3)
+    assert torch.equal(interleave(weight, 2)[:, 1], interleave(rows, 2).float())
+
+
+def test_what_the_file_says(tmp_path: Path, stories3m: Path) -> None:
+    from gguf import GGUFReader
+
+    counts = {"attention": [2, 1, 2, 1, 1, 2], "ffn": [512, 300, 256, 128, 64, 384]}
+    with open_parent(stories3m) as parent:
+        parent.shrink(keep_counts(parent.spec, counts), tmp_path / "out", PER_LAYER)
+    write_companions(stories3m, tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "m.gguf")
+    reader = GGUFReader(tmp_path / "m.gguf")
+    said = {key: field.contents() for key, field in reader.fields.items()}
+    assert said["deci.attention.head_count"] == [6, 3, 6, 3, 3, 6]
+    assert said["deci.attention.head_count_kv"] == counts["attention"]
+    assert said["deci.feed_forward_length"] == counts["ffn"]
+    assert said["deci.attention.key_length"] == said["deci.attention.value_length"] == 32
+    assert said["tokenizer.ggml.model"] == "llama" and said["tokenizer.ggml.add_bos_token"]
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert "output.weight" not in tensors  # tied
+    source = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    found = torch.from_numpy(tensors["blk.1.ffn_down.weight"].data.copy())
+    assert torch.equal(found, source[name].float())
+
+
+def refused(folder: Path, tmp_path: Path, text: str, dtype: str = "f32") -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises((UnsupportedModelError, CheckpointError), match=text):
+        export(folder, tmp_path / "m.gguf", dtype)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; llama.cpp computes silu"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type is 'dynamic'; .*default, linear and llama3",
+        ),
+    ],
+)
+def test_functions_that_llama_cpp_does_not_have(
+    tmp_path: Path, stories260k: Path, changes: dict[str, Any], text: str
+) -> None:
+    with tiny_parent(tmp_path / "dense", vocab_size=512, **changes) as parent:
+        write_companions(stories260k, parent.folder)
+    refused(tmp_path / "dense", tmp_path, text)
+
+
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    with tiny_parent(tmp_path / "dense"):
+        pass
+    refused(tmp_path / "dense", tmp_path, r"has no tokenizer\.json, and a GGUF file needs")
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "text"),
+    [
+        (float("nan"), "f32", "'model.layers.1.mlp.up_proj.weight' holds NaN or infinity"),
+        (1e6, "f16", "values beyond 65504, too large for f16; take --dtype f32 or q8_0"),
+    ],
+)
+def test_values_that_the_format_cannot_hold(
+    tmp_path: Path, stories260k: Path, value: float, dtype: str, text: str
+) -> None:
+    with tiny_parent(tmp_path / "dense", vocab_size=512) as parent:
+        write_companions(stories260k, parent.folder)
+    file = tmp_path / "dense" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(tmp_path / "dense", tmp_path, text, dtype)
+
+
+def test_one_tensor_is_read_at_a_time(
+    tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gguf import GGUFWriter
+
+    events: list[str] = []
+    with open_parent(stories260k) as parent:
+        read, write = parent.checkpoint.read, GGUFWriter.write_tensor_data
+
+        def spy(self: GGUFWriter, tensor: Any) -> None:
+            events.append("write")
+            write(self, tensor)
+
+        monkeypatch.setattr(GGUFWriter, "write_tensor_data", spy)
+        monkeypatch.setattr(
+            parent.checkpoint, "read", lambda name: (events.append("read"), read(name))[1]
+        )
+        write_gguf(parent.checkpoint, parent.spec, tmp_path / "m.gguf", name="m", dtype="f16")
+        count = len(parent.checkpoint.tensors)
+    assert events == ["read", "write"] * count
+
+
+def test_a_uniform_model_at_a_head_count_that_llamas_config_forbids(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    """transformers' class refuses five heads for 48; llama.cpp's does not."""
+    changes = {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 512}
+    with tiny_parent(tmp_path / "dense", **changes) as parent:
+        mask = KeepMask(parent.spec.table)
+        for group in parent.spec.table.groups:
+            mask.of(group)[5:] = False
+        parent.shrink(mask, tmp_path / "out", PER_LAYER)
+    write_companions(stories260k, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_attention_heads"] == 5
+    assert export(tmp_path / "out", tmp_path / "m.gguf").architecture == "llama"

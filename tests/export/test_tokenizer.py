@@ -1,0 +1,180 @@
+"""Tokenizers as GGUF metadata: kinds, tokens, and what llama.cpp has no equal for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rewrite.models import tiny_parent
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from export.llama_cpp import needs_llama_cpp
+from export.test_llama_cpp import assert_same_split, export, real_texts
+from frugal_bonsai.errors import UnsupportedModelError
+from frugal_bonsai.export import tokenizer as tokenizer_module
+from frugal_bonsai.export.tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    read_tokenizer,
+)
+
+LLAMA3 = tokenizer_module._LLAMA3_PATTERN
+QWEN2 = LLAMA3.replace("{1,3}", "")
+
+
+def split_by(pattern: str) -> Any:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+SPLITS: dict[str, Callable[[], Any]] = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "llama-bpe": lambda: split_by(LLAMA3),
+    "qwen2": lambda: split_by(QWEN2),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    ),
+}
+
+
+def save_byte_level(folder: Path, split: Any, texts: list[str], **options: Any) -> None:
+    """Train a byte-level tokenizer of 600 tokens."""
+    made = Tokenizer(models.BPE(**options))
+    made.pre_tokenizer, made.decoder = split, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<|end|>", bos_token="<|end|>"
+    ).save_pretrained(folder)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("split", SPLITS)
+def test_byte_level_patterns_split_as_transformers_does(
+    tmp_path: Path, shared: Path, split: str
+) -> None:
+    texts = real_texts(shared)
+    with tiny_parent(tmp_path / "dense", vocab_size=600, max_position_embeddings=512):
+        pass
+    save_byte_level(tmp_path / "dense", SPLITS[split](), texts)
+    summary = export(tmp_path / "dense", tmp_path / "m.gguf")
+    assert summary.tokenizer == f"gpt2 ({split})"
+    more = ["In 2024 it cost 12345678 dollars", "a\r\n\r\n  b", "we'Ll   see!!!  (ok)\t\tx"]
+    assert_same_split(tmp_path / "dense", tmp_path / "m.gguf", [*texts, *more])
+
+
+def test_sentencepiece_like(stories3m: Path) -> None:
+    found = read_tokenizer(stories3m, 4096 + 2)
+    assert (found.model, found.pre, found.merges) == ("llama", "default", None)
+    assert found.special_ids == {"bos": 1, "eos": 2, "unk": 0}
+    assert (found.add_bos, found.add_eos, found.add_space_prefix) == (True, False, True)
+    assert found.types[:4] == (UNKNOWN, CONTROL, CONTROL, BYTE)
+    assert found.types[258:260] == (BYTE, NORMAL)
+    assert found.tokens[4096:] == ("[PAD4096]", "[PAD4097]")
+    assert found.types[4096:] == (UNUSED, UNUSED)
+    values = json.loads((stories3m / "tokenizer.json").read_text(encoding="utf-8"))
+    made = ["".join(pair) for pair in values["model"]["merges"]]
+    assert found.scores is not None
+    for piece in made[:50]:  # by the first of the merges that make it
+        assert found.scores[found.tokens.index(piece)] == -made.index(piece)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, stories260k: Path) -> Path:
+    """A tokenizer that may be changed."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((stories260k / name).read_bytes())
+    return tmp_path
+
+
+def change(folder: Path, name: str = "tokenizer.json", **values: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values))
+
+
+def test_metaspace_is_the_same_as_prepending(folder: Path) -> None:
+    plain = read_tokenizer(folder, 512)
+    for scheme, prefix in (("first", True), ("always", True), ("never", False)):
+        space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
+        change(folder, normalizer=None, pre_tokenizer=space)
+        assert read_tokenizer(folder, 512).add_space_prefix == prefix
+    assert plain.add_space_prefix
+
+
+def test_added_tokens_and_chat_template(folder: Path) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    extra = {"id": 512, "content": "<tool>", "special": False}
+    change(folder, added_tokens=[*values["added_tokens"], extra])
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    found = read_tokenizer(folder, 513)
+    assert (found.tokens[512], found.types[512]) == ("<tool>", USER_DEFINED)
+    assert found.chat_template == "{{ messages }}"
+    change(folder, "tokenizer_config.json", chat_template="{{ bos_token }}")
+    assert read_tokenizer(folder, 513).chat_template == "{{ bos_token }}"
+
+
+def byte_level(**pre_tokenizer: Any) -> dict[str, Any]:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    step = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, **pre_tokenizer}
+    values = {"model": model, "normalizer": None, "pre_tokenizer": step}
+    return {**values, "post_processor": None, "added_tokens": []}
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"model": {"type": "Unigram", "vocab": []}}, "its model is 'Unigram', expected BPE"),
+        ({"normalizer": {"type": "Lowercase"}}, "pre-tokenizer has 'Lowercase'"),
+        ({"normalizer": None, "pre_tokenizer": None}, "spaces do not become"),
+        ({"post_processor": {"type": "BertProcessing"}}, "post-processor has 'BertProcessing'"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"SpecialToken": {"id": "<odd>"}}, {"Sequence": {"id": "A"}}],
+                }
+            },
+            "it puts '<odd>' around texts, which is not bos",
+        ),
+        (byte_level(add_prefix_space=True), "puts a space in front"),
+        (byte_level(type="Whitespace"), "pre-tokenizer has 'Whitespace'|not byte-level"),
+        (byte_level(use_regex=False), r"splits text by \[\]"),
+        (byte_level() | {"model": byte_level()["model"] | {"merges": []}}, "it has no merges"),
+        (byte_level() | {"normalizer": {"type": "NFKC"}}, r"normalizers \['NFKC'\]"),
+    ],
+)
+def test_tokenizers_that_are_refused(folder: Path, values: dict[str, Any], text: str) -> None:
+    change(folder, **values)
+    with pytest.raises(UnsupportedModelError, match=rf"tokenizer\.json: .*{text}") as error:
+        read_tokenizer(folder, 512)
+    assert "export knows BPE with byte fallback" in str(error.value)
+
+
+def test_more_tokens_than_the_embedding_has_rows(folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"512 tokens with 512 ids up to 511, .*of 500"):
+        read_tokenizer(folder, 500)
+
+
+def test_nfc_of_qwen_is_known(tmp_path: Path) -> None:
+    made = Tokenizer(models.BPE(vocab={"a": 0, "aa": 1}, merges=[("a", "a")]))
+    made.normalizer, made.pre_tokenizer = normalizers.NFC(), split_by(QWEN2)
+    made.save(str(tmp_path / "tokenizer.json"))
+    found = read_tokenizer(tmp_path, 2)
+    assert (found.pre, found.special_ids, found.add_bos) == ("qwen2", {}, False)

@@ -1,0 +1,290 @@
+"""What every family must do; one class that each family's tests inherit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILY_CONFIGS, Tiny, open_tiny, random_windows, relative, tiny_family
+from transformers import AutoModelForCausalLM
+
+from frugal_bonsai import load_pruned
+from frugal_bonsai.bonsai.recover import Recovery
+from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
+from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
+from frugal_bonsai.rewrite.shrink import shrink
+from frugal_bonsai.stream.source import Refit
+from frugal_bonsai.stream.store import build_store
+
+WINDOW = 13
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens_NS: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(tokens_NS).logits.float()
+    return logits
+
+
+def greedy(model: Any, tokens_NS: torch.Tensor) -> torch.Tensor:
+    """The prompt and 8 tokens, with a dynamic cache."""
+    made: torch.Tensor = model.generate(
+        tokens_NS,
+        attention_mask=torch.ones_like(tokens_NS),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return made
+
+
+def streamed_logits(tiny: Tiny, tokens_NS: torch.Tensor, **source: Any) -> torch.Tensor:
+    """Logits of the streamed model in native precision, heads in chunks of 20 rows."""
+    engine = tiny.engine(micro_batch=2, head_rows=20)
+    with engine.stream(tiny.source(**source)) as stream, torch.inference_mode():
+        hidden = engine.sweep.run(stream, tokens_NS)
+        return engine.head.logits(hidden.read(slice(0, len(tokens_NS)))).clone()
+
+
+def legal_mask(tiny: Tiny, layout: str, *, seed: int = 1) -> KeepMask:
+    """Random units, in numbers that the layout can hold, fewer of every kind that can be cut."""
+    rules = layout_rules(tiny.spec, layout, tile=1)
+    generator = torch.Generator().manual_seed(seed)
+    mask = KeepMask(tiny.spec.table)
+    for group in tiny.spec.table.groups:
+        legal = rules.legal_counts(group.kind, group.count)
+        at = len(legal) // 2 - (0 if layout == UNIFORM else group.layer)
+        count = legal[min(max(0, at), len(legal) - 1)]
+        order = torch.randperm(group.count, generator=generator)
+        mask.of(group)[order[count:]] = False
+    return mask
+
+
+def random_refit(tiny: Tiny, mask: KeepMask, *, seed: int = 5) -> Refit:
+    """Random weights ``[H, kept columns]`` for every output projection but the first."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        group.output_weight: 0.3
+        * torch.randn(tiny.spec.hidden, int(mask.columns(group).sum()), generator=generator)
+        for group in tiny.spec.table.groups[1:]
+    }
+    return {name: (lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+
+
+def masked_parent(tiny: Tiny, mask: KeepMask, refit: Refit) -> Any:
+    """Hugging Face's dense model, its output projections' inputs zeroed where masked."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32).eval()
+    for group in tiny.spec.table.groups:
+        projection = model.get_submodule(tiny.spec.prefix(group.layer) + group.output)
+        columns_C = mask.columns(group)
+
+        def zero(_: Any, inputs: Any, columns_C: torch.Tensor = columns_C) -> Any:
+            return (inputs[0] * columns_C, *inputs[1:])
+
+        projection.register_forward_pre_hook(zero)
+        if group.output_weight in refit:
+            weight = torch.zeros(tiny.spec.hidden, group.columns)
+            weight[:, columns_C] = refit[group.output_weight]()
+            turned = group.output_weight.endswith(tiny.spec.family.transposed)
+            with torch.no_grad():
+                projection.weight.copy_(weight.T if turned else weight)
+    return model
+
+
+class FamilyContract:
+    """Inherit, name an entry of ``FAMILY_CONFIGS`` and say what the family can do.
+
+    Attributes:
+        name: of the tiny model.
+        attention: layouts in which attention units can be removed.
+        layouts: layouts that the family has.
+    """
+
+    name: str
+    attention: tuple[str, ...] = LAYOUTS
+    layouts: tuple[str, ...] = LAYOUTS
+
+    @pytest.fixture(scope="class")
+    def tiny(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+        tiny = tiny_family(tmp_path_factory.mktemp("family") / "dense", self.name)
+        yield tiny
+        tiny.checkpoint.close()
+
+    @pytest.fixture
+    def tokens_NS(self, tiny: Tiny) -> torch.Tensor:
+        return random_windows(3, WINDOW, vocabulary=tiny.spec.vocabulary)
+
+    def test_it_is_this_family(self, tiny: Tiny) -> None:
+        assert tiny.spec.family.model_type == FAMILY_CONFIGS[self.name][0]
+
+    def test_streamed_logits_are_hugging_faces(self, tiny: Tiny, tokens_NS: torch.Tensor) -> None:
+        expected = logits_of(tiny.hugging_face(), tokens_NS)
+        assert relative(streamed_logits(tiny, tokens_NS), expected) < 1e-5
+
+    def test_parameters_are_hugging_faces(self, tiny: Tiny) -> None:
+        model, spec = tiny.hugging_face(), tiny.spec
+        assert spec.parameters == sum(p.numel() for p in model.parameters())
+        layers = model.get_submodule(f"{spec.family.base_module}.{spec.family.layers_module}")
+        assert spec.block_parameters == sum(p.numel() for p in layers.parameters())
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_attention_can_be_cut_where_the_table_says(self, tiny: Tiny, layout: str) -> None:
+        if layout not in self.layouts:
+            pytest.skip("the family does not have this layout")
+        rules = layout_rules(tiny.spec, layout, tile=1)
+        group = tiny.spec.table.groups[0]
+        counts = rules.legal_counts(ATTENTION, group.count)
+        assert (len(counts) > 1) == (layout in self.attention)
+
+    @pytest.mark.parametrize("refitted", [False, True], ids=["kept", "refit"])
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_masked_parent_equals_rewritten_model(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, layout: str, refitted: bool, tmp_path: Path
+    ) -> None:
+        if layout not in self.layouts:
+            pytest.skip("the family does not have this layout")
+        mask = legal_mask(tiny, layout)
+        refit = random_refit(tiny, mask) if refitted else {}
+        expected = logits_of(masked_parent(tiny, mask, refit), tokens_NS)
+        assert relative(logits_of(tiny.hugging_face(), tokens_NS), expected) > 0.01
+        masked = streamed_logits(tiny, tokens_NS, mask=mask, refit=refit)
+        assert relative(masked, expected) < 1e-5
+
+        out = tmp_path / "out"
+        out.mkdir()
+        rules = layout_rules(tiny.spec, layout, tile=1)
+        summary = shrink(tiny.checkpoint, tiny.spec, mask, out, rules=rules, refit=refit)
+        load = load_pruned if layout == PER_LAYER else AutoModelForCausalLM.from_pretrained
+        model = load(out)
+        assert relative(logits_of(model, tokens_NS), expected) < 1e-5
+        removed = mask.removed_parameters()
+        assert removed > 0
+        parameters = sum(p.numel() for p in model.parameters())
+        assert parameters == summary.parameters_after
+        assert removed == summary.removed_parameters
+        if layout == PADDED:
+            assert parameters >= tiny.spec.parameters - removed
+        else:
+            assert parameters == tiny.spec.parameters - removed
+        with open_tiny(out).checkpoint as checkpoint:
+            names = {entry.name for entry in tiny.checkpoint.tensors.values()}
+            assert {entry.name for entry in checkpoint.tensors.values()} <= names
+        again = open_tiny(out)
+        assert relative(streamed_logits(again, tokens_NS), expected) < 1e-5
+        again.checkpoint.close()
+        config = json.loads((out / "config.json").read_text())
+        assert config["model_type"] == tiny.checkpoint.config["model_type"]
+
+    def test_layers_of_different_widths_generate(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
+    ) -> None:
+        """Greedy tokens with a cache are the masked parent's, and those after a round trip."""
+        mask = legal_mask(tiny, PER_LAYER)
+        rules = layout_rules(tiny.spec, PER_LAYER, tile=1)
+        (tmp_path / "out").mkdir()
+        shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
+        expected = greedy(masked_parent(tiny, mask, {}), tokens_NS)
+        model = load_pruned(tmp_path / "out")
+        assert torch.equal(greedy(model, tokens_NS), expected)
+        model.save_pretrained(tmp_path / "again")
+        again = load_pruned(tmp_path / "again")
+        assert torch.equal(logits_of(again, tokens_NS), logits_of(model, tokens_NS))
+
+    @pytest.mark.parametrize("refit", ["outputs", "all"])
+    def test_recovery_of_a_whole_model_changes_nothing(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path, refit: str
+    ) -> None:
+        """The targets are those that this architecture's layers reach with their own weights."""
+        whole = KeepMask(tiny.spec.table)
+        saved, _ = self._recover(tiny, whole, tmp_path, inputs=refit == "all")
+        assert {group.output_weight for group in tiny.spec.table.groups} <= saved.keys()
+        refits = {name: (lambda tensor=tensor: tensor) for name, tensor in saved.items()}
+        found = streamed_logits(tiny, tokens_NS, mask=whole, refit=refits)
+        assert relative(found, streamed_logits(tiny, tokens_NS)) < 1e-3
+
+    def test_recovery_brings_a_pruned_model_nearer(self, tiny: Tiny, tmp_path: Path) -> None:
+        mask = self._sparse_mask(tiny)
+        tokens_NS = random_windows(24, WINDOW, seed=9, vocabulary=tiny.spec.vocabulary)
+        dense = streamed_logits(tiny, tokens_NS)
+        found = {
+            "outputs": self._recover(tiny, mask, tmp_path / "a"),
+            "all": self._recover(tiny, mask, tmp_path / "b", inputs=True),
+            "refined": self._recover(tiny, mask, tmp_path / "c", inputs=True, refine=4),
+        }
+        away = {"none": self._distance(tiny, mask, {}, tokens_NS, dense)}
+        for what, (tensors, _) in found.items():
+            away[what] = self._distance(tiny, mask, tensors, tokens_NS, dense)
+        # Random channels have little to do with each other: there is not much to make up for.
+        assert away["outputs"] < 0.97 * away["none"], away
+        assert away["all"] < 0.97 * away["none"], away
+        left = {what: sum(residual) for what, (_, residual) in found.items()}
+        assert left["refined"] < 0.95 * left["all"], left
+
+    def _distance(
+        self,
+        tiny: Tiny,
+        mask: KeepMask,
+        tensors: dict[str, torch.Tensor],
+        tokens_NS: torch.Tensor,
+        dense: torch.Tensor,
+    ) -> float:
+        """Mean square of what the logits are away from the dense model's."""
+        refit = {name: (lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
+        found = streamed_logits(tiny, tokens_NS, mask=mask, refit=refit)
+        return float((found - dense).square().mean())
+
+    def _sparse_mask(self, tiny: Tiny) -> KeepMask:
+        """Some channels of every layer, and a unit of attention in layer 1 where it can be cut."""
+        mask = KeepMask(tiny.spec.table)
+        for group in tiny.spec.table.groups:
+            if group.kind == FFN:
+                mask.of(group)[:: 3 + group.layer] = False
+            elif group.layer == 1 and group.removable:
+                mask.of(group)[1] = False
+        return mask
+
+    def test_the_working_store_computes_what_the_masked_parent_does(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
+    ) -> None:
+        mask = self._sparse_mask(tiny)
+        store = build_store(tmp_path, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
+        engine = tiny.engine(micro_batch=2)
+        with engine.stream(store) as stream, torch.inference_mode():
+            hidden = engine.sweep.run(stream, tokens_NS)
+            found = engine.head.logits(hidden.read(slice(0, len(tokens_NS))))
+        store.close()
+        assert relative(found, streamed_logits(tiny, tokens_NS, mask=mask)) < 1e-5
+
+    def _recover(
+        self, tiny: Tiny, mask: KeepMask, folder: Path, *, inputs: bool = False, refine: int = 0
+    ) -> tuple[dict[str, torch.Tensor], list[float]]:
+        """The refits of a recovery on many windows, and what they leave of each target."""
+        saved: dict[str, torch.Tensor] = {}
+
+        def save(_: int, refits: dict[str, torch.Tensor]) -> None:
+            saved.update({name: weight.clone() for name, weight in refits.items()})
+
+        engine = tiny.engine(micro_batch=16)
+        stores = {}
+        for name, kept in (("dense", KeepMask(tiny.spec.table)), ("pruned", mask)):
+            stores[name] = build_store(
+                folder / name, tiny.checkpoint, tiny.spec, weights="native", mask=kept
+            )
+        recovery = Recovery(
+            engine.sweep,
+            ridge=1e-5,
+            keep_inputs=True,
+            save=save,
+            mask=mask if inputs else None,
+            refine=refine,
+        )
+        tokens_NS = random_windows(64, WINDOW, seed=4, vocabulary=tiny.spec.vocabulary)
+        with engine.stream(stores["dense"]) as dense, engine.stream(stores["pruned"]) as pruned:
+            result = recovery.run(dense, pruned, engine.head, tokens_NS)
+        for store in stores.values():
+            store.close()
+        return saved, result.residual

@@ -1,0 +1,111 @@
+"""Every family in the table under the contract."""
+
+from __future__ import annotations
+
+from tiny_models import FAMILY_CONFIGS
+
+from families.contract import FamilyContract
+from frugal_bonsai.model.families import FAMILIES
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert {model_type for model_type, _ in FAMILY_CONFIGS.values()} == set(FAMILIES)
+
+
+class TestLlama(FamilyContract):
+    name = "llama"
+
+
+class TestMistral(FamilyContract):
+    name = "mistral"
+
+
+class TestQwen2(FamilyContract):
+    name = "qwen2"
+
+
+class TestQwen3(FamilyContract):
+    name = "qwen3"
+
+
+class TestQwen3Biases(FamilyContract):
+    name = "qwen3-biases"
+
+
+class TestSmolLM3(FamilyContract):
+    name = "smollm3"
+
+
+class TestGranite(FamilyContract):
+    name = "granite"
+
+
+class TestOlmo2(FamilyContract):
+    name = "olmo2"
+    attention = ()
+
+
+class TestStableLm(FamilyContract):
+    name = "stablelm"
+    attention = ()
+
+
+class TestStableLmParallel(FamilyContract):
+    name = "stablelm-parallel"
+    attention = ()
+
+
+class TestGemma2(FamilyContract):
+    name = "gemma2"
+
+
+class TestGemma3(FamilyContract):
+    name = "gemma3"
+
+
+class TestGpt2(FamilyContract):
+    name = "gpt2"
+    attention = ()
+
+
+class TestGpt2Untied(TestGpt2):
+    name = "gpt2-untied"
+
+
+class TestGptNeo(FamilyContract):
+    name = "gpt-neo"
+    attention = ()
+
+
+class TestPythia(FamilyContract):
+    name = "pythia"
+    attention = ()
+
+
+class TestGptNeoXSequential(FamilyContract):
+    name = "gpt-neox-sequential"
+    attention = ()
+
+
+class TestOpt(FamilyContract):
+    name = "opt"
+    attention = ()
+
+
+class TestFalconMultiQuery(FamilyContract):
+    name = "falcon-multi-query"
+    attention = ()
+
+
+class TestFalconGroups(FamilyContract):
+    name = "falcon-groups"
+    attention = ()
+
+
+class TestFalconSequential(FamilyContract):
+    name = "falcon-sequential"
+    attention = ()
+
+
+class TestPhi3(FamilyContract):
+    name = "phi3"
