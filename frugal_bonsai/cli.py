@@ -39,6 +39,11 @@ _profile = click.option(
     metavar="FILE",
     help="Hardware profile: plan for that machine; prune predicts its time.",
 )
+_assume = click.option(
+    "--assume-family",
+    metavar="FAMILY",
+    help="Take an architecture without a table of its own for one like FAMILY (llama, say).",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _layout = _options(
     click.option(
@@ -201,6 +206,7 @@ def cli() -> None:
 @click.argument("model")
 @click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
 @_search
+@_assume
 @_caps
 @_profile
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
@@ -223,6 +229,7 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 @click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
 @_layout
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@_assume
 @_json
 def shrink_command(as_json: bool, **given: Any) -> None:
     """Cut MODEL with a mask that someone else made: no text, memory of one tensor.
@@ -294,6 +301,7 @@ def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
 @cli.command(name="plan")
 @click.argument("model")
 @_search
+@_assume
 @_caps
 @_profile
 @_json
@@ -342,13 +350,14 @@ def profile_command(report: bool, threads: int | None, as_json: bool, **given: A
 
 @cli.command(name="inspect")
 @click.argument("model")
+@_assume
 @_json
-def inspect_command(model: str, as_json: bool) -> None:
+def inspect_command(model: str, assume_family: str | None, as_json: bool) -> None:
     """Show MODEL's family, units, parameters and size, from headers alone."""
     from frugal_bonsai.report.tables import render_inspect
     from frugal_bonsai.run.inspect import inspect
 
-    _print(inspect(model), render_inspect, as_json=as_json)
+    _print(inspect(model, assume_family=assume_family), render_inspect, as_json=as_json)
 
 
 @cli.command(name="eval")
@@ -361,6 +370,7 @@ def inspect_command(model: str, as_json: bool) -> None:
 @click.option(
     "--weights", type=click.Choice(["native", "int8"]), default="native", show_default=True
 )
+@_assume
 @_caps
 @_json
 def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:

@@ -18,6 +18,7 @@ class PruneOptions:
     Attributes:
         method: one of ``bonsai.settings.METHODS``.
         settings: fields of ``PruneSettings`` that the user names; None is "as the method has it".
+        assume_family: the family that an architecture without a table is like.
         layout: ``uniform``, ``per-layer`` or ``padded``.
         as_mistral: a Llama may get a head count that its config class refuses, and is then written
             as the Mistral that computes the same.
@@ -36,6 +37,7 @@ class PruneOptions:
 
     method: str = "default"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    assume_family: str | None = None
     layout: str = UNIFORM
     as_mistral: bool = False
     tile: int | None = None

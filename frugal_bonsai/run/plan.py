@@ -30,6 +30,7 @@ from frugal_bonsai.run.prepare import (
     DEFAULT_TILE,
     EXAMPLE_SOURCE,
     Model,
+    assumption,
     choose_window,
     measured_base_bytes,
     open_model,
@@ -206,7 +207,7 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
 
     With a profile, on the profile's machine, whatever this one is.
     """
-    with open_model(model, headers_only=True) as opened:
+    with open_model(model, headers_only=True, assume_family=options.assume_family) as opened:
         ready = prepare(opened, options, elsewhere=options.profile is not None)
         memory = plan_prune(opened, ready, ready.windows)
         return describe_plan(opened, ready, memory, ready.windows)
@@ -220,11 +221,13 @@ def describe_plan(
     work = prune_work(model, ready, memory, windows)
     estimate = estimate_time(model.spec, work, memory.limits, profile)
     notes = list(ready.budget.notes)
+    if model.spec.family.assumed is not None:
+        notes.append(assumption(model))
     if work.sampled_tokens:
         notes.append(_sampling_note(ready, estimate))
     return {
         "model": model.name,
-        "family": model.spec.family.model_type,
+        "family": model.spec.family.title,
         "parameters": model.spec.parameters,
         "device": ready.device.type,
         "device_name": profile.name,

@@ -70,7 +70,7 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
     return {
         "version": package_version(),
         "model": model.name,
-        "family": model.spec.family.model_type,
+        "family": model.spec.family.title,
         "layout": ready.rules.layout,
         "tile": ready.rules.tile,
         "settings": ready.settings.to_json(),
