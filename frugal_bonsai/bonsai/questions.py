@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from frugal_bonsai.bonsai.curve_posterior import Expected, fit_curves
+from frugal_bonsai.bonsai.beliefs import Expected
+from frugal_bonsai.bonsai.curve_posterior import fit_curves
 from frugal_bonsai.bonsai.design import (
     GroupDesign,
     GroupFocus,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.bonsai.curve_posterior import Ahead, Expected, behind_cut, by_statistic
+from frugal_bonsai.bonsai.beliefs import Ahead, Expected, behind_cut, by_statistic
 from frugal_bonsai.bonsai.design import Design, Pools, draw_pools
 from frugal_bonsai.bonsai.evaluate import Observations
 from frugal_bonsai.bonsai.prior import Prior

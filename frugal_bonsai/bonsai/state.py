@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.curve_posterior import Ahead
+from frugal_bonsai.bonsai.beliefs import Ahead
 from frugal_bonsai.bonsai.prior import Prior
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import amounts, generator, noise, pairs
 
-from frugal_bonsai.bonsai.curve_posterior import Expected, expected_curve, fit_curves
+from frugal_bonsai.bonsai.beliefs import Expected
+from frugal_bonsai.bonsai.curve_posterior import fit_curves
 from frugal_bonsai.bonsai.regress import Fit
 
 A = torch.tensor([0, 1, 2, 0.5, 0, 3]).double()
@@ -122,15 +123,6 @@ def test_statistics_that_mislead_are_not_followed() -> None:
     misled = _fit(amount, loss, kinds_G=kinds, expected=[wrong])
     assert "statistics" not in misled.penalty
     assert torch.equal(blind.relevance_K, misled.relevance_K)
-
-
-def test_expected_curve_adds_up_the_pool() -> None:
-    assert expected_curve(torch.zeros(0)) == (0.0, 0.0)
-    a, b = expected_curve(torch.full((10,), 0.3, dtype=torch.float64))
-    assert (a, b) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-9))
-    rising = torch.arange(1, 101, dtype=torch.float64) * 2 / 100**2  # adds up to t^2 and a bit
-    a, b = expected_curve(rising)
-    assert a + b == pytest.approx(1.01, abs=1e-6) and b > 0.95
 
 
 @pytest.mark.parametrize("observations", [2, 4])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import Tiny, random_mask, tiny_llama
 
-from frugal_bonsai.bonsai.curve_posterior import Ahead
+from frugal_bonsai.bonsai.beliefs import Ahead
 from frugal_bonsai.bonsai.prior import Prior
 from frugal_bonsai.bonsai.state import (
     PruneState,
