@@ -23,9 +23,7 @@ from torch.func import functional_call
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec
-
-# Keys that name an output layout's own loading code; the streamed model needs the parent's classes.
-_LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
+from frugal_bonsai.model.plain import plain_values
 
 
 class _Proxy(nn.Module):
@@ -228,9 +226,8 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
     try:
-        config = AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**plain_values(spec))
         with init_empty_weights(include_buffers=False):
             # The attention that transformers itself takes: sdpa, where the architecture has it.
             model = AutoModelForCausalLM.from_config(config)

@@ -179,6 +179,22 @@ class FamilyContract:
         config = json.loads((out / "config.json").read_text())
         assert config["model_type"] == tiny.checkpoint.config["model_type"]
 
+    def test_a_dropped_layer_is_one_that_the_model_skips(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
+    ) -> None:
+        """Sliding windows, rotary embeddings and the like stay with the layers that had them."""
+        mask = KeepMask(tiny.spec.table).without_layers([0])
+        model = tiny.hugging_face()
+        layer = model.get_submodule(tiny.spec.prefix(0).rstrip("."))
+        tupled = tiny.spec.family.returns_tuple
+        layer.forward = lambda hidden, *_, **__: (hidden, None) if tupled else hidden
+        expected = logits_of(model, tokens_NS)
+        (tmp_path / "out").mkdir()
+        rules = layout_rules(tiny.spec, UNIFORM, tile=1)
+        shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert relative(logits_of(found, tokens_NS), expected) < 1e-5
+
     def test_layers_of_different_widths_generate(
         self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
     ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from export import test_llama_cpp
 from tiny_models import FAMILY_CONFIGS, PRUNED
 
 from families import test_families
 from families.contract import FamilyContract
+from frugal_bonsai.export.architecture import ARCHITECTURES
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.layout import LAYOUTS
 
@@ -50,3 +52,13 @@ def test_cells_are_those_of_the_contracts() -> None:
 def test_whole_prunes_are_those_that_are_tested() -> None:
     pruned = {FAMILY_CONFIGS[name][0] for name in PRUNED} | {"llama", "gpt2"}
     assert {name for name, cells in rows().items() if cells[6].startswith("yes")} == pruned
+
+
+def test_gguf_cells_are_those_that_run_in_llama_cpp() -> None:
+    tested = {"llama", *test_llama_cpp.FAMILIES}
+    by_layer = {"llama", *test_llama_cpp.DECI}
+    assert tested == ARCHITECTURES.keys()
+    for model_type, cells in rows().items():
+        assert cells[7] == ("yes" if model_type in tested else "no (G1)"), model_type
+        other = "no (G2)" if model_type in tested else "no (G1)"
+        assert cells[8] == ("yes" if model_type in by_layer else other), model_type

@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import fail, python, succeed
+
+from frugal_bonsai import load_pruned, load_tokenizer
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.model.family import describe_model
+from frugal_bonsai.model.units import ATTENTION, KeepMask
+from frugal_bonsai.rewrite.mask_file import write_mask
 
 QUICK = ("--windows", "6", "--window", "64", "--masks", "2", "--mask-windows", "2")
 
@@ -87,3 +94,27 @@ def test_as_mistral_where_it_cannot_be(
 ) -> None:
     text = fail("prune", "example", "--as-mistral", *words, "--out", tmp_path / "out", *QUICK)
     assert expected in text and list(tmp_path.iterdir()) == []
+
+
+def test_per_layer_at_a_head_count_that_llamas_config_forbids(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    """Three groups everywhere are six heads, of which 64 is no multiple; it is streamed too."""
+    with Checkpoint.open(stories260k) as checkpoint:
+        spec = describe_model(checkpoint.config, checkpoint.shapes)
+    mask = KeepMask(spec.table)
+    for group in spec.table.groups:
+        mask.of(group)[3 if group.kind == ATTENTION else 50 + group.layer :] = False
+    write_mask(tmp_path / "mask.json", "stories260K", spec, mask)
+    words = ("--mask", tmp_path / "mask.json", "--layout", "per-layer", "--out", tmp_path / "out")
+    result = succeed("shrink", stories260k, *words)
+    assert result["load"].startswith("frugal_bonsai.load_pruned")
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl. " * 40, encoding="utf-8")
+    measured = succeed("eval", tmp_path / "out", "--text", text, "--window", "64")
+    model = load_pruned(tmp_path / "out", dtype=torch.float32)
+    ids = load_tokenizer(tmp_path / "out")(text.read_text(), add_special_tokens=False).input_ids
+    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    with torch.no_grad():
+        loss = float(model(windows, labels=windows).loss)
+    assert measured["nll"] == pytest.approx(loss, rel=1e-4)

@@ -12,6 +12,7 @@ from typing import Any
 
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.plain import plain_values
 
 # Keys of both config classes that shape the function; where the source leaves one out, what
 # LlamaConfig takes is written down, for MistralConfig may take something else.
@@ -27,7 +28,6 @@ _SHARED_KEYS = (
     "tie_word_embeddings",
     "attention_dropout",
 )
-_LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
 
 
 def as_mistral(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
@@ -46,10 +46,7 @@ def as_mistral(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
         if config.pop(key, False):
             raise OptionError(f"--as-mistral: {key} is true, and a Mistral has no biases")
     config.pop("pretraining_tp", None)
-    known = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
-    # No default hangs on the number of heads, and a source may have one that is refused.
-    heads = {spec.family.heads_key: 1, spec.family.kv_heads_key: 1, "head_dim": spec.head_dim}
-    llama = AutoConfig.for_model(**{**known, **heads})
+    llama = AutoConfig.for_model(**plain_values(spec))
     defaults = {key: getattr(llama, key) for key in _SHARED_KEYS}
     if not {"rope_theta", "rope_parameters"} & config.keys():
         defaults["rope_parameters"] = llama.rope_parameters
