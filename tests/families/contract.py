@@ -266,7 +266,7 @@ class FamilyContract:
         for group in tiny.spec.table.groups:
             if group.kind == FFN:
                 mask.of(group)[:: 3 + group.layer] = False
-            elif group.layer == 1 and group.removable:
+            elif group.layer == 1 and group.removable and group.count > 1:
                 mask.of(group)[1] = False
         return mask
 
