@@ -30,9 +30,9 @@ import torch
 
 from frugal_bonsai.bonsai.layer_pass import LayerPass, RefitOutput
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
-from frugal_bonsai.bonsai.recover_inputs import input_projections, refit_inputs
+from frugal_bonsai.bonsai.recover_inputs import input_projections, input_rows, refit_inputs
 from frugal_bonsai.bonsai.recover_outputs import Solved, solve_output
-from frugal_bonsai.bonsai.refine import Refinement, input_rows
+from frugal_bonsai.bonsai.refine import Refinement
 from frugal_bonsai.model.units import FFN, KeepMask, UnitGroup
 from frugal_bonsai.stream.call import call_layer, capture_outputs
 from frugal_bonsai.stream.forward import Sweep
