@@ -1,17 +1,15 @@
 """What is trained: low-rank adapters beside every block projection, or the projections themselves.
 
-In: a student. Out: named parameters, and what each projection's weight becomes. Adapters are peft's
-(LoRA, Hu et al. 2021, section 4.1: W + (alpha / R) B A, B zero at first); their first values come
-from a generator that is seeded here, not from torch's own. Holds adapters in fp32, one merged
-weight at a time.
+In: a student. Out: named parameters. Adapters are peft's (LoRA, Hu et al. 2021, section 4.1:
+W + (alpha / R) B A, B zero at first); their first values come from a generator that is seeded here,
+not from torch's own. Holds the adapters in fp32. What they make of the weights is merge.py's.
 
-Shape suffixes: O output rows and I input columns of a projection, R rank.
+Shape suffixes: I input columns of a projection, R rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +21,8 @@ from frugal_bonsai.errors import OptionError
 
 LORA, FULL = "lora", "full"
 METHODS = (LORA, FULL)
+# Endings of the adapters' names, behind the projection's.
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 _NAME = "default"  # of the only adapter, in peft
 
 
@@ -72,28 +72,9 @@ class Adapters:
         named: dict[str, nn.Parameter] = {}
         for name, module in self._modules():
             bare = name.removesuffix(".weight")
-            named[f"{bare}.lora_A.weight"] = module.lora_A[_NAME].weight
-            named[f"{bare}.lora_B.weight"] = module.lora_B[_NAME].weight
+            named[bare + DOWN] = module.lora_A[_NAME].weight
+            named[bare + UP] = module.lora_B[_NAME].weight
         return named
-
-    def merged(self) -> Mapping[str, Callable[[], torch.Tensor]]:
-        """Weight's name -> a function that gives W + (alpha / R) B A in fp32, ``[O, I]``.
-
-        W is the checkpoint's own, in its precision, whatever the student computed with.
-        """
-        checkpoint = self._student.checkpoint
-
-        def merge(name: str, module: Any) -> torch.Tensor:
-            down_RI, up_OR = module.lora_A[_NAME].weight, module.lora_B[_NAME].weight
-            scaling = module.scaling[_NAME]
-            with torch.no_grad():
-                product_OI = (up_OR.float() @ down_RI.float()).mul_(scaling).cpu()
-                return product_OI.add_(checkpoint.read(name))
-
-        return {
-            name: lambda name=name, module=module: merge(name, module)  # type: ignore[misc]
-            for name, module in self._modules()
-        }
 
 
 class Projections:
@@ -113,15 +94,11 @@ class Projections:
             for path in student.projections
         }
 
-    def merged(self) -> Mapping[str, Callable[[], torch.Tensor]]:
-        """Weight's name -> a function that gives it, fp32 ``[O, I]``."""
-        return {
-            name: lambda weight=weight: weight.detach().cpu()  # type: ignore[misc]
-            for name, weight in self.parameters().items()
-        }
-
 
 def _import_peft() -> ModuleType:
+    from frugal_bonsai.int8 import has_bitsandbytes
+
+    has_bitsandbytes()  # peft imports it too, and lets it warn of what nothing here needs
     try:
         import peft
     except ImportError as error:

@@ -37,7 +37,8 @@ class FrozenLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self._dtype = inputs, outputs, dtype
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-        self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
+        self.register_parameter("bias", bias)
         self.scales: torch.Tensor | None = None
 
     def load(self, stored_OI: torch.Tensor, scales_O: torch.Tensor | None = None) -> None:
@@ -74,7 +75,7 @@ class _Product(torch.autograd.Function):
         return linear(input, _dense(stored_OI, scales_O, dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         return gradient @ _dense(ctx.stored_OI, ctx.scales_O, ctx.dtype), None, None, None

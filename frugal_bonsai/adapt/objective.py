@@ -86,7 +86,7 @@ def divergence(
     logits_TV: torch.Tensor, followers: Followers, temperature: float = 1.0
 ) -> torch.Tensor:
     """The lower bound of KL(teacher || student), summed over tokens, in nats; logits fp32."""
-    student_TK, spread_T = _student(logits_TV, followers, temperature)
+    student_TK, _ = _student(logits_TV, followers, temperature)
     return _lower_T(student_TK, followers).sum()
 
 
@@ -132,8 +132,9 @@ def _rest_log(student_TK: torch.Tensor) -> torch.Tensor:
 
 
 def _term(mass: torch.Tensor, student_log: torch.Tensor) -> torch.Tensor:
-    """p (log p - log q), zero where p is."""
-    return torch.special.xlogy(mass, mass) - mass * student_log
+    """P (log p - log q), zero where p is."""
+    entropy: torch.Tensor = torch.special.xlogy(mass, mass)
+    return entropy - mass * student_log
 
 
 def _lower_T(student_TK: torch.Tensor, followers: Followers) -> torch.Tensor:

@@ -162,7 +162,8 @@ class Student:
             for path in self.place_layer(layer):
                 frozen = self.layers[layer].get_submodule(path)
                 weight_OI = self.checkpoint.read(f"{self.spec.prefix(layer)}{path}.weight")
-                whole = nn.Linear(*reversed(weight_OI.shape), bias=False, device="meta")
+                outputs, inputs = weight_OI.shape
+                whole = nn.Linear(inputs, outputs, bias=False, device="meta")
                 whole.weight = nn.Parameter(weight_OI.to(self.device, torch.float32))
                 whole.bias = frozen.bias  # type: ignore[assignment]
                 self.layers[layer].set_submodule(path, whole)
@@ -237,9 +238,7 @@ class Student:
         walk.gradient = hidden_BSH.grad
         return total
 
-    def _layer_gradient(
-        self, layer: int, walk: _Walk, objective: Objective, scale: float
-    ) -> float:
+    def _layer_gradient(self, layer: int, walk: _Walk, objective: Objective, scale: float) -> float:
         """Compute a layer again from its input and go back through it."""
         input_BSH = walk.inputs.pop().detach().requires_grad_(layer > 0)
         with torch.enable_grad():
@@ -347,5 +346,3 @@ def projection_names(spec: ModelSpec, layers: Sequence[nn.Module] | nn.ModuleLis
             if linear_module and spec.prefix(layer) + name in owned:
                 names[path] = None
     return list(names)
-
-

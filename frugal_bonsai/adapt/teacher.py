@@ -26,11 +26,11 @@ from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import write_tensors
 from frugal_bonsai.errors import CheckpointError, OptionError, StateError
+from frugal_bonsai.memory.work import SHARD_BYTES
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.hidden import HiddenStates
 
 CACHE_FILE, VERSION = "teacher.json", 1
-SHARD_BYTES = 64 * 2**20
 _VALUES, _IDS, _REST, _HIDDEN = "log_probabilities", "ids", "rest", "hidden.{layer}"
 _READ_BYTES = 8 * 2**20
 
@@ -238,7 +238,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self.identity = folder, identity
         self.layers: tuple[int, ...] = tuple(identity["layers"])
         self._shards: list[Checkpoint] = []
         self._places: list[tuple[int, int]] = []
@@ -272,8 +272,9 @@ class TeacherCache:
     def rest_mass(self) -> float:
         """Mean mass outside the kept followers."""
         sums = [float(shard.read(_REST).double().sum()) for shard in self._shards]
-        tokens = sum(shard.tensors[_REST].shape[0] * shard.tensors[_REST].shape[1]
-                     for shard in self._shards)
+        tokens = sum(
+            shard.tensors[_REST].shape[0] * shard.tensors[_REST].shape[1] for shard in self._shards
+        )
         return sum(sums) / tokens
 
     def _rows(self, name: str, windows: Sequence[int]) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """The head as a phase of its own: final norm, logits, loss, in chunks of tokens and of vocabulary.
 
 In: the last layer's hidden states. Out: the negative log-likelihood of every token but the first,
-logits, or the most likely tokens with their log-probabilities. Head weights are streamed in chunks of rows, the next one read in the background, so that
-neither V * H weights nor tokens * V logits are ever held whole unless they fit.
+logits, or the most likely tokens with their log-probabilities. Head weights are streamed in chunks
+of rows, the next one read in the background, so that neither V * H weights nor tokens * V logits
+are ever held whole unless they fit.
 
-Shape suffixes: B windows, S tokens, H hidden, V vocabulary (v a chunk of it), T tokens of a block, K
-the most likely tokens that are kept.
+Shape suffixes: B windows, S tokens, H hidden, V vocabulary (v a chunk of it), T tokens of a block,
+K the most likely tokens that are kept.
 """
 
 from __future__ import annotations

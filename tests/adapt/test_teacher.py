@@ -114,5 +114,3 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "c" / CACHE_FILE).write_text("{")
     with pytest.raises(StateError, match="is no teacher's cache"):
         cached(tiny, tmp_path / "c", windows, TeacherSettings(top=5))
-
-
