@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from frugal_bonsai.rewrite.load import load_pruned
-    from frugal_bonsai.run.adapt import adapt
+    from frugal_bonsai.run.adapt import adapt_pruned
     from frugal_bonsai.run.bench import BenchOptions, bench
     from frugal_bonsai.run.evaluate import evaluate
     from frugal_bonsai.run.export import export_gguf
@@ -23,7 +23,7 @@ __all__ = [
     "AdaptOptions",
     "BenchOptions",
     "PruneOptions",
-    "adapt",
+    "adapt_pruned",
     "bench",
     "evaluate",
     "export_gguf",
@@ -42,7 +42,7 @@ _HOMES = {
     "AdaptOptions": "frugal_bonsai.run.options",
     "BenchOptions": "frugal_bonsai.run.bench",
     "PruneOptions": "frugal_bonsai.run.options",
-    "adapt": "frugal_bonsai.run.adapt",
+    "adapt_pruned": "frugal_bonsai.run.adapt",
     "bench": "frugal_bonsai.run.bench",
     "evaluate": "frugal_bonsai.run.evaluate",
     "export_gguf": "frugal_bonsai.run.export",

@@ -260,9 +260,9 @@ def adapt_command(model: str, out: str, resume: bool, as_json: bool, **given: An
     from frugal_bonsai.report.adapt_tables import render_adapt
 
     with _watched(given) as progress:
-        from frugal_bonsai.run.adapt import adapt
+        from frugal_bonsai.run.adapt import adapt_pruned
 
-        summary = adapt(model, out, _adapt_options(given), resume=resume, progress=progress)
+        summary = adapt_pruned(model, out, _adapt_options(given), resume=resume, progress=progress)
     _print(summary, render_adapt, as_json=as_json)
 
 

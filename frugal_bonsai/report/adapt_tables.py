@@ -21,7 +21,7 @@ def render_adapt(summary: Mapping[str, Any], console: Console) -> None:
     """Before and after, the course of the training, memory, where it was saved.
 
     Args:
-        summary: what :func:`frugal_bonsai.adapt` returns.
+        summary: what :func:`frugal_bonsai.adapt_pruned` returns.
         console: where to.
     """
     summary, sheet = all_printable(summary, console.encoding), Sheet(console)

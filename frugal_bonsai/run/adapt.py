@@ -75,7 +75,7 @@ class Adaptation:
     progress: Progress
 
 
-def adapt(
+def adapt_pruned(
     pruned: str,
     out: str | Path,
     options: AdaptOptions,
