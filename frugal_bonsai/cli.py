@@ -39,14 +39,26 @@ _profile = click.option(
     metavar="FILE",
     help="Hardware profile: plan for that machine; prune predicts its time.",
 )
+_assume = click.option(
+    "--assume-family",
+    metavar="FAMILY",
+    help="Take an architecture without a table of its own for one like FAMILY (llama, say).",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-_layout = click.option(
-    "--layout",
-    type=click.Choice(["uniform", "per-layer", "padded"]),
-    default="uniform",
-    show_default=True,
-    help="uniform loads everywhere; per-layer prunes better; padded is per-layer, zero-filled so "
-    "that it loads everywhere.",
+_layout = _options(
+    click.option(
+        "--layout",
+        type=click.Choice(["uniform", "per-layer", "padded"]),
+        default="uniform",
+        show_default=True,
+        help="uniform loads everywhere; per-layer prunes better; padded is per-layer, zero-filled "
+        "so that it loads everywhere.",
+    ),
+    click.option(
+        "--as-mistral",
+        is_flag=True,
+        help="Allow a Llama any number of heads: written as the Mistral that computes the same.",
+    ),
 )
 _search = _options(
     click.option(
@@ -102,6 +114,14 @@ _search = _options(
         help="group: masks decide how much goes where, the prior which units; unit: masks "
         "decide on every unit; none: no masks.",
     ),
+    click.option(
+        "--objective",
+        type=click.Choice(["parameters", "units", "latency"]),
+        help="What loss is weighed against: parameters removed, units, or milliseconds saved on "
+        "the machine of --profile.",
+    ),
+    click.option("--prompt-tokens", type=int, help="Of the prompt that latency is counted for."),
+    click.option("--generated-tokens", type=int, help="Of its answer.  [default: 512 and 128]"),
     click.option(
         "--allocation",
         type=click.Choice(["global", "equal", "ffn", "layers"]),
@@ -181,6 +201,7 @@ def cli() -> None:
 @click.argument("model")
 @click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
 @_search
+@_assume
 @_caps
 @_profile
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
@@ -272,6 +293,7 @@ def adapt_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 @click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
 @_layout
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@_assume
 @_json
 def shrink_command(as_json: bool, **given: Any) -> None:
     """Cut MODEL with a mask that someone else made: no text, memory of one tensor.
@@ -343,6 +365,7 @@ def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
 @cli.command(name="plan")
 @click.argument("model")
 @_search
+@_assume
 @_caps
 @_profile
 @_json
@@ -391,13 +414,14 @@ def profile_command(report: bool, threads: int | None, as_json: bool, **given: A
 
 @cli.command(name="inspect")
 @click.argument("model")
+@_assume
 @_json
-def inspect_command(model: str, as_json: bool) -> None:
+def inspect_command(model: str, assume_family: str | None, as_json: bool) -> None:
     """Show MODEL's family, units, parameters and size, from headers alone."""
     from frugal_bonsai.report.tables import render_inspect
     from frugal_bonsai.run.inspect import inspect
 
-    _print(inspect(model), render_inspect, as_json=as_json)
+    _print(inspect(model, assume_family=assume_family), render_inspect, as_json=as_json)
 
 
 @cli.command(name="eval")
@@ -410,6 +434,7 @@ def inspect_command(model: str, as_json: bool) -> None:
 @click.option(
     "--weights", type=click.Choice(["native", "int8"]), default="native", show_default=True
 )
+@_assume
 @_caps
 @_json
 def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:
@@ -431,6 +456,9 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "sparsity",
         "step",
         "level",
+        "objective",
+        "prompt_tokens",
+        "generated_tokens",
         "allocation",
         "prior",
         "design",

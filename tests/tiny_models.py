@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.memory.plan import SweepLimits
@@ -105,7 +111,13 @@ def tiny_llama(folder: Path, **changes: Any) -> Tiny:
     return tiny_model(folder, "llama", **{**TINY, **changes})
 
 
-def tiny_model(
+def tiny_model(folder: Path, model_type: str, **changes: Any) -> Tiny:
+    """Save a random model of an architecture into a new folder and open it."""
+    save_tiny(folder, model_type, **changes)
+    return open_tiny(folder)
+
+
+def save_tiny(
     folder: Path,
     model_type: str,
     *,
@@ -113,8 +125,8 @@ def tiny_model(
     std: float = 0.3,
     dtype: torch.dtype = torch.float32,
     **config: Any,
-) -> Tiny:
-    """Save a random model of an architecture into a new folder and open it."""
+) -> None:
+    """Save a random model of an architecture into a new folder."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -124,7 +136,26 @@ def tiny_model(
             if ("norm" in name or ".ln_" in name) and not model_type.startswith("gemma"):
                 parameter.add_(1.0)
     model.to(dtype).save_pretrained(folder)
-    return open_tiny(folder)
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Every byte is a token."""
+    alphabet = {piece: at for at, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def logits_like(folder: Path, *, assume: str) -> float:
+    """How far the streamed logits of an assumed family are from Hugging Face's."""
+    checkpoint = Checkpoint.open(folder)
+    tiny = Tiny(folder, checkpoint, describe_checkpoint(checkpoint, assume=assume))
+    tokens_NS, engine = random_windows(2, 9), tiny.engine()
+    with engine.native() as stream, torch.inference_mode():
+        hidden = engine.sweep.run(stream, tokens_NS)
+        found = engine.head.logits(hidden.read(slice(0, 2)))
+        return relative(found, tiny.hugging_face()(tokens_NS).logits)
 
 
 # A two-layer model of every family in the table: its own config class, counts that all differ.
@@ -274,6 +305,21 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+# One of every structural kind, which test_families_prune.py prunes end to end: norms behind the
+# projection and soft-capping; parallel residuals; multipliers; a fused gate; an FFN without a
+# module; interleaved groups and a tuple; norms over all heads; positions of its own.
+PRUNED = (
+    "gemma2",
+    "pythia",
+    "granite",
+    "phi3",
+    "opt",
+    "falcon-groups",
+    "olmo2",
+    "gpt-neo",
+)
 
 
 def tiny_family(folder: Path, name: str, **changes: Any) -> Tiny:

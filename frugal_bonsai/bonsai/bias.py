@@ -52,19 +52,22 @@ def compensate_by_bias(
             mean_C = torch.zeros(len(columns_C)).masked_scatter(
                 columns_C, means[group.output_weight]
             )
-            rows = range(0, spec.hidden, _ROWS)
-            bias_H = torch.cat(
-                [
-                    checkpoint.read_rows(
-                        group.output_weight, start, min(start + _ROWS, spec.hidden)
-                    )[:, gone_C].float()
-                    @ mean_C[gone_C]
-                    for start in rows
-                ]
-            )
+            bias_H = _times(checkpoint, group.output_weight, mean_C * gone_C)
             if name in earlier:
                 bias_H += earlier[name]().float()
             elif name in checkpoint.tensors:
                 bias_H += checkpoint.read(name).float()
             biases[name] = bias_H
         yield layer, biases
+
+
+def _times(checkpoint: Checkpoint, name: str, vector_C: torch.Tensor) -> torch.Tensor:
+    """A weight ``[H, C]`` times a vector, fp32 ``[H]``, some rows of the file at a time."""
+    entry = checkpoint.tensors[name]
+    rows = entry.shape[1] if entry.transposed else entry.shape[0]
+    parts = []
+    for start in range(0, rows, _ROWS):
+        stop = min(start + _ROWS, rows)
+        read = checkpoint.read_rows(name, start, stop).float()
+        parts.append(read.T @ vector_C[start:stop] if entry.transposed else read @ vector_C)
+    return torch.stack(parts).sum(0) if entry.transposed else torch.cat(parts)

@@ -179,4 +179,5 @@ def _scores(
                         "number, higher is better; return a very low one where it is undefined"
                     )
                 scores.append(score)
+        del hidden  # not held while the next wave runs
     return torch.tensor(scores, dtype=torch.float64)

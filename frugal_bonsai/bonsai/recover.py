@@ -271,17 +271,19 @@ class Recovery:
             wanted,
             input_of=self._last_input(work),
         )
-        own_BSH = seen.outputs[group.output]
+        own_BSH, last_BSH = seen.outputs[group.output], seen.outputs.get(family.ffn_output)
+        result_BSH, input_BSH = seen.result_BSH, seen.input_BSH
+        del seen  # what is not kept is not held either
         missing_BSH = before_BSH + work.added(group.output, own_BSH, work.dense)
         missing_BSH = missing_BSH - work.residual(items)
         target_BSH = work.to_give(group.output, missing_BSH, own_BSH)
 
         def keep() -> None:
-            if work.dense_inputs is not None and seen.input_BSH is not None:
-                work.dense_inputs.write(items, seen.input_BSH)
-            if work.dense_outputs is not None:
-                work.dense_outputs.write(items, seen.outputs[family.ffn_output])
-            work.hidden_dense.write(items, seen.result_BSH)
+            if work.dense_inputs is not None and input_BSH is not None:
+                work.dense_inputs.write(items, input_BSH)
+            if work.dense_outputs is not None and last_BSH is not None:
+                work.dense_outputs.write(items, last_BSH)
+            work.hidden_dense.write(items, result_BSH)
 
         return target_BSH, keep
 

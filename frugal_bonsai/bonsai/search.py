@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Search:
         keep_inputs: recovery may hold a layer's inputs (from the plan).
         keep_refinement: refinement may hold its targets and slopes (from the plan).
         utility: a user's own utility.
+        unit_milliseconds: of each kind of unit, for the objective ``latency``.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Search:
         keep_inputs: bool,
         keep_refinement: bool = True,
         utility: Utility | None = None,
+        unit_milliseconds: Mapping[str, float] | None = None,
     ) -> None:
+        self._unit_milliseconds = unit_milliseconds
         self._engine, self._settings, self._rules = engine, settings, rules
         self._windows_NS, self._folder = windows_NS, state
         self._keep_inputs, self._keep_refinement = keep_inputs, keep_refinement
@@ -226,6 +229,7 @@ class Search:
                 self._rules,
                 final_parameters=round(settings.sparsity * self._blocks),
                 objective=settings.objective,
+                latency=self._unit_milliseconds,
                 allocation=settings.allocation,
             )
             if goal >= settings.sparsity:
@@ -235,7 +239,7 @@ class Search:
         if cut_mask == mask:
             return None
         report = _report(number, judgement)
-        if settings.recovery and settings.trial and not self._rules.uniform:
+        if settings.tries(uniform=self._rules.uniform):
             assert dense is not None
             cut_mask, tried = self._try(state, number, judgement, cut_mask, target, dense)
             report |= tried

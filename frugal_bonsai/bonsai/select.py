@@ -9,11 +9,20 @@ directly, without masks it is the prior's. Holds one number a candidate.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.bonsai.settings import EQUAL, FFN_ALONE, GLOBAL, LAYERS, PARAMETERS
+from frugal_bonsai.bonsai.settings import (
+    EQUAL,
+    FFN_ALONE,
+    GLOBAL,
+    LATENCY,
+    LAYERS,
+    PARAMETERS,
+    UNITS,
+)
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, iterate_layers
@@ -42,6 +51,7 @@ def cut(
     *,
     final_parameters: int | None = None,
     objective: str = PARAMETERS,
+    latency: Mapping[str, float] | None = None,
     allocation: str = GLOBAL,
 ) -> KeepMask:
     """Remove the cheapest units until ``target_parameters`` of the dense blocks are gone.
@@ -54,7 +64,9 @@ def cut(
         final_parameters: what the last round will have removed; a step that is larger than this
             round's share (attention, in the uniform layout) may not pass it. The target, if None.
         objective: ``per-layer`` orders by loss per parameter, or per unit as the published code
-            does: there a KV group competes with a channel, however many parameters it has.
+            does: there a KV group competes with a channel, however many parameters it has; both
+            layouts order by loss per millisecond for ``latency``.
+        latency: milliseconds of one unit of each kind, for ``latency``.
         allocation: ``equal`` and ``ffn`` take from the group of which the smallest share is gone,
             the loss decides between equals.
 
@@ -65,10 +77,27 @@ def cut(
     if allocation == FFN_ALONE:
         curves = withhold(curves, ATTENTION)
     equal = allocation in (EQUAL, FFN_ALONE)
+    sizes = _unit_sizes(curves, objective, latency, uniform=rules.uniform)
     if rules.uniform:
         final = target_parameters if final_parameters is None else final_parameters
-        return _cut_uniform(mask, curves, target_parameters, final, rules, equal=equal)
-    return _cut_per_layer(mask, curves, target_parameters, rules, objective, equal=equal)
+        return _cut_uniform(mask, curves, sizes, target_parameters, final, rules, equal=equal)
+    return _cut_per_layer(mask, curves, sizes, target_parameters, rules, equal=equal)
+
+
+def _unit_sizes(
+    curves: tuple[Curve, ...],
+    objective: str,
+    latency: Mapping[str, float] | None,
+    *,
+    uniform: bool,
+) -> list[float]:
+    """What the loss of a unit of each curve is divided by."""
+    if objective == LATENCY:
+        assert latency is not None
+        return [latency[curve.group.kind] for curve in curves]
+    if objective == UNITS and not uniform:
+        return [1] * len(curves)
+    return [curve.group.unit_parameters for curve in curves]
 
 
 def withhold(curves: tuple[Curve, ...], kind: str) -> tuple[Curve, ...]:
@@ -82,13 +111,13 @@ def withhold(curves: tuple[Curve, ...], kind: str) -> tuple[Curve, ...]:
 def _cut_per_layer(
     mask: KeepMask,
     curves: tuple[Curve, ...],
+    sizes: list[float],
     target_parameters: int,
     rules: LayoutRules,
-    objective: str,
     *,
     equal: bool,
 ) -> KeepMask:
-    """Greedy by marginal loss per parameter (or unit), one legal step of one group at a time.
+    """Greedy by marginal loss per size of a unit, one legal step of one group at a time.
 
     ``equal``: by the share of the group that would be gone first, so that shares rise together.
     """
@@ -103,7 +132,7 @@ def _cut_per_layer(
             return
         gone = count - taken[at]
         cost = float(curve.loss[count] - curve.loss[taken[at]])
-        size = gone * (curve.group.unit_parameters if objective == PARAMETERS else 1)
+        size = gone * sizes[at]
         share = 1 - (mask.kept(curve.group) - count) / curve.group.count if equal else 0.0
         heapq.heappush(heap, (share, cost / size, at, gone))
 
@@ -166,13 +195,14 @@ def uniform_options(
 def _cut_uniform(
     mask: KeepMask,
     curves: tuple[Curve, ...],
+    sizes: list[float],
     target_parameters: int,
     final_parameters: int,
     rules: LayoutRules,
     *,
     equal: bool,
 ) -> KeepMask:
-    """The option that is cheapest per parameter removed this round, or takes the kinds alike."""
+    """The option that is cheapest for what it removes this round, or takes the kinds alike."""
     before = mask.removed_parameters()
     options = [
         option
@@ -191,12 +221,22 @@ def _cut_uniform(
         whole = {curve.group.kind: curve.group.count for curve in curves}
         best = min(options, key=lambda o: abs(o.attention / whole[ATTENTION] - o.ffn / whole[FFN]))
     else:
-        best = min(options, key=lambda o: o.loss / (o.removed_parameters - before))
+        best = min(options, key=lambda o: o.loss / _removed_size(mask, curves, sizes, o))
     chosen = []
     for curve in curves:
         stay = best.attention if curve.group.kind == ATTENTION else best.ffn
         chosen.append(curve.order[: mask.kept(curve.group) - stay])
     return mask.without(torch.cat(chosen))
+
+
+def _removed_size(
+    mask: KeepMask, curves: tuple[Curve, ...], sizes: list[float], option: UniformCounts
+) -> float:
+    stay = {ATTENTION: option.attention, FFN: option.ffn}
+    return sum(
+        (mask.kept(c.group) - stay[c.group.kind]) * size
+        for c, size in zip(curves, sizes, strict=True)
+    )
 
 
 def _is_nearer(removed: int, before: int, final: int) -> bool:

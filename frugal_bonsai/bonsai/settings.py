@@ -28,8 +28,8 @@ PRIOR_NAMES = (
 )
 GROUP, UNIT, NONE = "group", "unit", "none"
 LEVELS = (GROUP, UNIT, NONE)
-PARAMETERS, UNITS = "parameters", "units"
-OBJECTIVES = (PARAMETERS, UNITS)
+PARAMETERS, UNITS, LATENCY = "parameters", "units", "latency"
+OBJECTIVES = (PARAMETERS, UNITS, LATENCY)
 GLOBAL, EQUAL, FFN_ALONE, LAYERS = "global", "equal", "ffn", "layers"
 ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE, LAYERS)
 DESIGNS = ("per-window", "shared")
@@ -61,8 +61,10 @@ class PruneSettings:
         utility: ``loss`` (-mean NLL) or ``perplexity`` (-exp of it).
         masks: masks a round on every mask window (even; half of them complements).
         mask_windows: windows that masks are evaluated on.
-        objective: what a cut's loss is counted against: ``parameters`` or ``units`` (the published
-            code).
+        objective: what a cut's loss is counted against: ``parameters``, ``units`` (the published
+            code) or ``latency``, milliseconds that the machine of the profile saves.
+        prompt_tokens: of the prompt that ``latency`` is counted for: a prefill of so many tokens,
+        generated_tokens: and as many steps of one token, each reading all weights.
         allocation: which groups a cut takes from: ``global``, wherever it costs least; ``equal``,
             the same share of every layer and kind, as near as units allow; ``ffn``, the same of
             every FFN, attention stays whole; ``layers``, whole layers by the prior ``similarity``.
@@ -97,6 +99,8 @@ class PruneSettings:
     masks: int = 8
     mask_windows: int = 16
     objective: str = PARAMETERS
+    prompt_tokens: int = 512
+    generated_tokens: int = 128
     allocation: str = GLOBAL
     pool: float = 2.5
     compensate: bool = True
@@ -170,12 +174,25 @@ class PruneSettings:
             raise OptionError(
                 f"--arithmetic int8: needs --weights int8, found {self.weights}; leave one out"
             )
+        if self.prompt_tokens < 1:
+            raise OptionError(f"--prompt-tokens: {self.prompt_tokens} is not at least 1")
+        if self.generated_tokens < 0:
+            raise OptionError(f"--generated-tokens: {self.generated_tokens} is negative")
+        if self.objective == LATENCY and self.allocation != GLOBAL:
+            raise OptionError(
+                f"--objective latency: weighs groups against each other, --allocation "
+                f"{self.allocation} does not; take --allocation global"
+            )
         if self.seed < 0:
             raise OptionError(f"--seed: {self.seed} is negative")
 
     def stand_ins(self, *, uniform: bool) -> bool:
         """Whether masks are evaluated with stand-ins: where pools are shares of every group."""
         return self.compensate and self.level == GROUP and not uniform
+
+    def tries(self, *, uniform: bool) -> bool:
+        """Whether cuts of attention are tried: at equal parameters, so not for ``latency``."""
+        return self.trial and self.recovery and not uniform and self.objective != LATENCY
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the state and the card."""

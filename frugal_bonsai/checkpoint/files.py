@@ -7,6 +7,7 @@ Holds one descriptor per file and nothing else.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from typing import Any
 
 from frugal_bonsai.errors import CheckpointError
 
+# Other file systems, or one that has no such call: not failures of the disk.
+_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 # One call of preadv reads at most 2**31 - 4096 bytes on Linux, macOS refuses more than 2**31 - 1.
 MAX_READ_BYTES = 2**30
 
-# What the platform lacks is None: Windows has neither, macOS no posix_fadvise.
+# What the platform lacks is None: Windows has none of them, macOS preadv alone.
 _PREADV: Callable[[int, list[memoryview], int], int] | None = getattr(os, "preadv", None)
+_COPY: Callable[..., int] | None = getattr(os, "copy_file_range", None)
 _FADVISE: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
 
 
@@ -106,6 +110,41 @@ class ReadFile:
     def close(self) -> None:
         """Give the descriptor back; safe to call twice."""
         self._file.close()
+
+
+def copy_range(source: Path, start: int, target: FileIO, to: int, size_bytes: int) -> bool:
+    """Copy a range of one file into another inside the system, past this process's memory.
+
+    Args:
+        source: file to read.
+        start: its first byte.
+        target: open for writing.
+        to: first byte in the target.
+        size_bytes: how many.
+
+    Returns:
+        False where the system cannot do it for these files; the range is then to be copied in
+        another way. A file that is too short is False too: who reads it will say so.
+
+    Raises:
+        OSError: the disk is full or refuses to write.
+    """
+    if _COPY is None:
+        return False
+    done = 0
+    try:
+        with FileIO(str(source), "rb") as file:
+            while done < size_bytes:
+                arguments = (size_bytes - done, start + done, to + done)
+                count = _COPY(file.fileno(), target.fileno(), *arguments)
+                if count == 0:
+                    return False
+                done += count
+    except OSError as error:
+        if error.errno in _CANNOT_COPY:
+            return False
+        raise
+    return True
 
 
 def tensor_bytes(tensor_uint8: Any) -> memoryview:

@@ -27,9 +27,9 @@ from frugal_bonsai.checkpoint.commit import (
     write_bytes,
     write_json,
 )
-from frugal_bonsai.checkpoint.files import tensor_bytes
+from frugal_bonsai.checkpoint.files import copy_range, tensor_bytes
 from frugal_bonsai.checkpoint.folder import INDEX_FILE, SINGLE_FILE
-from frugal_bonsai.checkpoint.header import build_header, entry_width
+from frugal_bonsai.checkpoint.header import TensorEntry, build_header, entry_width
 from frugal_bonsai.checkpoint.reader import dtype_name
 
 if TYPE_CHECKING:
@@ -158,6 +158,33 @@ class ShardedWriter:
             )
         self._write(shard, name, rows)
 
+    def copy(self, name: str, entry: TensorEntry) -> bool:
+        """Copy one tensor from a file as it stands there, past this process's memory.
+
+        Args:
+            name: the tensor here.
+            entry: where its bytes lie, as many as were announced.
+
+        Returns:
+            False where the system cannot; nothing is written then, :meth:`write` it.
+
+        Raises:
+            OutputError: the disk is full or refuses.
+            ValueError: not announced, written before, another size, or a closed writer.
+        """
+        shard = self._shard_for(name)
+        begin, end = shard.ranges[name]
+        if shard.written_bytes[name] or entry.size_bytes != end - begin:
+            raise ValueError(
+                f"tensor {name!r}: {entry.size_bytes} bytes for {end - begin}, of which "
+                f"{shard.written_bytes[name]} are written"
+            )
+        with output_errors(shard.path), FileIO(str(shard.temporary), "r+b") as file:
+            if not copy_range(entry.file, entry.start, file, begin, entry.size_bytes):
+                return False
+            self._count(shard, name, entry.size_bytes, file)
+        return True
+
     def _shard_for(self, name: str) -> _Shard:
         """The shard of a tensor that is not complete."""
         if self._closed:
@@ -170,15 +197,19 @@ class ShardedWriter:
         return shard
 
     def _write(self, shard: _Shard, name: str, tensor: torch.Tensor) -> None:
-        begin, end = shard.ranges[name]
         with output_errors(shard.path), FileIO(str(shard.temporary), "r+b") as file:
             data = _memory(tensor)
-            _write_at(file, data, begin + shard.written_bytes[name])
-            shard.written_bytes[name] += len(data)
-            if begin + shard.written_bytes[name] == end:
-                shard.missing.discard(name)
-            if not shard.missing:
-                os.fsync(file.fileno())
+            _write_at(file, data, shard.ranges[name][0] + shard.written_bytes[name])
+            self._count(shard, name, len(data), file)
+
+    def _count(self, shard: _Shard, name: str, size_bytes: int, file: FileIO) -> None:
+        """Note what has been written; a shard that has all goes to the disk."""
+        begin, end = shard.ranges[name]
+        shard.written_bytes[name] += size_bytes
+        if begin + shard.written_bytes[name] == end:
+            shard.missing.discard(name)
+        if not shard.missing:
+            os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Check that nothing is missing, give the files their names and write the index.

@@ -16,6 +16,7 @@ from typing import Any
 
 from frugal_bonsai.errors import UnsupportedModelError
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.plain import plain_values
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 
 PER_LAYER_ARCHITECTURE = "deci"
@@ -31,21 +32,35 @@ class Architecture:
             dimension of a head's first half with one of its second half.
         rope_factors: its graph takes a factor for each frequency (``rope_freqs.weight``).
         per_layer: ``deci`` computes the same where widths differ between layers.
+        biases: projections whose bias its loader takes.
+        square: its loader wants as many rows of q as the model is wide, which a model with fewer
+            heads has not; llama's takes any number, and computes the same once rows are in its
+            order.
     """
 
     name: str
-    interleaved: bool
-    rope_factors: bool
-    per_layer: bool
+    interleaved: bool = False
+    rope_factors: bool = False
+    per_layer: bool = False
+    biases: tuple[str, ...] = ()
+    square: bool = False
 
 
+_LLAMA = Architecture(
+    name="llama",
+    interleaved=True,
+    rope_factors=True,
+    per_layer=True,
+    biases=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
 # config.model_type -> architecture. Written from llama.cpp's conversion (convert_hf_to_gguf.py).
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "llama": Architecture(name="llama", interleaved=True, rope_factors=True, per_layer=True),
-        "mistral": Architecture(name="llama", interleaved=True, rope_factors=True, per_layer=True),
-        "qwen2": Architecture(name="qwen2", interleaved=False, rope_factors=False, per_layer=False),
-        "qwen3": Architecture(name="qwen3", interleaved=False, rope_factors=False, per_layer=False),
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "qwen2": Architecture(name="qwen2", biases=("q_proj", "k_proj", "v_proj"), square=True),
+        "qwen3": Architecture(name="qwen3"),
+        "olmo2": Architecture(name="olmo2"),
     }
 )
 
@@ -86,6 +101,8 @@ def describe_shape(spec: ModelSpec, *, source: str = "config.json") -> Shape:
     Raises:
         UnsupportedModelError: llama.cpp has no such architecture, or computes this one otherwise.
     """
+    from transformers import AutoConfig
+
     model_type = spec.family.model_type
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -95,14 +112,18 @@ def describe_shape(spec: ModelSpec, *, source: str = "config.json") -> Shape:
     architecture = ARCHITECTURES[model_type]
     counts = KeepMask(spec.table).counts()
     alike = all(len(set(layers)) == 1 for layers in counts.values())
+    rows = counts[ATTENTION][0] * spec.query_heads_per_group * spec.head_dim
+    if architecture.square and not (alike and rows == spec.hidden):
+        architecture = _LLAMA
     if not alike and not architecture.per_layer:
         raise UnsupportedModelError(
             f"{source}: the layers of this {model_type} differ in width, and llama.cpp's "
             f"{PER_LAYER_ARCHITECTURE!r} is the only architecture that allows that, but it does "
             "not compute this one; prune with --layout uniform or padded"
         )
-    config = _read_config(spec)
+    config = AutoConfig.for_model(**plain_values(spec))
     _require_known(config, spec, source)
+    _require_biases(architecture, spec, source)
     base, factors = _rope(config, spec, source, allowed=architecture.rope_factors)
     return Shape(
         architecture=architecture.name if alike else PER_LAYER_ARCHITECTURE,
@@ -114,16 +135,6 @@ def describe_shape(spec: ModelSpec, *, source: str = "config.json") -> Shape:
         rope_factors=factors,
         norm_epsilon=float(config.rms_norm_eps),
     )
-
-
-def _read_config(spec: ModelSpec) -> Any:
-    """The config with transformers' defaults; head counts that none of them refuses."""
-    from transformers import AutoConfig
-
-    left_out = ("per_layer_config", "auto_map", "architectures")
-    values = {key: value for key, value in spec.config.items() if key not in left_out}
-    one_head = {spec.family.heads_key: 1, spec.family.kv_heads_key: 1, "head_dim": spec.head_dim}
-    return AutoConfig.for_model(**values | one_head)
 
 
 def _require_known(config: Any, spec: ModelSpec, source: str) -> None:
@@ -141,6 +152,18 @@ def _require_known(config: Any, spec: ModelSpec, source: str) -> None:
             f"architecture, another function beyond {window} tokens. For shorter texts alone, set "
             f"max_position_embeddings to {window} in config.json"
         )
+
+
+def _require_biases(architecture: Architecture, spec: ModelSpec, source: str) -> None:
+    """Refuse a bias that llama.cpp's loader would stumble over."""
+    for layer, tensors in enumerate(spec.layer_tensors):
+        for name in tensors:
+            projection, _, kind = name.rpartition(".")
+            if kind == "bias" and projection.rpartition(".")[2] not in architecture.biases:
+                raise UnsupportedModelError(
+                    f"{source}: the model has {spec.prefix(layer)}{name}, and llama.cpp's "
+                    f"architecture {architecture.name!r} has no such bias"
+                )
 
 
 def _rope(

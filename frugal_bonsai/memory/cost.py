@@ -105,10 +105,10 @@ def layer_widths(spec: ModelSpec) -> LayerWidths:
         kind = "attention" if group.kind == ATTENTION else "ffn"
         sums["query" if kind == "attention" else "ffn"] += group.columns
         shapes, prefix = spec.layer_tensors[group.layer], spec.prefix(group.layer)
-        for piece in group.slices:
-            shape = shapes[piece.tensor.removeprefix(prefix)]
+        for tensor in {piece.tensor for piece in group.slices}:  # a fused one has several pieces
+            shape = shapes[tensor.removeprefix(prefix)]
             if len(shape) == 2:
-                side = "out" if piece.tensor == group.output_weight else "in"
+                side = "out" if tensor == group.output_weight else "in"
                 sums[f"{kind}_{side}"] += math.prod(shape)
     mean = {name: total / spec.layers for name, total in sums.items()}
     units = next(g.columns_per_unit for g in spec.table.groups if g.kind == ATTENTION)

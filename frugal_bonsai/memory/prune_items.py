@@ -25,7 +25,7 @@ from frugal_bonsai.model.units import FFN, UnitGroup
 # Columns of a block of a factor (bonsai/factor.py), rows of a block of a refit (bonsai/gram.py).
 _FACTOR_BLOCK, _REFIT_ROWS = 256, 128
 # Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
-_REWRITE_PIECES_BYTES = 4 * 2**23
+_REWRITE_PIECES_BYTES = 4 * 2**21
 # Tokens of a window that the verification looks at, see rewrite/verify.py.
 _VERIFY_TOKENS, _VERIFY_WINDOWS = 64, 2
 
@@ -223,7 +223,7 @@ class Items(SweepItems):
             name="rewriting the model",
             where=HOST,
             size_bytes=max(refit, _REWRITE_PIECES_BYTES),
-            formula="max(2 x largest of a layer * source, 32 MiB)" if refit else "32 MiB",
+            formula="max(2 x largest of a layer * source, 8 MiB)" if refit else "8 MiB",
         )
 
     def stores(self) -> PlanItem:

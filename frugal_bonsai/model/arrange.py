@@ -17,20 +17,23 @@ from frugal_bonsai.model.family import ModelSpec, describe_model, find_family
 from frugal_bonsai.model.table import Family
 
 
-def describe_checkpoint(checkpoint: Checkpoint, *, source: str = "config.json") -> ModelSpec:
+def describe_checkpoint(
+    checkpoint: Checkpoint, *, source: str = "config.json", assume: str | None = None
+) -> ModelSpec:
     """Arrange an open checkpoint's tensors and describe the model.
 
     Args:
         checkpoint: its ``tensors`` are the arranged ones from then on.
         source: file name for error texts.
+        assume: the family that an architecture without a table is like, as the user says.
 
     Raises:
         UnsupportedModelError: unknown ``model_type``, or a kind of it that is not supported.
         CheckpointError: a tensor is missing or has another shape than the config says.
     """
-    family = find_family(checkpoint.config, source=source)
+    family = find_family(checkpoint.config, source=source, assume=assume)
     checkpoint.rearrange(arrange(family, checkpoint.tensors))
-    return describe_model(checkpoint.config, checkpoint.shapes, source=source)
+    return describe_model(checkpoint.config, checkpoint.shapes, source=source, assume=assume)
 
 
 def arrange(family: Family, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.plain import plain_values
 from frugal_bonsai.model.units import KeepMask
 
 # Config keys of transformers that hold one entry a layer.
-_NOT_READ = ("per_layer_config", "auto_map", "architectures")
-_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 
 
 def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
@@ -26,6 +26,8 @@ def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
     config = {**spec.config, spec.family.layers_key: spec.layers - len(dropped)}
     for key, values in _layer_lists(spec).items():
         config[key] = [value for at, value in enumerate(values) if at not in dropped]
+    if "attention_types" in config:  # GPT-Neo's lists are made from runs: (kinds, how often)
+        config["attention_types"] = [[[kind], 1] for kind in config["attention_layers"]]
     return replace(spec, config=config)
 
 
@@ -37,8 +39,7 @@ def _layer_lists(spec: ModelSpec) -> dict[str, list[Any]]:
     """
     from transformers import AutoConfig
 
-    known = {key: value for key, value in spec.config.items() if key not in _NOT_READ}
-    full = AutoConfig.for_model(**known)
+    full = AutoConfig.for_model(**plain_values(spec))
     lists = {key: spec.config.get(key) or getattr(full, key, None) for key in _LAYER_LISTS}
     return {
         key: values

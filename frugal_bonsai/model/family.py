@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.errors import CheckpointError, OptionError, UnsupportedModelError
 from frugal_bonsai.model.table import ACTIVATION_COPIES, Family
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice, UnitTable
 
@@ -113,26 +113,42 @@ def _size(shape: Sequence[int]) -> int:
     return size
 
 
-def find_family(config: Mapping[str, Any], *, source: str = "config.json") -> Family:
+def find_family(
+    config: Mapping[str, Any], *, source: str = "config.json", assume: str | None = None
+) -> Family:
     """The family table for ``config["model_type"]``.
 
+    Args:
+        config: ``config.json``.
+        source: its name for error texts.
+        assume: the family that an architecture without a table is like, as the user says.
+
     Raises:
-        UnsupportedModelError: if there is none; the text lists those that exist.
+        UnsupportedModelError: there is no table; the text lists those that exist.
+        OptionError: there is no such family to be like.
     """
     from frugal_bonsai.model.families import FAMILIES
 
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedModelError(
-            f"{source}: model_type {model_type!r} is not supported; supported: {known}. "
-            f"docs/adding-a-family.md says how to add one"
-        )
-    return FAMILIES[model_type]
+    model_type, known = config.get("model_type"), ", ".join(sorted(FAMILIES))
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if assume is not None and isinstance(model_type, str):
+        if assume not in FAMILIES:
+            raise OptionError(f"--assume-family: {assume!r} is not one of {known}")
+        return replace(FAMILIES[assume], model_type=model_type, assumed=assume)
+    raise UnsupportedModelError(
+        f"{source}: model_type {model_type!r} is not supported; supported: {known}. If its tensors "
+        "have the names and meaning of one of these, try --assume-family (llama fits most); "
+        "docs/adding-a-family.md says how to add one"
+    )
 
 
 def describe_model(
-    config: Mapping[str, Any], shapes: Shapes, *, source: str = "config.json"
+    config: Mapping[str, Any],
+    shapes: Shapes,
+    *,
+    source: str = "config.json",
+    assume: str | None = None,
 ) -> ModelSpec:
     """Build the :class:`ModelSpec` of a model from its config and tensor shapes alone.
 
@@ -140,12 +156,13 @@ def describe_model(
         config: ``config.json``.
         shapes: tensor name -> shape, from the headers.
         source: file name for error texts.
+        assume: see :func:`find_family`.
 
     Raises:
         UnsupportedModelError: unknown ``model_type``.
         CheckpointError: a tensor is missing or has another shape than the config says.
     """
-    family = find_family(config, source=source)
+    family = find_family(config, source=source, assume=assume)
     for condition in family.refused:
         if condition.holds(config):
             raise UnsupportedModelError(

@@ -29,16 +29,23 @@ class LayoutRules:
         layout: one of :data:`LAYOUTS`.
         tile: FFN counts are multiples of this.
         attention_counts: legal KV-group counts of a layer, ascending.
+        as_mistral: a Llama with a head count that its config class refuses is written as the
+            Mistral that computes the same.
     """
 
     layout: str
     tile: int
     attention_counts: tuple[int, ...]
+    as_mistral: bool = False
 
     @property
     def uniform(self) -> bool:
         """Counts must be equal across layers."""
         return self.layout == UNIFORM
+
+    def heads_fit(self, spec: ModelSpec, heads: int) -> bool:
+        """Whether a config of equal layers can hold this number of query heads."""
+        return self.as_mistral or heads_fit(spec, heads)
 
     def legal_counts(self, kind: str, dense: int) -> tuple[int, ...]:
         """Legal counts of a kind in a layer that has ``dense`` units, ascending, ``dense`` last."""
@@ -50,7 +57,12 @@ class LayoutRules:
 
 
 def layout_rules(
-    spec: ModelSpec, layout: str, *, tile: int | None = None, default_tile: int = 64
+    spec: ModelSpec,
+    layout: str,
+    *,
+    tile: int | None = None,
+    default_tile: int = 64,
+    as_mistral: bool = False,
 ) -> LayoutRules:
     """The rules of a layout for one model.
 
@@ -61,9 +73,11 @@ def layout_rules(
             of two up to ``default_tile`` whose step takes at most two points of the block
             parameters, for the others 1.
         default_tile: the hardware's tile (128 on GPU, 64 on CPU).
+        as_mistral: see :class:`LayoutRules`.
 
     Raises:
-        OptionError: unknown layout, or a tile that the FFN cannot hold.
+        OptionError: unknown layout, a tile that the FFN cannot hold, or ``as_mistral`` for what
+            cannot be written so.
     """
     if layout not in LAYOUTS:
         raise OptionError(f"--layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -71,17 +85,42 @@ def layout_rules(
         raise OptionError(f"--tile: {tile} is outside 1..{spec.intermediate} (the FFN's channels)")
     if tile is None:
         tile = _default_tile(spec, default_tile) if layout == UNIFORM else 1
-    return LayoutRules(layout=layout, tile=tile, attention_counts=_attention_counts(spec, layout))
+    if as_mistral:
+        _require_mistral(spec, layout)
+    return LayoutRules(
+        layout=layout,
+        tile=tile,
+        attention_counts=_attention_counts(spec, free=as_mistral or layout != UNIFORM),
+        as_mistral=as_mistral,
+    )
 
 
-def _attention_counts(spec: ModelSpec, layout: str) -> tuple[int, ...]:
+def _require_mistral(spec: ModelSpec, layout: str) -> None:
+    """Refuse what is no Mistral by another name: that has the same layers, and no biases."""
+    if layout == PER_LAYER:
+        raise OptionError("--as-mistral: is for --layout uniform and padded; per-layer needs none")
+    if spec.family.model_type != "llama":
+        raise OptionError(
+            f"--as-mistral: a Llama can be written as a Mistral, this is a "
+            f"{spec.family.model_type}; leave it out"
+        )
+    for layer, tensors in enumerate(spec.layer_tensors):
+        for name in tensors:
+            if name.endswith(".bias"):
+                raise OptionError(
+                    f"--as-mistral: this Llama has biases ({spec.prefix(layer)}{name}), a Mistral "
+                    "has none; leave it out"
+                )
+
+
+def _attention_counts(spec: ModelSpec, *, free: bool) -> tuple[int, ...]:
     """Numbers of KV groups that a layer may keep; none where attention stays whole."""
     if spec.whole_attention is not None:
         return ()
     return tuple(
         count
         for count in range(1, spec.kv_heads + 1)
-        if layout != UNIFORM or heads_fit(spec, count * spec.query_heads_per_group)
+        if free or heads_fit(spec, count * spec.query_heads_per_group)
     )
 
 

@@ -115,6 +115,8 @@ class Family:
     """Names and geometry of one architecture, keyed by ``config.model_type``."""
 
     model_type: str
+    # The family whose table this is, where the user says that the architecture is like it.
+    assumed: str | None = None
     # -- names in the checkpoint ------------------------------------------------------------------
     layer_prefix: str  # with {layer}
     embedding: str
@@ -164,6 +166,9 @@ class Family:
     logits_softcap_key: str | None = None
     # The layer returns a tuple, of which the first is its output.
     returns_tuple: bool = False
+    # Attributes of the attention module that its forward reads sizes from, which must follow the
+    # weights that are streamed: path inside the module -> "query" heads or "kv" heads.
+    sized_by: Mapping[str, str] = field(default_factory=dict)
     # The activation's module, where the FFN is no module of its own.
     ffn_activation: str | None = None
     # The key of the activation's name, and what transformers takes where the config has none.
@@ -179,6 +184,13 @@ class Family:
     whole_attention: tuple[Condition, ...] = ()
     # All of these mean that one KV head serves all query heads, whatever kv_heads_key says.
     one_kv_head: tuple[Condition, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        if self.assumed is None:
+            return self.model_type
+        return f"{self.model_type}, assumed to be like {self.assumed}"
 
     def norm_behind(self, projection: str) -> str | None:
         """The norm between an output projection and the residual stream."""

@@ -12,12 +12,20 @@ from typing import Any
 from frugal_bonsai.report.card_parts import (
     LOAD,
     card_head,
-    layout_note,
+    layout_notes,
     markdown_table,
     parent_name,
     source_name,
 )
-from frugal_bonsai.report.words import KIND_NAMES, duration, number, plural, ratio, size_rows
+from frugal_bonsai.report.words import (
+    KIND_NAMES,
+    duration,
+    latency_words,
+    number,
+    plural,
+    ratio,
+    size_rows,
+)
 from frugal_bonsai.sizes import format_bytes
 
 Values = Mapping[str, Any]
@@ -57,7 +65,7 @@ def model_card(summary: Values, *, dense_card_name: str | None = None) -> str:
         f"{summary['layout'].capitalize()} layout. The parent's licence applies.\n",
         "## Figures\n",
         _figures(summary),
-        *([f"{note}\n"] if (note := layout_note(summary)) else []),
+        *(f"{note}\n" for note in layout_notes(summary)),
         "## How to load it\n",
         LOAD[summary["layout"]],
         "## How it was made\n",
@@ -129,12 +137,20 @@ def _how(summary: Values) -> str:
         ("forward tokens", f"{summary['forward_tokens']:,}"),
         ("time", duration(summary["seconds"])),
         ("peak", peak),
+        *_latency(summary),
         ("micro-batch", batch),
     )
     chosen = ((f"`{name}`", f"`{value}`") for name, value in settings.items())
     return "\n".join(
         (markdown_table(("", ""), facts), markdown_table(("setting", "value"), chosen))
     )
+
+
+def _latency(summary: Values) -> list[tuple[str, str]]:
+    """The predicted speed of the output, where a profile was given."""
+    if summary["latency"] is None:
+        return []
+    return [("predicted speed-up", latency_words(summary["latency"]))]
 
 
 def _peak(memory: Values, where: str) -> str:

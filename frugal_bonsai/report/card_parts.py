@@ -80,16 +80,23 @@ def card_head(model: str) -> str:
     return f"---\nlibrary_name: transformers\n{base}tags:\n- frugal-bonsai\n- pruned\n---\n"
 
 
-def layout_note(summary: Mapping[str, Any]) -> str:
-    """What the layout saves, where that is less than what was removed; else nothing."""
-    if summary["layout"] != "padded":
-        return ""
-    before, after = summary["before"]["block_parameters"], summary["after"]["block_parameters"]
-    return (
-        f"Padded layout: every layer is filled up with zeros to the widest one, which changes no "
-        f"result. {summary['sparsity']:.1%} of the block weights have no effect any more; "
-        f"{1 - after / before:.1%} are really gone from the files, memory and work."
-    )
+def layout_notes(summary: Mapping[str, Any]) -> list[str]:
+    """What the layout saves, where that is less than what was removed; what it is written as."""
+    notes = []
+    if summary["layout"] == "padded":
+        before, after = summary["before"]["block_parameters"], summary["after"]["block_parameters"]
+        notes.append(
+            f"Padded layout: every layer is filled up with zeros to the widest one, which changes "
+            f"no result. {summary['sparsity']:.1%} of the block weights have no effect any more; "
+            f"{1 - after / before:.1%} are really gone from the files, memory and work."
+        )
+    if summary["written_as"] != summary["family"]:
+        notes.append(
+            f"Written as model_type {summary['written_as']!r}: it computes the same as this "
+            f"{summary['family']} without biases and without a sliding window, and its config "
+            f"takes a number of heads that {summary['family']}'s refuses."
+        )
+    return notes
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

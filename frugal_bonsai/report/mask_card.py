@@ -11,7 +11,7 @@ from typing import Any
 from frugal_bonsai.report.card_parts import (
     LOAD,
     card_head,
-    layout_note,
+    layout_notes,
     markdown_table,
     parent_name,
 )
@@ -43,7 +43,7 @@ def mask_card(summary: Mapping[str, Any]) -> str:
             size_rows(summary["before"], summary["after"], "of weights"),
         ),
         markdown_table(("units a layer", "before", "after"), kept),
-        *([f"{said}\n"] if (said := layout_note(summary)) else []),
+        *(f"{note}\n" for note in layout_notes(summary)),
         "Kept weights are bit for bit the parent's. No perplexity was measured.\n",
         "## How to load it\n",
         LOAD[summary["layout"]],

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.report.card_parts import layout_note
+from frugal_bonsai.report.card_parts import layout_notes
 from frugal_bonsai.report.sheet import Sheet
 from frugal_bonsai.report.words import KIND_NAMES, all_printable, duration, size_rows, span
 from frugal_bonsai.sizes import format_bytes
@@ -38,7 +38,7 @@ def render_shrink(summary: Values, console: Console) -> None:
             for kind, counts in summary["kept"].items()
         ],
     )
-    for note in filter(None, (layout_note(summary), *summary["notes"])):
+    for note in (*layout_notes(summary), *summary["notes"]):
         sheet.say(f"note: {note}")
     sheet.say(f"time: {duration(summary['seconds'])}")
     sheet.blank()

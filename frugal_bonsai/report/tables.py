@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.report.card_parts import layout_note
+from frugal_bonsai.report.card_parts import layout_notes
 from frugal_bonsai.report.sheet import Sheet
 from frugal_bonsai.report.words import (
     KIND_NAMES,
     NOTHING,
     all_printable,
     duration,
+    latency_words,
     number,
     numbers_from_to,
     plural,
@@ -47,7 +48,7 @@ def render_prune(summary: Values, console: Console) -> None:
     _say_kept(summary, sheet)
     _say_rounds(summary, sheet)
     _say_run(summary, sheet)
-    for note in filter(None, (layout_note(summary), *summary["notes"])):
+    for note in (*layout_notes(summary), *summary["notes"]):
         sheet.say(f"note: {note}")
     sheet.blank()
     sheet.verbatim(f"saved: {summary['out']} ({summary['layout']} layout)")
@@ -154,6 +155,8 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
         f"spent: {summary['forward_tokens']:,} forward tokens, {duration(summary['seconds'])} "
         f"(method {summary['method']}, seed {summary['settings']['seed']})"
     )
+    if summary["latency"] is not None:
+        sheet.say(f"predicted speed-up: {latency_words(summary['latency'])}")
     sheet.say(
         f"calibration: {calibration['source']}, {plural(calibration['windows'], 'window')} of "
         f"{calibration['window']} tokens"

@@ -104,3 +104,12 @@ def runs(rows: Sequence[Any]) -> Iterator[tuple[int, int]]:
 def numbers_from_to(first: int, last: int) -> str:
     """``3``, or ``3-7``."""
     return str(first) if first == last else f"{first}-{last}"
+
+
+def latency_words(latency: Mapping[str, Any]) -> str:
+    """The predicted speed of a pruned model, and for which machine and shape."""
+    return (
+        f"{latency['speed_up']:.2f} times: {latency['dense_milliseconds']:.3g} to "
+        f"{latency['pruned_milliseconds']:.3g} ms for a prompt of {latency['prompt_tokens']} "
+        f"tokens and {latency['generated_tokens']} generated on {latency['profile']}"
+    )

@@ -21,7 +21,7 @@ import torch
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 
-PIECE_BYTES = 2**23
+PIECE_BYTES = 2**21  # measured: larger ones do not stay in the cache from reading to writing
 _BUFFERS = 2  # one is read while the other is cut and written
 # Indices are taken from whole numbers of the same width: numpy has no bfloat16.
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -109,15 +109,16 @@ def _pieces(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[_Piece]:
     indices_P = cut.indices[0]
     # A zero comes with the row before it, which keeps the order of the output.
     place_P = torch.cummax(indices_P, 0).values.clamp_(min=0)
-    begin = 0
-    for end in torch.searchsorted(place_P, torch.tensor(stops)).tolist():
+    ends = torch.searchsorted(place_P, torch.tensor(stops)).tolist()
+    for begin, end in zip([0, *ends], ends, strict=False):
         # At most a step of kept rows lies between two stops; what goes beyond are zeros.
         for rows_P in torch.split(indices_P[begin:end], step):
+            if begin == end and len(indices_P):
+                continue  # nothing stays of these rows
             kept = rows_P[rows_P >= 0]
             # What lies between pieces' kept rows is not read.
             first, last = (int(kept[0]), int(kept[-1])) if len(kept) else (0, -1)
             yield _Piece(cut, first, last + 1, torch.where(rows_P < 0, -1, rows_P - first))
-        begin = end
 
 
 def _size_bytes(checkpoint: Checkpoint, piece: _Piece) -> int:

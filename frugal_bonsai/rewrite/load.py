@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE, find_tensors, read_config
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
-from frugal_bonsai.rewrite.layouts.bundled import BUNDLED, BundledModel, find_bundled
+from frugal_bonsai.rewrite.layouts.bundled import MODULE, BundledModel, find_bundled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +32,8 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         CheckpointError: no such folder, no config, no weights, or a weight is missing.
-        UnsupportedModelError: layers of different widths in an architecture that has no bundled
-            model file, or in a transformers that is too old for them.
+        UnsupportedModelError: layers of different widths in an architecture that transformers has
+            no causal language model of, or in a transformers that is too old for them.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -55,8 +55,9 @@ def _bundled(config: Mapping[str, Any], *, source: str) -> BundledModel | None:
     model_type = config.get("model_type")
     if config.get("per_layer_config"):
         return find_bundled(model_type, source=source)
-    known = [b for name, b in BUNDLED.items() if name == model_type]
-    return known[0] if known and config.get("auto_map") == known[0].auto_map else None
+    if str(config.get("auto_map", {}).get("AutoModelForCausalLM")).startswith(MODULE):
+        return find_bundled(model_type, source=source)
+    return None
 
 
 def _model_class(config: Mapping[str, Any], *, source: str) -> Any:
@@ -68,7 +69,7 @@ def _model_class(config: Mapping[str, Any], *, source: str) -> Any:
         return AutoModelForCausalLM
     # By name: a bundled file stands alone and is not type-checked with the package.
     try:
-        module = import_module(f"frugal_bonsai.rewrite.layouts.{bundled.module}")
+        module = import_module(f"frugal_bonsai.rewrite.layouts.{MODULE}")
     except ImportError as error:  # transformers is too old
         raise UnsupportedModelError(f"{source}: {error}") from error
     return getattr(module, bundled.model_class)

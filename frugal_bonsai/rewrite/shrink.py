@@ -136,15 +136,22 @@ def shrink(
     stored = {name: _Stored.of(name, renamed[name], checkpoint) for name in shapes}
     announced = [(stored[n].name, dtypes[n], stored[n].turned(shapes[n])) for n in shapes]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
-        for name, rows in stream_cuts(checkpoint, [cuts[n] for n in names if n not in refit]):
+        kept = [cuts[name] for name in names if name not in refit]
+        # What nothing is cut from goes past this process's memory, where the system can do that.
+        streamed = [
+            cut
+            for cut in kept
+            if cut.indices or not writer.copy(stored[cut.name].name, checkpoint.tensors[cut.name])
+        ]
+        for name, rows in stream_cuts(checkpoint, streamed):
             writer.append(stored[name].name, rows)
         for name in refit:
             dtype = torch_dtype(dtypes[name])
             if name in added:
                 writer.write(stored[name].name, _refitted(name, refit[name](), shapes[name], dtype))
                 continue
-            kept = cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask)
-            tensor = _refitted(name, refit[name](), kept, dtype)
+            shape = cut_shape(checkpoint.tensors[name].shape, pieces.get(name, []), mask)
+            tensor = _refitted(name, refit[name](), shape, dtype)
             writer.write(stored[name].name, stored[name].turn(_with_zeros(tensor, cuts[name])))
         for name in added:
             if name not in refit:

@@ -14,6 +14,7 @@ from frugal_bonsai.run.prepare import (
     choose_window,
     make_engine,
     measured_base_bytes,
+    note_assumed,
     open_model,
     read_windows,
 )
@@ -30,6 +31,7 @@ def evaluate(
     max_gpu_mem: str | int | None = None,
     max_cpu_mem: str | int | None = None,
     device: str | None = None,
+    assume_family: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity on a text, as plain values.
@@ -43,6 +45,7 @@ def evaluate(
         max_gpu_mem: cap on device memory.
         max_cpu_mem: cap on resident memory.
         device: None takes a GPU where there is one.
+        assume_family: the family that an architecture without a table is like.
         progress: told of each layer visit.
 
     Raises:
@@ -55,7 +58,9 @@ def evaluate(
     from frugal_bonsai.stream.store import INT8, build_store
 
     started = time.monotonic()
-    with open_model(model) as opened, ExitStack() as stack:
+    progress = progress or Silent()
+    with open_model(model, assume_family=assume_family) as opened, ExitStack() as stack:
+        note_assumed(opened, progress)
         spec = opened.spec
         require_tied_head(opened.checkpoint, spec)
         window = choose_window(spec, window)

@@ -9,9 +9,14 @@ from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.run.prepare import DEFAULT_TILE, open_model
 
 
-def inspect(model: str) -> dict[str, Any]:
-    """What a model is, as plain values; reads no weights."""
-    with open_model(model, headers_only=True) as opened:
+def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
+    """What a model is, as plain values; reads no weights.
+
+    Args:
+        model: folder, hub id or ``example``.
+        assume_family: the family that an architecture without a table is like.
+    """
+    with open_model(model, headers_only=True, assume_family=assume_family) as opened:
         spec, checkpoint = opened.spec, opened.checkpoint
         dtypes: Counter[str] = Counter()
         for entry in checkpoint.tensors.values():
@@ -29,7 +34,7 @@ def inspect(model: str) -> dict[str, Any]:
             )
         return {
             "model": model,
-            "family": spec.family.model_type,
+            "family": spec.family.title,
             "layers": spec.layers,
             "hidden": spec.hidden,
             "heads": spec.heads,

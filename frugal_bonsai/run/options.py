@@ -18,7 +18,10 @@ class PruneOptions:
     Attributes:
         method: one of ``bonsai.settings.METHODS``.
         settings: fields of ``PruneSettings`` that the user names; None is "as the method has it".
+        assume_family: the family that an architecture without a table is like.
         layout: ``uniform``, ``per-layer`` or ``padded``.
+        as_mistral: a Llama may get a head count that its config class refuses, and is then written
+            as the Mistral that computes the same.
         tile: FFN tile; None lets the layout choose.
         calibration: text source; None is wikitext2, or stdlib for ``example``.
         eval_text: text whose perplexity is reported before and after.
@@ -34,7 +37,9 @@ class PruneOptions:
 
     method: str = "default"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    assume_family: str | None = None
     layout: str = UNIFORM
+    as_mistral: bool = False
     tile: int | None = None
     calibration: str | None = None
     eval_text: str | None = None

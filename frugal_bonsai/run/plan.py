@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import NONE, PruneSettings, make_settings
+from frugal_bonsai.bonsai.settings import LATENCY, NONE, PruneSettings, make_settings
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile
+from frugal_bonsai.memory.latency import LatencyModel, model_latency
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
@@ -29,6 +31,7 @@ from frugal_bonsai.run.prepare import (
     DEFAULT_TILE,
     EXAMPLE_SOURCE,
     Model,
+    assumption,
     choose_window,
     measured_base_bytes,
     open_model,
@@ -54,6 +57,7 @@ class Prepared:
         profile: of the machine that is planned for; None is this one.
         rates: that profile, or what a second of measuring here gives.
         elsewhere: that machine is another one, so nothing here is asked.
+        latency: of the model on the profile's machine; None without a profile.
     """
 
     settings: PruneSettings
@@ -66,6 +70,7 @@ class Prepared:
     rates: HardwareProfile
     profile: HardwareProfile | None = None
     elsewhere: bool = False
+    latency: LatencyModel | None = None
 
 
 def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> Prepared:
@@ -87,10 +92,21 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     settings = make_settings(options.method, options.settings)
     window = choose_window(model.spec, options.window)
     profile = None if options.profile is None else read_profile(Path(options.profile))
+    if settings.objective == LATENCY and profile is None:
+        raise OptionError(
+            "--objective latency: needs the rates of the machine that the model is for; measure "
+            "this one with frugal-bonsai profile --out FILE, then add --profile FILE"
+        )
     device = choose_device(options, profile, elsewhere=elsewhere)
     rules = layout_rules(
-        model.spec, options.layout, tile=options.tile, default_tile=DEFAULT_TILE[device.type]
+        model.spec,
+        options.layout,
+        tile=options.tile,
+        default_tile=DEFAULT_TILE[device.type],
+        as_mistral=options.as_mistral,
     )
+    if rules.as_mistral and settings.bias:
+        raise OptionError("--as-mistral: a Mistral has no biases; leave it or --bias out")
     check_reachable(
         KeepMask(model.spec.table),
         settings.sparsity,
@@ -113,6 +129,16 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         profile=profile,
         rates=rates,
         elsewhere=elsewhere,
+        latency=None if profile is None else _latency(model, settings, profile),
+    )
+
+
+def _latency(model: Model, settings: PruneSettings, profile: HardwareProfile) -> LatencyModel:
+    return model_latency(
+        model.spec,
+        profile,
+        prompt_tokens=settings.prompt_tokens,
+        generated_tokens=settings.generated_tokens,
     )
 
 
@@ -182,7 +208,7 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
 
     With a profile, on the profile's machine, whatever this one is.
     """
-    with open_model(model, headers_only=True) as opened:
+    with open_model(model, headers_only=True, assume_family=options.assume_family) as opened:
         ready = prepare(opened, options, elsewhere=options.profile is not None)
         memory = plan_prune(opened, ready, ready.windows)
         return describe_plan(opened, ready, memory, ready.windows)
@@ -196,11 +222,13 @@ def describe_plan(
     work = prune_work(model, ready, memory, windows)
     estimate = estimate_time(model.spec, work, memory.limits, profile)
     notes = list(ready.budget.notes)
+    if model.spec.family.assumed is not None:
+        notes.append(assumption(model))
     if work.sampled_tokens:
         notes.append(_sampling_note(ready, estimate))
     return {
         "model": model.name,
-        "family": model.spec.family.model_type,
+        "family": model.spec.family.title,
         "parameters": model.spec.parameters,
         "device": ready.device.type,
         "device_name": profile.name,

@@ -65,8 +65,7 @@ def prune_work(
     mask_windows = min(settings.mask_windows, windows)
     columns = max(group.columns for group in model.spec.table.groups)
     part = round_windows(settings, columns, ready.window, windows)
-    tries = settings.recovery and settings.trial and not ready.rules.uniform
-    trial = math.ceil(TRIAL_SHARE * part) if tries else 0
+    trial = math.ceil(TRIAL_SHARE * part) if settings.tries(uniform=ready.rules.uniform) else 0
     tensors = model.checkpoint.tensors
     elements = sum(math.prod(entry.shape) for entry in tensors.values())
     return PruneWork(

@@ -18,6 +18,7 @@ from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.model.arrange import describe_checkpoint
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.progress import Progress
 
 # Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
 CHARACTERS_PER_TOKEN = 8
@@ -49,18 +50,37 @@ class Model:
 
 
 @contextmanager
-def open_model(name: str, *, headers_only: bool = False) -> Iterator[Model]:
+def open_model(
+    name: str, *, headers_only: bool = False, assume_family: str | None = None
+) -> Iterator[Model]:
     """Find, open and describe a model: a folder, a hub id, or ``example``.
 
     Args:
         name: what the user typed.
         headers_only: of a hub model only config and headers are fetched; its weights are not read.
+        assume_family: the family that an architecture without a table is like.
     """
     with open_headers(name) if headers_only else Checkpoint.open(find_model(name)) as checkpoint:
         source = str(checkpoint.folder / "config.json")
-        spec = describe_checkpoint(checkpoint, source=source)
+        spec = describe_checkpoint(checkpoint, source=source, assume=assume_family)
         _require_floating(checkpoint)
         yield Model(name=name, checkpoint=checkpoint, spec=spec)
+
+
+def note_assumed(model: Model, progress: Progress) -> None:
+    """Say loudly that a table is taken on the user's word."""
+    if model.spec.family.assumed is not None:
+        progress.note(assumption(model))
+
+
+def assumption(model: Model) -> str:
+    """What is taken on the user's word."""
+    family = model.spec.family
+    return (
+        f"ASSUMED: model_type {family.model_type!r} has no table of its own and is taken for a "
+        f"{family.assumed}: the names of its tensors agree, their meaning was not checked; compare "
+        "`frugal-bonsai eval` with a perplexity that you know"
+    )
 
 
 def _require_floating(checkpoint: Checkpoint) -> None:

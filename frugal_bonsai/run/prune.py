@@ -37,7 +37,7 @@ from frugal_bonsai.run.plan import (
     sampling_note,
 )
 from frugal_bonsai.run.predict import predict
-from frugal_bonsai.run.prepare import Model, make_engine, open_model, read_windows
+from frugal_bonsai.run.prepare import Model, make_engine, note_assumed, open_model, read_windows
 from frugal_bonsai.run.summary import Job, Texts, describe, load_line, write_papers
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.text.sources import SELF
@@ -92,7 +92,11 @@ def prune(
     started = time.monotonic()
     require_no_output(out)
     shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
-    with open_model(model) as opened, ExitStack() as stack:
+    with (
+        open_model(model, assume_family=options.assume_family) as opened,
+        ExitStack() as stack,
+    ):
+        note_assumed(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         if resume:
             options = _as_begun(options, run_folder(out))
@@ -263,6 +267,7 @@ def _search(
         "settings": ready.settings.to_json(),
         "layout": ready.rules.layout,
         "tile": ready.rules.tile,
+        "as_mistral": ready.rules.as_mistral,
         "model": model_fingerprint(model.checkpoint),
         "calibration": fingerprint(calibration.windows_NS.numpy().tobytes()),
         "utility": None if utility is None else getattr(utility, "__qualname__", repr(utility)),
@@ -281,6 +286,7 @@ def _search(
         keep_inputs=memory.keep_inputs,
         keep_refinement=memory.keep_refinement,
         utility=utility,
+        unit_milliseconds=None if ready.latency is None else ready.latency.unit,
     )
     return search.run(resume=resume and state.exists)
 
@@ -306,7 +312,8 @@ def _rewrite(
     )
     write_companions(model.folder, staged)
     with Checkpoint.open(staged) as output:
-        spec = describe_checkpoint(output, source="the pruned config.json")
+        assume = model.spec.family.assumed
+        spec = describe_checkpoint(output, source="the pruned config.json", assume=assume)
         engine = make_engine(output, spec, job.memory, ready.device, job.progress)
         masked = CheckpointSource(model.checkpoint, model.spec, mask=found.mask, refit=found.refits)
         windows_NS = job.calibration.held_out_NS[:_VERIFY_WINDOWS]
@@ -326,6 +333,7 @@ def _rewrite(
                 "weight_bytes": output.weight_bytes,
                 **after,
             },
+            "written_as": spec.family.title,
             "sparsity": rewritten.sparsity,
             "verify": {"max_relative_difference": difference, "windows": len(windows_NS)},
         }

@@ -19,7 +19,7 @@ from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.report.mask_card import mask_card
-from frugal_bonsai.run.prepare import Model, open_model
+from frugal_bonsai.run.prepare import Model, note_assumed, open_model
 from frugal_bonsai.run.summary import MASK_FILE, load_line, package_version
 from frugal_bonsai.sizes import parse_bytes
 
@@ -35,7 +35,9 @@ def shrink(
     out: str | Path,
     *,
     layout: str = UNIFORM,
+    as_mistral: bool = False,
     max_shard_size: str | int = "5GB",
+    assume_family: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the pruned model that a mask file describes.
@@ -45,7 +47,9 @@ def shrink(
         mask: mask file, such as the ``pruning_mask.json`` that a prune wrote.
         out: folder that must not exist yet.
         layout: of the output.
+        as_mistral: a Llama whose head count its config class refuses is written as a Mistral.
         max_shard_size: of the output.
+        assume_family: the family that an architecture without a table is like.
         progress: told what is done.
 
     Returns:
@@ -61,11 +65,12 @@ def shrink(
     out, progress, started = Path(out), progress or Silent(), time.monotonic()
     require_no_output(out)
     shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
-    with open_model(model) as opened:
+    with open_model(model, assume_family=assume_family) as opened:
+        note_assumed(opened, progress)
         spec = opened.spec
         keep = read_mask(Path(mask), spec)
         # The mask decides: any FFN width that the layout can hold is as good as another.
-        rules = layout_rules(spec, layout, tile=1)
+        rules = layout_rules(spec, layout, tile=1, as_mistral=as_mistral)
         progress.note(NO_REFITS)
         with staged_directory(out) as staged:
             written = rewrite(
@@ -89,12 +94,15 @@ def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
     """Sizes before and after, the latter read back from what was written."""
     spec = model.spec
     with Checkpoint.open(staged) as output:
-        after = describe_checkpoint(output, source="the pruned config.json")
+        after = describe_checkpoint(
+            output, source="the pruned config.json", assume=spec.family.assumed
+        )
         after_bytes = output.weight_bytes
     return {
         "version": package_version(),
         "model": model.name,
-        "family": spec.family.model_type,
+        "family": spec.family.title,
+        "written_as": after.family.title,
         "kept": mask.counts(),
         "dense": KeepMask(spec.table).counts(),
         "before": {

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
+from frugal_bonsai.memory.latency import describe_latency
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PER_LAYER
@@ -69,7 +70,7 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
     return {
         "version": package_version(),
         "model": model.name,
-        "family": model.spec.family.model_type,
+        "family": model.spec.family.title,
         "layout": ready.rules.layout,
         "tile": ready.rules.tile,
         "settings": ready.settings.to_json(),
@@ -85,6 +86,7 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
         "kept": found.mask.counts(),
         "dense": KeepMask(table).counts(),
         "layer_sparsity": _layer_sparsity(model, found.mask),
+        "latency": None if ready.latency is None else describe_latency(ready.latency, found.mask),
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
         "memory": describe_memory(job.memory, job.engine),

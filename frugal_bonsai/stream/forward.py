@@ -93,6 +93,7 @@ class Sweep:
         for wave, hidden in self.hidden_waves(stream, tokens_NS, masker=masker, name=name):
             with torch.inference_mode():
                 losses.append(head.nll(hidden, tokens_NS[wave]))
+            del hidden  # not held while the next wave runs
         return torch.cat(losses).clone()
 
     def hidden_waves(

@@ -11,6 +11,7 @@ Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable
 from typing import Any, cast
@@ -22,9 +23,7 @@ from torch.func import functional_call
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec
-
-# Keys that name an output layout's own loading code; the streamed model needs the parent's classes.
-_LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
+from frugal_bonsai.model.plain import plain_values
 
 
 class _Proxy(nn.Module):
@@ -83,6 +82,7 @@ class Skeleton:
         parent, _, name = spec.family.layers_module.rpartition(".")
         setattr(self._base.get_submodule(parent), name, nn.ModuleList(self._proxies))
         self._load_outer(model)
+        self._follow_weights()
         self._embedding = self._base.get_submodule(spec.family.embedding_module)
         self.norm = self._base.get_submodule(spec.family.norm_module)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
@@ -118,6 +118,27 @@ class Skeleton:
                     f"{where}: tensor {name!r} has shape {list(found[name])}, expected "
                     f"{list(parameter.shape)} from config.json"
                 )
+
+    def _follow_weights(self) -> None:
+        """Let attention modules that know their number of heads take it from streamed weights."""
+        spec, sized_by = self.spec, self.spec.family.sized_by
+        if not sized_by:
+            return
+        owner, _, output = spec.family.attention_output.rpartition(".")
+        columns = spec.query_heads_per_group * spec.head_dim
+
+        def resize(attention: nn.Module, _: Any) -> None:
+            weight_HC = cast(torch.Tensor, attention.get_submodule(output).weight)
+            kv_heads = weight_HC.shape[1] // columns
+            counts = {"kv": kv_heads, "query": kv_heads * spec.query_heads_per_group}
+            for path, what in sized_by.items():
+                inside, _, name = path.rpartition(".")
+                setattr(getattr(attention, inside) if inside else attention, name, counts[what])
+
+        for layer in self.layers:
+            attention = layer.get_submodule(owner)
+            attention.config = copy.copy(attention.config)  # its own: layers differ
+            attention.register_forward_pre_hook(resize)
 
     def _load_outer(self, model: nn.Module) -> None:
         """Load what stands outside the layers, embedding and head excepted; move the buffers."""
@@ -205,9 +226,8 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
     try:
-        config = AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**plain_values(spec))
         with init_empty_weights(include_buffers=False):
             # The attention that transformers itself takes: sdpa, where the architecture has it.
             model = AutoModelForCausalLM.from_config(config)

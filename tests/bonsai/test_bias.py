@@ -7,13 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BIASES, Tiny, sampled_windows, tiny_llama, zero_units
+from tiny_models import (
+    BIASES,
+    Tiny,
+    random_windows,
+    sampled_windows,
+    tiny_family,
+    tiny_llama,
+    zero_units,
+)
 
 from frugal_bonsai.bonsai.search import Found, Search
 from frugal_bonsai.bonsai.settings import make_settings
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.model.biases import output_bias
-from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
+from frugal_bonsai.model.layout import PADDED, PER_LAYER, UNIFORM, layout_rules
 
 WINDOWS, WINDOW = 24, 16
 
@@ -62,6 +70,34 @@ def _mean_inputs(tiny: Tiny, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         model(tokens)
     return means
+
+
+def test_weights_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
+    """GPT-2 keeps [input, output]; its output projections have biases of their own."""
+    tiny = tiny_family(tmp_path / "m", "gpt2")
+    tokens, means = random_windows(8, 12), {}
+    found = _search(tiny, tokens, tmp_path, PADDED, sparsity=0.2)
+    model = tiny.hugging_face()
+    for group in tiny.spec.table.groups:
+
+        def keep(_: Any, args: tuple[torch.Tensor, ...], name: str = group.output_weight) -> None:
+            means[name] = args[0].flatten(0, 1).mean(0)
+
+        module = model.transformer.h[group.layer].get_submodule(group.output)
+        module.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(tokens)
+    gone_units = 0
+    for group in tiny.spec.table.groups:
+        gone = ~found.mask.columns(group)
+        gone_units += int(gone.sum())
+        weight = tiny.checkpoint.read(group.output_weight)
+        left = weight[:, gone] @ means[group.output_weight][gone]
+        expected = _own_bias(tiny, output_bias(group)) + left
+        torch.testing.assert_close(
+            found.refits[output_bias(group)](), expected, rtol=1e-3, atol=1e-4
+        )
+    assert gone_units
 
 
 @pytest.mark.parametrize("layout", [PER_LAYER, UNIFORM])

@@ -69,6 +69,7 @@ def _search(
     resume: bool = False,
     utility: Utility | None = None,
     keep_inputs: bool = True,
+    unit_milliseconds: dict[str, float] | None = None,
     **options: Any,
 ) -> Found:
     settings = make_settings(method, {**QUICK, **options})
@@ -81,6 +82,7 @@ def _search(
         work=folder / "work",
         keep_inputs=keep_inputs,
         utility=utility,
+        unit_milliseconds=unit_milliseconds,
     ).run(resume=resume)
 
 
@@ -183,6 +185,29 @@ def test_local_only_spares_attention_and_recovers_every_round(
     assert max(widths) - min(widths) <= 1
     assert len(found.rounds) >= 3
     assert all(r["observations"] == 0 and r["perplexity"] > 1 for r in found.rounds)
+
+
+@pytest.mark.parametrize("level", ["group", "none"])
+def test_latency_weighs_relevance_by_the_milliseconds_of_a_unit(
+    level: str, tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Where attention is dear the cut takes more of it, and no trial at equal size undoes that."""
+    kept = []
+    for dear in ("attention", "ffn"):
+        times = {kind: 1000.0 if kind == dear else 1.0 for kind in ("attention", "ffn")}
+        found = _search(
+            tiny,
+            tokens,
+            tmp_path / dear,
+            level=level,
+            objective="latency",
+            unit_milliseconds=times,
+        )
+        unit = max(g.unit_parameters for g in tiny.spec.table.groups if g.kind == "ffn")
+        assert abs(_sparsity(tiny, found) - 0.3) <= (unit + 1) / tiny.spec.block_parameters
+        assert all("trial" not in report for report in found.rounds)
+        kept.append(sum(found.mask.counts()["attention"]))
+    assert kept[0] < kept[1]
 
 
 def test_one_pair_on_one_window(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:

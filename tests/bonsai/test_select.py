@@ -167,6 +167,30 @@ def test_cost_counted_per_unit_ignores_how_many_parameters_a_unit_has() -> None:
     assert per_unit.kept(ffn) == ffn.count - HEAD // CHANNEL
 
 
+@pytest.mark.parametrize("layout", [PER_LAYER, UNIFORM])
+def test_where_attention_is_slow_a_cut_for_latency_takes_more_of_it(layout: str) -> None:
+    """Loss per parameter is the same everywhere; only the machine's time decides."""
+    mask = KeepMask(_table())
+    curves = tuple(
+        Curve(
+            group=group,
+            order=torch.arange(group.count - 1) + mask.table.span(group).start,
+            loss=group.unit_parameters * torch.arange(group.count, dtype=torch.float64),
+        )
+        for group in mask.table.groups
+    )
+    target, rules = 6 * HEAD, _rules(layout)
+    kept = []
+    for milliseconds in (
+        {ATTENTION: 10 * HEAD, FFN: CHANNEL},
+        {ATTENTION: HEAD, FFN: 10 * CHANNEL},
+    ):
+        after = cut(mask, curves, target, rules, objective="latency", latency=milliseconds)
+        assert abs(after.removed_parameters() - target) <= 3 * CHANNEL / 2
+        kept.append(sum(after.counts()[ATTENTION]))
+    assert kept == [6, 12]
+
+
 def test_kv_group_that_is_larger_than_the_target_stays() -> None:
     mask = KeepMask(_table())
     curves = _curves(mask, 0, attention_cost=0.0)

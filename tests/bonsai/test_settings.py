@@ -42,6 +42,11 @@ def test_the_command_line_offers_every_method() -> None:
         ("default", {"step": 1.1}, r"--step: 1\.1 is outside \(0, 1\]"),
         ("default", {"sparsity": 1.0}, r"--sparsity: 1\.0 is outside \(0, 1\)"),
         ("default", {"objective": "speed"}, r"--objective: 'speed' is not one of parameters"),
+        ("default", {"prompt_tokens": 0}, r"--prompt-tokens: 0 is not at least 1"),
+        ("default", {"generated_tokens": -1}, r"--generated-tokens: -1 is negative"),
+        ("wanda", {"objective": "latency"}, r"--objective latency: .* --allocation equal"),
+        ("default", {"prior": "similarity"}, r"--prior similarity: .* take --method depth"),
+        ("depth", {"bias": True}, r"take it with --no-recovery and --no-bias"),
         ("paper", {"level": "group"}, r"take --level unit, or --regression ridge"),
     ],
 )

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from frugal_bonsai.checkpoint import commit, writer
+from frugal_bonsai.checkpoint import commit, files, writer
+from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint, dtype_name
 from frugal_bonsai.checkpoint.writer import (
     ShardedWriter,
@@ -189,6 +190,48 @@ class TestShardedWriter:
             out.append("a", torch.zeros(1, 3))
             with pytest.raises(ValueError, match="'a' was already written"):
                 out.append("a", torch.zeros(1, 3))
+
+    def test_a_tensor_copied_from_a_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tensors = {"a": torch.randn(300, 3), "b": torch.randn(7)}
+        save_file(tensors, tmp_path / "source")
+        entries, _ = read_header(tmp_path / "source")
+        (tmp_path / "out").mkdir()
+        with ShardedWriter(tmp_path / "out", specs(tensors), max_shard_bytes=10**6) as out:
+            with pytest.raises(ValueError, match=r"'b': 3600 bytes for 28, of which 0 are written"):
+                out.copy("b", entries["a"])
+            with monkeypatch.context() as patched:
+                patched.setattr(files, "_COPY", None)
+                assert not out.copy("a", entries["a"])  # nothing written, to be written
+                patched.setattr(files, "_COPY", lambda *_: 0)
+                assert not out.copy("a", entries["a"])  # as if the file had become shorter
+            if not out.copy("a", entries["a"]):  # Windows, macOS
+                out.write("a", tensors["a"])
+            with pytest.raises(ValueError, match="'a' was already written"):
+                out.copy("a", entries["a"])
+            out.write("b", tensors["b"])
+            out.finish()
+        found = load_file(tmp_path / "out" / "model.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+    def test_a_disk_that_is_full_while_copying(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        save_file({"a": torch.ones(5)}, tmp_path / "source")
+        entries, _ = read_header(tmp_path / "source")
+        (tmp_path / "out").mkdir()
+        monkeypatch.setattr(files, "_COPY", full)
+        announced = [("a", "F32", (5,))]
+        with (
+            pytest.raises(OutputError, match=r"model\.safetensors: the disk is full"),
+            ShardedWriter(tmp_path / "out", announced, max_shard_bytes=10**6) as out,
+        ):
+            out.copy("a", entries["a"])
+        assert names(tmp_path / "out") == []
 
     def test_wrong_plans(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"given twice: \['a'\]"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,20 @@ import pytest
 import torch
 from rewrite.models import greedy, keep_counts, open_parent, random_mask, tiny_parent
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_family
 from transformers import AutoTokenizer
 
 from export.llama_cpp import complete, needs_llama_cpp
 from frugal_bonsai import load_pruned
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.export.architecture import describe_shape
 from frugal_bonsai.export.gguf_file import write_gguf
 from frugal_bonsai.export.tensors import interleave
-from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM
-from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
+from frugal_bonsai.model.units import KeepMask, UnitTable
 from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.shrink import shrink
 
 NEW_TOKENS = 40
 WORDS = ("Once upon a time, there was", "Lily and Tom went to the park. They", "The big dog")
@@ -199,6 +204,78 @@ def assert_same_next_tokens(folder: Path, gguf: Path) -> None:
     assert [answer.ids for answer in answers] == [[int(best.indices[at])] for at in compared]
     found = [answer.logprobs[0] for answer in answers]
     assert found == pytest.approx([float(best.values[at]) for at in compared], abs=1e-3)
+
+
+# -- other families ------------------------------------------------------------------------------
+FULL = {"vocab_size": 512, "max_position_embeddings": 128}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False, "tie_word_embeddings": True},
+    "qwen3": {},
+    "olmo2": {},
+}
+# Of these, the ones that may differ layer by layer.
+DECI = ("mistral", "qwen2")
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*((f, lay) for f in FAMILIES for lay in ("dense", UNIFORM)), *((f, PER_LAYER) for f in DECI)],
+)
+def test_families(tmp_path: Path, stories260k: Path, family: str, layout: str) -> None:
+    folder = tmp_path / "dense"
+    tiny = tiny_family(folder, family, seed=4, **FULL, **FAMILIES[family])
+    if layout != "dense":
+        mask = KeepMask(tiny.spec.table)
+        for group in tiny.spec.table.groups:
+            if group.removable:
+                mask.of(group)[1 :: 3 if layout == UNIFORM else 2 + group.layer] = False
+        folder = tmp_path / "out"
+        folder.mkdir()
+        rules = layout_rules(tiny.spec, layout, tile=1)
+        shrink(tiny.checkpoint, tiny.spec, mask, folder, rules=rules)
+    write_companions(stories260k, folder)
+    summary = export(folder, tmp_path / "m.gguf")
+    own = {"mistral": "llama", "qwen2": "qwen2" if layout == "dense" else "llama"}
+    expected = "deci" if layout == PER_LAYER else own.get(family, family)
+    assert summary.architecture == expected
+    assert_same_next_tokens(folder, tmp_path / "m.gguf")
+
+
+def ragged(spec: ModelSpec) -> ModelSpec:
+    """The same model with a unit less of each kind in its second layer."""
+    groups = [replace(g, count=g.count - g.layer) for g in spec.table.groups]
+    return replace(spec, table=UnitTable(tuple(groups)))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_which_families_are_a_deci_where_layers_differ(tmp_path: Path, family: str) -> None:
+    spec = ragged(tiny_family(tmp_path / "m", family, **FULL, **FAMILIES[family]).spec)
+    if family == "qwen3":
+        with pytest.raises(UnsupportedModelError, match="does not compute this one; prune with"):
+            describe_shape(spec)
+        return
+    shape = describe_shape(spec)
+    assert (shape.architecture, shape.heads, shape.kv_heads) == ("deci", (6, 4), (3, 2))
+    assert shape.interleaved
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("mistral", "sliding_window is 5; llama.cpp computes full attention"),
+        ("qwen2", "sliding_window is 5; llama.cpp computes full attention"),
+        ("qwen3-biases", r"k_proj\.bias, and llama.cpp's architecture 'qwen3' has no such bias"),
+        ("gemma2", "model_type 'gemma2' is not exported to GGUF; exported are: llama, mistral"),
+    ],
+)
+def test_families_that_are_refused(
+    tmp_path: Path, stories260k: Path, family: str, text: str
+) -> None:
+    tiny_family(tmp_path / "dense", family, **FULL)
+    write_companions(stories260k, tmp_path / "dense")
+    refused(tmp_path / "dense", tmp_path, text)
 
 
 # -- without llama.cpp --------------------------------------------------------------------------

@@ -29,6 +29,19 @@ def logits_of(model: Any, tokens_NS: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def greedy(model: Any, tokens_NS: torch.Tensor) -> torch.Tensor:
+    """The prompt and 8 tokens, with a dynamic cache."""
+    made: torch.Tensor = model.generate(
+        tokens_NS,
+        attention_mask=torch.ones_like(tokens_NS),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return made
+
+
 def streamed_logits(tiny: Tiny, tokens_NS: torch.Tensor, **source: Any) -> torch.Tensor:
     """Logits of the streamed model in native precision, heads in chunks of 20 rows."""
     engine = tiny.engine(micro_batch=2, head_rows=20)
@@ -93,7 +106,7 @@ class FamilyContract:
 
     name: str
     attention: tuple[str, ...] = LAYOUTS
-    layouts: tuple[str, ...] = (UNIFORM, PADDED)
+    layouts: tuple[str, ...] = LAYOUTS
 
     @pytest.fixture(scope="class")
     def tiny(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
@@ -166,6 +179,37 @@ class FamilyContract:
         config = json.loads((out / "config.json").read_text())
         assert config["model_type"] == tiny.checkpoint.config["model_type"]
 
+    def test_a_dropped_layer_is_one_that_the_model_skips(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
+    ) -> None:
+        """Sliding windows, rotary embeddings and the like stay with the layers that had them."""
+        mask = KeepMask(tiny.spec.table).without_layers([0])
+        model = tiny.hugging_face()
+        layer = model.get_submodule(tiny.spec.prefix(0).rstrip("."))
+        tupled = tiny.spec.family.returns_tuple
+        layer.forward = lambda hidden, *_, **__: (hidden, None) if tupled else hidden
+        expected = logits_of(model, tokens_NS)
+        (tmp_path / "out").mkdir()
+        rules = layout_rules(tiny.spec, UNIFORM, tile=1)
+        shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert relative(logits_of(found, tokens_NS), expected) < 1e-5
+
+    def test_layers_of_different_widths_generate(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
+    ) -> None:
+        """Greedy tokens with a cache are the masked parent's, and those after a round trip."""
+        mask = legal_mask(tiny, PER_LAYER)
+        rules = layout_rules(tiny.spec, PER_LAYER, tile=1)
+        (tmp_path / "out").mkdir()
+        shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
+        expected = greedy(masked_parent(tiny, mask, {}), tokens_NS)
+        model = load_pruned(tmp_path / "out")
+        assert torch.equal(greedy(model, tokens_NS), expected)
+        model.save_pretrained(tmp_path / "again")
+        again = load_pruned(tmp_path / "again")
+        assert torch.equal(logits_of(again, tokens_NS), logits_of(model, tokens_NS))
+
     @pytest.mark.parametrize("refit", ["outputs", "all"])
     def test_recovery_of_a_whole_model_changes_nothing(
         self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path, refit: str
@@ -179,7 +223,7 @@ class FamilyContract:
         assert relative(found, streamed_logits(tiny, tokens_NS)) < 1e-3
 
     def test_recovery_brings_a_pruned_model_nearer(self, tiny: Tiny, tmp_path: Path) -> None:
-        mask = self._ffn_mask(tiny)
+        mask = self._sparse_mask(tiny)
         tokens_NS = random_windows(24, WINDOW, seed=9, vocabulary=tiny.spec.vocabulary)
         dense = streamed_logits(tiny, tokens_NS)
         found = {
@@ -209,12 +253,27 @@ class FamilyContract:
         found = streamed_logits(tiny, tokens_NS, mask=mask, refit=refit)
         return float((found - dense).square().mean())
 
-    def _ffn_mask(self, tiny: Tiny) -> KeepMask:
+    def _sparse_mask(self, tiny: Tiny) -> KeepMask:
+        """Some channels of every layer, and a unit of attention in layer 1 where it can be cut."""
         mask = KeepMask(tiny.spec.table)
         for group in tiny.spec.table.groups:
             if group.kind == FFN:
                 mask.of(group)[:: 3 + group.layer] = False
+            elif group.layer == 1 and group.removable:
+                mask.of(group)[1] = False
         return mask
+
+    def test_the_working_store_computes_what_the_masked_parent_does(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
+    ) -> None:
+        mask = self._sparse_mask(tiny)
+        store = build_store(tmp_path, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
+        engine = tiny.engine(micro_batch=2)
+        with engine.stream(store) as stream, torch.inference_mode():
+            hidden = engine.sweep.run(stream, tokens_NS)
+            found = engine.head.logits(hidden.read(slice(0, len(tokens_NS))))
+        store.close()
+        assert relative(found, streamed_logits(tiny, tokens_NS, mask=mask)) < 1e-5
 
     def _recover(
         self, tiny: Tiny, mask: KeepMask, folder: Path, *, inputs: bool = False, refine: int = 0

@@ -6,7 +6,6 @@ from tiny_models import FAMILY_CONFIGS
 
 from families.contract import FamilyContract
 from frugal_bonsai.model.families import FAMILIES
-from frugal_bonsai.model.layout import LAYOUTS
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -15,7 +14,6 @@ def test_every_family_has_a_tiny_model() -> None:
 
 class TestLlama(FamilyContract):
     name = "llama"
-    layouts = LAYOUTS
 
 
 class TestMistral(FamilyContract):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from tiny_models import tiny_family
 
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -145,3 +148,12 @@ def test_what_two_digits_of_int8_add() -> None:
     found = cost.int8_cost(SMALL, 20)
     assert found.products == 2 * (32 + 16 + 48 + 24) * 20
     assert found.traffic == 20 * (inputs * 66 + outputs * 36)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "falcon-groups"])
+def test_fused_projections_are_counted_once(name: str, tmp_path: Path) -> None:
+    spec = tiny_family(tmp_path / "m", name).spec
+    weights = [shape for shape in spec.layer_tensors[0].values() if len(shape) == 2]
+    widths = layer_widths(spec)
+    assert widths.projections == sum(rows * columns for rows, columns in weights)
+    assert widths.key == spec.kv_heads * spec.head_dim

@@ -13,8 +13,10 @@ def make_summary(layers: int = 3, **changes: Any) -> dict[str, Any]:
         "out": "/home/someone/out dir/small",
         "family": "llama",
         "layout": "uniform",
+        "written_as": "llama",
         "tile": 8,
         "method": "default",
+        "latency": None,
         "settings": {"sparsity": 0.5, "level": "group", "recovery": True, "seed": 17},
         "calibration": {
             "source": "wikitext2 (Salesforce/wikitext, wikitext-2-raw-v1, train)",

@@ -64,7 +64,7 @@ def test_masked_parent_equals_rewritten_model(
     assert relative_difference(logits_of(model, tokens()), expected) <= LIMIT
     assert relative_difference(dense, expected) > 0.01  # the mask does something
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    bundled = (tmp_path / "out" / "modeling_pruned_llama.py").exists()
+    bundled = (tmp_path / "out" / "modeling_pruned.py").exists()
     assert bundled == (layout == PER_LAYER)
 
 
@@ -126,7 +126,7 @@ def test_save_pretrained_round_trip(tmp_path: Path, layout: str) -> None:
     for key in ("per_layer_config", "auto_map", "architectures", "num_attention_heads"):
         assert first.get(key) == second.get(key), key
     if layout == PER_LAYER:
-        file = "modeling_pruned_llama.py"
+        file = "modeling_pruned.py"
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 

@@ -20,10 +20,11 @@ from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttri
 
 from frugal_bonsai import load_pruned, load_tokenizer
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
+from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.layouts import WRITE_CONFIG, padded, per_layer, uniform
-from frugal_bonsai.rewrite.layouts.bundled import BUNDLED, find_bundled
+from frugal_bonsai.rewrite.layouts.bundled import find_bundled, read_bundled
 from rewrite.models import MHA, keep_counts, open_parent, save_llama, tiny_parent
 
 
@@ -75,8 +76,8 @@ def test_per_layer_lists_what_differs_from_the_widest(tmp_path: Path) -> None:
     expected = parent.checkpoint.config | {
         "architectures": ["PrunedLlamaForCausalLM"],
         "auto_map": {
-            "AutoConfig": "modeling_pruned_llama.PrunedLlamaConfig",
-            "AutoModelForCausalLM": "modeling_pruned_llama.PrunedLlamaForCausalLM",
+            "AutoConfig": "modeling_pruned.PrunedLlamaConfig",
+            "AutoModelForCausalLM": "modeling_pruned.PrunedLlamaForCausalLM",
         },
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -88,7 +89,7 @@ def test_per_layer_lists_what_differs_from_the_widest(tmp_path: Path) -> None:
         },
     }
     assert read_config(tmp_path) == expected
-    assert (tmp_path / "modeling_pruned_llama.py").read_bytes() == BUNDLED["llama"].read()
+    assert (tmp_path / "modeling_pruned.py").read_bytes() == read_bundled()
 
 
 def test_foreign_custom_code_is_not_named_any_more(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_equal_widths_at_a_forbidden_head_count_need_the_bundled_file(tmp_path: 
         parent.shrink(keep_counts(parent.spec, FIVE), tmp_path / "out", PER_LAYER)
     config = read_config(tmp_path / "out")
     assert "per_layer_config" not in config
-    assert config["auto_map"] == BUNDLED["llama"].auto_map
+    assert config["auto_map"] == find_bundled("llama").auto_map
     assert load_pruned(tmp_path / "out").model.layers[2].self_attn.q_proj.weight.shape == (50, 48)
     save_tokenizer(tmp_path / "out")
     assert load_tokenizer(tmp_path / "out")("ab").input_ids == [1, 2]
@@ -226,7 +227,7 @@ def test_config_says_nothing_that_reads_global_widths(tmp_path: Path) -> None:
 
 
 def test_bundled_config_checks_each_layer() -> None:
-    from frugal_bonsai.rewrite.layouts.modeling_pruned_llama import PrunedLlamaConfig
+    from frugal_bonsai.rewrite.layouts.modeling_pruned import PrunedLlamaConfig
 
     with pytest.raises(Exception, match=r"layer 1: num_attention_heads \(6\) is not a multiple"):
         PrunedLlamaConfig(
@@ -237,20 +238,33 @@ def test_bundled_config_checks_each_layer() -> None:
         )
 
 
-def test_architecture_without_a_bundled_file() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"model_type 'opt'.*there is one for: llama"):
-        find_bundled("opt")
+def test_architecture_that_transformers_does_not_have() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"it has none for model_type 't5'"):
+        find_bundled("t5")
 
 
-@pytest.mark.parametrize("bundled", BUNDLED.values(), ids=list(BUNDLED))
-def test_bundled_files_stand_alone(bundled: Any) -> None:
-    """They run on machines that have transformers and not this package."""
-    tree = ast.parse(bundled.read())
+def test_bundled_file_stands_alone() -> None:
+    """It runs on machines that have transformers and not this package."""
+    tree = ast.parse(read_bundled())
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert imported - sys.stdlib_module_names <= {"transformers", "torch", "huggingface_hub"}
-    names = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-    assert {bundled.config_class, bundled.model_class} <= names
+
+
+def test_bundled_file_has_a_class_for_every_family_and_no_other_names() -> None:
+    from frugal_bonsai.rewrite.layouts import modeling_pruned
+
+    for model_type in FAMILIES:
+        bundled = find_bundled(model_type)
+        model = getattr(modeling_pruned, bundled.model_class)
+        assert model is getattr(modeling_pruned, bundled.model_class)
+        assert model.config_class is getattr(modeling_pruned, bundled.config_class)
+        assert (model.__name__, model.__module__) == (
+            bundled.model_class,
+            modeling_pruned.__name__,
+        )
+    for name in ("PrunedNothing", "LlamaConfig", "Prunedtorch_dtype"):
+        assert not hasattr(modeling_pruned, name)

@@ -15,6 +15,7 @@ from frugal_bonsai.errors import CheckpointError, OptionError, OutputError
 from frugal_bonsai.model.cut import cut_tensor
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitSlice, UnitTable
+from frugal_bonsai.rewrite import cut_stream
 from frugal_bonsai.rewrite import shrink as shrink_module
 from frugal_bonsai.rewrite.shrink import shrink
 from rewrite.models import (
@@ -91,7 +92,7 @@ def test_summary(tmp_path: Path) -> None:
     assert summary.bytes_after == 4 * summary.parameters_after
     assert summary.sparsity == pytest.approx(removed / (3 * per_layer))
     assert summary.kept == {"attention": (1, 3, 2), "ffn": (5, 20, 9)}
-    assert summary.files == ("config.json", WEIGHTS, "modeling_pruned_llama.py")
+    assert summary.files == ("config.json", WEIGHTS, "modeling_pruned.py")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -105,6 +106,25 @@ def test_sharded_output_loads_equal(tmp_path: Path, layout: str) -> None:
     assert "model.safetensors.index.json" in summary.files
     whole, parts = load_pruned(tmp_path / "whole"), load_pruned(tmp_path / "parts")
     assert torch.equal(logits_of(whole, tokens()), logits_of(parts, tokens()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "streamed"])
+def test_files_do_not_depend_on_the_size_of_a_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, copied: bool
+) -> None:
+    """Nor on whether whole tensors are copied inside the system."""
+    with tiny_parent(tmp_path / "dense", tie_word_embeddings=True) as parent:
+        # The last units go, so that whole pieces at the end of a tensor are empty.
+        mask = keep_counts(parent.spec, {"attention": [1, 1, 1], "ffn": [6, 6, 6]})
+        parent.shrink(mask, tmp_path / "whole", layout)
+        for piece_bytes in (1, 200, 1000):
+            monkeypatch.setattr(cut_stream, "PIECE_BYTES", piece_bytes)
+            if not copied:
+                monkeypatch.setattr("frugal_bonsai.checkpoint.files._COPY", None)
+            out = tmp_path / str(piece_bytes)
+            parent.shrink(mask, out, layout)
+            assert (out / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
 def test_refits_are_asked_for_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

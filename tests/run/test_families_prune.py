@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 from commands import python, succeed
-from tiny_models import tiny_family
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import PRUNED as KINDS
+from tiny_models import save_byte_tokenizer, tiny_family
 
 LOAD = """
 import json, sys, torch
@@ -55,29 +54,6 @@ def test_a_real_gpt2(gpt1m_bytes: Path, shared: Path, tmp_path: Path) -> None:
     pruned, dense = (summary[when]["eval_perplexity"] for when in ("after", "before"))
     assert abs(2.718281828459045 ** found["nll"] / pruned - 1) < 1e-3
     assert dense < pruned < 1.35 * dense
-
-
-# Norms behind the projection and soft-capping; parallel residuals; multipliers; a fused gate; an
-# FFN without a module; interleaved groups and a tuple; norms over all heads; positions of its own.
-KINDS = (
-    "gemma2",
-    "pythia",
-    "granite",
-    "phi3",
-    "opt",
-    "falcon-groups",
-    "olmo2",
-    "gpt-neo",
-)
-
-
-def save_byte_tokenizer(folder: Path) -> None:
-    """Every byte is a token."""
-    alphabet = {piece: at for at, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

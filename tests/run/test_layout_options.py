@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import python, succeed
+import torch
+from commands import fail, python, succeed
+
+from frugal_bonsai import load_pruned, load_tokenizer
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.model.family import describe_model
+from frugal_bonsai.model.units import ATTENTION, KeepMask
+from frugal_bonsai.rewrite.mask_file import write_mask
 
 QUICK = ("--windows", "6", "--window", "64", "--masks", "2", "--mask-windows", "2")
 
@@ -44,3 +51,70 @@ def test_padded_is_what_per_layer_is_and_loads_everywhere(tmp_path: Path) -> Non
     card = (tmp_path / "padded" / "README.md").read_text(encoding="utf-8")
     assert f"{1 - stored:.1%} are really gone" in card and "no custom code" in card
     assert "AutoModelForCausalLM" in padded["load"]
+
+
+CALIBRATION = ("--calibration", "stdlib", "--windows", "4", "--window", "64")
+
+
+def test_as_mistral_lets_a_llama_keep_any_number_of_heads(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    """Eight heads in four groups; three groups are six heads, of which 64 is no multiple."""
+    words = ("prune", stories260k, "--sparsity", "0.25", "--level", "none", "--allocation", "equal")
+    words += ("--step", "0.25", "--tile", "1", "--max-cpu-mem", "2GB", *CALIBRATION)
+    summary = succeed(*words, "--as-mistral", "--out", tmp_path / "out")
+    assert summary["kept"]["attention"] == [3] * 5
+    assert (summary["family"], summary["written_as"]) == ("llama", "mistral")
+    assert summary["verify"]["max_relative_difference"] <= 1e-4
+    found = json.loads(python(PLAIN, tmp_path / "out").splitlines()[-1])
+    assert (found["type"], found["made"]) == ("mistral", 8)
+    assert found["parameters"] == summary["after"]["parameters"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "Written as model_type 'mistral'" in card
+    # Without it the same search keeps two or four.
+    plain = succeed(*words, "--out", tmp_path / "plain")
+    assert plain["written_as"] == "llama" and set(plain["kept"]["attention"]) <= {2, 4}
+    # The mask can be applied elsewhere, and only with the same permission.
+    mask = ("--mask", tmp_path / "out" / "pruning_mask.json")
+    text = fail("shrink", stories260k, *mask, "--out", tmp_path / "again")
+    assert "keeps 3 of 4 attention units" in text
+    result = succeed("shrink", stories260k, *mask, "--as-mistral", "--out", tmp_path / "again")
+    assert result["written_as"] == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--layout", "per-layer"), "--as-mistral: is for --layout uniform and padded"),
+        (("--method", "fluctuation"), "--as-mistral: a Mistral has no biases"),
+    ],
+)
+def test_as_mistral_where_it_cannot_be(
+    tmp_path: Path, words: tuple[str, ...], expected: str
+) -> None:
+    text = fail("prune", "example", "--as-mistral", *words, "--out", tmp_path / "out", *QUICK)
+    assert expected in text and list(tmp_path.iterdir()) == []
+
+
+def test_per_layer_at_a_head_count_that_llamas_config_forbids(
+    tmp_path: Path, stories260k: Path
+) -> None:
+    """Three groups everywhere are six heads, of which 64 is no multiple; it is streamed too."""
+    with Checkpoint.open(stories260k) as checkpoint:
+        spec = describe_model(checkpoint.config, checkpoint.shapes)
+    mask = KeepMask(spec.table)
+    for group in spec.table.groups:
+        mask.of(group)[3 if group.kind == ATTENTION else 50 + group.layer :] = False
+    write_mask(tmp_path / "mask.json", "stories260K", spec, mask)
+    words = ("--mask", tmp_path / "mask.json", "--layout", "per-layer", "--out", tmp_path / "out")
+    result = succeed("shrink", stories260k, *words)
+    assert result["load"].startswith("frugal_bonsai.load_pruned")
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl. " * 40, encoding="utf-8")
+    measured = succeed("eval", tmp_path / "out", "--text", text, "--window", "64")
+    model = load_pruned(tmp_path / "out", dtype=torch.float32)
+    ids = load_tokenizer(tmp_path / "out")(text.read_text(), add_special_tokens=False).input_ids
+    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    with torch.no_grad():
+        loss = float(model(windows, labels=windows).loss)
+    assert measured["nll"] == pytest.approx(loss, rel=1e-4)

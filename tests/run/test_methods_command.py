@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from run.commands import fail, python, succeed
 
+PROFILES = Path(__file__).parents[2] / "profiles"
 WORDS = ("--windows", "8", "--window", "64", "--max-cpu-mem", "2GB")
 # Perplexity of the held-out windows, by transformers alone.
 EVALUATE = """
@@ -65,11 +66,34 @@ def test_published_methods_write_what_plain_transformers_loads(
         assert notes == []
 
 
+def test_latency_is_what_the_profile_says_and_the_card_states_it(tmp_path: Path) -> None:
+    """On a machine where attention takes for ever, attention goes."""
+    kept = []
+    for name, flops in (("slow", "1e+5"), ("fast", "1e+15")):
+        profile = tmp_path / f"{name}.toml"
+        lines = (PROFILES / "laptop-cpu-16gb.toml").read_text().splitlines()
+        key = "attention_flops_per_second"
+        changed = [f"{key} = {flops}" if line.startswith(key) else line for line in lines]
+        profile.write_text("\n".join(changed))
+        words = ("--objective", "latency", "--profile", profile, "--generated-tokens", "7")
+        words += ("--sparsity", "0.3", "--level", "none", "--layout", "per-layer")
+        words += ("--step", "0.3", "--no-recovery")
+        summary = succeed("prune", "example", "--out", tmp_path / name, *words, *WORDS)
+        latency = summary["latency"]
+        assert (latency["prompt_tokens"], latency["generated_tokens"]) == (512, 7)
+        assert latency["speed_up"] > 1.05
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert f"| predicted speed-up | {latency['speed_up']:.2f} times" in card
+        kept.append(sum(summary["kept"]["attention"]))
+    assert kept[0] < kept[1]
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (("--method", "depth", "--sparsity", "0.01"), "cannot be had from whole layers"),
         (("--method", "depth", "--recovery"), "take it with --no-recovery"),
+        (("--objective", "latency"), "add --profile FILE"),
         (("--bias",), "take it with --level none --no-recovery"),
         (("--allocation", "layers", "--level", "none"), "take --method depth"),
         (("--method", "best"), "best"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from tiny_models import (
 )
 
 from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.stream.forward import Sweep
+from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import Parameters
 from frugal_bonsai.stream.source import Record
 from frugal_bonsai.stream.store import INT8, NATIVE, build_store
@@ -236,3 +239,22 @@ def test_progress_names_the_sweep_and_every_layer(tmp_path: Path) -> None:
         engine.losses(stream, random_windows(6, 10), "held-out")
     layers = ["layer 0", "layer 1", "layer 2"]
     assert heard == [("held-out", 3, 40), *layers, ("held-out", 3, 20), *layers]
+
+
+def test_a_wave_is_let_go_before_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan counts one wave's hidden states."""
+    engine = tiny_llama(tmp_path / "m").engine(windows_in_flight=2)
+    run, seen = Sweep.run, list[weakref.ref[HiddenStates]]()
+
+    def watched(self: Sweep, *args: Any, **kwargs: Any) -> HiddenStates:
+        assert [ref() for ref in seen] == [None] * len(seen)
+        hidden = run(self, *args, **kwargs)
+        seen.append(weakref.ref(hidden))
+        return hidden
+
+    monkeypatch.setattr(Sweep, "run", watched)
+    with engine.native() as stream:
+        engine.losses(stream, random_windows(6, 9), "test")
+    assert len(seen) == 3

@@ -120,7 +120,7 @@ def test_output_layouts_keys_do_not_reach_transformers(tmp_path: Path) -> None:
     tiny = tiny_llama(tmp_path / "m")
     config = {
         **tiny.checkpoint.config,
-        "auto_map": {"AutoModelForCausalLM": "modeling_pruned_llama.Missing"},
+        "auto_map": {"AutoModelForCausalLM": "modeling_pruned.Missing"},
         "architectures": ["Missing"],
     }
     spec = describe_model(config, tiny.checkpoint.shapes)

@@ -30,6 +30,7 @@ PHI3 = replace(
         Condition(key="rope_scaling.rope_type", value="longrope", reason=_FACTORS),
         Condition(key="rope_parameters.rope_type", value="longrope", reason=_FACTORS),
     ),
+    sized_by={"config.num_attention_heads": "query", "num_key_value_heads": "kv"},
     peaks=(Peak(hidden=2, ffn=4), Peak(hidden=1, attention=4, key=3)),
     masks=1,
 )

@@ -1,69 +1,65 @@
-"""The model files that the ``per-layer`` layout puts beside the weights, one per architecture.
+"""The model file that the ``per-layer`` layout puts beside the weights, and its classes' names.
 
-In: a ``model_type``. Out: names of classes and the file's bytes. A bundled file is a module of this
-folder too, so that ``load_pruned`` needs no remote code; it imports nothing of this package. This
-table imports none of them: they need torch and transformers.
+In: a ``model_type``. Out: names of classes and the file's bytes. The bundled file is a module of
+this folder too, so that ``load_pruned`` needs no remote code; it imports nothing of this package.
+This one does not import it: it needs torch and transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from types import MappingProxyType
 
 from frugal_bonsai.errors import UnsupportedModelError
+
+MODULE = "modeling_pruned"
+FILE = f"{MODULE}.py"
+_PREFIX = "Pruned"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BundledModel:
-    """One bundled file and the classes in it."""
+    """The classes of one architecture."""
 
-    module: str  # name of the file without .py
-    config_class: str
-    model_class: str
-    plain_class: str  # transformers' own class for the same architecture
+    plain_config: str  # transformers' own classes
+    plain_class: str
 
     @property
-    def file(self) -> str:
-        """Name of the file."""
-        return f"{self.module}.py"
+    def config_class(self) -> str:
+        """The config whose layers may differ."""
+        return _PREFIX + self.plain_config
+
+    @property
+    def model_class(self) -> str:
+        """The model whose layers may differ."""
+        return _PREFIX + self.plain_class
 
     @property
     def auto_map(self) -> dict[str, str]:
         """Which class stands for which of transformers' Auto classes."""
         return {
-            "AutoConfig": f"{self.module}.{self.config_class}",
-            "AutoModelForCausalLM": f"{self.module}.{self.model_class}",
+            "AutoConfig": f"{MODULE}.{self.config_class}",
+            "AutoModelForCausalLM": f"{MODULE}.{self.model_class}",
         }
 
-    def read(self) -> bytes:
-        """The file's content."""
-        return files(__package__).joinpath(self.file).read_bytes()
 
-
-BUNDLED: Mapping[str, BundledModel] = MappingProxyType(
-    {
-        "llama": BundledModel(
-            module="modeling_pruned_llama",
-            config_class="PrunedLlamaConfig",
-            model_class="PrunedLlamaForCausalLM",
-            plain_class="LlamaForCausalLM",
-        )
-    }
-)
+def read_bundled() -> bytes:
+    """The bundled file's content."""
+    return files(__package__).joinpath(FILE).read_bytes()
 
 
 def find_bundled(model_type: object, *, source: str = "config.json") -> BundledModel:
-    """The bundled model of an architecture.
+    """The bundled classes of an architecture.
 
     Raises:
-        UnsupportedModelError: there is none; the text lists those that exist.
+        UnsupportedModelError: transformers has no causal language model of this type.
     """
-    if not isinstance(model_type, str) or model_type not in BUNDLED:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIGS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODELS
+
+    if model_type not in CONFIGS or model_type not in MODELS:
         raise UnsupportedModelError(
-            f"{source}: there is no bundled model file for model_type {model_type!r} with layers "
-            f"of different widths; there is one for: {', '.join(sorted(BUNDLED))}. "
-            "The uniform layout needs none"
+            f"{source}: layers of different widths need a causal language model of transformers, "
+            f"and it has none for model_type {model_type!r}. The uniform layout needs none"
         )
-    return BUNDLED[model_type]
+    return BundledModel(plain_config=CONFIGS[model_type], plain_class=MODELS[model_type])

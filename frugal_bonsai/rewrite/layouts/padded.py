@@ -15,9 +15,9 @@ from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.checkpoint.writer import write_json
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.layout import PADDED, LayoutRules, heads_fit
+from frugal_bonsai.model.layout import PADDED, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, KeepMask
-from frugal_bonsai.rewrite.layouts.widths import count_widths, plain_config, require_units
+from frugal_bonsai.rewrite.layouts.widths import count_widths, equal_layers_config, require_units
 
 
 def padded_counts(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> dict[str, int] | None:
@@ -33,12 +33,12 @@ def padded_counts(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> dict[s
     widest = {kind: max(counts) for kind, counts in mask.counts().items()}
     per_group, kept = spec.query_heads_per_group, widest[ATTENTION]
     for count in range(kept, max(kept, spec.hidden // per_group) + 1):
-        if heads_fit(spec, count * per_group):
+        if rules.heads_fit(spec, count * per_group):
             return widest | {ATTENTION: count}
     raise OptionError(
         f"padded layout: a layer keeps {kept * per_group} query heads, and "
         f"{spec.family.model_type} accepts no number from there on ({spec.family.hidden_key} "
-        f"{spec.hidden} must be a multiple of it); take --layout per-layer"
+        f"{spec.hidden} must be a multiple of it); take --layout per-layer, or --as-mistral"
     )
 
 
@@ -52,4 +52,4 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     require_units(spec, mask)
     counts = padded_counts(spec, mask, rules)
     assert counts is not None
-    write_json(folder / CONFIG_FILE, plain_config(spec) | count_widths(spec, counts))
+    write_json(folder / CONFIG_FILE, equal_layers_config(spec, count_widths(spec, counts)))

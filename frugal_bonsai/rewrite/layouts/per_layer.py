@@ -15,7 +15,7 @@ from frugal_bonsai.checkpoint.writer import write_bytes, write_json
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules, heads_fit
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.rewrite.layouts.bundled import find_bundled
+from frugal_bonsai.rewrite.layouts.bundled import FILE, find_bundled, read_bundled
 from frugal_bonsai.rewrite.layouts.widths import layer_widths, plain_config
 
 
@@ -28,7 +28,7 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
 
     Raises:
         OptionError: the mask is another model's, or leaves a layer without a unit of some kind.
-        UnsupportedModelError: no bundled model file for this architecture.
+        UnsupportedModelError: transformers has no causal language model of this architecture.
         OutputError: a file cannot be written.
     """
     widths = layer_widths(spec, mask)
@@ -45,5 +45,5 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
         config["auto_map"] = bundled.auto_map
         if overrides:
             config["per_layer_config"] = overrides
-        write_bytes(folder / bundled.file, bundled.read())
+        write_bytes(folder / FILE, read_bundled())
     write_json(folder / CONFIG_FILE, config)

@@ -14,7 +14,7 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules, heads_fit
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.rewrite.layouts.widths import layer_widths, plain_config
+from frugal_bonsai.rewrite.layouts.widths import equal_layers_config, layer_widths
 
 
 def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
@@ -28,15 +28,15 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     widths = layer_widths(spec, mask)[0]
     _require_equal(mask)
     heads = widths[spec.family.heads_key]
-    if not heads_fit(spec, heads):
+    if not rules.heads_fit(spec, heads):
         kept = widths[spec.family.kv_heads_key]
         raise OptionError(
             f"uniform layout: layer 0 keeps {kept} attention units, which is {heads} query heads; "
             f"{spec.family.model_type} demands that {spec.family.hidden_key} ({spec.hidden}) is a "
             f"multiple of {spec.family.heads_key}. Legal numbers of units: {_legal(spec)}; or "
-            "take --layout per-layer"
+            "take --layout per-layer, or --as-mistral"
         )
-    write_json(folder / CONFIG_FILE, plain_config(spec) | widths)
+    write_json(folder / CONFIG_FILE, equal_layers_config(spec, widths))
 
 
 def _require_equal(mask: KeepMask) -> None:

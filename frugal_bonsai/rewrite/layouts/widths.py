@@ -10,8 +10,10 @@ from typing import Any
 
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import heads_fit
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
-from frugal_bonsai.rewrite.layouts.bundled import BUNDLED
+from frugal_bonsai.rewrite.layouts.bundled import find_bundled
+from frugal_bonsai.rewrite.layouts.mistral import as_mistral
 
 
 def layer_widths(spec: ModelSpec, mask: KeepMask) -> list[dict[str, int]]:
@@ -37,6 +39,17 @@ def count_widths(spec: ModelSpec, counts: Mapping[str, int]) -> dict[str, int]:
         family.kv_heads_key: counts[ATTENTION],
         family.ffn_key: counts[FFN],
     }
+
+
+def equal_layers_config(spec: ModelSpec, widths: Mapping[str, int]) -> dict[str, Any]:
+    """The config of a model whose layers are alike; a Mistral's where Llama's refuses the heads.
+
+    Whether it may be one is the layout rules' to say, before.
+    """
+    config = {**plain_config(spec), **widths}
+    if heads_fit(spec, widths[spec.family.heads_key]):
+        return config
+    return as_mistral(spec, config)
 
 
 def require_units(spec: ModelSpec, mask: KeepMask) -> None:
@@ -76,7 +89,7 @@ def plain_config(spec: ModelSpec) -> dict[str, Any]:
         config[spec.family.head_dim_key] = spec.head_dim
     if spec.tied:
         config["tie_word_embeddings"] = True
-    bundled = BUNDLED.get(spec.family.model_type)
-    if bundled and config.get("architectures") == [bundled.model_class]:
+    bundled = find_bundled(spec.family.model_type)
+    if config.get("architectures") == [bundled.model_class]:
         config["architectures"] = [bundled.plain_class]
     return config

@@ -1,0 +1,59 @@
+"""A Llama written as a Mistral: the same function in a config that takes any number of heads.
+
+transformers' MistralModel without a sliding window computes what LlamaModel without biases does;
+their tensors have the same names. MistralConfig does not ask that hidden_size is a multiple of the
+number of heads, LlamaConfig does. In: the source's spec and the new config. Out: the config to be
+written. Holds the config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.plain import plain_values
+
+# Keys of both config classes that shape the function; where the source leaves one out, what
+# LlamaConfig takes is written down, for MistralConfig may take something else.
+_SHARED_KEYS = (
+    "vocab_size",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "attention_dropout",
+)
+
+
+def as_mistral(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
+    """The Mistral that computes what this Llama does.
+
+    Args:
+        spec: the Llama.
+        config: to be written, head_dim explicit.
+
+    Raises:
+        OptionError: the config asks for biases.
+    """
+    from transformers import AutoConfig
+
+    for key in ("attention_bias", "mlp_bias"):
+        if config.pop(key, False):
+            raise OptionError(f"--as-mistral: {key} is true, and a Mistral has no biases")
+    config.pop("pretraining_tp", None)
+    llama = AutoConfig.for_model(**plain_values(spec))
+    defaults = {key: getattr(llama, key) for key in _SHARED_KEYS}
+    if not {"rope_theta", "rope_parameters"} & config.keys():
+        defaults["rope_parameters"] = llama.rope_parameters
+    return {
+        **defaults,
+        **config,
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+    }
