@@ -259,8 +259,9 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 @click.option("--evaluations", type=int, help="Held-out measurements on the way.  [default: 10]")
 @click.option(
     "--weights",
-    type=click.Choice(["int8", "native"]),
-    help="How frozen weights are held.  [default: native if it fits]",
+    type=click.Choice(["int8", "native", "streamed"]),
+    help="How frozen weights are held; streamed: read anew for each step.  [default: native if it "
+    "fits, else int8, else streamed]",
 )
 @click.option(
     "--window", type=int, help="Tokens of a window.  [default: 2048, at most the model's positions]"

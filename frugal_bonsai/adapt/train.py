@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,13 +170,9 @@ class Trainer:
         self._optimiser.zero_grad(set_to_none=True)
         windows = self._windows_of(state.step)
         scale = 1.0 / (len(windows) * (self._lessons.windows_NS.shape[1] - 1))
-        parts = [
-            windows[at : at + self._micro_batch] for at in range(0, len(windows), self._micro_batch)
-        ]
         sums = Sums()
-        for at in range(0, len(parts), self._together):
-            group = [self._lessons.part(part) for part in parts[at : at + self._together]]
-            sums.add(self._student.gradients(group, self._objective, scale=scale))
+        for parts in self._groups(windows):
+            sums.add(self._student.gradients(parts, self._objective, scale=scale))
         loss = sums.loss(self._objective)
         norm = float(nn.utils.clip_grad_norm_(list(self._parameters.values()), self._settings.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -190,6 +186,13 @@ class Trainer:
         self._optimiser.step()
         state.step += 1
         self._recent.add(sums)
+
+    def _groups(self, windows: list[int]) -> Iterator[list[Part]]:
+        """Micro-batches that pass a layer one after the other."""
+        size = self._micro_batch
+        parts = [windows[at : at + size] for at in range(0, len(windows), size)]
+        for at in range(0, len(parts), self._together):
+            yield [self._lessons.part(part) for part in parts[at : at + self._together]]
 
     def _windows_of(self, step: int) -> list[int]:
         """The windows of a step: pass after pass, each in an order of its own."""
@@ -240,10 +243,9 @@ class Trainer:
     def measure_held_out(self) -> dict[str, Any]:
         """Perplexity, and the divergence from the teacher between its bounds, in nats a token."""
         lessons, total = self._lessons, Sums()
-        for first in range(lessons.trained, len(lessons.windows_NS), self._micro_batch):
-            last = min(first + self._micro_batch, len(lessons.windows_NS))
-            part = lessons.part(list(range(first, last)))
-            total.add(self._student.measure([part], self._objective))
+        windows = list(range(lessons.trained, len(lessons.windows_NS)))
+        for parts in self._groups(windows):
+            total.add(self._student.measure(parts, self._objective))
         nll = total.lm / total.tokens
         asked = lessons.cache is not None
         return {

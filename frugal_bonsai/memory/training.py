@@ -27,7 +27,7 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.sizes import MIB, format_bytes
 
-INT8, NATIVE = "int8", "native"
+INT8, NATIVE, STREAMED = "int8", "native", "streamed"
 RANKS = (64, 32, 16, 8, 4)
 # An adapter's rank is at most this share of the hidden size: beyond it, full training is smaller.
 _RANK_SHARE = 4
@@ -53,7 +53,7 @@ class TrainingWork:
         batch: windows of a step.
         lora: adapters are trained, else the block projections themselves.
         rank: of the adapters; None chooses.
-        weights: ``"int8"`` or ``"native"``; None chooses.
+        weights: ``"int8"``, ``"native"`` or ``"streamed"`` from disk; None chooses.
         top: k; 0 without a teacher.
         hidden_layers: layers whose hidden states the loss compares.
     """
@@ -116,7 +116,7 @@ class _TrainingChoice:
 def plan_training(
     spec: ModelSpec, budget: Budget, work: TrainingWork, *, base_bytes: int
 ) -> TrainingPlan:
-    """Fit a training into the caps: native weights before int8, then rank, then micro-batch.
+    """Fit a training into the caps: native, int8, streamed weights; then rank, then micro-batch.
 
     Args:
         spec: the pruned model's shapes.
@@ -207,7 +207,7 @@ class _Training:
         """How frozen weights may be held, the first one preferred."""
         if not self._work.lora:
             return (NATIVE,)
-        return (NATIVE, INT8) if self._work.weights is None else (self._work.weights,)
+        return (NATIVE, INT8, STREAMED) if self._work.weights is None else (self._work.weights,)
 
     def ranks(self) -> Sequence[int]:
         """Ranks that may be taken, the first one preferred."""
@@ -262,6 +262,9 @@ class _Training:
             return self._item("weights", 4 * matrices + self._compute * small, "4*P*L")
         if choice.weights == INT8:
             size, formula = matrices + 4 * rows, "(P + 4*rows)*L"
+        elif choice.weights == STREAMED:
+            size = self._items.layer_parameters * self._items.source_element_bytes
+            size, formula = size * (1 + self._cuda), "a layer as stored"
         else:
             size, formula = matrices * self._items.source_element_bytes, "P*source*L"
         return self._item("frozen weights", size + self._compute * small, formula)
@@ -290,18 +293,22 @@ class _Training:
 
     def _states(self, choice: _TrainingChoice) -> PlanItem:
         """Layer boundaries, the gradient and the next one."""
-        count = self._spec.layers + 4
-        size = count * choice.micro_batch * self._state_bytes
-        return self._item("layer boundaries", size, "(L+4)*m*S*H*c")
+        count, windows = self._spec.layers + 4, self._together(choice)
+        size = count * windows * self._state_bytes
+        return self._item("layer boundaries", size, f"(L+4)*{windows}*S*H*c")
+
+    def _together(self, choice: _TrainingChoice) -> int:
+        """Windows whose layer boundaries are held together: of streamed layers, a step's."""
+        return self._work.batch if choice.weights == STREAMED else choice.micro_batch
 
     def _targets(self, choice: _TrainingChoice) -> list[PlanItem]:
         """What the teacher says of a micro-batch: as read, and as computed with."""
-        work, tokens = self._work, choice.micro_batch * self._work.window
+        work, tokens = self._work, self._together(choice) * self._work.window
         if not work.top:
             return []
         size = tokens * (work.top * (4 + 8 + 4) + 4)
         size += work.hidden_layers * tokens * self._spec.hidden * 6
-        formula = "m*S*(16*k + 4 + 6*H*layers)"
+        formula = "m*S*(16*k + 4 + 6*H*layers), of streamed layers a step's"
         return [PlanItem(name="teacher's answers", where=HOST, size_bytes=size, formula=formula)]
 
     def _activations(self, choice: _TrainingChoice) -> PlanItem:

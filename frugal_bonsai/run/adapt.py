@@ -21,7 +21,7 @@ from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
-from frugal_bonsai.memory.training import TrainingPlan, TrainingWork, plan_training
+from frugal_bonsai.memory.training import INT8, STREAMED, TrainingPlan, TrainingWork, plan_training
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.adapt_output import Measured, measure, write_adapted
 from frugal_bonsai.run.lessons import (
@@ -130,7 +130,7 @@ def adapt_pruned(
             held_out_NS=held_out_NS,
             verify_NS=held_out_NS[:_VERIFY_WINDOWS],
             expected_NSV=expected,
-            native=plans[1].weights == "native",
+            native=plans[1].weights != INT8,
         )
         summary = {
             "version": package_version(),
@@ -302,6 +302,7 @@ def _train(
 
     from frugal_bonsai.adapt.adapters import LORA, Adapters, Projections
     from frugal_bonsai.adapt.state import TrainingFolder
+    from frugal_bonsai.adapt.streamed import StreamedStudent
     from frugal_bonsai.adapt.student import Student
     from frugal_bonsai.adapt.teacher import hash_weights
     from frugal_bonsai.adapt.train import Trainer
@@ -312,7 +313,8 @@ def _train(
     settings = job.settings.for_width(spec.hidden)
     if job.asked is not None:
         temperature = job.asked.temperature
-    student = Student(
+    streamed = plan.weights == STREAMED
+    student = (StreamedStudent if streamed else Student)(
         job.pruned.checkpoint,
         spec,
         device=job.device,
@@ -324,7 +326,10 @@ def _train(
     if settings.method == LORA:
         alpha = 2.0 * plan.rank if settings.alpha is None else settings.alpha
         settings, scaling = replace(settings, rank=plan.rank, alpha=alpha), alpha / plan.rank
-        student.load_frozen(int8=plan.weights == "int8")
+        if isinstance(student, StreamedStudent):
+            student.place_frozen()
+        else:
+            student.load_frozen(int8=plan.weights == INT8)
         trained = Adapters(student, rank=plan.rank, alpha=alpha, seed=settings.seed)
     else:
         student.load_trained()
@@ -348,6 +353,7 @@ def _train(
         settings,
         settings.objective(temperature),
         micro_batch=plan.micro_batch,
+        together=settings.batch // plan.micro_batch if streamed else 1,
         folder=folder,
         progress=job.progress,
     )

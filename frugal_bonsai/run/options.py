@@ -64,7 +64,8 @@ class AdaptOptions:
         teacher: the dense model: folder, hub id or ``example``; None for ``loss="lm"`` on texts.
         data: text sources to train on; ``self`` is sampled from the teacher.
         settings: fields of ``AdaptSettings`` that the user names; None is the default.
-        weights: how frozen weights are held, ``"int8"`` or ``"native"``; None lets the plan choose.
+        weights: how frozen weights are held: ``"int8"``, ``"native"`` or, read anew for each step,
+            ``"streamed"``; None lets the plan choose.
         top: followers of each token that the teacher's cache keeps.
         temperature: that the teacher's logits are divided by.
         hidden_layers: layers whose hidden states ``kl+hidden`` compares; None is every fourth and
@@ -100,5 +101,5 @@ class AdaptOptions:
             raise OptionError("--data: name at least one text source, or self")
         if self.windows is not None and self.windows < 2:
             raise OptionError(f"--windows: {self.windows} is not at least 2 (one is held out)")
-        if self.weights not in (None, "int8", "native"):
-            raise OptionError(f"--weights: {self.weights!r} is not one of int8, native")
+        if self.weights not in (None, "int8", "native", "streamed"):
+            raise OptionError(f"--weights: {self.weights!r} is not one of int8, native, streamed")

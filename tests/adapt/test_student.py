@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BIASES, CPU, MHA, TIED, Tiny, random_windows, relative, tiny_llama
+from tiny_models import (
+    BIASES,
+    CPU,
+    FAMILY_CONFIGS,
+    MHA,
+    TIED,
+    Tiny,
+    random_windows,
+    relative,
+    tiny_family,
+    tiny_llama,
+)
 
 from frugal_bonsai.adapt.adapters import Adapters, Projections
 from frugal_bonsai.adapt.merge import merged_weights
@@ -18,6 +29,7 @@ from frugal_bonsai.adapt.objective import (
     divergence_bounds,
 )
 from frugal_bonsai.adapt.state import BEST_FILE, TrainingFolder
+from frugal_bonsai.adapt.streamed import StreamedStudent
 from frugal_bonsai.adapt.student import Part, Student
 from frugal_bonsai.adapt.teacher import Targets
 
@@ -75,6 +87,24 @@ def test_logits_are_those_of_the_merged_model(changes: dict[str, Any], tmp_path:
     assert relative(student.logits(windows), expected) < 1e-5
 
 
+@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
+def test_every_family_is_computed_as_hugging_face_does(name: str, tmp_path: Path) -> None:
+    tiny, windows = tiny_family(tmp_path / "m", name), random_windows(2, 9)
+    student, adapters = lora(tiny)
+    with torch.no_grad():
+        expected = tiny.hugging_face()(windows).logits
+    for name_, value in adapters.parameters().items():
+        if name_.endswith("lora_B.weight"):
+            value.data.zero_()
+    assert relative(student.logits(windows), expected) < 1e-5
+    sums = student.gradients([Part(windows)], Objective(lm=1.0), scale=1.0)
+    following = windows[:, 1:, None]
+    nll = -expected[:, :-1].log_softmax(-1).gather(-1, following).sum()
+    assert sums.lm == pytest.approx(float(nll), rel=1e-4)
+    ups = [v for n, v in adapters.parameters().items() if n.endswith("lora_B.weight")]
+    assert ups and all(float(value.grad.abs().max()) > 0 for value in ups)
+
+
 @pytest.mark.parametrize("window", [9, 64])
 @pytest.mark.parametrize("split", [1, 2, 4])
 def test_gradients_are_those_of_plain_autograd(split: int, window: int, tmp_path: Path) -> None:
@@ -120,6 +150,53 @@ def _slice(targets: Targets, here: slice) -> Targets:
         targets.rest_BS[here],
         {layer: states[here] for layer, states in targets.hidden.items()},
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_streamed_gradients_are_the_resident_ones(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """One layer's weights at a time, a step's micro-batches through each."""
+    tiny, windows = tiny_family(tmp_path / "m", name, dtype=dtype), random_windows(4, 9)
+    objective = Objective(lm=0.7, kl=1.3, hidden=0.4)
+    targets = random_targets(4, 9, layers=(0, 1))
+    parts = [Part(windows[at : at + 1], _slice(targets, slice(at, at + 1))) for at in range(4)]
+    resident, expected = lora(tiny)
+    for part in parts:
+        resident.gradients([part], objective, scale=1 / 32)
+
+    class Watched(StreamedStudent):
+        """Counts the layers whose weights are there."""
+
+        most, visits = 0, 0
+
+        def _call(self, layer: int, hidden_BSH: torch.Tensor) -> torch.Tensor:
+            there = [
+                at
+                for at in range(self.spec.layers)
+                if any(self._module(at, path).weight.numel() for path in self.projections)
+            ]
+            assert there == [layer]
+            self.visits += 1
+            return super()._call(layer, hidden_BSH)
+
+    streamed = Watched(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.float32, head_tokens=5)
+    streamed.place_frozen()
+    adapters = Adapters(streamed, rank=3, alpha=6.0, seed=7)
+    found = adapters.parameters()
+    with torch.no_grad():
+        for key, value in expected.parameters().items():
+            found[key].copy_(value)
+    sums = streamed.gradients(parts, objective, scale=1 / 32)
+    assert streamed.visits == 2 * tiny.spec.layers * len(parts)
+    for key, value in expected.parameters().items():
+        assert float(value.grad.abs().max()) > 0
+        assert relative(found[key].grad, value.grad) < 1e-4, key
+    measured = resident.measure(parts, objective)
+    assert sums.hidden == pytest.approx(measured.hidden, rel=1e-4)
+    assert sums.kl == pytest.approx(measured.kl, rel=1e-4)
+    assert relative(streamed.logits(windows), resident.logits(windows)) < 1e-5
 
 
 def test_full_training_has_the_gradients_of_hugging_face(tmp_path: Path) -> None:

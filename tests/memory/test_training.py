@@ -96,14 +96,25 @@ def test_the_items_are_those_of_the_shapes() -> None:
 
 def test_what_does_not_fit_is_refused_with_the_smallest_cap_that_does() -> None:
     with pytest.raises(BudgetError, match=r"--max-gpu-mem 3.00 GiB is too small") as refused:
-        plan(3)
+        plan(3, weights="int8")
     assert "frozen weights is the largest item" in str(refused.value)
     found = re.search(r"The smallest --max-gpu-mem that works is (\d+)MiB", str(refused.value))
     assert found is not None
     least = int(found.group(1)) * MIB / GIB
-    assert plan(least).micro_batch == 1
+    assert plan(least, weights="int8").micro_batch == 1
     with pytest.raises(BudgetError):
-        plan(least - 2 * MIB / GIB)
+        plan(least - 2 * MIB / GIB, weights="int8")
+
+
+def test_what_does_not_fit_as_int8_is_streamed() -> None:
+    streamed = plan(5, batch=2)
+    assert streamed.weights == "streamed" and streamed.total_bytes("gpu") <= 5 * GIB
+    items = {item.name: item for item in streamed.items if item.where == "gpu"}
+    layer = 2 * 4096 * (2048 + 512) + 3 * 4096 * 7168
+    assert items["frozen weights"].size_bytes < 2.1 * 2 * layer
+    assert items["layer boundaries"].size_bytes == 36 * 2 * 2048 * 4096 * 2  # a step's windows
+    with pytest.raises(BudgetError, match="layer boundaries is the largest item"):
+        plan(2, batch=2)
 
 
 def traced_elements(tiny: Tiny, windows: int, window: int) -> float:
