@@ -44,6 +44,7 @@ def text(shared: Path, tmp_path: Path) -> Path:
     return tmp_path / "stories.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [UNIFORM, PER_LAYER])
 def test_the_output_is_better_and_computes_what_the_student_did(
     layout: str,
@@ -95,6 +96,7 @@ def test_the_output_is_better_and_computes_what_the_student_did(
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_card_and_report(
     stories260k: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -133,6 +135,7 @@ class StopsAt(Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_resumed_to_the_same_files(
     stories260k: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -218,6 +221,7 @@ def test_a_padded_models_zeros_are_mentioned(stories260k: Path, text: Path, tmp_
     assert summary["before"]["kl"] is None
 
 
+@pytest.mark.slow
 def test_the_peak_stays_below_the_smallest_cap_that_is_named(
     stories260k: Path, text: Path, tmp_path: Path
 ) -> None:
