@@ -146,7 +146,12 @@ _search = _options(
     ),
     click.option("--design", type=click.Choice(["per-window", "shared"])),
     click.option("--regression", type=click.Choice(["ridge", "paper"])),
-    click.option("--masks", type=int, help="Masks a round on every mask window."),
+    click.option("--masks", type=int, help="Masks a round on every mask window, at most."),
+    click.option(
+        "--certainty",
+        type=float,
+        help="Stop drawing masks when the round's cut is as certain as this; 1 draws all.",
+    ),
     click.option("--mask-windows", type=int, help="Windows that masks are evaluated on."),
     click.option("--step", type=float, help="Share removed in one round."),
     click.option(
@@ -465,6 +470,7 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "design",
         "regression",
         "masks",
+        "certainty",
         "mask_windows",
         "recovery",
         "bias",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from frugal_bonsai.errors import CheckpointError, OptionError, UnsupportedModelError
-from frugal_bonsai.model.table import ACTIVATION_COPIES, Family
+from frugal_bonsai.model.table import ACTIVATION_COPIES, HEAD_DIM, Family
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice, UnitTable
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -174,14 +174,13 @@ def describe_model(
     heads = _positive(config, family, family.heads_key, source)
     kv_heads = _kv_heads(config, family, heads, source)
     head_dim = hidden // heads
-    if family.head_dim_key is not None:
-        head_dim = _positive(config, family, family.head_dim_key, source, default=head_dim)
+    head_dim = _positive(config, family, family.head_dim_key or HEAD_DIM, source, default=head_dim)
     if heads % kv_heads:
         raise CheckpointError(
             f"{source}: {family.heads_key} {heads} is not a multiple of {family.kv_heads_key} "
             f"{kv_heads}"
         )
-    whole = _why_whole(config, family)
+    whole = next((c.reason for c in family.whole_attention if c.holds(config)), None)
     per_layer = _per_layer(config, family, layers, source)
     layer_tensors, used = _split_by_layer(family, shapes, layers)
     query = heads // kv_heads * head_dim
@@ -233,13 +232,6 @@ def _positive(
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive whole number")
     return value
-
-
-def _why_whole(config: Mapping[str, Any], family: Family) -> str | None:
-    """Why a layer's heads cannot be fewer; None if they can."""
-    if family.head_dim_key is None:
-        return f"transformers computes the width of a head from {family.heads_key}"
-    return next((c.reason for c in family.whole_attention if c.holds(config)), None)
 
 
 def _kv_heads(config: Mapping[str, Any], family: Family, heads: int, source: str) -> int:

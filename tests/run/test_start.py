@@ -8,7 +8,8 @@ from commands import frugal_bonsai, python
 def test_help_names_the_commands_and_imports_no_torch() -> None:
     done = frugal_bonsai("--help")
     assert done.returncode == 0
-    assert {"prune", "adapt", "plan", "inspect", "eval"} <= set(done.stdout.split())
+    commands = {"prune", "adapt", "plan", "inspect", "eval", "shrink", "export", "bench"}
+    assert commands <= set(done.stdout.split())
     loaded = python(
         "import sys, frugal_bonsai, frugal_bonsai.cli; print(' '.join(sys.modules))"
     ).split()
