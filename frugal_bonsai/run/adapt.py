@@ -313,6 +313,7 @@ def _train(
     settings = job.settings.for_width(spec.hidden)
     if job.asked is not None:
         temperature = job.asked.temperature
+    _enforce(job, plan)
     streamed = plan.weights == STREAMED
     student = (StreamedStudent if streamed else Student)(
         job.pruned.checkpoint,
@@ -360,6 +361,15 @@ def _train(
     done = trainer.run(resume=job.resume and folder.exists)
     verify_NS = lessons.windows_NS[lessons.trained :][:_VERIFY_WINDOWS, :VERIFY_TOKENS]
     return done, student.logits(verify_NS).cpu(), scaling, settings
+
+
+def _enforce(job: Adaptation, plan: TrainingPlan) -> None:
+    """The caps hold in the allocators too."""
+    from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
+
+    enforce_host_cap(job.budget.host_bytes, plan.total_bytes("host"))
+    if job.budget.gpu_bytes is not None:
+        enforce_gpu_cap(job.device, job.budget)
 
 
 def _describe_cache(lessons: Lessons, asked: TeacherSettings | None) -> dict[str, Any] | None:
