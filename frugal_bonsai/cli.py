@@ -572,7 +572,8 @@ def _kept_hint(out: str | None) -> str:
     """How to go on, where a run is kept: one without a finished round leaves no folder."""
     if out is None or not Path(f"{out}.run").is_dir():
         return ""
-    return f"; finished rounds are in {out}.run, add --resume to continue"
+    kept = "what was done is" if sys.argv[1:2] == ["adapt"] else "finished rounds are"
+    return f"; {kept} in {out}.run, add --resume to continue"
 
 
 def _option_value(name: str) -> str | None:
