@@ -271,4 +271,4 @@ def test_settings_that_cannot_work_are_named(options: dict[str, Any], said: str)
     with pytest.raises(OptionError, match=said):
         AdaptSettings(**options)
     with pytest.raises(OptionError, match="no term"):
-        AdaptSettings(kl_weight=0.0).objective(1.0)
+        AdaptSettings(lm_weight=0.0, kl_weight=0.0).objective(1.0)
