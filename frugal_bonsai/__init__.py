@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from frugal_bonsai.rewrite.load import load_pruned
+    from frugal_bonsai.run.adapt import adapt_pruned
     from frugal_bonsai.run.bench import BenchOptions, bench
     from frugal_bonsai.run.evaluate import evaluate
     from frugal_bonsai.run.export import export_gguf
     from frugal_bonsai.run.inspect import inspect
-    from frugal_bonsai.run.options import PruneOptions
+    from frugal_bonsai.run.options import AdaptOptions, PruneOptions
     from frugal_bonsai.run.plan import plan
     from frugal_bonsai.run.profile import profile
     from frugal_bonsai.run.prune import prune
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from frugal_bonsai.text.windows import load_tokenizer
 
 __all__ = [
+    "AdaptOptions",
     "BenchOptions",
     "PruneOptions",
+    "adapt_pruned",
     "bench",
     "evaluate",
     "export_gguf",
@@ -36,8 +39,10 @@ __all__ = [
 # Public name -> the module that has it, imported at first use: `import frugal_bonsai` stays free of
 # torch, and so does `frugal-bonsai --help`.
 _HOMES = {
+    "AdaptOptions": "frugal_bonsai.run.options",
     "BenchOptions": "frugal_bonsai.run.bench",
     "PruneOptions": "frugal_bonsai.run.options",
+    "adapt_pruned": "frugal_bonsai.run.adapt",
     "bench": "frugal_bonsai.run.bench",
     "evaluate": "frugal_bonsai.run.evaluate",
     "export_gguf": "frugal_bonsai.run.export",

@@ -76,6 +76,20 @@ def parse_bytes(text: str | int, *, option: str = "size") -> int:
     return int(value)
 
 
+def parse_count(text: str, *, option: str, least: int = 1) -> int:
+    """Read a count such as ``64``, ``250k`` or ``10M``.
+
+    Raises:
+        OptionError: if the text is no count, or less than ``least``.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmMgG]?)\s*", text)
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+    value = -1.0 if found is None else float(found.group(1)) * scale[found.group(2).lower()]
+    if value < least or value != int(value):
+        raise OptionError(f"{option}: {text!r} is not a count from {least}; write 64, 250k or 10M")
+    return int(value)
+
+
 def format_bytes(size_bytes: int) -> str:
     """Print a size in the largest binary unit that keeps it at least 1 (``7.50 GiB``)."""
     for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):

@@ -74,6 +74,10 @@ class GroupDesign:
     pools: Pools
     off_MG: torch.Tensor
 
+    def rows(self, masks_I: torch.Tensor) -> torch.Tensor:
+        """What the regression sees of these masks: units off by group, int64 ``[I, G]``."""
+        return self.off_MG[masks_I]
+
     def keep(self, group: UnitGroup, masks_B: torch.Tensor) -> torch.Tensor:
         """Bool ``[B, A]``: which alive units of a group each of these masks keeps."""
         mask = self.pools.mask
@@ -93,6 +97,10 @@ class UnitDesign:
     units_K: torch.Tensor
     off_MK: torch.Tensor
 
+    def rows(self, masks_I: torch.Tensor) -> torch.Tensor:
+        """What the regression sees of these masks: candidates off, bool ``[I, K]``."""
+        return self.off_MK[masks_I]
+
     def keep(self, group: UnitGroup, masks_B: torch.Tensor) -> torch.Tensor:
         """Bool ``[B, A]``: which alive units of a group each of these masks keeps."""
         mask = self.pools.mask
@@ -106,22 +114,49 @@ class UnitDesign:
 Design = GroupDesign | UnitDesign
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupFocus:
+    """Where the masks of a later batch look: at what is still undecided in each group.
+
+    Attributes:
+        least_G: units of the pool that are off at least, int64.
+        most_G: units that are off at most, int64.
+        doubt_G: for pools of few units, the probability that the cut takes some and takes none:
+            0 where that is known, 0.5 where nothing is.
+    """
+
+    least_G: torch.Tensor
+    most_G: torch.Tensor
+    doubt_G: torch.Tensor
+
+
 def draw_group_masks(
-    pools: Pools, pairs: int, expected_share: float, generator: torch.Generator
+    pools: Pools,
+    pairs: int,
+    expected_share: float,
+    generator: torch.Generator,
+    focus: GroupFocus | None = None,
 ) -> GroupDesign:
     """Draw ``2 * pairs`` masks: amount t of each pool uniform in [0, 1], its pair takes 1 - t.
 
     Pools of less than four units cannot be halved finely and one of their units may cost more than
     whole pools of others: each such unit is off with the probability that takes ``expected_share``
     of the group, in one mask of the pair at most.
+
+    With a focus the amounts are uniform between its bounds instead, mirrored in the pair, and units
+    of small pools are off as often as they are in doubt, if that is more often.
     """
     sizes_G = pools.sizes_G
-    amount_PG = torch.rand(pairs, len(sizes_G), generator=generator)
+    least_G, most_G = torch.zeros_like(sizes_G), sizes_G
     coarse_G = sizes_G < 4
-    off_PG = (amount_PG * sizes_G).round().long()
-    other_PG = sizes_G - off_PG
     alive_G = torch.tensor([pools.mask.kept(group) for group in pools.mask.table.groups])
     chance_G = (expected_share * alive_G / sizes_G.clamp_min(1)).clamp(max=0.5)
+    if focus is not None:
+        least_G, most_G = focus.least_G, focus.most_G
+        chance_G = torch.maximum(chance_G, focus.doubt_G.to(chance_G.dtype)).clamp(max=0.5)
+    amount_PG = torch.rand(pairs, len(sizes_G), generator=generator)
+    off_PG = least_G + (amount_PG * (most_G - least_G)).round().long()
+    other_PG = least_G + most_G - off_PG
     drawn_PG = torch.rand(pairs, len(sizes_G), generator=generator)
     units_PG = 1 + (amount_PG * sizes_G).floor().long().clamp(max=sizes_G - 1).clamp_min(0)
     zero_PG = torch.zeros_like(units_PG)
@@ -133,6 +168,19 @@ def draw_group_masks(
     return GroupDesign(pools, torch.stack([off_PG, other_PG], dim=1).flatten(0, 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class UnitFocus:
+    """Where the masks of a later batch look.
+
+    Attributes:
+        doubted_K: candidates of which it is undecided whether they go, bool.
+        gone_K: candidates that surely go, bool.
+    """
+
+    doubted_K: torch.Tensor
+    gone_K: torch.Tensor
+
+
 def draw_unit_masks(
     pools: Pools,
     score_N: torch.Tensor,
@@ -140,8 +188,12 @@ def draw_unit_masks(
     generator: torch.Generator,
     *,
     each_layer: bool = False,
+    focus: UnitFocus | None = None,
 ) -> UnitDesign:
     """Draw ``2 * pairs`` masks: half of each kind's candidates off, the other half in its pair.
+
+    With a focus the same is done with the units in doubt alone, those that surely go are off in all
+    masks and the others on.
 
     ``each_layer`` draws half of each layer's candidates instead, as the published code does: where
     layers have one candidate KV group, every mask has all of them off and its pair none.
@@ -161,8 +213,9 @@ def draw_unit_masks(
     weight_K = score_N[units_K].clamp_min(1e-30).log().neg()
     weight_K = weight_K / weight_K.std().clamp_min(1e-6) if len(units_K) > 1 else weight_K
     off_PK = torch.zeros(pairs, len(units_K), dtype=torch.bool)
-    for stratum in sorted(set(stratum_K.tolist())):
-        mine_K = stratum_K == stratum
+    in_doubt_K = torch.ones(len(units_K), dtype=torch.bool) if focus is None else focus.doubted_K
+    for stratum in sorted(set(stratum_K[in_doubt_K].tolist())):
+        mine_K = (stratum_K == stratum) & in_doubt_K
         count = int(mine_K.sum())
         uniform_PK = torch.rand(pairs, count, generator=generator, dtype=torch.float64)
         key_PK = weight_K[mine_K] - torch.log(-torch.log(uniform_PK.clamp(1e-12, 1 - 1e-12)))
@@ -170,7 +223,10 @@ def draw_unit_masks(
         chosen = key_PK.argsort(dim=1, descending=True)[:, : (count + 1) // 2]
         half.scatter_(1, chosen, True)
         off_PK[:, mine_K] = half
-    return UnitDesign(pools, units_K, torch.stack([off_PK, ~off_PK], dim=1).flatten(0, 1))
+    other_PK = ~off_PK & in_doubt_K
+    if focus is not None:
+        off_PK, other_PK = off_PK | focus.gone_K, other_PK | focus.gone_K
+    return UnitDesign(pools, units_K, torch.stack([off_PK, other_PK], dim=1).flatten(0, 1))
 
 
 def draw_uniform_masks(pools: Pools, pairs: int, generator: torch.Generator) -> GroupDesign:

@@ -35,14 +35,21 @@ class Observations:
     Attributes:
         masks_I: int64, the mask of each observation.
         clusters_I: int64, observations that share a fold (a mask and its complement on a window).
+        windows_I: int64, the window of each observation; all 0 where each is over all windows.
         loss_I: float64, utility without a mask minus utility with it.
-        base: mean utility without a mask.
+        base_W: utility of each window without a mask; of all of them where that is one number.
     """
 
     masks_I: torch.Tensor
     clusters_I: torch.Tensor
+    windows_I: torch.Tensor
     loss_I: torch.Tensor
-    base: float
+    base_W: torch.Tensor
+
+    @property
+    def base(self) -> float:
+        """Mean utility without a mask."""
+        return float(self.base_W.mean())
 
 
 class DesignMasker:
@@ -99,6 +106,9 @@ def evaluate_masks(
     perplexity: bool,
     utility: Utility | None = None,
     stand_ins: StandIns | None = None,
+    base_W: torch.Tensor | None = None,
+    first: int = 0,
+    most: int | None = None,
 ) -> Observations:
     """Evaluate a design.
 
@@ -113,6 +123,10 @@ def evaluate_masks(
         perplexity: utility is -perplexity instead of -mean NLL.
         utility: a user's own, instead of both.
         stand_ins: of the design's pools; None puts zeros in the place of units that are off.
+        base_W: what an earlier design on the same windows has measured without a mask; None
+            measures it beside the masks.
+        first: masks that have been evaluated before these, for progress.
+        most: masks that may be evaluated in all, for progress.
 
     Raises:
         OptionError: the user's own utility is no finite number.
@@ -124,28 +138,35 @@ def evaluate_masks(
     else:
         # Masks 2k and 2k+1 are complements and share a window.
         masks_I, where_I = pairs, pairs // 2 % windows
-    tokens_IS = torch.cat([windows_WS[where_I], windows_WS])
-    masker = _WithUnmasked(DesignMasker(design, masks_I, stand_ins), len(pairs))
+    masker: Masker = DesignMasker(design, masks_I, stand_ins)
+    tokens_IS = windows_WS[where_I]
+    if base_W is None:
+        tokens_IS = torch.cat([tokens_IS, windows_WS])
+        masker = _WithUnmasked(masker, len(pairs))
     each = windows if shared else 1
+    ended = first + len(pairs) // each
 
     def name(wave: slice) -> str:
-        last = min(-(-wave.stop // each), len(pairs) // each)
-        first = min(wave.start // each + 1, last)
-        return f"masked evaluation, masks {first:,}-{last:,} of {len(pairs) // each:,}"
+        last = min(first - (-wave.stop // each), ended)
+        begun = min(first + wave.start // each + 1, last)
+        return f"masked evaluation, masks {begun:,}-{last:,} of {most or ended:,}"
 
     scores_I = _scores(engine, stream, head, tokens_IS, masker, utility, name)
-    masked_I, base_W = scores_I[: len(pairs)], scores_I[len(pairs) :]
     perplexity = perplexity and utility is None
+    seen_MW = scores_I[: len(pairs)].view(-1, windows if shared else 1)
+    masked_M = _mean_utility(seen_MW, perplexity=perplexity)
+    if base_W is None:
+        own_W = scores_I[len(pairs) :]
+        base_W = _mean_utility(own_W[None] if shared else own_W[:, None], perplexity=perplexity)
     if shared:
-        masked_M = _mean_utility(masked_I.view(masks, windows), perplexity=perplexity)
-        base = _mean_utility(base_W[None], perplexity=perplexity)
-        loss_I, masks_I = base - masked_M, torch.arange(masks)
-    else:
-        masked_M = _mean_utility(masked_I[:, None], perplexity=perplexity)
-        base = _mean_utility(base_W[:, None], perplexity=perplexity)
-        loss_I = base[where_I] - masked_M
+        masks_I = torch.arange(masks)
+        where_I = torch.zeros_like(masks_I)
     return Observations(
-        masks_I=masks_I, clusters_I=masks_I // 2, loss_I=loss_I, base=float(base.mean())
+        masks_I=masks_I,
+        clusters_I=masks_I // 2,
+        windows_I=where_I,
+        loss_I=base_W[where_I] - masked_M,
+        base_W=base_W,
     )
 
 

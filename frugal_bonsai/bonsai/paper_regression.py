@@ -70,12 +70,13 @@ def fit_paper(off_IK: torch.Tensor, loss_I: torch.Tensor, generator: torch.Gener
     everything = (keep_IK, utility_I)
     weight_K, _ = _descend(everything, everything, chosen, scale, generator)
 
-    def predict(x: torch.Tensor, y: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        mean = y.mean()
+    def predict(fitted_I: torch.Tensor, out_I: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = keep_IK[fitted_I], utility_I[fitted_I]
         fitted_K, _ = _descend((x, y), (x, y), chosen, scale, generator)
-        return mean + (new - x.mean(0)) @ fitted_K
+        mean_I = y.mean() + (keep_IK[out_I] - x.mean(0)) @ fitted_K
+        return mean_I.double(), torch.full_like(mean_I, torch.nan).double()
 
-    r2, _ = scores(held_out(predict, keep_IK, utility_I, folds_I).double(), utility_I.double())
+    r2, _ = scores(held_out(predict, folds_I).mean_I, utility_I.double())
     return Fit(
         relevance_K=weight_K.double() / scale,
         r2=r2,

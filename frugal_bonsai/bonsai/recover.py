@@ -30,9 +30,9 @@ import torch
 
 from frugal_bonsai.bonsai.layer_pass import LayerPass, RefitOutput
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
-from frugal_bonsai.bonsai.recover_inputs import input_projections, refit_inputs
+from frugal_bonsai.bonsai.recover_inputs import input_projections, input_rows, refit_inputs
 from frugal_bonsai.bonsai.recover_outputs import Solved, solve_output
-from frugal_bonsai.bonsai.refine import Refinement, input_rows
+from frugal_bonsai.bonsai.refine import Refinement
 from frugal_bonsai.model.units import FFN, KeepMask, UnitGroup
 from frugal_bonsai.stream.call import call_layer, capture_outputs
 from frugal_bonsai.stream.forward import Sweep
@@ -103,6 +103,7 @@ class Recovery:
         prior: PriorBuilder | None = None,
         *,
         dense_losses: bool = True,
+        held_out: int = 0,
     ) -> Recovered:
         """Refit all projections; see the module's text.
 
@@ -113,6 +114,8 @@ class Recovery:
             tokens_NS: calibration windows, all in flight together.
             prior: scores the refit groups for the next round; None where there is none.
             dense_losses: the head is applied to the dense model too.
+            held_out: the last windows, on which the refit model is only evaluated. The dense model
+                does not see them, nor do ``prior`` and refinement.
         """
         sweep = self._sweep
         skeleton = sweep.skeleton
@@ -139,10 +142,15 @@ class Recovery:
                     dense_inputs,
                     dense_outputs,
                 )
-                self._refit_layer(work, len(tokens_NS), prior, residual, targets)
+                fitted = len(tokens_NS) - held_out
+                self._refit_layer(work, fitted, held_out, prior, residual, targets)
                 sweep.progress.step(f"layer {layer}")
-            passes = 2 if self._keep else 3
-            sweep.forward_tokens += round((passes + self._refined_passes) * tokens_NS.numel())
+            # The dense model's pass and the pruned one's, twice where inputs are not held.
+            passes = (2 if self._keep else 3) + self._refined_passes
+            fitted_tokens = fitted * tokens_NS.shape[1]
+            unseen_tokens = tokens_NS.numel() - fitted_tokens
+            sweep.forward_tokens += round(passes * fitted_tokens)
+            sweep.forward_tokens += (1 if self._keep else 2) * unseen_tokens
             return Recovered(
                 prior=None if prior is None else prior.build(),
                 losses_NS=head.nll(hidden_pruned, tokens_NS).clone(),
@@ -154,6 +162,7 @@ class Recovery:
         self,
         work: LayerPass,
         windows: int,
+        held_out: int,
         prior: PriorBuilder | None,
         residual: list[float],
         targets: HiddenStates | None,
@@ -174,6 +183,7 @@ class Recovery:
                 ridge=self._ridge,
                 keep=self._keep and not refined,  # a refinement changes them
                 prior=prior,
+                held_out=held_out,
             )
             if refined:
                 solved = _set_aside(work, group, solved)
@@ -185,7 +195,7 @@ class Recovery:
             work.outputs[group.output] = RefitOutput(
                 solved.inputs, work.pruned[f"{group.output}.weight"], bias_H
             )
-        work.sweep.batches.run(windows, partial(_advance, work))
+        work.sweep.batches.run(windows + held_out, partial(_advance, work))
         self._save(work.layer, refits)
         # Outputs that are computed again refer to the pass that holds them: a cycle of tensors.
         work.outputs.clear()

@@ -15,6 +15,8 @@ Shape suffixes: H hidden, R kept rows of a projection.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from frugal_bonsai.bonsai.factor import BLOCK
@@ -32,6 +34,36 @@ def input_projections(spec: ModelSpec, group: UnitGroup) -> list[str]:
     found = [piece.tensor.removeprefix(prefix) for piece in group.slices if piece.axis == 0]
     names = dict.fromkeys(found)  # a fused one has several pieces
     return [name.removesuffix(".weight") for name in names if len(shapes[name]) == 2]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one kind in a projection into the FFN: all of ``up_proj``, half of ``gate_up``.
+
+    Attributes:
+        projection: module inside the layer.
+        at: which of its parts these rows are.
+        of: how many parts of one size it has.
+    """
+
+    projection: str
+    at: int
+    of: int
+
+    def take(self, value: torch.Tensor) -> torch.Tensor:
+        """These rows of the projection's weight or bias, a view."""
+        return value.chunk(self.of)[self.at]
+
+
+def input_rows(spec: ModelSpec, group: UnitGroup) -> list[Rows]:
+    """The rows that a group's units own, one entry a kind of row."""
+    prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
+    names = [piece.tensor.removeprefix(prefix) for piece in group.slices if piece.axis == 0]
+    names = [name for name in names if len(shapes[name]) == 2]
+    return [
+        Rows(name.removesuffix(".weight"), names[:index].count(name), names.count(name))
+        for index, name in enumerate(names)
+    ]
 
 
 def refit_inputs(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,6 +20,7 @@ from frugal_bonsai.bonsai.gram import Moments, ridge_refit_
 from frugal_bonsai.bonsai.layer_pass import InputsAgain, LayerPass
 from frugal_bonsai.bonsai.prior import PriorBuilder
 from frugal_bonsai.model.units import UnitGroup
+from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.micro_batch import memory_for
 
 # For a micro-batch the target [B, S, H], its bias included, and what is to be kept once nothing can
@@ -51,6 +53,7 @@ def solve_output(
     keep: bool,
     prior: PriorBuilder | None = None,
     most_left: float = float("inf"),
+    held_out: int = 0,
 ) -> Solved:
     """Accumulate the Gram matrix and the cross moments, then solve.
 
@@ -63,6 +66,7 @@ def solve_output(
         keep: hold the inputs; else they are computed again.
         prior: scores the group from the same moments, if less than ``most_left`` is left.
         most_left: what another refit leaves.
+        held_out: windows behind these whose inputs are held too, if any are, but not learnt from.
     """
     weight_HC = work.pruned[f"{group.output}.weight"]
     bias_H = work.pruned.get(f"{group.output}.bias")
@@ -85,12 +89,20 @@ def solve_output(
             batches.run(len(input_BSC), lambda part: cross.add(input_BSC[part], target_BSH[part]))
 
         batches.run(windows, add)
+        if kept is not None:
+            batches.run(held_out, partial(_keep, work, group, kept, windows))
         factor = moments.factor(ridge, where=f"recovery of {group.output_weight}")
         left = 1.0 - ridge_refit_(factor, cross.sum_HC, weight_HC) / max(cross.energy, 1e-300)
         if prior is not None and left < most_left:
             prior.add(group, moments, cross.sum_HC)
     inputs = kept.read if kept is not None else InputsAgain(work, group.output)
     return Solved(cross.sum_HC, left, inputs)
+
+
+def _keep(work: LayerPass, group: UnitGroup, kept: HiddenStates, first: int, items: slice) -> None:
+    """Hold the inputs of windows from the first one on."""
+    behind = slice(items.start + first, items.stop + first)
+    kept.write(behind, work.inputs(group.output, behind))
 
 
 class _Cross:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -31,9 +30,9 @@ from torch import nn
 
 from frugal_bonsai.bonsai.factor import DampedFactor
 from frugal_bonsai.bonsai.layer_pass import LayerPass
+from frugal_bonsai.bonsai.recover_inputs import Rows
 from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
 from frugal_bonsai.memory.work import refined_blocks, refining_passes
-from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.hidden import HiddenStates
 
@@ -42,36 +41,6 @@ DAMPING = 1e-2
 # Shares of the pre-activations' root mean square between which phi' is the difference.
 _DIFFERENCE = 1e-2
 _WHITENING = 1e-4
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one kind in a projection into the FFN: all of ``up_proj``, half of ``gate_up``.
-
-    Attributes:
-        projection: module inside the layer.
-        at: which of its parts these rows are.
-        of: how many parts of one size it has.
-    """
-
-    projection: str
-    at: int
-    of: int
-
-    def take(self, value: torch.Tensor) -> torch.Tensor:
-        """These rows of the projection's weight or bias, a view."""
-        return value.chunk(self.of)[self.at]
-
-
-def input_rows(spec: ModelSpec, group: UnitGroup) -> list[Rows]:
-    """The rows that a group's units own, one entry a kind of row."""
-    prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
-    names = [piece.tensor.removeprefix(prefix) for piece in group.slices if piece.axis == 0]
-    names = [name for name in names if len(shapes[name]) == 2]
-    return [
-        Rows(name.removesuffix(".weight"), names[:index].count(name), names.count(name))
-        for index, name in enumerate(names)
-    ]
 
 
 class Refinement:

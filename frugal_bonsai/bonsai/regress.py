@@ -1,14 +1,11 @@
-"""The regression: relevance from utilities of masked sub-models.
+"""What every regression shares: folds, held-out scores, the noise of each window, the result.
 
-In: a design matrix and one loss increase per observation. Out: coefficients, with the held-out R2
-and Kendall's tau that say whether to trust them. Closed forms in float64 on the CPU; the largest
-matrix is observations x observations (dual), never units x units.
+In: observations and held-out predictions. Out: R2, Kendall's tau and the coverage of the stated
+uncertainty, which say whether to trust a fit; a noise variance for every window. The regressions
+are in unit_posterior.py (one coefficient a unit), curve_posterior.py (one curve a group) and
+paper_regression.py (the published one). Closed forms in float64 on the CPU.
 
-Differs from the paper: the default is a ridge whose mean is not zero but a multiple of the prior
-that is fitted too, and at ``group`` level a non-negative least squares on curves; the paper's own
-regression is in paper_regression.py.
-
-Shape suffixes: I observations, K coefficients.
+Shape suffixes: I observations, K coefficients, D posterior samples, W windows.
 """
 
 from __future__ import annotations
@@ -19,7 +16,12 @@ from dataclasses import dataclass
 import torch
 
 FOLDS = 5
-_PENALTIES = tuple(10.0**e for e in range(-3, 5))
+# Share of held-out observations that should lie within the stated interval, and the interval's half
+# width in standard deviations of a normal distribution.
+COVERED, _HALF_WIDTH = 0.9, 1.6449
+
+# Posterior samples [D, K] of the coefficients.
+Draw = Callable[[int, torch.Generator], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +30,35 @@ class Fit:
 
     Attributes:
         relevance_K: predicted loss increase when the coefficient's unit (or amount) goes, float64.
+        variance_K: posterior variance of each coefficient, float64; None for a point estimate.
+        draw: draws posterior samples of all coefficients; None for a point estimate.
         r2: on held-out folds, NaN where there are too few observations.
         tau: Kendall's tau between predicted and observed, on held-out folds.
-        penalty: the chosen penalty, in words for the report.
+        coverage: share of held-out observations inside their own 90% interval; NaN where there are
+            too few, None for a point estimate.
+        penalty: what was chosen on held-out folds, in words for the report.
     """
 
     relevance_K: torch.Tensor
     r2: float
     tau: float
     penalty: str
+    variance_K: torch.Tensor | None = None
+    draw: Draw | None = None
+    coverage: float | None = None
 
 
-# Fits on training rows, predicts held-out rows: (design, loss, held-out design) -> prediction.
-_Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """Held-out predictions, NaN where nothing could be held out.
+
+    Attributes:
+        mean_I: of each observation, from the folds that it is not in.
+        variance_I: of the prediction, the observation's own noise included.
+    """
+
+    mean_I: torch.Tensor
+    variance_I: torch.Tensor
 
 
 def fold_of(clusters_I: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -52,15 +70,23 @@ def fold_of(clusters_I: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def held_out(
-    predict: _Predict, design_IK: torch.Tensor, loss_I: torch.Tensor, folds_I: torch.Tensor
-) -> torch.Tensor:
-    """Predictions of every observation from the folds that it is not in; NaN with one fold."""
-    predicted_I = torch.full_like(loss_I, torch.nan)
+    predict: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    folds_I: torch.Tensor,
+) -> Predicted:
+    """Predict every observation from the folds that it is not in.
+
+    Args:
+        predict: from the rows to fit on and the rows to predict (bool ``[I]`` each) to mean and
+            variance of the latter.
+        folds_I: of each observation; with one fold nothing is held out.
+    """
+    mean_I = torch.full((len(folds_I),), torch.nan, dtype=torch.float64)
+    variance_I = mean_I.clone()
     folds = sorted(set(folds_I.tolist()))
     for fold in folds if len(folds) > 1 else []:
         out_I = folds_I == fold
-        predicted_I[out_I] = predict(design_IK[~out_I], loss_I[~out_I], design_IK[out_I])
-    return predicted_I
+        mean_I[out_I], variance_I[out_I] = predict(~out_I, out_I)
+    return Predicted(mean_I=mean_I, variance_I=variance_I)
 
 
 def scores(predicted_I: torch.Tensor, loss_I: torch.Tensor) -> tuple[float, float]:
@@ -72,104 +98,58 @@ def scores(predicted_I: torch.Tensor, loss_I: torch.Tensor) -> tuple[float, floa
     return r2, float(kendalltau(predicted_I.numpy(), loss_I.numpy()).statistic)
 
 
-def fit_ridge(
-    off_IK: torch.Tensor,
-    loss_I: torch.Tensor,
-    prior_K: torch.Tensor,
-    clusters_I: torch.Tensor,
-    generator: torch.Generator,
-) -> Fit:
-    """Dual ridge around ``a * prior``, centred; a >= 0 fitted, penalty by cross-validation.
+def coverage(predicted: Predicted, loss_I: torch.Tensor) -> float:
+    """Share of observations inside their 90% interval; NaN where nothing was held out."""
+    if predicted.mean_I.isnan().any():
+        return float("nan")
+    reach_I = _HALF_WIDTH * predicted.variance_I.sqrt()
+    return float(((loss_I - predicted.mean_I).abs() <= reach_I).double().mean())
 
-    ``r = a rho + Z^T (Z Z^T + lambda I)^-1 (y - a Z rho)`` with Z, y centred: an I x I solve.
+
+def log_density(predicted: Predicted, loss_I: torch.Tensor) -> torch.Tensor:
+    """Log density of each observation under its prediction; NaN where nothing was held out."""
+    variance_I = predicted.variance_I
+    left_I = (loss_I - predicted.mean_I).square() / variance_I
+    density_I: torch.Tensor = -0.5 * (left_I + (2 * torch.pi * variance_I).log())
+    return density_I
+
+
+def clearly_likelier(density_I: torch.Tensor, than_I: torch.Tensor) -> bool:
+    """Whether held-out observations are likelier by more than a standard error.
+
+    What knows more has more ways to look right by chance; few observations cannot tell.
+    """
+    gain_I = density_I - than_I
+    return bool(gain_I.mean() > gain_I.std() / len(gain_I) ** 0.5)
+
+
+def window_noise(residual_I: torch.Tensor, windows_I: torch.Tensor) -> torch.Tensor:
+    """Each observation's noise variance relative to the mean, float64 ``[I]``: by its window.
+
+    A window's own mean square residual is shrunk towards that of all: by the share of the variance
+    between windows that chance alone gives when all are alike (James and Stein; a squared normal
+    residual has twice the square of its mean as variance, estimated here by its own spread inside
+    the windows). One window, or one observation a window, gives ones.
 
     Args:
-        off_IK: 1 where a unit is off.
-        loss_I: loss increase of each observation.
-        prior_K: the prior of each unit.
-        clusters_I: observations that must share a fold.
-        generator: for the folds.
+        residual_I: held-out residuals; NaN (nothing held out) gives ones.
+        windows_I: any numbers, equal where the window is.
     """
-    design_IK, loss_I = off_IK.double(), loss_I.double()
-    folds_I = fold_of(clusters_I, generator)
-    best: tuple[float, float] | None = None
-    for penalty in _PENALTIES:
-
-        def predict(
-            x: torch.Tensor, y: torch.Tensor, new: torch.Tensor, penalty: float = penalty
-        ) -> torch.Tensor:
-            relevance_K, centre_K, mean = _solve_ridge(x, y, prior_K, penalty)
-            return (new - centre_K) @ relevance_K + mean
-
-        predicted_I = held_out(predict, design_IK, loss_I, folds_I)
-        error = float((predicted_I - loss_I).square().mean())
-        if best is None or error < best[0]:
-            best = (error, penalty)
-            r2, tau = scores(predicted_I, loss_I)
-    assert best is not None
-    relevance_K, _, _ = _solve_ridge(design_IK, loss_I, prior_K, best[1])
-    return Fit(relevance_K=relevance_K, r2=r2, tau=tau, penalty=f"ridge {best[1]:g}")
-
-
-def _solve_ridge(
-    design_IK: torch.Tensor, loss_I: torch.Tensor, prior_K: torch.Tensor, penalty: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    centre_K, mean = design_IK.mean(0), loss_I.mean()
-    z_IK, y_I = design_IK - centre_K, loss_I - mean
-    along_I = z_IK @ prior_K
-    scale = (along_I @ y_I / (along_I @ along_I).clamp_min(1e-300)).clamp_min(0)
-    kernel_II = z_IK @ z_IK.T
-    kernel_II.diagonal().add_(penalty * kernel_II.diagonal().mean().clamp_min(1e-12))
-    dual_I = torch.linalg.solve(kernel_II, y_I - scale * along_I)
-    return scale * prior_K + z_IK.T @ dual_I, centre_K, mean
-
-
-def fit_curves(
-    amount_IG: torch.Tensor,
-    loss_I: torch.Tensor,
-    clusters_I: torch.Tensor,
-    generator: torch.Generator,
-) -> Fit:
-    """Non-negative ``loss = sum_g a_g t_g + b_g t_g^2`` with a small ridge, penalty by folds.
-
-    Args:
-        amount_IG: t, the share of each group's pool that is off.
-        loss_I: loss increase of each observation over the same window without a mask.
-        clusters_I: observations that must share a fold.
-        generator: for the folds.
-
-    Returns:
-        ``relevance_K`` holds all a, then all b (``[2G]``).
-    """
-    design_IK = torch.cat([amount_IG, amount_IG.square()], dim=1).double()
-    loss_I = loss_I.double()
-    folds_I = fold_of(clusters_I, generator)
-    best: tuple[float, float] | None = None
-    for penalty in (1e-4, 1e-3, 1e-2, 1e-1):
-
-        def predict(
-            x: torch.Tensor, y: torch.Tensor, new: torch.Tensor, penalty: float = penalty
-        ) -> torch.Tensor:
-            return new @ _solve_nonnegative(x, y, penalty)
-
-        predicted_I = held_out(predict, design_IK, loss_I, folds_I)
-        error = float((predicted_I - loss_I).square().mean())
-        if best is None or error < best[0]:
-            best = (error, penalty)
-            r2, tau = scores(predicted_I, loss_I)
-    assert best is not None
-    relevance_K = _solve_nonnegative(design_IK, loss_I, best[1])
-    return Fit(relevance_K=relevance_K, r2=r2, tau=tau, penalty=f"non-negative ridge {best[1]:g}")
-
-
-def _solve_nonnegative(
-    design_IK: torch.Tensor, loss_I: torch.Tensor, penalty: float
-) -> torch.Tensor:
-    from scipy.optimize import nnls
-
-    observations, coefficients = design_IK.shape
-    ridge = (penalty * observations * design_IK.square().mean()).sqrt()
-    padded_IK = torch.cat([design_IK, ridge * torch.eye(coefficients, dtype=torch.float64)])
-    target_I = torch.cat([loss_I, torch.zeros(coefficients, dtype=torch.float64)])
-    solution, _ = nnls(padded_IK.numpy(), target_I.numpy())
-    return torch.from_numpy(solution)
+    even_I = torch.ones(len(residual_I), dtype=torch.float64)
+    _, index_I, count_W = torch.unique(windows_I, return_inverse=True, return_counts=True)
+    if residual_I.isnan().any() or len(count_W) < 2 or int(count_W.min()) < 2:
+        return even_I
+    square_I = residual_I.double().square()
+    mean = square_I.mean()
+    if not mean > 0:
+        return even_I
+    sum_W = torch.zeros(len(count_W), dtype=torch.float64).index_add_(0, index_I, square_I)
+    mean_W = sum_W / count_W
+    spare = len(square_I) - len(count_W)
+    inside = (square_I - mean_W[index_I]).square().sum() / spare
+    by_chance_W = inside / count_W
+    between = ((mean_W - mean).square().mean() - by_chance_W.mean()).clamp_min(0)
+    trust_W = between / (between + by_chance_W).clamp_min(1e-300)
+    noise_W = mean + trust_W * (mean_W - mean)
+    noise_I: torch.Tensor = noise_W[index_I]
+    return noise_I / noise_I.mean()

@@ -1,9 +1,10 @@
-"""From a prior to curves: draw masks, evaluate them, regress, and say what each removal costs.
+"""From a prior to curves: what each removal costs, by masks or by the prior alone.
 
 In: the units alive, the prior, an evaluation function. Out: one :class:`~.select.Curve` a group
-and the regression's held-out scores. One function a level, found by name. Holds the design.
+and the regression's held-out scores. One function a level, found by name: it draws the pools and
+lets sampling.py ask. Holds the pools.
 
-Shape suffixes: N units, G groups, I observations, K coefficients, P units of a pool.
+Shape suffixes: N units, G groups.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.bonsai.design import (
-    Design,
-    Pools,
-    draw_group_masks,
-    draw_pools,
-    draw_uniform_masks,
-    draw_unit_masks,
-)
+from frugal_bonsai.bonsai.beliefs import Ahead, Expected, behind_cut, by_statistic
+from frugal_bonsai.bonsai.design import Design, Pools, draw_pools
 from frugal_bonsai.bonsai.evaluate import Observations
-from frugal_bonsai.bonsai.paper_regression import fit_paper
 from frugal_bonsai.bonsai.prior import Prior
-from frugal_bonsai.bonsai.regress import Fit, fit_curves, fit_ridge
+from frugal_bonsai.bonsai.questions import (
+    GroupQuestion,
+    KindQuestion,
+    UnitQuestion,
+    cumulative_curves,
+    gone_counts,
+)
+from frugal_bonsai.bonsai.sampling import Focus, Judgement, Question, sample
 from frugal_bonsai.bonsai.select import Curve
 from frugal_bonsai.bonsai.settings import GROUP, NONE, UNIT, PruneSettings
 from frugal_bonsai.model.layout import LayoutRules
@@ -42,8 +43,10 @@ class RoundInputs:
         rules: of the layout.
         share: share of each group's alive units that this round's cut takes on average.
         parameters_left: parameters that may still go until the target sparsity.
-        masks: masks to draw in all.
-        evaluate: evaluates a design.
+        windows: that have masks of their own; 1 where masks are shared by all windows.
+        evaluate: evaluates a design with so many masks on every window.
+        cut: what a round that believed these curves would keep.
+        ahead: what the last round's curves foretell.
         generator: of this round.
     """
 
@@ -53,30 +56,17 @@ class RoundInputs:
     rules: LayoutRules
     share: float
     parameters_left: int
-    masks: int
-    evaluate: Callable[[Design], Observations]
+    windows: int
+    evaluate: Callable[[Design, int], Observations]
+    cut: Callable[[tuple[Curve, ...]], KeepMask]
+    ahead: Ahead | None
     generator: torch.Generator
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What a round believes.
-
-    Attributes:
-        curves: predicted cost of removing units, one a group.
-        fit: the regression; None when no masks were evaluated.
-        observations: how many (mask, window) observations it saw.
-    """
-
-    curves: tuple[Curve, ...]
-    fit: Fit | None
-    observations: int
 
 
 def judge_locally(given: RoundInputs) -> Judgement:
     """``none``: the prior alone, summed in ascending order."""
     pools = draw_pools(given.mask, given.prior.score_N, 1.0)
-    return Judgement(curves=_cumulative(pools, given.prior.score_N), fit=None, observations=0)
+    return _unasked(pools, given.prior.score_N)
 
 
 def judge_units(given: RoundInputs) -> Judgement:
@@ -84,45 +74,16 @@ def judge_units(given: RoundInputs) -> Judgement:
     score_N = given.prior.score_N
     share = _wide_share(given) if given.rules.uniform else given.settings.pool * given.share
     pools = draw_pools(given.mask, score_N, share)
-    design = draw_unit_masks(
-        pools,
-        score_N,
-        given.masks // 2,
-        given.generator,
-        each_layer=given.settings.draw == "layer",
-    )
-    seen = given.evaluate(design)
-    off_IK = design.off_MK[seen.masks_I].double()
-    if given.settings.regression == "paper":
-        fit = fit_paper(off_IK, seen.loss_I, given.generator)
-    else:
-        prior_K = score_N[design.units_K]
-        fit = fit_ridge(off_IK, seen.loss_I, prior_K, seen.clusters_I, given.generator)
-    relevance_N = torch.zeros_like(score_N)
-    relevance_N[design.units_K] = fit.relevance_K
-    curves = _cumulative(_reordered(pools, relevance_N), relevance_N)
-    return Judgement(curves=curves, fit=fit, observations=len(seen.loss_I))
+    return _ask(given, UnitQuestion(pools, score_N, given.settings, given.generator))
 
 
 def judge_groups(given: RoundInputs) -> Judgement:
     """``group``: masks say how much of each group may go, the prior says which units."""
     if given.rules.uniform:
         return _judge_kinds(given)
-    pools = draw_pools(given.mask, given.prior.score_N, given.settings.pool * given.share)
-    design = draw_group_masks(
-        pools, given.masks // 2, 0.5 * given.settings.pool * given.share, given.generator
-    )
-    seen = given.evaluate(design)
-    sizes_G = pools.sizes_G.clamp_min(1)
-    amount_IG = design.off_MG[seen.masks_I] / sizes_G
-    fit = fit_curves(amount_IG, seen.loss_I, seen.clusters_I, given.generator)
-    groups = len(sizes_G)
-    curves = []
-    for at, (group, members) in enumerate(zip(given.mask.table.groups, pools.members, strict=True)):
-        amount_P = torch.linspace(0, 1, len(members) + 1, dtype=torch.float64)
-        loss = fit.relevance_K[at] * amount_P + fit.relevance_K[groups + at] * amount_P.square()
-        curves.append(Curve(group=group, order=members, loss=loss))
-    return Judgement(curves=tuple(curves), fit=fit, observations=len(seen.loss_I))
+    score_N, share = given.prior.score_N, given.settings.pool * given.share
+    pools = draw_pools(given.mask, score_N, share)
+    return _ask(given, GroupQuestion(pools, 0.5 * share, _expected(given, pools), given.generator))
 
 
 def _judge_kinds(given: RoundInputs) -> Judgement:
@@ -135,7 +96,7 @@ def _judge_kinds(given: RoundInputs) -> Judgement:
     pools = draw_pools(given.mask, score_N, _wide_share(given))
     step = _attention_step(given)
     if step is None:
-        return Judgement(curves=_cumulative(pools, score_N), fit=None, observations=0)
+        return _unasked(pools, score_N)
     pools = Pools(
         pools.mask,
         tuple(
@@ -143,20 +104,39 @@ def _judge_kinds(given: RoundInputs) -> Judgement:
             for at, (group, members) in enumerate(zip(table.groups, pools.members, strict=True))
         ),
     )
-    design = draw_uniform_masks(pools, given.masks // 2, given.generator)
-    seen = given.evaluate(design)
-    kinds = (ATTENTION, FFN)
-    first = [next(i for i, g in enumerate(table.groups) if g.kind == kind) for kind in kinds]
-    amount_IG = design.off_MG[seen.masks_I][:, first] / pools.sizes_G[first]
-    fit = fit_curves(amount_IG, seen.loss_I, seen.clusters_I, given.generator)
-    curves = []
-    for group, members in zip(table.groups, pools.members, strict=True):
-        at = kinds.index(group.kind)
-        amount_P = torch.linspace(0, 1, len(members) + 1, dtype=torch.float64)
-        loss = fit.relevance_K[at] * amount_P + fit.relevance_K[2 + at] * amount_P.square()
-        layers = sum(other.kind == group.kind for other in table.groups)
-        curves.append(Curve(group=group, order=members, loss=loss / layers))
-    return Judgement(curves=tuple(curves), fit=fit, observations=len(seen.loss_I))
+    return _ask(given, KindQuestion(pools, given.generator))
+
+
+def _unasked(pools: Pools, score_N: torch.Tensor) -> Judgement:
+    return Judgement(curves=cumulative_curves(pools, score_N), fit=None, observations=0)
+
+
+def _ask(given: RoundInputs, question: Question[Focus]) -> Judgement:
+    return sample(
+        question,
+        given.evaluate,
+        given.cut,
+        masks=given.settings.masks,
+        windows=given.windows,
+        target=given.settings.certainty,
+        generator=given.generator,
+    )
+
+
+def _expected(given: RoundInputs, pools: Pools) -> list[Expected]:
+    """What may be known of the groups' curves before any mask of this round."""
+    expected = [by_statistic([given.prior.score_N[m] for m in pools.members])]
+    if given.ahead is not None:
+        expected.insert(0, given.ahead.expected(pools.sizes_G))
+    return expected
+
+
+def look_ahead(judgement: Judgement, mask: KeepMask, cut: KeepMask) -> Ahead | None:
+    """What the groups' curves foretell behind a cut; None where groups have no curves."""
+    sizes_G = torch.tensor([len(curve.order) for curve in judgement.curves])
+    if judgement.fit is None or len(judgement.fit.relevance_K) != 2 * len(sizes_G):
+        return None
+    return behind_cut(judgement.fit.relevance_K, sizes_G, gone_counts(mask, cut))
 
 
 def _attention_step(given: RoundInputs) -> int | None:
@@ -189,19 +169,6 @@ def _wide_share(given: RoundInputs) -> float:
     needed = max(given.settings.pool * given.share * alive, 1.25 * attention)
     tile = sum(g.unit_parameters for g in table.groups if g.kind == FFN) * given.rules.tile
     return min(1.0, (needed + tile) / ffn)
-
-
-def _reordered(pools: Pools, score_N: torch.Tensor) -> Pools:
-    return Pools(pools.mask, tuple(m[score_N[m].argsort(stable=True)] for m in pools.members))
-
-
-def _cumulative(pools: Pools, score_N: torch.Tensor) -> tuple[Curve, ...]:
-    """Curves that add up the units' scores in the pools' order."""
-    curves = []
-    for group, members in zip(pools.mask.table.groups, pools.members, strict=True):
-        loss = torch.cat([torch.zeros(1, dtype=torch.float64), score_N[members].cumsum(0)])
-        curves.append(Curve(group=group, order=members, loss=loss))
-    return tuple(curves)
 
 
 JUDGES: dict[str, Callable[[RoundInputs], Judgement]] = {

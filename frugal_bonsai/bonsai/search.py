@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,28 @@ import torch
 
 from frugal_bonsai.bonsai.bias import compensate_by_bias
 from frugal_bonsai.bonsai.depth import drop_layers, measure_influence
-from frugal_bonsai.bonsai.design import Design
-from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
+from frugal_bonsai.bonsai.evaluate import Utility
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
-from frugal_bonsai.bonsai.relevance import JUDGES, Judgement, RoundInputs
-from frugal_bonsai.bonsai.select import can_go_nearer, check_reachable, cut, withhold
+from frugal_bonsai.bonsai.relevance import JUDGES, RoundInputs, look_ahead
+from frugal_bonsai.bonsai.round_masks import RoundMasks
+from frugal_bonsai.bonsai.sampling import Judgement
+from frugal_bonsai.bonsai.schedule import Schedule
+from frugal_bonsai.bonsai.select import check_reachable
 from frugal_bonsai.bonsai.settings import (
+    GROUP,
     LAYERS,
     SIMILARITY,
-    TRIAL_SHARE,
     PruneSettings,
     round_windows,
+    trial_windows,
 )
 from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.bonsai.stores import Refits, Stores
+from frugal_bonsai.bonsai.trial import rival_cuts, try_cuts
 from frugal_bonsai.model.layout import LayoutRules
-from frugal_bonsai.model.units import ATTENTION, KeepMask
+from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.store import LayerStore
 
@@ -82,13 +87,15 @@ class Search:
         utility: Utility | None = None,
         unit_milliseconds: Mapping[str, float] | None = None,
     ) -> None:
-        self._unit_milliseconds = unit_milliseconds
         self._engine, self._settings, self._rules = engine, settings, rules
         self._windows_NS, self._folder = windows_NS, state
         self._keep_inputs, self._keep_refinement = keep_inputs, keep_refinement
         self._utility = utility
         self._stores = Stores(engine, state, work, settings.weights)
         self._blocks = engine.spec.block_parameters
+        self._schedule = Schedule(
+            settings=settings, rules=rules, blocks=self._blocks, latency=unit_milliseconds
+        )
         check_reachable(
             KeepMask(engine.spec.table),
             settings.sparsity,
@@ -105,9 +112,9 @@ class Search:
         store = self._stores.working(state, len(state.rounds)) if state.rounds else dense
         assert store is not None
         before = state.forward_tokens - self._engine.sweep.forward_tokens
-        if state.prior is None and self._can_go_nearer(state.mask):
+        if state.prior is None and self._schedule.goes_on(state.mask):
             state.prior = self._measure_prior(store, state.mask, 0)
-        while self._can_go_nearer(state.mask):
+        while self._schedule.goes_on(state.mask):
             number = len(state.rounds) + 1
             done = state.mask.removed_parameters() / self._blocks
             rounds = number - 1 + math.ceil((self._settings.sparsity - done) / self._settings.step)
@@ -119,7 +126,7 @@ class Search:
                 break
             if self._settings.bias:
                 self._leave_means(state, number, before=kept)
-            last = not self._can_go_nearer(state.mask)
+            last = not self._schedule.goes_on(state.mask)
             if self._settings.recovery or not last:
                 store = self._stores.working(state, number if self._settings.bias else number - 1)
                 report |= self._refresh(state, number, dense, store, last=last)
@@ -138,10 +145,6 @@ class Search:
             forward_tokens=state.forward_tokens,
         )
 
-    def _can_go_nearer(self, mask: KeepMask) -> bool:
-        final = round(self._settings.sparsity * self._blocks)
-        return can_go_nearer(mask, final, self._rules, self._settings.allocation)
-
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self._settings.seed * 1_000_003 + number)
 
@@ -150,9 +153,8 @@ class Search:
         settings = self._settings
         stand_ins = None
         if settings.stand_ins(uniform=self._rules.uniform):
-            _, share = self._next_goal(mask)
             stand_ins = StandInWriter(
-                share=settings.pool * share,
+                share=settings.pool * self._schedule.share(mask),
                 damping=settings.ridge,
                 save=lambda group, tensors: self._folder.save_stand_in(number, group, tensors),
             )
@@ -164,15 +166,6 @@ class Search:
             stand_ins=stand_ins,
             keep_means=settings.bias,
         )
-
-    def _next_goal(self, mask: KeepMask) -> tuple[float, float]:
-        """The sparsity that the next round aims at, and the share of the alive units it takes."""
-        settings, removed = self._settings, mask.removed_parameters()
-        goal = min(removed / self._blocks + settings.step, settings.sparsity)
-        # The last round removes just what is left: no sliver of a round behind it.
-        if settings.sparsity - goal < 0.2 * settings.step:
-            goal = settings.sparsity
-        return goal, (goal * self._blocks - removed) / (mask.table.parameters - removed)
 
     def _measure_prior(self, store: LayerStore, mask: KeepMask, number: int) -> Prior:
         """One unmasked sweep over the calibration windows."""
@@ -202,52 +195,54 @@ class Search:
         assert state.prior is not None
         if settings.allocation == LAYERS:
             return self._drop_layers(state, number)
-        goal, share = self._next_goal(mask)
         generator = self._generator(number)
+        masks = self._masks(store, number, generator)
         judgement = JUDGES[settings.level](
             RoundInputs(
                 mask=mask,
                 prior=state.prior,
                 settings=settings,
                 rules=self._rules,
-                share=share,
-                parameters_left=(
-                    round(settings.sparsity * self._blocks) - mask.removed_parameters()
-                ),
-                masks=self._mask_count(),
-                evaluate=lambda design: self._evaluate(store, design, generator, number),
+                share=self._schedule.share(mask),
+                parameters_left=self._schedule.final_parameters - mask.removed_parameters(),
+                windows=masks.windows,
+                evaluate=masks.evaluate,
+                cut=lambda curves: self._schedule.cut(mask, curves)[0],
+                ahead=state.ahead,
                 generator=generator,
             )
         )
-        cut_mask = mask
-        while cut_mask == mask:
-            target = round(goal * self._blocks)
-            cut_mask = cut(
-                mask,
-                judgement.curves,
-                target,
-                self._rules,
-                final_parameters=round(settings.sparsity * self._blocks),
-                objective=settings.objective,
-                latency=self._unit_milliseconds,
-                allocation=settings.allocation,
-            )
-            if goal >= settings.sparsity:
-                break
-            # The layout's next legal size may be farther away than one step.
-            goal = min(goal + settings.step, settings.sparsity)
+        cut_mask, target = self._schedule.cut(mask, judgement.curves)
         if cut_mask == mask:
             return None
-        report = _report(number, judgement)
+        report = describe_judgement(number, judgement, masks)
         if settings.tries(uniform=self._rules.uniform):
             assert dense is not None
-            cut_mask, tried = self._try(state, number, judgement, cut_mask, target, dense)
-            report |= tried
-        state.mask = cut_mask
+            even = settings.level == GROUP
+            rivals = rival_cuts(mask, cut_mask, judgement.curves, target, self._rules, even=even)
+            if rivals:
+                recovered = partial(self._recovered_loss, state, number, dense)
+                cut_mask, report["trial"] = try_cuts(cut_mask, rivals, recovered)
+        state.mask, state.ahead = cut_mask, look_ahead(judgement, mask, cut_mask)
         return report | {
             "sparsity": cut_mask.removed_parameters() / self._blocks,
             "kept": cut_mask.counts(),
         }
+
+    def _masks(self, store: LayerStore, number: int, generator: torch.Generator) -> RoundMasks:
+        stand_ins = None
+        if self._settings.stand_ins(uniform=self._rules.uniform):
+            stand_ins = StandIns(lambda group: self._folder.stand_in(number - 1, group))
+        return RoundMasks(
+            self._engine,
+            store,
+            self._stores.head,
+            self._settings,
+            self._windows_NS,
+            generator,
+            stand_ins=stand_ins,
+            utility=self._utility,
+        )
 
     def _drop_layers(self, state: PruneState, number: int) -> dict[str, Any] | None:
         """The round of whole layers, as many as come nearest to the target."""
@@ -265,44 +260,31 @@ class Search:
         self._engine.progress.note(note)
         judgement = Judgement(curves=(), fit=None, observations=0)
         report = {"sparsity": share, "kept": state.mask.counts(), "note": note}
-        return _report(number, judgement) | report
+        return describe_judgement(number, judgement) | report
 
-    def _try(
-        self,
-        state: PruneState,
-        number: int,
-        judgement: Judgement,
-        cut_mask: KeepMask,
-        target: int,
-        dense: LayerStore,
-    ) -> tuple[KeepMask, dict[str, Any]]:
-        """The cut, or the one of the same size that leaves attention whole: which recovers better.
-
-        Attention units are few, large and the costliest mistakes; masks on a few windows compare
-        them with channels before recovery, this compares what is left after it.
-        """
-        before = state.mask
-        removed = cut_mask.removed_parameters()
-        if cut_mask.counts()[ATTENTION] == before.counts()[ATTENTION]:
-            return cut_mask, {}
-        # To the round's own target: a cut that stopped a channel short would cost a round more.
-        spared = cut(before, withhold(judgement.curves, ATTENTION), target, self._rules)
-        channel = max(g.unit_parameters for g in before.table.groups if g.kind != ATTENTION)
-        if removed - spared.removed_parameters() > channel:
-            return cut_mask, {}  # the pools cannot make up for it
+    def _recovered_loss(
+        self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
+    ) -> float:
+        """Loss of a mask's model after a short recovery, on windows that it did not see."""
         windows_NS = self._round_windows(number)
-        windows_NS = windows_NS[: math.ceil(TRIAL_SHARE * len(windows_NS))]
-        losses = []
-        for mask in (cut_mask, spared):
-            state.mask = mask
-            recovery = self._recovery(mask, save=lambda layer, weights: None, name="trial")
-            store, head = self._stores.working(state, number - 1), self._engine.head
-            with self._engine.stream(dense) as parent, self._engine.stream(store) as pruned:
-                result = recovery.run(parent, pruned, head, windows_NS, dense_losses=False)
-            losses.append(float(result.losses_NS.mean()))
+        fitted, held_out = trial_windows(len(windows_NS))
+        # Both from all over the text: neighbouring windows are alike.
+        order = torch.randperm(len(windows_NS), generator=self._generator(30_000 + number))
+        windows_NS = windows_NS[order[: fitted + held_out]]
+        before, state.mask = state.mask, mask
+        store = self._stores.working(state, number - 1)
         state.mask = before
-        trial = {"trial": {"cut": losses[0], "attention_spared": losses[1]}}
-        return (spared if losses[1] < losses[0] else cut_mask), trial
+        recovery = self._recovery(mask, save=lambda layer, weights: None, name="trial")
+        with self._engine.stream(dense) as parent, self._engine.stream(store) as pruned:
+            result = recovery.run(
+                parent,
+                pruned,
+                self._engine.head,
+                windows_NS,
+                dense_losses=False,
+                held_out=held_out,
+            )
+        return float(result.losses_NS[fitted if held_out else 0 :].mean())
 
     def _leave_means(self, state: PruneState, number: int, *, before: KeepMask) -> None:
         """Save the biases that stand for what this round's cut has taken."""
@@ -313,34 +295,6 @@ class Search:
         ):
             self._stores.save_refit(number, layer, biases)
         state.refit_mask = state.mask
-
-    def _mask_count(self) -> int:
-        settings = self._settings
-        windows = min(settings.mask_windows, len(self._windows_NS))
-        return settings.masks * (1 if settings.design == "shared" else windows)
-
-    def _evaluate(
-        self, store: LayerStore, design: Design, generator: torch.Generator, number: int
-    ) -> Observations:
-        settings, windows = self._settings, len(self._windows_NS)
-        chosen = torch.randperm(windows, generator=generator)[: settings.mask_windows]
-        with self._engine.evaluation_stream(store) as stream:
-            return evaluate_masks(
-                self._engine,
-                stream,
-                self._stores.head(),
-                design,
-                settings.masks,
-                self._windows_NS[chosen.sort().values],
-                shared=settings.design == "shared",
-                perplexity=settings.utility == "perplexity",
-                utility=self._utility,
-                stand_ins=(
-                    StandIns(lambda group: self._folder.stand_in(number - 1, group))
-                    if settings.stand_ins(uniform=self._rules.uniform)
-                    else None
-                ),
-            )
 
     def _refresh(
         self,
@@ -410,13 +364,25 @@ class Search:
         )
 
 
-def _report(number: int, judgement: Judgement) -> dict[str, Any]:
-    fit = judgement.fit
+def describe_judgement(
+    number: int, judgement: Judgement, masks: RoundMasks | None = None
+) -> dict[str, Any]:
+    """A round's masks and regression as plain values."""
+    fit, sampled = judgement.fit, judgement.sampled
     return {
         "round": number,
         "observations": judgement.observations,
-        # One fold has nothing held out: not a number, which JSON does not know.
-        "r2": None if fit is None or math.isnan(fit.r2) else fit.r2,
-        "tau": None if fit is None or math.isnan(fit.tau) else fit.tau,
+        "r2": None if fit is None else _number(fit.r2),
+        "tau": None if fit is None else _number(fit.tau),
+        "coverage": None if fit is None else _number(fit.coverage),
         "penalty": None if fit is None else fit.penalty,
+        "certainty": None if sampled is None else sampled.certainty,
+        "stopped": None if sampled is None else sampled.stopped,
+        "mask_tokens": 0 if masks is None else masks.tokens,
+        "mask_budget_tokens": 0 if masks is None else masks.budget_tokens,
     }
+
+
+def _number(value: float | None) -> float | None:
+    """One fold has nothing held out: not a number, which JSON does not know."""
+    return None if value is None or math.isnan(value) else value

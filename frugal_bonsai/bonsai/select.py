@@ -9,7 +9,8 @@ directly, without masks it is the prior's. Holds one number a candidate.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,17 +124,19 @@ def _cut_per_layer(
     """
     left = target_parameters - mask.removed_parameters()
     taken = [0] * len(curves)
+    legal = [rules.legal_counts(curve.group.kind, curve.group.count) for curve in curves]
+    alive = [mask.kept(curve.group) for curve in curves]
     heap: list[tuple[float, float, int, int]] = []
 
     def offer(at: int) -> None:
         curve = curves[at]
-        count = _next_count(mask, curve, taken[at], rules)
+        count = _next_count(legal[at], alive[at], taken[at], len(curve.order))
         if count is None:
             return
         gone = count - taken[at]
         cost = float(curve.loss[count] - curve.loss[taken[at]])
         size = gone * sizes[at]
-        share = 1 - (mask.kept(curve.group) - count) / curve.group.count if equal else 0.0
+        share = 1 - (alive[at] - count) / curve.group.count if equal else 0.0
         heapq.heappush(heap, (share, cost / size, at, gone))
 
     for at in range(len(curves)):
@@ -150,15 +153,11 @@ def _cut_per_layer(
     return mask.without(torch.cat(chosen))
 
 
-def _next_count(mask: KeepMask, curve: Curve, taken: int, rules: LayoutRules) -> int | None:
+def _next_count(legal: Sequence[int], alive: int, taken: int, most: int) -> int | None:
     """How many of the order's units are gone at the next legal count, None behind the last one."""
-    alive = mask.kept(curve.group)
-    legal = [
-        count
-        for count in rules.legal_counts(curve.group.kind, curve.group.count)
-        if count < alive - taken and alive - count <= len(curve.order)
-    ]
-    return alive - legal[-1] if legal else None
+    below = bisect_left(legal, alive - taken)
+    count = alive - legal[below - 1] if below else None
+    return None if count is None or count > most else count
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,9 @@ class PruneSettings:
             ``layer``'s (the published code).
         regression: ``ridge`` (non-negative curves for ``group``) or ``paper``.
         utility: ``loss`` (-mean NLL) or ``perplexity`` (-exp of it).
-        masks: masks a round on every mask window (even; half of them complements).
+        masks: masks a round on every mask window, at most (even; half of them complements).
+        certainty: a round stops drawing masks when its cut is as certain as this: one less the
+            share of its predicted loss that knowing everything would save. 1 spends all masks.
         mask_windows: windows that masks are evaluated on.
         objective: what a cut's loss is counted against: ``parameters``, ``units`` (the published
             code) or ``latency``, milliseconds that the machine of the profile saves.
@@ -96,7 +98,8 @@ class PruneSettings:
     draw: str = "kind"
     regression: str = "ridge"
     utility: str = "loss"
-    masks: int = 8
+    masks: int = 16
+    certainty: float = 0.8
     mask_windows: int = 16
     objective: str = PARAMETERS
     prompt_tokens: int = 512
@@ -162,6 +165,10 @@ class PruneSettings:
             )
         if self.masks < 2 or self.masks % 2:
             raise OptionError(f"--masks: {self.masks} is not an even number of at least 2")
+        if not 0 < self.certainty <= 1:
+            raise OptionError(
+                f"--certainty: {self.certainty} is outside (0, 1]; 1 spends all masks of a round"
+            )
         if self.mask_windows < 1:
             raise OptionError(f"--mask-windows: {self.mask_windows} is not at least 1")
         if self.pool < 1:
@@ -199,8 +206,14 @@ class PruneSettings:
         return dataclasses.asdict(self)
 
 
-# Windows that a trial recovers on, as a share of a round's.
-TRIAL_SHARE = 0.5
+def trial_windows(windows: int) -> tuple[int, int]:
+    """Of a round's windows, those that a trial recovers on and those that it is judged by.
+
+    A third each; of one window no others are left. Judged by the windows that it has learnt from, a
+    cut would look as good as it can be learnt by heart.
+    """
+    third = max(1, windows // 3)
+    return third, min(third, windows - third)
 
 
 def round_windows(settings: PruneSettings, columns: int, window: int, windows: int) -> int:
@@ -242,6 +255,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "regression": "paper",
         "utility": "perplexity",
         "masks": 200,
+        "certainty": 1.0,
         "mask_windows": 32,
         "objective": UNITS,
         "pool": 2.0,

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from frugal_bonsai.bonsai.beliefs import Ahead
 from frugal_bonsai.bonsai.prior import Prior
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
@@ -29,10 +30,10 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 
 STATE_FILE = "state.json"
-VERSION = 1
+VERSION = 2
 PRIOR_FILE = "prior.safetensors"
 _SCORE = "score"
-_KEYS = ["forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
+_KEYS = ["ahead", "forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
 
 
 @dataclass(kw_only=True)
@@ -45,6 +46,7 @@ class PruneState:
         forward_tokens: tokens spent so far.
         prior: for the next round.
         refit_mask: the mask that the saved refits' columns belong to; None before any recovery.
+        ahead: what the last round's curves foretell of more units; None where it had none.
     """
 
     mask: KeepMask
@@ -52,6 +54,7 @@ class PruneState:
     forward_tokens: int = 0
     prior: Prior | None = None
     refit_mask: KeepMask | None = None
+    ahead: Ahead | None = None
 
 
 class StateFolder:
@@ -93,6 +96,7 @@ class StateFolder:
                 "removed": state.mask.to_json(),
                 "prior": None if state.prior is None else state.prior.name,
                 "refit": state.refit_mask is not None,
+                "ahead": None if state.ahead is None else state.ahead._asdict(),
             },
         )
         for old in self.folder.glob("round_*"):
@@ -133,6 +137,8 @@ class StateFolder:
             state.prior = _read_prior(folder / PRIOR_FILE, saved["prior"])
         if saved["refit"]:
             state.refit_mask = mask
+        if saved["ahead"] is not None:
+            state.ahead = Ahead(**saved["ahead"])
         return state
 
     def _compare(self, path: Path, saved: dict[str, Any]) -> None:

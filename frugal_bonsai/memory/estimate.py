@@ -132,7 +132,8 @@ class _Estimate:
             if arithmetic == INT8:
                 layer += int8_cost(w, tokens)
             cost += layer * self._spec.layers + self._head(pairs, int8=arithmetic == INT8)
-            cost += self._layers_read(w, pairs, as_stored=arithmetic == INT8)
+            for sweep in self._work.batches or (pairs,):
+                cost += self._layers_read(w, sweep, as_stored=arithmetic == INT8)
         return self._phase("masked evaluation", cost, arithmetic)
 
     def _recovery(self) -> Phase:
@@ -143,7 +144,7 @@ class _Estimate:
             windows = work.windows if last else work.part_windows
             cost += self._paired_sweep(w, windows)
             if work.trial:
-                cost += self._paired_sweep(w, work.trial) * 2
+                cost += self._paired_sweep(w, work.trial) * work.trial_cuts
             if not last:
                 cost += self._prior(w, number, factored=True) * self._spec.layers
             # The dense model's losses, unless the first round has measured them on these windows.
@@ -261,7 +262,7 @@ class _Estimate:
         for at, share in enumerate(work.shares[1:], start=1):
             last = at == work.rounds
             shares += [share] * (int(work.recovery or not last) + int(work.recovery and not last))
-            shares += [share, share] if work.trial else []
+            shares += [share] * work.trial_cuts if work.trial else []
         blocks, cost = self._spec.block_parameters, Cost()
         for share in shares:
             stored = share * blocks * (1 if work.int8_store else source)

@@ -51,6 +51,11 @@ class SweepItems:
         copies = spec.activation_copies
         self._peaks = tuple(peak.with_copies(copies) for peak in spec.family.peaks)
 
+    @property
+    def source_element_bytes(self) -> int:
+        """Bytes of an element of the checkpoint."""
+        return self._source
+
     def stored_bytes(self, weights: str | None) -> int:
         """One layer as stored; None is the checkpoint itself."""
         if weights == "int8":

@@ -130,6 +130,9 @@ class Phases:
         if masked and self._work.stand_ins:
             layers = [items.stand_ins(), items.masked_activations(choice, windows)]
         head = [*items.head_rows(choice, products=products), items.logits(choice)]
+        if self._work.top:
+            held.append(items.teacher_shard())
+            head.append(items.followers(choice))
         if self._work.full_logits:
             head.append(items.all_logits())
         return [
@@ -203,21 +206,23 @@ class Phases:
 
     def _phase(self, name: str, own: list[PlanItem]) -> Phase:
         """Add what is always there, and slack for the phase's own items."""
-        own = [item for item in own if item.size_bytes]
         if self._kept is not None and not any(item.name == HEAD_CHUNKS for item in own):
             own.append(self._kept)
-        slack = []
-        for where, (share, fixed) in _SLACK.items():
-            size = sum(item.size_bytes for item in own if item.where == where)
-            if size:
-                slack.append(
-                    PlanItem(
-                        name="allocator slack",
-                        where=where,
-                        size_bytes=int(share * size) + fixed,
-                        formula=f"{share:g} of the rest"
-                        + (f" + {fixed // MIB} MiB" if fixed else ""),
-                    )
+        return with_slack(name, self._always, own)
+
+
+def with_slack(name: str, always: list[PlanItem], own: list[PlanItem]) -> Phase:
+    """A phase of what is always there, its own items, and the allocators' slack for these."""
+    own, slack = [item for item in own if item.size_bytes], []
+    for where, (share, fixed) in _SLACK.items():
+        size = sum(item.size_bytes for item in own if item.where == where)
+        if size:
+            slack.append(
+                PlanItem(
+                    name="allocator slack",
+                    where=where,
+                    size_bytes=int(share * size) + fixed,
+                    formula=f"{share:g} of the rest" + (f" + {fixed // MIB} MiB" if fixed else ""),
                 )
-        always = [item for item in self._always if item.size_bytes]
-        return Phase(name=name, items=(*always, *own, *slack))
+            )
+    return Phase(name=name, items=(*(i for i in always if i.size_bytes), *own, *slack))

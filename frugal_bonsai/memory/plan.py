@@ -102,8 +102,7 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
     if not build.fits(least):  # then without reading ahead
         least = replace(least, buffers=1)
     _require(build, least, work)
-    target = _GPU_TOKENS if budget.device == "cuda" else _cpu_tokens(spec)
-    largest = max(1, min(most_pairs, target // work.window))
+    largest = max(1, min(most_pairs, step_tokens(spec, budget) // work.window))
     choice = replace(
         least, micro_batch=_largest(1, largest, lambda m: build.fits(replace(least, micro_batch=m)))
     )
@@ -138,6 +137,11 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
         keep_refinement=choice.keep_refinement,
         concurrent_masks=min(max(1, choice.in_flight // work.windows_per_mask), max(1, work.pairs)),
     )
+
+
+def step_tokens(spec: ModelSpec, budget: Budget) -> int:
+    """Tokens of a micro-batch beyond which nothing is gained."""
+    return _GPU_TOKENS if budget.device == "cuda" else _cpu_tokens(spec)
 
 
 def _cpu_tokens(spec: ModelSpec) -> int:

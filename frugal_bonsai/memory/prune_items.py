@@ -10,7 +10,15 @@ import math
 
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.items import SweepItems
-from frugal_bonsai.memory.work import DISK, HOST, Choice, PlanItem, Work, refined_blocks
+from frugal_bonsai.memory.work import (
+    DISK,
+    HOST,
+    SHARD_BYTES,
+    Choice,
+    PlanItem,
+    Work,
+    refined_blocks,
+)
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import FFN, UnitGroup
 
@@ -92,6 +100,18 @@ class Items(SweepItems):
         size = windows * (cache * self._compute + 12 * spec.vocabulary)
         formula = "windows*(2*S*K*(L+1)*c + 12*V)"
         return self._near("KV cache of the text that is sampled", size, formula)
+
+    def teacher_shard(self) -> PlanItem:
+        """A shard of a teacher's cache, as it is made: 64 MiB or one window."""
+        window, hidden = self._work.window, self._spec.hidden
+        one = window * (10 * self._work.top + 4 + 2 * hidden)
+        return self._near("a shard of the teacher's cache", max(SHARD_BYTES, one), "64 MiB")
+
+    def followers(self, choice: Choice) -> PlanItem:
+        """A block of tokens' likeliest followers, so far and of a chunk: values and numbers."""
+        _, tokens = self.head_sizes(choice)
+        size = tokens * self._work.top * 48
+        return self._near("followers of a block", size, "tokens*k*48")
 
     def gram(self) -> PlanItem:
         """Gram matrices of both of a layer's groups."""

@@ -28,7 +28,10 @@ class PruneWork:
         refit_inputs: q, k, v, gate and up too.
         keep_inputs: recovery holds a layer's inputs.
         part: windows that statistics and every recovery but the last take; None is all.
-        trial: windows that two cuts are recovered on in every round; 0 for no trials.
+        trial: windows that cuts are recovered on in every round; 0 for no trials.
+        trial_cuts: how many cuts that may be.
+        batches: the pairs in the batches that a round evaluates one after the other, each of which
+            reads the layers; empty is one batch.
         pool: units that have stand-ins, as a multiple of what a round removes; 0 for none.
         refine: steps in which the last recovery moves the FFN's channels; 0 never.
         refine_iterations: of conjugate gradients in a step.
@@ -56,6 +59,8 @@ class PruneWork:
     sampled_tokens: int = 0
     part: int | None = None
     trial: int = 0
+    trial_cuts: int = 2
+    batches: tuple[int, ...] = ()
     pool: float = 0.0
     refine: int = 0
     refine_iterations: int = 0

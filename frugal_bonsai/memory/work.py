@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from frugal_bonsai.sizes import MIB
+
 HOST, GPU, DISK = "host", "gpu", "disk"
 BASE = "Python and libraries"
 # Recovery's refinement moves the FFN's channels in blocks of at least so many, at most so many
 # blocks.
 _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
+# Of a teacher's cache, windows of at most so much are asked for and written together.
+SHARD_BYTES = 64 * MIB
 
 
 def refined_blocks(channels: int) -> int:
@@ -70,6 +74,7 @@ class Work:
         rewrite: the pruned model is written and verified.
         store_copies: stores on disk (dense and working).
         sampled: windows that are sampled from the model first, together; 0 for none.
+        top: followers of each token that a teacher's cache keeps; 0 for no cache.
     """
 
     window: int
@@ -88,6 +93,7 @@ class Work:
     rewrite: bool = False
     store_copies: int = 0
     sampled: int = 0
+    top: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

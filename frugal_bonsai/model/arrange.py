@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.model.family import ModelSpec, describe_model, find_family
+from frugal_bonsai.model.family import ModelSpec, describe_model
+from frugal_bonsai.model.find import find_family
 from frugal_bonsai.model.table import Family
 
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from frugal_bonsai.errors import CheckpointError, OptionError, UnsupportedModelError
-from frugal_bonsai.model.table import ACTIVATION_COPIES, Family
+from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.model.find import find_family
+from frugal_bonsai.model.table import ACTIVATION_COPIES, HEAD_DIM, Family
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice, UnitTable
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -113,36 +114,6 @@ def _size(shape: Sequence[int]) -> int:
     return size
 
 
-def find_family(
-    config: Mapping[str, Any], *, source: str = "config.json", assume: str | None = None
-) -> Family:
-    """The family table for ``config["model_type"]``.
-
-    Args:
-        config: ``config.json``.
-        source: its name for error texts.
-        assume: the family that an architecture without a table is like, as the user says.
-
-    Raises:
-        UnsupportedModelError: there is no table; the text lists those that exist.
-        OptionError: there is no such family to be like.
-    """
-    from frugal_bonsai.model.families import FAMILIES
-
-    model_type, known = config.get("model_type"), ", ".join(sorted(FAMILIES))
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if assume is not None and isinstance(model_type, str):
-        if assume not in FAMILIES:
-            raise OptionError(f"--assume-family: {assume!r} is not one of {known}")
-        return replace(FAMILIES[assume], model_type=model_type, assumed=assume)
-    raise UnsupportedModelError(
-        f"{source}: model_type {model_type!r} is not supported; supported: {known}. If its tensors "
-        "have the names and meaning of one of these, try --assume-family (llama fits most); "
-        "docs/adding-a-family.md says how to add one"
-    )
-
-
 def describe_model(
     config: Mapping[str, Any],
     shapes: Shapes,
@@ -174,14 +145,13 @@ def describe_model(
     heads = _positive(config, family, family.heads_key, source)
     kv_heads = _kv_heads(config, family, heads, source)
     head_dim = hidden // heads
-    if family.head_dim_key is not None:
-        head_dim = _positive(config, family, family.head_dim_key, source, default=head_dim)
+    head_dim = _positive(config, family, family.head_dim_key or HEAD_DIM, source, default=head_dim)
     if heads % kv_heads:
         raise CheckpointError(
             f"{source}: {family.heads_key} {heads} is not a multiple of {family.kv_heads_key} "
             f"{kv_heads}"
         )
-    whole = _why_whole(config, family)
+    whole = next((c.reason for c in family.whole_attention if c.holds(config)), None)
     per_layer = _per_layer(config, family, layers, source)
     layer_tensors, used = _split_by_layer(family, shapes, layers)
     query = heads // kv_heads * head_dim
@@ -233,13 +203,6 @@ def _positive(
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive whole number")
     return value
-
-
-def _why_whole(config: Mapping[str, Any], family: Family) -> str | None:
-    """Why a layer's heads cannot be fewer; None if they can."""
-    if family.head_dim_key is None:
-        return f"transformers computes the width of a head from {family.heads_key}"
-    return next((c.reason for c in family.whole_attention if c.holds(config)), None)
 
 
 def _kv_heads(config: Mapping[str, Any], family: Family, heads: int, source: str) -> int:

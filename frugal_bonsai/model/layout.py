@@ -90,7 +90,7 @@ def layout_rules(
     return LayoutRules(
         layout=layout,
         tile=tile,
-        attention_counts=_attention_counts(spec, free=as_mistral or layout != UNIFORM),
+        attention_counts=_attention_counts(spec, layout, free=as_mistral or layout != UNIFORM),
         as_mistral=as_mistral,
     )
 
@@ -113,10 +113,12 @@ def _require_mistral(spec: ModelSpec, layout: str) -> None:
                 )
 
 
-def _attention_counts(spec: ModelSpec, *, free: bool) -> tuple[int, ...]:
+def _attention_counts(spec: ModelSpec, layout: str, *, free: bool) -> tuple[int, ...]:
     """Numbers of KV groups that a layer may keep; none where attention stays whole."""
     if spec.whole_attention is not None:
         return ()
+    if layout != PER_LAYER and spec.family.head_dim_key is None:
+        return ()  # transformers computes the width of a head from their number
     return tuple(
         count
         for count in range(1, spec.kv_heads + 1)
@@ -126,6 +128,8 @@ def _attention_counts(spec: ModelSpec, *, free: bool) -> tuple[int, ...]:
 
 def heads_fit(spec: ModelSpec, heads: int) -> bool:
     """Whether the architecture's own config class accepts this number of query heads."""
+    if spec.family.head_dim_key is None:  # and their width is what is left of hidden_size
+        return heads * spec.head_dim == spec.hidden
     return not spec.family.heads_divide_hidden or spec.hidden % heads == 0
 
 

@@ -110,6 +110,10 @@ GATED_PEAKS = (
 ACTIVATION_COPIES = {"gelu_new": 2, "gelu_fast": 2, "gelu_python": 1, "quick_gelu": 1}
 
 
+# Key of our own that states the width of a head where the architecture has none.
+HEAD_DIM = "pruned_head_dim"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Names and geometry of one architecture, keyed by ``config.model_type``."""
@@ -146,7 +150,8 @@ class Family:
     kv_heads_key: str = "num_key_value_heads"
     positions_key: str = "max_position_embeddings"
     # The key that states the width of a head; None where transformers computes it from the number
-    # of heads, so that a model of this architecture cannot have fewer of them.
+    # of heads: then layers can have fewer of them in the per-layer layout alone, whose bundled
+    # model builds them.
     head_dim_key: str | None = "head_dim"
     # What transformers takes for keys that a config may leave out.
     defaults: Mapping[str, float] = field(default_factory=dict)
@@ -167,7 +172,8 @@ class Family:
     # The layer returns a tuple, of which the first is its output.
     returns_tuple: bool = False
     # Attributes of the attention module that its forward reads sizes from, which must follow the
-    # weights that are streamed: path inside the module -> "query" heads or "kv" heads.
+    # weights that are streamed: path inside the module -> "query" heads, "kv" heads, or
+    # "columns" of all query heads.
     sized_by: Mapping[str, str] = field(default_factory=dict)
     # The activation's module, where the FFN is no module of its own.
     ffn_activation: str | None = None

@@ -17,6 +17,7 @@ from frugal_bonsai.report.card_parts import (
     parent_name,
     source_name,
 )
+from frugal_bonsai.report.sampling_words import SCORES, covered, mask_spending
 from frugal_bonsai.report.words import (
     KIND_NAMES,
     duration,
@@ -180,6 +181,8 @@ def _rounds(summary: Values) -> str:
         "masks seen",
         "R2",
         "tau",
+        "certainty",
+        "sampling ended with",
         "penalty",
         f"search perplexity, window {summary['calibration']['window']}",
         "forward tokens so far",
@@ -191,6 +194,8 @@ def _rounds(summary: Values) -> str:
             f"{row['observations']:,}",
             number(row["r2"]),
             number(row["tau"]),
+            number(row["certainty"]),
+            row["stopped"] or "-",
             row["penalty"] or "-",
             number(row.get("perplexity")),
             f"{row['forward_tokens']:,}",
@@ -198,7 +203,9 @@ def _rounds(summary: Values) -> str:
         for row in summary["rounds"]
     )
     explained = (
-        "R2 and Kendall's tau are the regression's on masks that it has not seen; the search "
-        "perplexity is of the calibration windows themselves, so it is too good.\n"
+        "The search perplexity is of the calibration windows themselves, so it is too good.\n"
     )
+    if any(row["observations"] for row in summary["rounds"]):
+        said = (SCORES, covered(summary["rounds"]), mask_spending(summary["rounds"]))
+        explained = "\n\n".join((*(f"{line}." for line in said if line), explained))
     return "\n".join((markdown_table(head, rows), explained))

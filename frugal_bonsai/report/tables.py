@@ -7,14 +7,14 @@ and ``profile`` print is in plan_tables.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.report.card_parts import layout_notes
+from frugal_bonsai.report.sampling_words import SCORES, by_round, covered, mask_spending
 from frugal_bonsai.report.sheet import Sheet
 from frugal_bonsai.report.words import (
     KIND_NAMES,
-    NOTHING,
     all_printable,
     duration,
     latency_words,
@@ -95,7 +95,7 @@ def _say_rounds(summary: Values, sheet: Sheet) -> None:
     rounds = summary["rounds"]
     sheet.heading("rounds: how far to trust the cut")
     sheet.table(
-        ("round", "removed", "masks seen", "R2", "tau", "perplexity", "tokens so far", "time"),
+        ("round", "removed", "masks", "R2", "tau", "sure", "perplexity", "tokens", "time"),
         [
             (
                 str(row["round"]),
@@ -103,6 +103,7 @@ def _say_rounds(summary: Values, sheet: Sheet) -> None:
                 f"{row['observations']:,}",
                 number(row["r2"]),
                 number(row["tau"]),
+                number(row["certainty"]),
                 number(row.get("perplexity")),
                 f"{row['forward_tokens']:,}",
                 duration(row["seconds"]),
@@ -111,30 +112,18 @@ def _say_rounds(summary: Values, sheet: Sheet) -> None:
         ],
     )
     if any(row["observations"] for row in rounds):
-        sheet.say(
-            "R2, tau: how well the regression foretells the loss of masks that it has not seen, in "
-            "size and in order; 1 is perfect, 0 is no better than guessing"
-        )
-        sheet.say(f"penalty: {_penalties(rounds)}")
+        sheet.say(SCORES)
+        inside = covered(rounds)
+        if inside is not None:
+            sheet.say(inside)
+        sheet.say(f"penalty: {by_round(rounds, 'penalty')}")
+        sheet.say(mask_spending(rounds))
     dense = [row["dense_perplexity"] for row in rounds if row.get("dense_perplexity") is not None]
     if dense:
         sheet.say(
             f"perplexity: of the windows that the search used, window "
             f"{summary['calibration']['window']}; dense {number(dense[-1])}"
         )
-
-
-def _penalties(rounds: Sequence[Values]) -> str:
-    """``ridge 0.1 (rounds 1-3), ridge 0.01 (round 4)``."""
-    chosen = [row["penalty"] or NOTHING for row in rounds]
-    if len(set(chosen)) == 1:
-        return f"{chosen[0]} in every round"
-    parts = []
-    for first, last in runs(chosen):
-        word = "round" if first == last else "rounds"
-        which = numbers_from_to(rounds[first]["round"], rounds[last]["round"])
-        parts.append(f"{chosen[first]} ({word} {which})")
-    return ", ".join(parts)
 
 
 def _say_run(summary: Values, sheet: Sheet) -> None:

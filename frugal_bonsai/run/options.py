@@ -54,3 +54,52 @@ class PruneOptions:
     def __post_init__(self) -> None:
         if self.windows is not None and self.windows < 1:
             raise OptionError(f"--windows: {self.windows} is not at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptOptions:
+    """Everything that a user may say to ``adapt`` but PRUNED, the output and ``--resume``.
+
+    Attributes:
+        teacher: the dense model: folder, hub id or ``example``; None for ``loss="lm"`` on texts.
+        data: text sources to train on; ``self`` is sampled from the teacher.
+        settings: fields of ``AdaptSettings`` that the user names; None is the default.
+        weights: how frozen weights are held: ``"int8"``, ``"native"`` or, read anew for each step,
+            ``"streamed"``; None lets the plan choose.
+        top: followers of each token that the teacher's cache keeps.
+        temperature: that the teacher's logits are divided by.
+        hidden_layers: layers whose hidden states ``kl+hidden`` compares; None is every fourth and
+            the last.
+        teacher_cache: folder that keeps caches for other runs; None deletes it at the end.
+        window: tokens; None is 2,048 or the models' positions.
+        windows: of each source; None takes all of a text, 65,536 tokens of ``self``.
+        eval_text: text whose perplexity is reported before and after.
+        max_gpu_mem: cap on device memory.
+        max_cpu_mem: cap on resident memory.
+        max_shard_size: of the output.
+        device: None takes a GPU where there is one.
+    """
+
+    teacher: str | None = None
+    data: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    top: int = 64
+    temperature: float = 1.0
+    hidden_layers: tuple[int, ...] | None = None
+    teacher_cache: str | Path | None = None
+    window: int | None = None
+    windows: int | None = None
+    eval_text: str | None = None
+    max_gpu_mem: str | int | None = None
+    max_cpu_mem: str | int | None = None
+    max_shard_size: str | int = "5GB"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise OptionError("--data: name at least one text source, or self")
+        if self.windows is not None and self.windows < 2:
+            raise OptionError(f"--windows: {self.windows} is not at least 2 (one is held out)")
+        if self.weights not in (None, "int8", "native", "streamed"):
+            raise OptionError(f"--weights: {self.weights!r} is not one of int8, native, streamed")

@@ -19,6 +19,7 @@ from frugal_bonsai.memory.latency import LatencyModel, model_latency
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
+from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.model.biases import require_output_biases
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
@@ -271,7 +272,7 @@ def plan_phases(memory: MemoryPlan) -> list[dict[str, Any]]:
     ]
 
 
-def plan_items(memory: MemoryPlan) -> list[dict[str, Any]]:
+def plan_items(memory: MemoryPlan | TrainingPlan) -> list[dict[str, Any]]:
     """The plan's items as plain values."""
     return [
         {

@@ -7,9 +7,16 @@ as plain values. Holds nothing.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import NONE, REFINE_ITERATIONS, TRIAL_SHARE, round_windows
+from frugal_bonsai.bonsai.settings import (
+    GROUP,
+    NONE,
+    REFINE_ITERATIONS,
+    round_windows,
+    trial_windows,
+)
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import INT8
 from frugal_bonsai.memory.plan import MemoryPlan
@@ -55,6 +62,7 @@ def prune_work(
         eval_windows: of the text that the user names with ``--eval-text``.
     """
     from frugal_bonsai.bonsai.calibration import held_out_count
+    from frugal_bonsai.bonsai.sampling import batch_ends
 
     settings = ready.settings
     rounds = math.ceil(settings.sparsity / settings.step - 1e-9)
@@ -65,7 +73,13 @@ def prune_work(
     mask_windows = min(settings.mask_windows, windows)
     columns = max(group.columns for group in model.spec.table.groups)
     part = round_windows(settings, columns, ready.window, windows)
-    trial = math.ceil(TRIAL_SHARE * part) if settings.tries(uniform=ready.rules.uniform) else 0
+    tries = settings.tries(uniform=ready.rules.uniform)
+    fitted, held_out = trial_windows(part) if tries else (0, 0)
+    # Those it is judged by take the pruned model alone through them, at most two passes of three.
+    trial = fitted + math.ceil(held_out * 2 / 3)
+    # Each batch but the first goes without the unmasked windows.
+    ends = [-1, *batch_ends(settings.masks, settings.certainty)]
+    batches = tuple(mask_windows * (end - start) for start, end in pairwise(ends))
     tensors = model.checkpoint.tensors
     elements = sum(math.prod(entry.shape) for entry in tensors.values())
     return PruneWork(
@@ -85,6 +99,8 @@ def prune_work(
         arithmetic=INT8 if settings.arithmetic == "int8" else None,
         part=part,
         trial=trial,
+        trial_cuts=3 if settings.level == GROUP else 2,
+        batches=() if settings.level == NONE else batches,
         pool=settings.pool if settings.stand_ins(uniform=ready.rules.uniform) else 0.0,
         refine=settings.refine if settings.recovery else 0,
         refine_iterations=REFINE_ITERATIONS,
@@ -112,8 +128,9 @@ def predict(
 def forward_tokens(work: PruneWork) -> int:
     """Tokens through the whole model that a prune's search spends at most.
 
-    Every round may try two cuts. Refinement passes through a part of what is left of the model,
-    counted as all of it: in each step there and back and for a solve, and once at the end.
+    Every round may spend all masks, and try two or three cuts. Refinement passes through a part of
+    what is left of the model, counted as all of it: in each step there and back and for a solve,
+    and once at the end.
     """
     calibration, part = work.windows * work.window, work.part_windows * work.window
     masked = work.rounds * work.pairs * work.window
@@ -121,7 +138,7 @@ def forward_tokens(work: PruneWork) -> int:
         return masked + work.rounds * calibration
     again = 2 if work.keep_inputs else 3
     recovered = (work.rounds - 1) * part + calibration
-    tried = work.rounds * 2 * work.trial * work.window
+    tried = work.rounds * work.trial_cuts * work.trial * work.window
     refined = 0.0
     if work.refine:
         passes = refining_passes(

@@ -121,8 +121,12 @@ class Sweep:
         masker: Masker | None = None,
         tap: Tap | None = None,
         name: str = "evaluating",
+        after_layer: Callable[[int, HiddenStates], None] | None = None,
     ) -> HiddenStates:
-        """One wave through all layers; the hidden states behind the last one, before the norm."""
+        """One wave through all layers; the hidden states behind the last one, before the norm.
+
+        ``after_layer`` is shown the hidden states behind each layer, which the next one changes.
+        """
         kwargs = self.skeleton.layer_kwargs(tokens_NS.shape[1])
         hidden = self.embed(tokens_NS)
         self.progress.sweep(name, self.skeleton.spec.layers, tokens_NS.numel())
@@ -132,6 +136,8 @@ class Sweep:
                 self.batches.run(len(tokens_NS), visit)
                 if tap is not None:
                     tap.end_layer(layer, parameters)
+                if after_layer is not None:
+                    after_layer(layer, hidden)
                 self.progress.step(f"layer {layer}")
         self.forward_tokens += tokens_NS.numel()
         return hidden

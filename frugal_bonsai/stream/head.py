@@ -1,10 +1,12 @@
 """The head as a phase of its own: final norm, logits, loss, in chunks of tokens and of vocabulary.
 
 In: the last layer's hidden states. Out: the negative log-likelihood of every token but the first,
-or logits. Head weights are streamed in chunks of rows, the next one read in the background, so that
-neither V * H weights nor tokens * V logits are ever held whole unless they fit.
+logits, or the most likely tokens with their log-probabilities. Head weights are streamed in chunks
+of rows, the next one read in the background, so that neither V * H weights nor tokens * V logits
+are ever held whole unless they fit.
 
-Shape suffixes: B windows, S tokens, H hidden, V vocabulary (v a chunk of it), T tokens of a block.
+Shape suffixes: B windows, S tokens, H hidden, V vocabulary (v a chunk of it), T tokens of a block,
+K the most likely tokens that are kept.
 """
 
 from __future__ import annotations
@@ -60,6 +62,55 @@ class Head:
         target_BS = torch.zeros(windows, window - 1, device=device)
         following_BS = tokens_BS[:, 1:].to(device).contiguous()
 
+        def sums(here: slice, first: int) -> _Losses:
+            return _Losses(
+                following_BS[here].view(-1) - first,
+                target_BS[here].view(-1),
+                spread_BS[here].view(-1),
+            )
+
+        self._pass_chunks(hidden, sums)
+        return (spread_BS - target_BS).cpu()
+
+    def top(
+        self, hidden: HiddenStates, count: int, temperature: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each window's tokens 1..S-1 expect to follow: the most likely tokens.
+
+        The hidden states are normed where they lie: they are of no other use afterwards.
+
+        Args:
+            hidden: the last layer's hidden states.
+            count: K, at most the vocabulary.
+            temperature: that the logits are divided by.
+
+        Returns:
+            Log-probabilities fp32 ``[B, S-1, K]``, the largest first, and the tokens' numbers int32
+            ``[B, S-1, K]``, on the device.
+        """
+        shape, device = (hidden.windows, hidden.window - 1), self._skeleton.device
+        spread_BS = torch.full(shape, -torch.inf, device=device)
+        values_BSK = torch.full((*shape, count), -torch.inf, device=device)
+        ids_BSK = torch.zeros(*shape, count, dtype=torch.int32, device=device)
+
+        def sums(here: slice, first: int) -> _Top:
+            return _Top(
+                values_BSK[here].flatten(0, 1),
+                ids_BSK[here].flatten(0, 1),
+                spread_BS[here].view(-1),
+                first,
+                temperature,
+            )
+
+        self._pass_chunks(hidden, sums)
+        return values_BSK.sub_(spread_BS[..., None]), ids_BSK
+
+    def _pass_chunks(
+        self, hidden: HiddenStates, sums: Callable[[slice, int], _Losses | _Top]
+    ) -> None:
+        """Norm the hidden states, then show every chunk's logits to some windows' running sums."""
+        windows, window = hidden.windows, hidden.window
+
         def norm(here: slice) -> None:
             hidden.write(here, self._skeleton.norm(hidden.read(here)))
 
@@ -68,20 +119,15 @@ class Head:
         for weight_vH in self._chunks():
 
             def add(here: slice, first: int = first, weight_vH: torch.Tensor = weight_vH) -> None:
-                losses = _Losses(
-                    following_BS[here].view(-1) - first,
-                    target_BS[here].view(-1),
-                    spread_BS[here].view(-1),
-                )
+                running = sums(here, first)
                 normed_TH = hidden.read(here)[:, :-1].flatten(0, 1)
                 self.batches.run(
                     len(normed_TH),
-                    lambda block: losses.add(block, self._logits(normed_TH[block], weight_vH)),
+                    lambda block: running.add(block, self._logits(normed_TH[block], weight_vH)),
                 )
 
             self.batches.run(windows, add, weight=window)
             first += len(weight_vH)
-        return (spread_BS - target_BS).cpu()
 
     def logits(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """Logits of all tokens over the whole vocabulary, fp32 ``[B, S, V]``."""
@@ -132,6 +178,45 @@ class _Losses:
         spread_T = torch.logaddexp(self._spread_T[block], _log_sum_exp_(logits_Tv))
         # Nothing has changed so far: had memory run out, these tokens would be tried again.
         self._target_T[block] += target_T
+        self._spread_T[block] = spread_T
+
+
+class _Top:
+    """Some tokens' most likely followers so far, changed in place.
+
+    Args:
+        values_TK: their logits over the temperature, the largest first.
+        ids_TK: their numbers.
+        spread_T: log-sum-exp of all logits so far.
+        first: the chunk's first row.
+        temperature: that logits are divided by.
+    """
+
+    def __init__(
+        self,
+        values_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        spread_T: torch.Tensor,
+        first: int,
+        temperature: float,
+    ) -> None:
+        self._values_TK, self._ids_TK, self._spread_T = values_TK, ids_TK, spread_T
+        self._first, self._temperature = first, temperature
+
+    def add(self, block: slice, logits_Tv: torch.Tensor) -> None:
+        """Add a chunk of the vocabulary for some of the tokens; the logits are overwritten."""
+        logits_Tv = logits_Tv.float()
+        if self._temperature != 1.0:
+            logits_Tv.div_(self._temperature)
+        count = self._values_TK.shape[1]
+        here_TK, at_TK = logits_Tv.topk(min(count, logits_Tv.shape[1]), dim=-1)
+        both_T = torch.cat([self._values_TK[block], here_TK], dim=-1)
+        ids_T = torch.cat([self._ids_TK[block], (at_TK + self._first).to(torch.int32)], dim=-1)
+        values_TK, chosen_TK = both_T.topk(count, dim=-1)
+        ids_TK = ids_T.gather(-1, chosen_TK)
+        spread_T = torch.logaddexp(self._spread_T[block], _log_sum_exp_(logits_Tv))
+        # Nothing has changed so far: had memory run out, these tokens would be tried again.
+        self._values_TK[block], self._ids_TK[block] = values_TK, ids_TK
         self._spread_T[block] = spread_T
 
 

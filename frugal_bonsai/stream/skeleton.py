@@ -130,14 +130,19 @@ class Skeleton:
         def resize(attention: nn.Module, _: Any) -> None:
             weight_HC = cast(torch.Tensor, attention.get_submodule(output).weight)
             kv_heads = weight_HC.shape[1] // columns
-            counts = {"kv": kv_heads, "query": kv_heads * spec.query_heads_per_group}
+            counts = {
+                "kv": kv_heads,
+                "query": kv_heads * spec.query_heads_per_group,
+                "columns": weight_HC.shape[1],
+            }
             for path, what in sized_by.items():
                 inside, _, name = path.rpartition(".")
                 setattr(getattr(attention, inside) if inside else attention, name, counts[what])
 
         for layer in self.layers:
             attention = layer.get_submodule(owner)
-            attention.config = copy.copy(attention.config)  # its own: layers differ
+            if any(path.startswith("config.") for path in sized_by):
+                attention.config = copy.copy(attention.config)  # its own: layers differ
             attention.register_forward_pre_hook(resize)
 
     def _load_outer(self, model: nn.Module) -> None:

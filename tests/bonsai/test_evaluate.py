@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,6 +223,42 @@ def test_progress_says_which_masks_are_evaluated(
             perplexity=False,
         )
     assert seen.names == [f"masked evaluation, {masks}" for masks in expected]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_second_batch_measures_its_windows_no_more(tiny: Tiny, shared: bool) -> None:
+    """It is compared with what the first has measured, and says how far it is in the whole."""
+    mask, progress = KeepMask(tiny.spec.table), _Named()
+    engine = tiny.engine(progress=progress)
+    number = MASKS if shared else MASKS * WINDOWS
+    design = _design(mask, number)
+
+    def evaluate(**more: Any) -> Observations:
+        with engine.stream(tiny.source()) as stream:
+            return evaluate_masks(
+                engine,
+                stream,
+                engine.head,
+                design,
+                MASKS,
+                random_windows(WINDOWS, WINDOW),
+                shared=shared,
+                perplexity=False,
+                **more,
+            )
+
+    first = evaluate()
+    spent = engine.sweep.forward_tokens
+    assert spent == (MASKS + 1) * WINDOWS * WINDOW
+    second = evaluate(base_W=first.base_W, first=number, most=3 * number)
+    assert engine.sweep.forward_tokens - spent == MASKS * WINDOWS * WINDOW
+    torch.testing.assert_close(second.loss_I, first.loss_I, rtol=0, atol=1e-6)
+    assert torch.equal(second.base_W, first.base_W) and second.base == first.base
+    expected = torch.zeros(MASKS) if shared else torch.arange(number) // 2 % WINDOWS
+    assert second.windows_I.tolist() == expected.tolist()
+    assert progress.names[-1] == (
+        f"masked evaluation, masks {number + 1}-{2 * number} of {3 * number}"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

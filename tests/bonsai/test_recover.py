@@ -40,6 +40,7 @@ def _recover(
     weights: str = NATIVE,
     ridge: float = RIDGE,
     prior: str = "exact",
+    held_out: int = 0,
 ) -> tuple[Recovered, Refits, int]:
     engine, refits = tiny.engine(micro_batch=micro_batch), Refits()
     dense = build_store(folder / "dense", tiny.checkpoint, tiny.spec, weights=weights)
@@ -52,7 +53,7 @@ def _recover(
     )
     builder = PriorBuilder(prior, mask, damping=1e-4, generator=torch.Generator().manual_seed(0))
     with engine.stream(dense) as parent, engine.stream(store) as pruned:
-        result = recovery.run(parent, pruned, engine.head, tokens, builder)
+        result = recovery.run(parent, pruned, engine.head, tokens, builder, held_out=held_out)
     return result, refits, engine.sweep.forward_tokens
 
 
@@ -102,6 +103,24 @@ def test_refit_brings_back_residual_and_loss(
     # A refit that is held to the old weights leaves more of the residual.
     held, _, _ = _recover(tiny, mask, tokens, tmp_path, ridge=1.0)
     assert sum(result.residual) < sum(held.residual)
+
+
+@pytest.mark.parametrize("keep_inputs", [True, False])
+def test_windows_held_out_are_judged_by_and_not_learnt_from(
+    keep_inputs: bool, sampled: tuple[Tiny, torch.Tensor], tmp_path: Path
+) -> None:
+    tiny, tokens = sampled
+    mask = random_mask(tiny.spec, off=0.3, seed=1)
+    kept: dict[str, Any] = {"keep_inputs": keep_inputs}
+    alone, expected, spent = _recover(tiny, mask, tokens[:30], tmp_path, **kept)
+    result, refits, more = _recover(tiny, mask, tokens, tmp_path, held_out=18, **kept)
+    for name, weight in refits.items():
+        assert relative(weight, expected[name]) < 1e-4, name
+    assert result.losses_NS.shape == (48, 15)
+    assert relative(result.losses_NS[:30], alone.losses_NS) < 1e-4
+    assert relative(result.losses_NS[30:], _losses(tiny, mask, refits, tokens[30:])) < 1e-4
+    assert result.losses_NS[30:].mean() > result.losses_NS[:30].mean()
+    assert more - spent == (1 if keep_inputs else 2) * 18 * 16
 
 
 def _tapped(model: Any, tokens: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from frugal_bonsai.bonsai import refine
 from frugal_bonsai.bonsai.layer_pass import LayerPass
 from frugal_bonsai.bonsai.prior import PriorBuilder
 from frugal_bonsai.bonsai.recover import Recovered, Recovery
-from frugal_bonsai.bonsai.refine import Refinement, conjugate_gradients, input_rows
+from frugal_bonsai.bonsai.recover_inputs import input_rows
+from frugal_bonsai.bonsai.refine import Refinement, conjugate_gradients
 from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store

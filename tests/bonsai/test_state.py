@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import Tiny, random_mask, tiny_llama
 
+from frugal_bonsai.bonsai.beliefs import Ahead
 from frugal_bonsai.bonsai.prior import Prior
 from frugal_bonsai.bonsai.state import (
     PruneState,
@@ -63,7 +64,15 @@ def test_round_trip(tiny: Tiny, tmp_path: Path) -> None:
     assert found.prior is not None and saved.prior is not None
     assert found.prior.name == "exact"
     assert torch.equal(found.prior.score_N, saved.prior.score_N), "bit for bit, in float64"
-    assert found.refit_mask is None
+    assert found.refit_mask is None and found.ahead is None
+
+
+def test_what_the_curves_foretell_survives(tiny: Tiny, tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, IDENTITY)
+    groups = len(tiny.spec.table.groups)
+    ahead = Ahead([1 / (3 + i) for i in range(groups)], [1e-7 * i for i in range(groups)])
+    folder.save(_state(tiny, ahead=ahead))
+    assert folder.load(tiny.spec.table).ahead == ahead
 
 
 def test_state_without_a_prior(tiny: Tiny, tmp_path: Path) -> None:
@@ -157,7 +166,7 @@ def test_state_of_another_version(tiny: Tiny, tmp_path: Path) -> None:
     file = tmp_path / "state.json"
     saved = json.loads(file.read_text())
     file.write_text(json.dumps({**saved, "version": 99}))
-    with pytest.raises(StateError, match="version 99, expected 1"):
+    with pytest.raises(StateError, match="version 99, expected 2"):
         folder.load(tiny.spec.table)
 
 

@@ -11,7 +11,7 @@ from families import test_families
 from families.contract import FamilyContract
 from frugal_bonsai.export.architecture import ARCHITECTURES
 from frugal_bonsai.model.families import FAMILIES
-from frugal_bonsai.model.layout import LAYOUTS
+from frugal_bonsai.model.layout import LAYOUTS, PER_LAYER
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -43,8 +43,9 @@ def test_every_family_has_a_row_and_tests() -> None:
 def test_cells_are_those_of_the_contracts() -> None:
     for model_type, cells in rows().items():
         tests = contracts()[model_type]
-        can_cut = any(set(LAYOUTS) == set(test.attention) for test in tests)
-        assert cells[2].startswith("KV groups" if can_cut else "whole"), model_type
+        layouts = {layout for test in tests for layout in test.attention}
+        assert ("whole" in cells[2]) == (not layouts), model_type
+        assert ("(2)" in cells[2]) == (layouts == {PER_LAYER}), model_type
         assert cells[3:6] == ["yes", "yes", "yes"], model_type
         assert all(set(test.layouts) == set(LAYOUTS) for test in tests), model_type
 

@@ -6,6 +6,7 @@ from tiny_models import FAMILY_CONFIGS
 
 from families.contract import FamilyContract
 from frugal_bonsai.model.families import FAMILIES
+from frugal_bonsai.model.layout import PER_LAYER
 
 
 def test_every_family_has_a_tiny_model() -> None:
@@ -47,7 +48,7 @@ class TestOlmo2(FamilyContract):
 
 class TestStableLm(FamilyContract):
     name = "stablelm"
-    attention = ()
+    attention = (PER_LAYER,)
 
 
 class TestStableLmParallel(FamilyContract):
@@ -65,7 +66,7 @@ class TestGemma3(FamilyContract):
 
 class TestGpt2(FamilyContract):
     name = "gpt2"
-    attention = ()
+    attention = (PER_LAYER,)
 
 
 class TestGpt2Untied(TestGpt2):
@@ -74,22 +75,22 @@ class TestGpt2Untied(TestGpt2):
 
 class TestGptNeo(FamilyContract):
     name = "gpt-neo"
-    attention = ()
+    attention = (PER_LAYER,)
 
 
 class TestPythia(FamilyContract):
     name = "pythia"
-    attention = ()
+    attention = (PER_LAYER,)
 
 
 class TestGptNeoXSequential(FamilyContract):
     name = "gpt-neox-sequential"
-    attention = ()
+    attention = (PER_LAYER,)
 
 
 class TestOpt(FamilyContract):
     name = "opt"
-    attention = ()
+    attention = (PER_LAYER,)
 
 
 class TestFalconMultiQuery(FamilyContract):
@@ -99,12 +100,12 @@ class TestFalconMultiQuery(FamilyContract):
 
 class TestFalconGroups(FamilyContract):
     name = "falcon-groups"
-    attention = ()
+    attention = (PER_LAYER,)
 
 
 class TestFalconSequential(FamilyContract):
     name = "falcon-sequential"
-    attention = ()
+    attention = (PER_LAYER,)
 
 
 class TestPhi3(FamilyContract):

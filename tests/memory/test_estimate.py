@@ -146,6 +146,27 @@ def test_trials_build_two_more_stores_a_round() -> None:
     assert found.disk == pytest.approx(read / 4e9 + written / 5e8)
 
 
+def test_a_third_cut_costs_half_as_much_again_as_two() -> None:
+    profile = profiles.cpu(memory_bytes_per_second=1e30)
+    for name in ("recovery", "building stores"):
+        none, two, three = (
+            phase(estimate(profile, **changes), name).seconds
+            for changes in ({}, {"trial": 4}, {"trial": 4, "trial_cuts": 3})
+        )
+        assert three - two == pytest.approx((two - none) / 2)
+
+
+def test_every_batch_of_masks_reads_the_layers() -> None:
+    profile = profiles.cpu()
+    one, three = (
+        phase(estimate(profile, **changes), "masked evaluation")
+        for changes in ({}, {"batches": (40, 32, 32)})
+    )
+    # 104 pairs at once are two waves, 40, 32 and 32 one after the other three.
+    assert three.disk == pytest.approx(1.5 * one.disk) and one.disk > 0
+    assert three.compute == pytest.approx(one.compute)
+
+
 def test_stand_ins_are_a_multiple_of_what_a_round_takes() -> None:
     work = replace(WORK, pool=2.5)
     assert work.stand_ins(0) == pytest.approx(2.5 * 0.25)

@@ -9,7 +9,9 @@ import pytest
 from tiny_models import BIASES, GQA, MHA, TIED, VARIANTS, Tiny, tiny_family, tiny_llama
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
-from frugal_bonsai.model.family import describe_model, find_family
+from frugal_bonsai.model.family import describe_model
+from frugal_bonsai.model.find import find_family
+from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN
 
 
@@ -235,9 +237,32 @@ def test_why_attention_stays_whole(tmp_path: Path) -> None:
     assert tiny_family(tmp_path / "olmo2", "olmo2").spec.whole_attention == (
         "its q_norm and k_norm run over all heads at once"
     )
-    assert tiny_family(tmp_path / "opt", "opt").spec.whole_attention == (
-        "transformers computes the width of a head from num_attention_heads"
-    )
+    parallel = tiny_family(tmp_path / "stablelm", "stablelm-parallel").spec
+    assert parallel.whole_attention == "qk_layernorm gives every head tensors of its own"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "pythia"])
+def test_heads_of_a_computed_width_go_in_the_per_layer_layout_alone(
+    name: str, tmp_path: Path
+) -> None:
+    spec = tiny_family(tmp_path / "m", name).spec
+    assert spec.whole_attention is None
+    counts = {layout: layout_rules(spec, layout, tile=1).attention_counts for layout in LAYOUTS}
+    assert counts == {UNIFORM: (), PADDED: (), PER_LAYER: tuple(range(1, spec.heads + 1))}
+
+
+def test_width_of_a_head_that_the_architecture_cannot_state(tmp_path: Path) -> None:
+    tiny = tiny_family(tmp_path / "m", "gpt2")
+    shapes = dict(tiny.checkpoint.shapes)
+    for layer, heads in enumerate((2, 1)):
+        prefix = f"transformer.h.{layer}.attn."
+        shapes[prefix + "c_attn.weight"] = (3 * 8 * heads, 24)
+        shapes[prefix + "c_attn.bias"] = (3 * 8 * heads,)
+        shapes[prefix + "c_proj.weight"] = (24, 8 * heads)
+    own = {"n_head": 2, "pruned_head_dim": 8, "per_layer_config": {"1": {"n_head": 1}}}
+    spec = describe_model({**tiny.checkpoint.config, **own}, shapes)
+    assert (spec.heads, spec.head_dim) == (2, 8)
+    assert [g.count for g in spec.table.groups if g.kind == ATTENTION] == [2, 1]
 
 
 def test_one_kv_head_whatever_the_config_says_of_their_number(tmp_path: Path) -> None:

@@ -102,9 +102,22 @@ def test_kept_units_and_rounds() -> None:
     lines = model_card(make_summary(rounds=[make_round(1, 0.25), nan])).splitlines()
     assert "| layer | KV groups | FFN channels | removed |" in lines
     assert "| 2 | 2 of 4 | 11,008 of 11,008 | 0.0% |" in lines
-    assert "| 1 | 25.0% | 192 | 0.77 | 0.65 | ridge 0.1 | 34.57 | 1,000 |" in lines
-    assert "| 2 | 50.0% | 192 | - | - | - | inf | 1,000 |" in lines
+    assert "| 1 | 25.0% | 192 | 0.77 | 0.65 | 0.81 | settled | ridge 0.1 | 34.57 | 1,000 |" in lines
+    assert "| 2 | 50.0% | 192 | - | - | 0.81 | settled | - | inf | 1,000 |" in lines
     assert any("search perplexity, window 2048" in line for line in lines)
+
+
+def test_what_masks_cost_and_why_they_ended() -> None:
+    spent = make_round(2, 0.5, mask_tokens=1000, stopped="budget spent", coverage=0.8)
+    card = model_card(make_summary(rounds=[make_round(1, 0.25), spent]))
+    assert (
+        "masks: 1,600 of at most 2,000 forward tokens (80%); sampling ended with: settled (round "
+        "1), budget spent (round 2)." in card
+    )
+    assert "85% of the held-out losses lie inside their 90% interval (mean of the rounds)." in card
+    unasked = {"certainty": None, "stopped": None, "coverage": None, "r2": None, "tau": None}
+    local = make_round(1, 0.25, observations=0, mask_tokens=0, mask_budget_tokens=0, **unasked)
+    assert "masks:" not in model_card(make_summary(rounds=[local]))
 
 
 def test_every_table_has_as_many_cells_as_its_head() -> None:

@@ -186,15 +186,17 @@ def test_deep_models_have_equal_layers_merged() -> None:
 
 def test_rounds_are_a_trust_report() -> None:
     text = printed(render_prune, make_summary())
-    cells = ["1", "25.0%", "192", "0.77", "0.65", "34.57", "81,234,567", "12 min"]
+    cells = ["1", "25.0%", "192", "0.77", "0.65", "0.81", "34.57", "81,234,567", "12 min"]
     assert row(text.split("how far to trust")[1], "1 ") == cells
     assert "non-negative ridge 0.1 (round 1), non-negative ridge 0.01 (round 2)" in words(text)
     assert "window 2048; dense 5.12" in words(text)
+    assert "of at most 2,000 forward tokens" in words(text)
+    assert "sampling ended with: settled in every round" in words(text)
 
 
 def test_rounds_with_what_is_no_number_or_was_not_measured() -> None:
     odd = make_round(1, 0.2, r2=float("nan"), tau=-0.5, perplexity=3.2e9)
-    local = make_round(2, 0.4, r2=None, tau=None, penalty=None, observations=0)
+    local = make_round(2, 0.4, r2=None, tau=None, penalty=None, observations=0, coverage=None)
     del local["perplexity"], local["dense_perplexity"]
     text = printed(render_prune, make_summary(rounds=[odd, local]))
     assert {"-0.50", "3.20e+09", "-"} <= set(text.split())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import fail, frugal_bonsai, python, succeed
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -24,7 +24,7 @@ QUICK = ("--windows", "4", "--window", "64", "--level", "none", "--max-cpu-mem",
 
 LOGITS = """
 import json, sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 folder, tokens, answer, remote = sys.argv[1:5]
 model = AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=remote == "1")
@@ -185,3 +185,32 @@ def test_the_python_function(tmp_path: Path) -> None:
     result = package.shrink("example", tmp_path / "mask.json", tmp_path / "out")
     assert result["load"] == f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
     shutil.rmtree(tmp_path / "out")
+
+
+HELD = """
+import json, sys
+from pathlib import Path
+import numpy, torch, transformers
+from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
+from frugal_bonsai.rewrite import shrink as rewriter
+from frugal_bonsai.run.shrink import shrink
+Path("/proc/self/clear_refs").write_text("5")
+before = resident_bytes()
+shrink(*sys.argv[1:])
+print(json.dumps(peak_resident_bytes() - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read on Linux")
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "streamed"])
+def test_less_than_one_tensor_is_held(tmp_path: Path, copied: bool) -> None:
+    """An embedding of 96 MiB and projections of 24 MiB pass through a few megabytes."""
+    sizes = {"hidden_size": 768, "intermediate_size": 16_384, "num_attention_heads": 12}
+    config = LlamaConfig(vocab_size=65_536, num_hidden_layers=1, tie_word_embeddings=True, **sizes)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "dense")
+    _, spec = describe(tmp_path / "dense")
+    write_mask(tmp_path / "mask.json", "dense", spec, keep_some(spec, UNIFORM))
+    without = "" if copied else "import os\ndel os.copy_file_range\n"
+    arguments = (tmp_path / "dense", tmp_path / "mask.json", tmp_path / "out")
+    held = json.loads(python(without + HELD, *arguments).splitlines()[-1])
+    assert 0 < held < 24 * 2**20

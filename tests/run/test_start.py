@@ -8,11 +8,12 @@ from commands import frugal_bonsai, python
 def test_help_names_the_commands_and_imports_no_torch() -> None:
     done = frugal_bonsai("--help")
     assert done.returncode == 0
-    assert {"prune", "plan", "inspect", "eval"} <= set(done.stdout.split())
+    commands = {"prune", "adapt", "plan", "inspect", "eval", "shrink", "export", "bench"}
+    assert commands <= set(done.stdout.split())
     loaded = python(
         "import sys, frugal_bonsai, frugal_bonsai.cli; print(' '.join(sys.modules))"
     ).split()
-    assert not {"torch", "transformers", "numpy", "rich", "scipy"} & set(loaded)
+    assert not {"torch", "transformers", "numpy", "rich", "scipy", "peft"} & set(loaded)
 
 
 def test_every_option_of_prune_is_explained() -> None:

@@ -35,6 +35,7 @@ FALCON = Family(
         Condition(key="new_decoder_architecture", value=False, default=False),
     ),
     head_dim_key=None,
+    sized_by={"num_heads": "query", "num_kv_heads": "kv"},
     activation_key="activation",
     activation="gelu",
     # Groups are repeated to as many heads as there are queries.

@@ -45,6 +45,7 @@ GPT2 = Family(
     kv_heads_key="n_head",
     positions_key="n_positions",
     head_dim_key=None,
+    sized_by={"split_size": "columns"},
     activation_key="activation_function",
     activation="gelu_new",
     peaks=(Peak(hidden=3, ffn=2), Peak(hidden=2, attention=4)),

@@ -34,6 +34,7 @@ GPT_NEO = Family(
     heads_key="num_heads",
     kv_heads_key="num_heads",
     head_dim_key=None,
+    sized_by={"num_heads": "query"},
     activation_key="activation_function",
     activation="gelu_new",
     peaks=(Peak(hidden=3, ffn=2, scores=1), Peak(hidden=2, attention=6, scores=4)),

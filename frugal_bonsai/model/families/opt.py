@@ -34,6 +34,7 @@ OPT = Family(
     ffn_key="ffn_dim",
     kv_heads_key="num_attention_heads",
     head_dim_key=None,
+    sized_by={"num_heads": "query"},
     activation_key="activation_function",
     activation="relu",
     peaks=(Peak(hidden=1, ffn=2), Peak(hidden=2, attention=4)),

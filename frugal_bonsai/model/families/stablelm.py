@@ -15,6 +15,7 @@ STABLELM = replace(
     bias_keys={},
     # A quarter of each head rotates.
     peaks=(Peak(hidden=4, ffn=3), Peak(hidden=1, attention=4.25, key=3.25)),
+    sized_by={"num_heads": "query", "num_key_value_heads": "kv"},
     whole_attention=(
         Condition(
             key="qk_layernorm",

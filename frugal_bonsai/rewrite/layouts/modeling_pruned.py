@@ -7,19 +7,25 @@ builds transformers' own layers, each with its own sizes from the config's ``per
 needs transformers 5.14 or newer and nothing else.
 """
 
+import copy
+
 import transformers
 from huggingface_hub.dataclasses import strict
-from torch.nn import ModuleList
+from torch.nn import Linear, ModuleList, Parameter
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.pytorch_utils import Conv1D
 
 if not hasattr(PreTrainedConfig, "is_heterogeneous"):
     raise ImportError("this model's layers differ in width: install transformers 5.14 or newer")
 
 PREFIX = "Pruned"
+# Output projections of attention modules, and the attributes that count heads in them.
+OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense")
+COUNTS = ("num_heads", "num_key_value_heads", "num_kv_heads", "split_size")
 
 
 def __getattr__(name):
@@ -82,8 +88,7 @@ def _model_class(base):
 
         def __init__(self, config):
             """Build the model with layer 0's sizes, then replace the layers."""
-            first = config.layer_configs[0]
-            super().__init__(first)
+            super().__init__(_dense_heads(config.layer_configs[0]))
             config._attn_implementation_internal = self.config._attn_implementation_internal
             # Itself and the base model; rotary embeddings read sizes, and keep layer 0's.
             for module in self.modules():
@@ -95,8 +100,11 @@ def _model_class(base):
                 for path, module in self.named_modules()
                 if isinstance(module, ModuleList) and len(module) == len(layer_configs)
             )
-            own = [type(old)(layer_configs[at], at) for at, old in enumerate(layers)]
+            built = [_dense_heads(layer_config) for layer_config in layer_configs]
+            own = [type(old)(built[at], at) for at, old in enumerate(layers)]
             for at, layer in enumerate(own):
+                kept = layer_configs[at].num_attention_heads
+                _shrink_heads(layer, kept, built[at].num_attention_heads)
                 for module in layer.modules():
                     if "config" in module.__dict__:
                         module.config = _LayerConfig(layer_configs[at], config)
@@ -104,6 +112,47 @@ def _model_class(base):
             self.post_init()
 
     return PrunedModel
+
+
+def _dense_heads(config):
+    """The config with as many heads as hidden_size has room for, where their width is computed."""
+    head_dim = getattr(config, "pruned_head_dim", None)
+    if head_dim is None:
+        return config
+    dense, kept = copy.copy(config), config.num_attention_heads
+    dense.num_attention_heads = config.hidden_size // head_dim
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None):
+            setattr(dense, name, getattr(config, name) * dense.num_attention_heads // kept)
+    return dense
+
+
+def _shrink_heads(layer, kept, dense):
+    """Leave ``kept`` of an attention module's ``dense`` heads."""
+    if kept == dense:
+        return
+    for attention in layer.modules():
+        if not (hasattr(attention, "head_dim") or hasattr(attention, "head_size")):
+            continue
+        for name in COUNTS:
+            if isinstance(getattr(attention, name, None), int):
+                setattr(attention, name, getattr(attention, name) * kept // dense)
+        for name, projection in attention.named_children():
+            if isinstance(projection, (Linear, Conv1D)):
+                _shrink_projection(projection, kept, dense, output=name in OUTPUTS)
+
+
+def _shrink_projection(projection, kept, dense, *, output):
+    """Leave a share of the inputs of an output projection, of the outputs of another."""
+    turned = isinstance(projection, Conv1D)  # its weight is [in, out]
+    shape = list(projection.weight.shape)
+    shape[output != turned] = shape[output != turned] * kept // dense
+    projection.weight = Parameter(projection.weight.new_empty(shape))
+    if not output and projection.bias is not None:
+        size = len(projection.bias) * kept // dense
+        projection.bias = Parameter(projection.bias.new_empty(size))
+    names = ("nx", "nf") if turned else ("in_features", "out_features")
+    setattr(projection, names[not output], shape[output != turned])
 
 
 class _LayerConfig:

@@ -14,6 +14,7 @@ from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.checkpoint.writer import write_bytes, write_json
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules, heads_fit
+from frugal_bonsai.model.table import HEAD_DIM
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.layouts.bundled import FILE, find_bundled, read_bundled
 from frugal_bonsai.rewrite.layouts.widths import layer_widths, plain_config
@@ -41,6 +42,8 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     }
     if overrides or not heads_fit(spec, widest[spec.family.heads_key]):
         bundled = find_bundled(spec.family.model_type)
+        if spec.family.head_dim_key is None:
+            config[HEAD_DIM] = spec.head_dim
         config["architectures"] = [bundled.model_class]
         config["auto_map"] = bundled.auto_map
         if overrides:

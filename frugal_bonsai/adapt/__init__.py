@@ -1,0 +1,1 @@
+"""Adaptation after pruning: a teacher's cache, a student of frozen weights and adapters."""

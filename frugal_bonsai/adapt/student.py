@@ -1,0 +1,348 @@
+"""The student: a pruned model's frozen weights, what is trained beside them, and its gradients.
+
+In: a pruned checkpoint. Out: gradients of a loss over token windows, or its sums alone. Hugging
+Face's own layers compute; embedding rows are read from disk. A layer's input is kept at its
+boundary and its activations are computed again on the way back (gradient checkpointing), so that
+one layer's are held at a time; the head's logits are held for some tokens at a time. Nothing is
+drawn at random in a forward pass: dropout is off.
+
+Holds the weights of all layers as stored (int8 or the checkpoint's dtype), the head in the compute
+dtype, adapters and their gradients. Where layers are streamed (streamed.py) one layer's.
+
+Shape suffixes: B windows of a micro-batch, S tokens, H hidden, V vocabulary, T tokens of a block, O
+output rows and I input columns of a projection, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.utils._pytree import tree_map_only
+
+from frugal_bonsai.adapt.frozen import FrozenLinear
+from frugal_bonsai.adapt.objective import (
+    Followers,
+    Objective,
+    divergence,
+    divergence_bounds,
+    hidden_error,
+    negative_log_likelihood,
+)
+from frugal_bonsai.adapt.teacher import Targets
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.int8 import quantise_rows
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.stream.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch.
+
+    Attributes:
+        tokens_BS: int64.
+        targets: what the teacher says of them, on the CPU; None where the loss does not ask.
+    """
+
+    tokens_BS: torch.Tensor
+    targets: Targets | None = None
+
+
+@dataclass
+class Sums:
+    """Sums over tokens, in nats (``hidden``: relative squared error).
+
+    Attributes:
+        tokens: tokens that were predicted.
+        lm: negative log-likelihood.
+        kl: lower bound of the divergence from the teacher.
+        kl_upper: its upper bound, where it was asked for.
+        hidden: error of the hidden states, summed over layers too.
+    """
+
+    tokens: int = 0
+    lm: float = 0.0
+    kl: float = 0.0
+    kl_upper: float = 0.0
+    hidden: float = 0.0
+
+    def add(self, other: Sums) -> None:
+        """Add another micro-batch's."""
+        for name in ("tokens", "lm", "kl", "kl_upper", "hidden"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def loss(self, objective: Objective) -> float:
+        """The mean loss a token."""
+        kl = objective.kl * objective.temperature**2 * self.kl
+        return (objective.lm * self.lm + kl + objective.hidden * self.hidden) / max(self.tokens, 1)
+
+
+@dataclass
+class _Walk:
+    """A micro-batch on its way: the inputs of the layers so far, then the gradient."""
+
+    part: Part
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    gradient: torch.Tensor | None = None
+
+
+class Student:
+    """A pruned model that can be trained.
+
+    Args:
+        checkpoint: the pruned model; stays open.
+        spec: its description.
+        device: where it is computed.
+        dtype: compute dtype.
+        head_tokens: tokens whose logits are held at a time.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_tokens: int,
+    ) -> None:
+        self.checkpoint, self.spec, self.device, self.dtype = checkpoint, spec, device, dtype
+        self._head_tokens = head_tokens
+        self.skeleton = Skeleton(checkpoint, spec, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(self.skeleton.layers)
+        self.projections = projection_names(spec, self.layers)
+        self._head_VH = checkpoint.read(spec.head_tensor).to(device, dtype)
+        self._kwargs: tuple[int, list[dict[str, Any]]] | None = None
+
+    # -- weights -------------------------------------------------------------------------------
+    def load_frozen(self, *, int8: bool) -> None:
+        """Read all layers: projections as int8 or as stored, the rest in the compute dtype."""
+        for layer in range(self.spec.layers):
+            for path in self.place_layer(layer):
+                weight_OI = self.checkpoint.read(f"{self.spec.prefix(layer)}{path}.weight")
+                module = self.layers[layer].get_submodule(path)
+                assert isinstance(module, FrozenLinear)
+                if int8:
+                    codes_OI, scales_O = quantise_rows(weight_OI)
+                    module.load(codes_OI.to(self.device), scales_O.to(self.device))
+                else:
+                    module.load(weight_OI.to(self.device))
+
+    def place_layer(self, layer: int) -> list[str]:
+        """Put modules without weights where a layer's projections are; read all else of it.
+
+        Returns:
+            Names of the projections.
+        """
+        module, prefix = self.layers[layer], self.spec.prefix(layer)
+        tensors = self.spec.layer_tensors[layer]
+        for path in self.projections:
+            outputs, inputs = tensors[f"{path}.weight"]
+            bias_O = None
+            if f"{path}.bias" in tensors:
+                bias_O = self._read(f"{prefix}{path}.bias")
+            frozen = FrozenLinear(inputs, outputs, dtype=self.dtype, bias_O=bias_O)
+            module.set_submodule(path, frozen.to(self.device))
+        owned = {f"{path}.{kind}" for path in self.projections for kind in ("weight", "bias")}
+        for name in tensors:
+            if name not in owned:
+                owner, _, attribute = name.rpartition(".")
+                value = nn.Parameter(self._read(prefix + name), requires_grad=False)
+                setattr(module.get_submodule(owner), attribute, value)
+        return self.projections
+
+    def load_trained(self) -> None:
+        """Read all layers with projections that are trained themselves, in fp32."""
+        for layer in range(self.spec.layers):
+            for path in self.place_layer(layer):
+                frozen = self.layers[layer].get_submodule(path)
+                weight_OI = self.checkpoint.read(f"{self.spec.prefix(layer)}{path}.weight")
+                outputs, inputs = weight_OI.shape
+                whole = nn.Linear(inputs, outputs, bias=False, device="meta")
+                whole.weight = nn.Parameter(weight_OI.to(self.device, torch.float32))
+                whole.bias = frozen.bias  # type: ignore[assignment]
+                self.layers[layer].set_submodule(path, whole)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(name).to(self.device, self.dtype)
+
+    # -- computing -----------------------------------------------------------------------------
+    def gradients(self, parts: Sequence[Part], objective: Objective, *, scale: float) -> Sums:
+        """Add the gradients of ``scale`` times the loss, summed over tokens, to what is trained.
+
+        Args:
+            parts: micro-batches, which pass each layer one after the other.
+            objective: the loss.
+            scale: 1 / tokens of the whole batch.
+
+        Returns:
+            The sums.
+        """
+        walks, sums = self._forward(parts, objective, keep=True), Sums()
+        for walk in walks:
+            sums.add(self._head_gradient(walk, objective, scale))
+        for layer in self._visit(reversed(range(self.spec.layers))):
+            for walk in walks:
+                sums.hidden += self._layer_gradient(layer, walk, objective, scale)
+        return sums
+
+    def measure(self, parts: Sequence[Part], objective: Objective) -> Sums:
+        """The sums without gradients, the upper bound of the divergence too."""
+        sums = Sums()
+        with torch.no_grad():
+            for walk in self._forward(parts, objective, keep=False, sums=sums):
+                hidden_BSH = walk.inputs.pop()
+                for block in self._blocks(walk.part, hidden_BSH):
+                    sums.add(self._block_sums(block, objective, bounds=True)[1])
+        return sums
+
+    def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        """Logits of all tokens, fp32 ``[B, S, V]``."""
+        with torch.no_grad():
+            [walk] = self._forward([Part(tokens_BS)], Objective(lm=1.0), keep=False)
+            return self._logits(self.skeleton.norm(walk.inputs[-1]))
+
+    def _forward(
+        self,
+        parts: Sequence[Part],
+        objective: Objective,
+        *,
+        keep: bool,
+        sums: Sums | None = None,
+    ) -> list[_Walk]:
+        """All micro-batches to the last layer's output, which is the last of their inputs."""
+        walks = [_Walk(part, [self.skeleton.embed(part.tokens_BS).clone()]) for part in parts]
+        with torch.no_grad():
+            for layer in self._visit(range(self.spec.layers)):
+                for walk in walks:
+                    output_BSH = self._call(layer, walk.inputs[-1])
+                    walk.inputs = [*walk.inputs, output_BSH] if keep else [output_BSH]
+                    target_BSH = self._wanted(layer, walk.part, objective)
+                    if sums is not None and target_BSH is not None:
+                        sums.hidden += float(hidden_error(output_BSH, target_BSH)[0])
+        return walks
+
+    def _head_gradient(self, walk: _Walk, objective: Objective, scale: float) -> Sums:
+        """The gradient of the last layer's output, block by block of its tokens."""
+        hidden_BSH = walk.inputs.pop().detach().requires_grad_()
+        total = Sums()
+        for block in self._blocks(walk.part, hidden_BSH):
+            loss, sums = self._block_sums(block, objective)
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            total.add(sums)
+        walk.gradient = hidden_BSH.grad
+        return total
+
+    def _layer_gradient(self, layer: int, walk: _Walk, objective: Objective, scale: float) -> float:
+        """Compute a layer again from its input and go back through it."""
+        input_BSH = walk.inputs.pop().detach().requires_grad_(layer > 0)
+        with torch.enable_grad():
+            output_BSH = self._call(layer, input_BSH)
+        gradient_BSH, error = walk.gradient, 0.0
+        assert gradient_BSH is not None
+        target_BSH = self._wanted(layer, walk.part, objective)
+        if target_BSH is not None:
+            total, slope_BSH = hidden_error(output_BSH.detach(), target_BSH)
+            error = float(total)
+            slope_BSH = slope_BSH.mul_(objective.hidden * scale)
+            gradient_BSH = gradient_BSH + slope_BSH.to(gradient_BSH.dtype)
+        torch.autograd.backward(output_BSH, gradient_BSH)
+        walk.gradient = input_BSH.grad
+        return error
+
+    def _wanted(self, layer: int, part: Part, objective: Objective) -> torch.Tensor | None:
+        if part.targets is None or not objective.hidden or layer not in part.targets.hidden:
+            return None
+        return part.targets.hidden[layer].to(self.device)
+
+    def _visit(self, layers: Iterable[int]) -> Iterator[int]:
+        """Layers in an order, each with its weights in place while it is the current one."""
+        yield from layers
+
+    def _call(self, layer: int, hidden_BSH: torch.Tensor) -> torch.Tensor:
+        output = self.layers[layer](hidden_BSH, **self._arguments(hidden_BSH.shape[1])[layer])
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def _arguments(self, window: int) -> list[dict[str, Any]]:
+        """What the model calls its layers with, as tensors that gradients may pass."""
+        if self._kwargs is None or self._kwargs[0] != window:
+            copies: dict[int, torch.Tensor] = {}
+
+            def copy(value: torch.Tensor) -> torch.Tensor:
+                return copies.setdefault(id(value), value.clone())
+
+            kwargs = self.skeleton.layer_kwargs(window)
+            self._kwargs = (window, tree_map_only(torch.Tensor, copy, kwargs))
+        return self._kwargs[1]
+
+    # -- the head ------------------------------------------------------------------------------
+    def _blocks(self, part: Part, hidden_BSH: torch.Tensor) -> Iterator[_Block]:
+        """Tokens whose logits are held together: of one window, all but its last."""
+        targets, step = part.targets, self._head_tokens
+        for at, tokens_S in enumerate(part.tokens_BS):
+            for start in range(0, len(tokens_S) - 1, step):
+                here = slice(start, min(start + step, len(tokens_S) - 1))
+                followers = None
+                if targets is not None:
+                    followers = Followers(
+                        targets.values_BSK[at, here].to(self.device),
+                        targets.ids_BSK[at, here].to(self.device),
+                        targets.rest_BS[at, here].to(self.device),
+                    )
+                following_T = tokens_S[here.start + 1 : here.stop + 1].to(self.device)
+                yield _Block(hidden_BSH[at, here], following_T, followers)
+
+    def _block_sums(
+        self, block: _Block, objective: Objective, *, bounds: bool = False
+    ) -> tuple[torch.Tensor, Sums]:
+        logits_TV = self._logits(self.skeleton.norm(block.hidden_TH))
+        nll = negative_log_likelihood(logits_TV, block.following_T)
+        sums = Sums(tokens=len(block.following_T), lm=float(nll.detach()))
+        loss = objective.lm * nll
+        if block.followers is not None:
+            temperature = objective.temperature
+            if bounds:
+                kl, upper = divergence_bounds(logits_TV, block.followers, temperature)
+                sums.kl_upper = float(upper)
+            else:
+                kl = divergence(logits_TV, block.followers, temperature)
+            sums.kl = float(kl.detach())
+            loss = loss + objective.kl * temperature**2 * kl
+        return loss, sums
+
+    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
+        """As the model's own head scales and caps them, fp32."""
+        logits = linear(normed, self._head_VH).float()
+        if self.spec.logits_divisor != 1.0:
+            logits = logits / self.spec.logits_divisor
+        if self.spec.logits_softcap is not None:
+            logits = (logits / self.spec.logits_softcap).tanh() * self.spec.logits_softcap
+        return logits
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some tokens before the head."""
+
+    hidden_TH: torch.Tensor
+    following_T: torch.Tensor
+    followers: Followers | None
+
+
+def projection_names(spec: ModelSpec, layers: Sequence[nn.Module] | nn.ModuleList) -> list[str]:
+    """The block projections of a layer: the linear modules with a weight that units own."""
+    owned = {piece.tensor for group in spec.table.groups for piece in group.slices}
+    names: dict[str, None] = {}
+    for layer, module in enumerate(layers):
+        for name, shape in spec.layer_tensors[layer].items():
+            path = name.removesuffix(".weight")
+            linear_module = len(shape) == 2 and isinstance(module.get_submodule(path), nn.Linear)
+            if linear_module and spec.prefix(layer) + name in owned:
+                names[path] = None
+    return list(names)

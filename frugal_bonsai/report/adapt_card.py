@@ -1,0 +1,136 @@
+"""The model card of what ``adapt`` wrote.
+
+In: its summary as plain values. Out: Markdown with a YAML head. No local path goes into it: of a
+folder or file only its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from frugal_bonsai.report.card_parts import (
+    LOAD,
+    card_head,
+    is_hub_id,
+    markdown_table,
+    parent_name,
+    source_name,
+)
+from frugal_bonsai.report.words import duration, number, plural, ratio, size_rows
+from frugal_bonsai.sizes import format_bytes
+
+Values = Mapping[str, Any]
+TERMS = {
+    "lm": "language modelling",
+    "kl": "divergence from the teacher",
+    "kl+hidden": "divergence from the teacher, and its hidden states",
+}
+
+
+def adapt_card(summary: Values) -> str:
+    """The text of the adapted model's README.md.
+
+    Args:
+        summary: what :func:`frugal_bonsai.adapt_pruned` returns; "out" and "load" are not used.
+    """
+    pruned, teacher = parent_name(summary["model"]), summary["teacher"]
+    base = teacher if teacher is not None and is_hub_id(teacher) else summary["model"]
+    taught = "" if teacher is None else f", with `{parent_name(teacher)}` as its teacher"
+    parts = [
+        card_head(base),
+        f"# {pruned}, adapted after pruning\n",
+        f"Trained from `{pruned}` ({summary['family']}) with frugal-bonsai {summary['version']}"
+        f"{taught}: {TERMS[summary['settings']['loss']]}. Shapes and layout are those of the "
+        f"pruned model ({summary['layout']}). The licence of the model that was pruned applies.\n",
+        "## Figures\n",
+        markdown_table(("", "pruned", "adapted", "ratio"), figure_rows(summary, "of weights")),
+        _explained(summary),
+        "## How to load it\n",
+        LOAD[summary["layout"]],
+        "## How it was made\n",
+        markdown_table(("", ""), list(_facts(summary))),
+        markdown_table(
+            ("setting", "value"),
+            [(f"`{name}`", f"`{value}`") for name, value in summary["settings"].items()],
+        ),
+        "## Training\n",
+        markdown_table(
+            ("step", "loss", "held-out perplexity", "divergence"),
+            [
+                (str(row["step"]), number(row["loss"], 3), number(row["perplexity"], 3), _kl(row))
+                for row in summary["training"]["history"]
+            ],
+        ),
+        "How it was pruned is in `pruning_report.json`, where the pruned model had one.\n",
+    ]
+    return "\n".join(parts)
+
+
+def figure_rows(summary: Values, where: str) -> list[tuple[str, str, str, str]]:
+    """Sizes and perplexities of the pruned and of the adapted model."""
+    before, after, window = summary["before"], summary["after"], summary["data"]["window"]
+    rows = size_rows(before, after, where)
+    names = {"perplexity": f"perplexity, held-out data, window {window}"}
+    if summary["eval_text"] is not None:
+        names["eval_perplexity"] = (
+            f"perplexity, {source_name(summary['eval_text']['name'])}, window {window}"
+        )
+    if before["kl"] is not None:
+        names["kl"] = "divergence from the teacher, nats a token"
+    for key, name in names.items():
+        pair = (number(before[key], 3), number(after[key], 3))
+        rows.append((name, *pair, ratio(before[key], after[key])))
+    return rows
+
+
+def bounds_text(summary: Values) -> str:
+    """How well the divergence is known; empty without a teacher's cache."""
+    cache, after = summary["cache"], summary["after"]
+    if cache is None:
+        return ""
+    return (
+        f"the divergence is a lower bound: the teacher's {cache['top']} likeliest followers of "
+        f"each token are known, {cache['rest_mass']:.2%} of the mass lies outside; the upper bound "
+        f"of the adapted model's is {number(after['kl_upper'], 3)}"
+    )
+
+
+def _explained(summary: Values) -> str:
+    bounds = bounds_text(summary)
+    verify = summary["verify"]
+    return (
+        f"Perplexity is exp(mean NLL of tokens 2..S) over windows of S tokens without overlap and "
+        f"without special tokens.{f' {bounds[0].upper()}{bounds[1:]}.' if bounds else ''} "
+        f"Verified: the file's logits equal the merged weights' within "
+        f"{verify['max_relative_difference']:.1e} of the largest logit, and the student's within "
+        f"{verify['student_difference']:.1e} ({plural(verify['windows'], 'window')}).\n"
+    )
+
+
+def _facts(summary: Values) -> Iterator[tuple[str, str]]:
+    data, training, memory = summary["data"], summary["training"], summary["memory"]
+    yield "data", ", ".join(source_name(name) for name in data["sources"])
+    yield "window length", f"{data['window']} tokens"
+    yield "windows", f"{data['windows']:,}, and {data['held_out_windows']} held out"
+    yield "frozen weights", training["weights"]
+    if training["rank"]:
+        yield "rank", str(training["rank"])
+    yield "steps", f"{training['steps']:,} (the best one is {training['best_step']:,})"
+    yield "tokens", f"{training['tokens']:,}"
+    yield "time", f"{duration(training['seconds'])} of {duration(summary['seconds'])} in all"
+    if training["stopped"]:
+        yield "stopped", training["stopped"]
+    peak = f"{format_bytes(memory['host_peak_bytes'])} of host memory (predicted "
+    yield "peak", f"{peak}{format_bytes(memory['host_predicted_bytes'])})"
+    if memory["gpu_peak_bytes"] is not None:
+        gpu = format_bytes(memory["gpu_peak_bytes"])
+        yield "GPU peak", f"{gpu} (predicted {format_bytes(memory['gpu_predicted_bytes'])})"
+    if summary["cache"] is not None:
+        yield "teacher's cache", format_bytes(summary["cache"]["size_bytes"])
+
+
+def _kl(row: Values) -> str:
+    if row["kl"] is None:
+        return "-"
+    return f"{number(row['kl'], 3)} to {number(row['kl_upper'], 3)}"
