@@ -75,8 +75,8 @@ def prune_work(
     part = round_windows(settings, columns, ready.window, windows)
     tries = settings.tries(uniform=ready.rules.uniform)
     fitted, held_out = trial_windows(part) if tries else (0, 0)
-    # Those it is judged by take the pruned model alone through them: half of both.
-    trial = fitted + math.ceil(held_out / 2)
+    # Those it is judged by take the pruned model alone through them, at most two passes of three.
+    trial = fitted + math.ceil(held_out * 2 / 3)
     # Each batch but the first goes without the unmasked windows.
     ends = [-1, *batch_ends(settings.masks, settings.certainty)]
     batches = tuple(mask_windows * (end - start) for start, end in pairwise(ends))
