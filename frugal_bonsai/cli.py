@@ -245,10 +245,10 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 @click.option(
     "--loss",
     type=click.Choice(["lm", "kl", "kl+hidden"]),
-    help="lm: the text alone; kl: the teacher's next tokens; kl+hidden: its hidden states too.  "
-    "[default: kl]",
+    help="lm: the text alone; kl: the teacher's next tokens too; kl+hidden: and its hidden states. "
+    " [default: kl]",
 )
-@click.option("--lm-weight", type=float, help="[default: 1 for lm, else 0]")
+@click.option("--lm-weight", type=float, help="[default: 1]")
 @click.option("--kl-weight", type=float, help="[default: 1]")
 @click.option("--hidden-weight", type=float, help="[default: 1]")
 @click.option("--hidden-layers", metavar="N,N", help="[default: every fourth and the last]")
@@ -572,7 +572,8 @@ def _kept_hint(out: str | None) -> str:
     """How to go on, where a run is kept: one without a finished round leaves no folder."""
     if out is None or not Path(f"{out}.run").is_dir():
         return ""
-    return f"; finished rounds are in {out}.run, add --resume to continue"
+    kept = "what was done is" if sys.argv[1:2] == ["adapt"] else "finished rounds are"
+    return f"; {kept} in {out}.run, add --resume to continue"
 
 
 def _option_value(name: str) -> str | None:

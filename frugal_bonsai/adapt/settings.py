@@ -28,7 +28,8 @@ class AdaptSettings:
     Attributes:
         method: ``"lora"`` or ``"full"`` (the block projections themselves).
         loss: ``"lm"``, ``"kl"`` or ``"kl+hidden"``.
-        lm_weight: of language modelling; None is 1 for ``lm`` and 0 otherwise.
+        lm_weight: of language modelling; 0 leaves the teacher alone, which came out worse than both
+            together (docs/results).
         kl_weight: of the divergence from the teacher.
         hidden_weight: of the hidden states' error.
         rank: of the adapters; None lets the plan choose.
@@ -46,7 +47,7 @@ class AdaptSettings:
 
     method: str = LORA
     loss: str = KL
-    lm_weight: float | None = None
+    lm_weight: float = 1.0
     kl_weight: float = 1.0
     hidden_weight: float = 1.0
     rank: int | None = None
@@ -81,9 +82,8 @@ class AdaptSettings:
 
     def objective(self, temperature: float) -> Objective:
         """The weights of the loss's terms."""
-        lm = self.lm_weight if self.lm_weight is not None else float(self.loss == LM)
         return Objective(
-            lm=lm,
+            lm=self.lm_weight,
             kl=0.0 if self.loss == LM else self.kl_weight,
             hidden=self.hidden_weight if self.loss == KL_HIDDEN else 0.0,
             temperature=temperature,

@@ -181,6 +181,11 @@ def _ask(
             )
             for at in range(len(windows_NS)):
                 whole_NSH[at] = hidden.read(slice(at, at + 1))[0]
+            if not bool(whole_NSH.isfinite().all()):
+                raise OptionError(
+                    f"--hidden-layers: the teacher's hidden states behind layer {layer} are beyond "
+                    f"what fp16 holds (65,504); leave that layer out"
+                )
             tensors[_HIDDEN.format(layer=layer)] = whole_NSH
 
     hidden = engine.sweep.run(stream, windows_NS, name="asking the teacher", after_layer=keep)

@@ -25,8 +25,9 @@ from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.state import TrainingFolder, TrainingState
 from frugal_bonsai.adapt.student import Part, Student, Sums
 from frugal_bonsai.adapt.teacher import TeacherCache
-from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.errors import BudgetError, CheckpointError
 from frugal_bonsai.progress import Progress
+from frugal_bonsai.stream.micro_batch import is_out_of_memory
 
 _BETAS = (0.9, 0.95)
 
@@ -120,6 +121,7 @@ class Trainer:
         self._student, self._parameters, self._lessons = student, dict(parameters), lessons
         self._settings, self._objective = settings, objective
         self._micro_batch, self._together = micro_batch, together
+        self._streamed = together > 1
         self._folder, self._progress, self._clock = folder, progress, clock
         self._optimiser = torch.optim.AdamW(
             list(self._parameters.values()), lr=settings.rate(1.0), betas=_BETAS, weight_decay=0.0
@@ -167,12 +169,17 @@ class Trainer:
     def _step(self) -> None:
         """One batch: gradients, rate, update; nothing changes where a number is not finite."""
         state = self._state
-        self._optimiser.zero_grad(set_to_none=True)
         windows = self._windows_of(state.step)
         scale = 1.0 / (len(windows) * (self._lessons.windows_NS.shape[1] - 1))
-        sums = Sums()
-        for parts in self._groups(windows):
-            sums.add(self._student.gradients(parts, self._objective, scale=scale))
+
+        def gradients() -> Sums:
+            self._optimiser.zero_grad(set_to_none=True)  # of a try that ran out of memory too
+            sums = Sums()
+            for parts in self._groups(windows):
+                sums.add(self._student.gradients(parts, self._objective, scale=scale))
+            return sums
+
+        sums = self._within_memory(gradients)
         loss = sums.loss(self._objective)
         norm = float(nn.utils.clip_grad_norm_(list(self._parameters.values()), self._settings.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -186,6 +193,32 @@ class Trainer:
         self._optimiser.step()
         state.step += 1
         self._recent.add(sums)
+
+    def _within_memory(self, work: Callable[[], Sums]) -> Sums:
+        """Do the work; where memory runs out, all of it again with half the micro-batch.
+
+        Raises:
+            BudgetError: memory ran out with one window.
+        """
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self._micro_batch == 1:
+                    first = str(error).partition("\n")[0]
+                    raise BudgetError(
+                        f"memory ran out with one window in a micro-batch ({first}); close other "
+                        f"programs, lower --max-gpu-mem or --max-cpu-mem below what is really "
+                        f"free, or use a shorter --window"
+                    ) from error
+            # Outside the except block: the error holds the frames, and these the activations.
+            self._micro_batch //= 2
+            self._together *= 2 if self._streamed else 1
+            self._progress.note(
+                f"memory ran out in a micro-batch; going on with {self._micro_batch} windows"
+            )
 
     def _groups(self, windows: list[int]) -> Iterator[list[Part]]:
         """Micro-batches that pass a layer one after the other."""
@@ -242,10 +275,16 @@ class Trainer:
 
     def measure_held_out(self) -> dict[str, Any]:
         """Perplexity, and the divergence from the teacher between its bounds, in nats a token."""
-        lessons, total = self._lessons, Sums()
+        lessons = self._lessons
         windows = list(range(lessons.trained, len(lessons.windows_NS)))
-        for parts in self._groups(windows):
-            total.add(self._student.measure(parts, self._objective))
+
+        def measure() -> Sums:
+            total = Sums()
+            for parts in self._groups(windows):
+                total.add(self._student.measure(parts, self._objective))
+            return total
+
+        total = self._within_memory(measure)
         nll = total.lm / total.tokens
         asked = lessons.cache is not None
         return {

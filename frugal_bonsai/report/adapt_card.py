@@ -23,8 +23,8 @@ from frugal_bonsai.sizes import format_bytes
 Values = Mapping[str, Any]
 TERMS = {
     "lm": "language modelling",
-    "kl": "divergence from the teacher",
-    "kl+hidden": "divergence from the teacher, and its hidden states",
+    "kl": "language modelling and the divergence from the teacher",
+    "kl+hidden": "language modelling, the divergence from the teacher and its hidden states",
 }
 
 

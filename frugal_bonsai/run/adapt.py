@@ -13,35 +13,24 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory
-from frugal_bonsai.errors import OptionError, StateError
-from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
-from frugal_bonsai.memory.training import INT8, STREAMED, TrainingPlan, TrainingWork, plan_training
+from frugal_bonsai.errors import StateError
+from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.memory.training import INT8, STREAMED, TrainingPlan
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.adapt_output import Measured, measure, write_adapted
+from frugal_bonsai.run.adaptation import Adaptation, plan_adaptation, prepare_adaptation
 from frugal_bonsai.run.lessons import (
-    Sources,
     describe_lessons,
     make_lessons,
-    plan_teacher,
-    read_sources,
 )
 from frugal_bonsai.run.options import AdaptOptions
-from frugal_bonsai.run.prepare import (
-    Model,
-    choose_window,
-    measured_base_bytes,
-    open_model,
-    read_windows,
-)
 from frugal_bonsai.run.summary import package_version
 from frugal_bonsai.sizes import parse_bytes
-from frugal_bonsai.text.sources import SELF
 
 if TYPE_CHECKING:
     import torch
@@ -50,29 +39,8 @@ if TYPE_CHECKING:
     from frugal_bonsai.adapt.teacher import TeacherSettings
     from frugal_bonsai.adapt.train import Lessons, Trained
 
-Plans = tuple[MemoryPlan | None, TrainingPlan, MemoryPlan]
 # Windows whose logits the verification compares.
 _VERIFY_WINDOWS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adaptation:
-    """An adaptation that has been thought through but not begun."""
-
-    pruned: Model
-    teacher: Model | None
-    settings: AdaptSettings
-    asked: TeacherSettings | None
-    sources: Sources
-    window: int
-    eval_name: str | None
-    eval_NS: torch.Tensor | None
-    device: torch.device
-    budget: Budget
-    run: Path
-    caches: Path
-    resume: bool
-    progress: Progress
 
 
 def adapt_pruned(
@@ -109,10 +77,12 @@ def adapt_pruned(
             f"{run}: holds an unfinished run; continue it with --resume, or delete that folder"
         )
     with ExitStack() as stack:
-        job = _prepare(pruned, options, run, resume=resume, progress=progress, stack=stack)
+        job = prepare_adaptation(
+            pruned, options, run, resume=resume, progress=progress, stack=stack
+        )
         for note in job.budget.notes:
             progress.note(note)
-        plans = _plan(job, options)
+        plans = plan_adaptation(job, options)
         if on_plan is not None:
             on_plan(plans[1])
         lessons = _lessons(job, plans[0])
@@ -148,130 +118,6 @@ def adapt_pruned(
         lessons.cache.close()
     shutil.rmtree(run, ignore_errors=True)
     return summary
-
-
-def _prepare(
-    pruned: str,
-    options: AdaptOptions,
-    run: Path,
-    *,
-    resume: bool,
-    progress: Progress,
-    stack: ExitStack,
-) -> Adaptation:
-    """Check the options against the models; read the texts."""
-    from frugal_bonsai.adapt.adapters import LORA, require_peft
-    from frugal_bonsai.adapt.settings import AdaptSettings
-    from frugal_bonsai.adapt.teacher import TeacherSettings
-    from frugal_bonsai.memory.budget import find_device, make_budget
-    from frugal_bonsai.rewrite.shrink import require_tied_head
-
-    given = {name: value for name, value in options.settings.items() if value is not None}
-    settings = AdaptSettings(**given)
-    if settings.method == LORA:
-        require_peft()
-    student = stack.enter_context(open_model(pruned))
-    require_tied_head(student.checkpoint, student.spec)
-    objective = settings.objective(options.temperature)
-    if objective.needs_teacher and options.teacher is None:
-        raise OptionError(
-            f"--loss {settings.loss}: needs the dense model; add --teacher, or take --loss lm"
-        )
-    teacher = None
-    if options.teacher is not None and (objective.needs_teacher or SELF in options.data):
-        teacher = stack.enter_context(open_model(options.teacher))
-        require_tied_head(teacher.checkpoint, teacher.spec)
-        _require_pair(student, teacher)
-    asked = None
-    if objective.needs_teacher:
-        layers = _hidden_layers(student, teacher, options) if objective.hidden else ()
-        asked = TeacherSettings(top=options.top, temperature=options.temperature, layers=layers)
-    window = choose_window(student.spec, options.window)
-    if teacher is not None:
-        window = choose_window(teacher.spec, options.window and window)
-    eval_name, eval_NS = None, None
-    if options.eval_text is not None:
-        eval_name, eval_NS = read_windows(
-            student, options.eval_text, window, windows=None, option="--eval-text"
-        )
-    device = find_device(options.device)
-    return Adaptation(
-        pruned=student,
-        teacher=teacher,
-        settings=settings,
-        asked=asked,
-        sources=read_sources(student, options, window),
-        window=window,
-        eval_name=eval_name,
-        eval_NS=eval_NS,
-        device=device,
-        budget=make_budget(device, options.max_gpu_mem, options.max_cpu_mem),
-        run=run,
-        caches=run / "teacher" if options.teacher_cache is None else Path(options.teacher_cache),
-        resume=resume,
-        progress=progress,
-    )
-
-
-def _require_pair(student: Model, teacher: Model) -> None:
-    """The teacher's tokens and residual stream must be the student's."""
-    for what, own, others in (
-        ("tokens in its vocabulary", student.spec.vocabulary, teacher.spec.vocabulary),
-        ("hidden channels", student.spec.hidden, teacher.spec.hidden),
-    ):
-        if own != others:
-            raise OptionError(
-                f"--teacher {teacher.name}: has {others} {what}, {student.name} has {own}; name "
-                f"the dense model that it was pruned from"
-            )
-
-
-def _hidden_layers(student: Model, teacher: Model | None, options: AdaptOptions) -> tuple[int, ...]:
-    """Layers whose hidden states are compared."""
-    layers = student.spec.layers
-    if teacher is not None and teacher.spec.layers != layers:
-        raise OptionError(
-            f"--loss kl+hidden: {student.name} has {layers} layers, the teacher has "
-            f"{teacher.spec.layers}, so hidden states have no counterpart; take --loss kl"
-        )
-    if options.hidden_layers is not None:
-        return tuple(sorted(set(options.hidden_layers)))
-    return tuple(sorted({*range(3, layers, 4), layers - 1}))
-
-
-def _plan(job: Adaptation, options: AdaptOptions) -> Plans:
-    """The memory of the teacher's sweeps, of the training, of measuring and writing.
-
-    Raises:
-        BudgetError: one of them does not fit.
-    """
-    from frugal_bonsai.adapt.adapters import LORA
-
-    lora = job.settings.method == LORA
-    base = measured_base_bytes(job.pruned.spec, int8=lora and options.weights != "native")
-    top = 0 if job.asked is None else job.asked.top
-    asked = None
-    if job.teacher is not None:
-        asked = plan_teacher(
-            job.teacher, job.budget, job.sources, job.window, top=top, base_bytes=base
-        )
-    training = plan_training(
-        job.pruned.spec,
-        job.budget,
-        TrainingWork(
-            window=job.window,
-            batch=job.settings.batch,
-            lora=lora,
-            rank=job.settings.rank,
-            weights=options.weights,
-            top=top,
-            hidden_layers=0 if job.asked is None else len(job.asked.layers),
-        ),
-        base_bytes=base,
-    )
-    windows = max(16, 0 if job.eval_NS is None else len(job.eval_NS))
-    work = Work(window=job.window, windows=1, native_windows=windows, rewrite=True)
-    return asked, training, plan_memory(job.pruned.spec, job.budget, work, base_bytes=base)
 
 
 def _lessons(job: Adaptation, plan: MemoryPlan | None) -> Lessons:
@@ -313,6 +159,7 @@ def _train(
     settings = job.settings.for_width(spec.hidden)
     if job.asked is not None:
         temperature = job.asked.temperature
+    _enforce(job, plan)
     streamed = plan.weights == STREAMED
     student = (StreamedStudent if streamed else Student)(
         job.pruned.checkpoint,
@@ -360,6 +207,15 @@ def _train(
     done = trainer.run(resume=job.resume and folder.exists)
     verify_NS = lessons.windows_NS[lessons.trained :][:_VERIFY_WINDOWS, :VERIFY_TOKENS]
     return done, student.logits(verify_NS).cpu(), scaling, settings
+
+
+def _enforce(job: Adaptation, plan: TrainingPlan) -> None:
+    """The caps hold in the allocators too."""
+    from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
+
+    enforce_host_cap(job.budget.host_bytes, plan.total_bytes("host"))
+    if job.budget.gpu_bytes is not None:
+        enforce_gpu_cap(job.device, job.budget)
 
 
 def _describe_cache(lessons: Lessons, asked: TeacherSettings | None) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE, load_line
 if TYPE_CHECKING:
     import torch
 
-    from frugal_bonsai.run.adapt import Adaptation, Plans
+    from frugal_bonsai.run.adaptation import Adaptation, Plans
 
 ADAPT_REPORT_FILE = "adaptation_report.json"
 

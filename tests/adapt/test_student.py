@@ -234,6 +234,24 @@ def test_an_int8_student_computes_with_the_quantised_weights(tmp_path: Path) -> 
     assert all(value.grad is not None for value in adapters.parameters().values())
 
 
+def test_a_student_in_bf16_computes_nearly_the_same(tmp_path: Path) -> None:
+    """As on a GPU: products in bf16, adapters and their gradients in fp32."""
+    tiny, windows = tiny_llama(tmp_path / "m", std=0.1), random_windows(3, 9)
+    exact, expected = lora(tiny)
+    rough = Student(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.bfloat16, head_tokens=5)
+    rough.load_frozen(int8=True)
+    found = Adapters(rough, rank=3, alpha=6.0, seed=7).parameters()
+    with torch.no_grad():
+        for key, value in expected.parameters().items():
+            found[key].copy_(value)
+    assert relative(rough.logits(windows), exact.logits(windows)) < 5e-2
+    exact.gradients([Part(windows)], Objective(lm=1.0), scale=1.0)
+    rough.gradients([Part(windows)], Objective(lm=1.0), scale=1.0)
+    for key, value in expected.parameters().items():
+        assert found[key].grad.dtype == torch.float32
+        assert relative(found[key].grad, value.grad) < 0.1, key
+
+
 def test_adapters_come_from_the_seed_and_leave_torchs_generator_alone(tmp_path: Path) -> None:
     tiny = tiny_llama(tmp_path / "m")
     torch.manual_seed(11)

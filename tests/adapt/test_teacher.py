@@ -108,6 +108,9 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         cached(tiny, tmp_path / "c", windows, TeacherSettings(top=54))
     with pytest.raises(OptionError, match=r"--hidden-layers: 3 is outside 0\.\.2"):
         cached(tiny, tmp_path / "c", windows, TeacherSettings(top=5, layers=(3,)))
+    loud = tiny_llama(tmp_path / "loud", std=300.0)
+    with pytest.raises(OptionError, match="behind layer 0 are beyond what fp16 holds"):
+        cached(loud, tmp_path / "d", windows, TeacherSettings(top=5, layers=(0,)))
     with pytest.raises(OptionError, match="--temperature: 0"):
         TeacherSettings(temperature=0.0)
     (tmp_path / "c").mkdir(exist_ok=True)

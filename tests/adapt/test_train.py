@@ -19,7 +19,7 @@ from frugal_bonsai.adapt.state import BEST_FILE, STATE_FILE, TrainingFolder
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.teacher import TeacherSettings, build_teacher, identify
 from frugal_bonsai.adapt.train import Lessons, Trainer
-from frugal_bonsai.errors import CheckpointError, OptionError, StateError
+from frugal_bonsai.errors import BudgetError, CheckpointError, OptionError, StateError
 from frugal_bonsai.progress import Silent
 
 WINDOW, WINDOWS, HELD_OUT = 12, 28, 4
@@ -166,6 +166,38 @@ def test_a_loss_that_is_no_number_stops_with_the_best_so_far(
     assert all(bool(value.isfinite().all()) for value in parameters.values())
 
 
+def test_a_micro_batch_halves_when_memory_runs_out(
+    tiny: Tiny, lessons: Lessons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of the try that failed are gone: the numbers are those of a smaller micro-batch."""
+    short = replace(SETTINGS, tokens=2 * 4 * WINDOW, evaluations=1)
+    small, expected = trainer(tiny, lessons, tmp_path / "small", short, micro_batch=1)
+    small.run()
+    made, found = trainer(tiny, lessons, tmp_path / "run", short, micro_batch=2)
+    original: Callable[..., Any] = Student.gradients
+    seen: list[int] = []
+
+    def scarce(self: Student, parts: Any, objective: Objective, *, scale: float) -> Any:
+        seen.append(len(parts[0].tokens_BS))
+        if len(seen) == 2:  # the first step's second micro-batch
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
+        return original(self, parts, objective, scale=scale)
+
+    monkeypatch.setattr(Student, "gradients", scarce)
+    made.run()
+    assert seen == [2, 2, *[1] * 8]
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+    def none_left(self: Student, parts: Any, objective: Objective, *, scale: float) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
+
+    monkeypatch.setattr(Student, "gradients", none_left)
+    last, _ = trainer(tiny, lessons, tmp_path / "last", short)
+    with pytest.raises(BudgetError, match="memory ran out with one window"):
+        last.run()
+
+
 def test_a_pruned_model_without_a_finite_loss_is_refused(lessons: Lessons, tmp_path: Path) -> None:
     tiny = tiny_llama(tmp_path / "broken", seed=1)
     made, _ = trainer(tiny, lessons, tmp_path / "run")
@@ -239,4 +271,4 @@ def test_settings_that_cannot_work_are_named(options: dict[str, Any], said: str)
     with pytest.raises(OptionError, match=said):
         AdaptSettings(**options)
     with pytest.raises(OptionError, match="no term"):
-        AdaptSettings(kl_weight=0.0).objective(1.0)
+        AdaptSettings(lm_weight=0.0, kl_weight=0.0).objective(1.0)
