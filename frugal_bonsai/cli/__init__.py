@@ -1,0 +1,70 @@
+"""The command line: options in, tables or JSON out. No logic, and no torch until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from frugal_bonsai.cli.adapt import adapt_command
+from frugal_bonsai.cli.measure import eval_command, inspect_command, profile_command
+from frugal_bonsai.cli.prune import plan_command, prune_command
+from frugal_bonsai.cli.rewrite import bench_command, export_command, shrink_command
+from frugal_bonsai.errors import FrugalBonsaiError, OutputError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="frugal-bonsai")
+def cli() -> None:
+    """Prune language models with forward passes only, inside the memory that you name."""
+
+
+for _command in (
+    prune_command,
+    adapt_command,
+    shrink_command,
+    export_command,
+    bench_command,
+    plan_command,
+    profile_command,
+    inspect_command,
+    eval_command,
+):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Entry point: a user's error is one text on standard error and exit code 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except FrugalBonsaiError as error:
+        hint = _kept_hint(_option_value("--out")) if isinstance(error, OutputError) else ""
+        click.echo(f"frugal-bonsai: {error}{hint}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        out = _option_value("--out")
+        nothing = " before a round was finished; nothing is left behind" if out else ""
+        click.echo(f"frugal-bonsai: stopped{_kept_hint(out) or nothing}", err=True)
+        sys.exit(130)
+
+
+def _kept_hint(out: str | None) -> str:
+    """How to go on, where a run is kept: one without a finished round leaves no folder."""
+    if out is None or not Path(f"{out}.run").is_dir():
+        return ""
+    kept = "what was done is" if sys.argv[1:2] == ["adapt"] else "finished rounds are"
+    return f"; {kept} in {out}.run, add --resume to continue"
+
+
+def _option_value(name: str) -> str | None:
+    """The value of an option as typed, for the message about a run that ended early."""
+    for at, word in enumerate(sys.argv):
+        if word == name and at + 1 < len(sys.argv):
+            return sys.argv[at + 1].rstrip("/\\")
+        if word.startswith(name + "="):
+            return word.partition("=")[2].rstrip("/\\")
+    return None

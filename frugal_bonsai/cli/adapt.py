@@ -1,0 +1,112 @@
+"""``adapt``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from frugal_bonsai.cli import options
+from frugal_bonsai.cli.running import print_result, watched
+
+
+@click.command(name="adapt")
+@click.argument("model", metavar="PRUNED")
+@click.option("--teacher", metavar="DENSE", help="What PRUNED was made from; not for --loss lm.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    metavar="SOURCE",
+    help="Text file, .jsonl with a text key, wikitext2, c4, hub id, stdlib or self (sampled from "
+    "DENSE); may be given several times.",
+)
+@click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
+@click.option(
+    "--method",
+    type=click.Choice(["lora", "full"]),
+    help="full trains the block projections themselves.  [default: lora]",
+)
+@click.option("--rank", metavar="N|auto", help="Of the adapters.  [default: auto, as caps allow]")
+@click.option("--alpha", type=float, help="Adapters count alpha/rank.  [default: 2 x rank]")
+@click.option(
+    "--loss",
+    type=click.Choice(["lm", "kl", "kl+hidden"]),
+    help="lm: the text alone; kl: the teacher's next tokens too; kl+hidden: and its hidden states. "
+    " [default: kl]",
+)
+@click.option("--lm-weight", type=float, help="[default: 1]")
+@click.option("--kl-weight", type=float, help="[default: 1]")
+@click.option("--hidden-weight", type=float, help="[default: 1]")
+@click.option("--hidden-layers", metavar="N,N", help="[default: every fourth and the last]")
+@click.option("--top", type=int, default=64, show_default=True, help="Next tokens that are kept.")
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--teacher-cache", metavar="DIR", help="Keeps what the teacher said, for more runs.")
+@click.option("--tokens", metavar="N", help="To train on, such as 10M.  [default: four passes]")
+@click.option("--minutes", type=float, help="To train for, instead of --tokens.")
+@click.option("--batch", type=int, help="Windows of a step.  [default: 8]")
+@click.option(
+    "--learning-rate", type=float, help="[default: 0.384 / hidden size; full: 0.096 / it]"
+)
+@click.option("--evaluations", type=int, help="Held-out measurements on the way.  [default: 10]")
+@click.option(
+    "--weights",
+    type=click.Choice(["int8", "native", "streamed"]),
+    help="How frozen weights are held; streamed: read anew for each step.  [default: native if it "
+    "fits, else int8, else streamed]",
+)
+@click.option(
+    "--window", type=int, help="Tokens of a window.  [default: 2048, at most the model's positions]"
+)
+@click.option("--windows", type=int, help="Of each source.  [default: all; self: 65,536 tokens]")
+@click.option("--eval-text", metavar="SOURCE", help="Report perplexity on this text too.")
+@click.option("--seed", type=int)
+@options.caps
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
+@options.json_output
+def adapt_command(model: str, out: str, resume: bool, as_json: bool, **given: Any) -> None:
+    """Train PRUNED to do what DENSE does, inside the same caps, into DIR.
+
+    The dense model is asked once, streamed, and kept on disk as its likeliest next tokens; then
+    adapters (extra: adapt) are trained beside the pruned weights and merged into them.
+    """
+    from frugal_bonsai.report.adapt_tables import render_adapt
+
+    with watched(given) as progress:
+        from frugal_bonsai.run.adapt import adapt_pruned
+
+        summary = adapt_pruned(model, out, _adapt_options(given), resume=resume, progress=progress)
+    print_result(summary, render_adapt, as_json=as_json)
+
+
+def _adapt_options(given: dict[str, Any]) -> Any:
+    """The flat options of the command as :class:`AdaptOptions`."""
+    from frugal_bonsai.run.options import AdaptOptions
+    from frugal_bonsai.sizes import parse_count
+
+    settings: dict[str, Any] = {
+        name: given.pop(name)
+        for name in (
+            "method",
+            "loss",
+            "lm_weight",
+            "kl_weight",
+            "hidden_weight",
+            "alpha",
+            "learning_rate",
+            "batch",
+            "evaluations",
+            "seed",
+        )
+    }
+    rank, tokens, minutes = given.pop("rank"), given.pop("tokens"), given.pop("minutes")
+    settings["rank"] = None if rank in (None, "auto") else parse_count(rank, option="--rank")
+    settings["tokens"] = None if tokens is None else parse_count(tokens, option="--tokens")
+    settings["seconds"] = None if minutes is None else 60.0 * minutes
+    layers = given.pop("hidden_layers")
+    if layers is not None:
+        given["hidden_layers"] = tuple(
+            parse_count(part, option="--hidden-layers", least=0) for part in layers.split(",")
+        )
+    return AdaptOptions(settings=settings, **given)

@@ -1,0 +1,79 @@
+"""``inspect``, ``eval`` and ``profile``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from frugal_bonsai.cli import options
+from frugal_bonsai.cli.running import print_result, set_threads, watched
+
+
+@click.command(name="inspect")
+@click.argument("model")
+@options.assume
+@options.json_output
+def inspect_command(model: str, assume_family: str | None, as_json: bool) -> None:
+    """Show MODEL's family, units, parameters and size, from headers alone."""
+    from frugal_bonsai.report.tables import render_inspect
+    from frugal_bonsai.run.inspect import inspect
+
+    print_result(inspect(model, assume_family=assume_family), render_inspect, as_json=as_json)
+
+
+@click.command(name="eval")
+@click.argument("model")
+@click.option("--text", required=True, metavar="SOURCE", help="Text file, .jsonl, hub id, stdlib.")
+@click.option(
+    "--window", type=int, help="Tokens of a window.  [default: 2048, at most the model's positions]"
+)
+@click.option("--windows", type=click.IntRange(1), help="Evaluate only the first windows.")
+@click.option(
+    "--weights", type=click.Choice(["native", "int8"]), default="native", show_default=True
+)
+@options.assume
+@options.caps
+@options.json_output
+def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:
+    """Measure MODEL's perplexity on a text, dense or pruned, streamed under the caps."""
+    from frugal_bonsai.report.tables import render_eval
+
+    with watched(given) as progress:
+        from frugal_bonsai.run.evaluate import evaluate
+
+        result = evaluate(model, text, progress=progress, **given)
+    print_result(result, render_eval, as_json=as_json)
+
+
+@click.command(name="profile")
+@click.option("--out", metavar="FILE", help="TOML file to write; replaced if it is a profile.")
+@click.option("--report", is_flag=True, help="Print the table with --out too.")
+@click.option(
+    "--dir",
+    "folder",
+    default=".",
+    metavar="DIR",
+    help="On the disk to measure.  [default: here]",
+)
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1.  [default: GPU if any]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
+@click.option("--quick", is_flag=True, help="Rougher, in a few seconds; for a first look.")
+@options.json_output
+def profile_command(report: bool, threads: int | None, as_json: bool, **given: Any) -> None:
+    """Measure this machine: disk, memory, matrix products, copies; under a minute."""
+    from frugal_bonsai.report.plan_tables import render_profile
+
+    set_threads(threads)
+    import psutil
+
+    from frugal_bonsai.report.live import make_progress
+
+    with make_progress(int(psutil.virtual_memory().total)) as progress:
+        from frugal_bonsai.run.profile import profile
+
+        measured = profile(progress=progress, **given)
+    if as_json or report or measured["out"] is None:
+        print_result(measured, render_profile, as_json=as_json)
+    if measured["out"] is not None:
+        click.echo(f"saved: {measured['out']}", err=as_json)

@@ -1,0 +1,85 @@
+"""What a model is made into, or compared with: ``shrink``, ``export``, ``bench``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from frugal_bonsai.cli import options
+from frugal_bonsai.cli.running import print_result
+
+
+@click.command(name="shrink")
+@click.argument("model")
+@click.option("--mask", required=True, metavar="FILE", help="Such as prune's pruning_mask.json.")
+@click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
+@options.layout
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@options.assume
+@options.json_output
+def shrink_command(as_json: bool, **given: Any) -> None:
+    """Cut MODEL with a mask that someone else made: no text, memory of one tensor.
+
+    A mask holds no weights: what prune's recovery refitted is not in it.
+    """
+    from frugal_bonsai.report.rewrite_tables import render_shrink
+    from frugal_bonsai.run.shrink import shrink
+
+    print_result(shrink(**given), render_shrink, as_json=as_json)
+
+
+@click.command(name="export")
+@click.argument("model", metavar="PRUNED")
+@click.option("--format", "kind", type=click.Choice(["gguf"]), default="gguf", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["f16", "f32", "q8_0"]),
+    default="f16",
+    show_default=True,
+    help="Of the matrices; vectors stay f32.",
+)
+@click.option("--out", required=True, metavar="FILE", help="Appears when it is complete.")
+@options.json_output
+def export_command(kind: str, as_json: bool, **given: Any) -> None:
+    """Write PRUNED (or a dense model) for llama.cpp, one file with the tokenizer in it."""
+    from frugal_bonsai.report.rewrite_tables import render_export
+    from frugal_bonsai.run.export import export_gguf
+
+    print_result(export_gguf(**given), render_export, as_json=as_json)
+
+
+@click.command(name="bench")
+@click.argument("dense")
+@click.argument("pruned")
+@click.option(
+    "--runtime",
+    type=click.Choice(["transformers", "llama.cpp"]),
+    default="transformers",
+    show_default=True,
+    help="llama.cpp takes GGUF files, or folders with one in them.",
+)
+@click.option("--prompt-tokens", type=int, default=256, show_default=True)
+@click.option("--new-tokens", type=int, default=64, show_default=True)
+@click.option("--repeat", type=int, default=5, show_default=True, help="Counted runs of each.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's]")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1.  [default: GPU if any]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="[default: float32 on a CPU, bfloat16 on a GPU]",
+)
+@options.json_output
+def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
+    """Time DENSE and PRUNED in turn: prefill, decode, peak memory, and their ratios."""
+    from frugal_bonsai.report.rewrite_tables import render_bench
+    from frugal_bonsai.run.bench import BenchOptions, bench
+
+    options = BenchOptions(**given)
+    import psutil
+
+    from frugal_bonsai.report.live import make_progress
+
+    with make_progress(int(psutil.virtual_memory().total)) as progress:
+        result = bench(dense, pruned, options, progress=progress)
+    print_result(result, render_bench, as_json=as_json)
