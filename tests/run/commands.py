@@ -39,7 +39,7 @@ def fail(*words: str | Path) -> str:
     The entry point itself runs, as in ``frugal_bonsai(...)``, without the seconds of a start.
     """
     errors = io.StringIO()
-    _forget_peak()
+    forget_peak()
     with mock.patch("sys.argv", ["frugal-bonsai", *map(str, words)]), redirect_stderr(errors):
         try:
             main()
@@ -49,7 +49,7 @@ def fail(*words: str | Path) -> str:
     raise AssertionError(f"succeeded: {words}")
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let this process's peak memory be what it holds now: a command's plan starts from it.
 
     Tests that ran before may have held gigabytes, which a command of its own would not find.

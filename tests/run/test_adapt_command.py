@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import fail, frugal_bonsai, succeed
+from commands import fail, forget_peak, frugal_bonsai, succeed
 from safetensors.torch import load_file
 from test_shrink_command import describe, keep_some, plain_logits
 
@@ -24,6 +24,12 @@ from frugal_bonsai.run.evaluate import evaluate
 
 WINDOW = 64
 QUICK = ("--window", str(WINDOW), "--windows", "24", "--batch", "4", "--evaluations", "2")
+
+
+@pytest.fixture(autouse=True)
+def own_peak() -> None:
+    """What adapts in this process plans from what it holds, not from other tests' peaks."""
+    forget_peak()
 
 
 def prune_some(dense: Path, layout: str, tmp_path: Path) -> Path:
