@@ -280,6 +280,19 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    # Of four experts a token has two; Qwen3-MoE's weights of the two are made to add up to one.
+    "mixtral": ("mixtral", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            **_SIZES,
+            "moe_intermediate_size": 20,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": ("olmoe", {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0}),
     # 7B's wiring: one KV head, one norm for both sublayers; 40B's: groups and two norms.
     "falcon-multi-query": (
         "falcon",

@@ -105,7 +105,8 @@ def layer_widths(spec: ModelSpec) -> LayerWidths:
         kind = "attention" if group.kind == ATTENTION else "ffn"
         sums["query" if kind == "attention" else "ffn"] += group.columns
         shapes, prefix = spec.layer_tensors[group.layer], spec.prefix(group.layer)
-        for tensor in {piece.tensor for piece in group.slices}:  # a fused one has several pieces
+        # A fused one has several pieces.
+        for tensor in {piece.tensor for piece in group.slices if not piece.joint}:
             shape = shapes[tensor.removeprefix(prefix)]
             if len(shape) == 2:
                 side = "out" if tensor == group.output_weight else "in"

@@ -241,6 +241,6 @@ def _input_projections(spec: ModelSpec, group: UnitGroup) -> int:
     """Projections whose output rows the group's units own."""
     prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
     return sum(
-        piece.axis == 0 and len(shapes[piece.tensor.removeprefix(prefix)]) == 2
+        piece.axis == 0 and not piece.joint and len(shapes[piece.tensor.removeprefix(prefix)]) == 2
         for piece in group.slices
     )

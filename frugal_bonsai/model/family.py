@@ -13,7 +13,7 @@ from typing import Any
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.model.find import find_family
-from frugal_bonsai.model.table import ACTIVATION_COPIES, HEAD_DIM, Family
+from frugal_bonsai.model.table import ACTIVATION_COPIES, HEAD_DIM, Experts, Family
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice, UnitTable
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -31,7 +31,10 @@ class ModelSpec:
         heads: query heads a layer.
         kv_heads: KV heads a layer.
         head_dim: width of one head.
-        intermediate: I, FFN channels a layer (the widest layer's, when they differ).
+        intermediate: I, FFN channels a layer (the widest layer's, when they differ); of one expert
+            where there are experts.
+        experts: experts a layer (of the layer that has most); 0 where there are none.
+        experts_chosen: experts that a token is sent to; 0 where there are none.
         vocabulary: V, rows of the token embedding.
         positions: longest window in tokens.
         tied: the head is the token embedding.
@@ -49,6 +52,8 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     intermediate: int
+    experts: int = 0
+    experts_chosen: int = 0
     vocabulary: int
     positions: int
     tied: bool
@@ -157,10 +162,18 @@ def describe_model(
     query = heads // kv_heads * head_dim
     widths = {"query": query, "head": head_dim, "group": query + 2 * head_dim, "one": 1}
     groups: list[UnitGroup] = []
+    experts = _experts(config, family, layers, source)
     for layer in range(layers):
         kv_here, ffn_here = per_layer[layer]
         groups.append(_group(family, ATTENTION, layer, kv_here, widths, hidden, shapes, source))
-        groups.append(_group(family, FFN, layer, ffn_here, widths, hidden, shapes, source))
+        if family.experts is None:
+            groups.append(_group(family, FFN, layer, ffn_here, widths, hidden, shapes, source))
+            continue
+        router = _router(family, family.experts, layer, experts[layer], hidden, shapes, source)
+        for expert in range(experts[layer]):
+            group = _group(family, FFN, layer, ffn_here, widths, hidden, shapes, source, expert)
+            row = UnitSlice(tensor=router, axis=0, width=1, start=expert, joint=True)
+            groups.append(replace(group, slices=(*group.slices, row), joint_parameters=hidden))
     if whole is not None:
         groups = [replace(g, removable=g.kind != ATTENTION) for g in groups]
     embedding_shape = _shape(shapes, family.embedding, source)
@@ -184,6 +197,8 @@ def describe_model(
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=max(ffn for _, ffn in per_layer),
+        experts=max(experts, default=0),
+        experts_chosen=0 if family.experts is None else _chosen(config, family, experts, source),
         vocabulary=embedding_shape[0],
         positions=_positive(config, family, family.positions_key, source, default=2048),
         tied=tied,
@@ -215,8 +230,7 @@ def _per_layer(
     config: Mapping[str, Any], family: Family, layers: int, source: str
 ) -> list[tuple[int, int]]:
     """(KV heads, FFN channels) of each layer; ``per_layer_config`` overrides the global numbers."""
-    # transformers writes the keys with leading zeros ("07") when it saves such a config again.
-    overrides = {int(key): value for key, value in (config.get("per_layer_config") or {}).items()}
+    overrides = _overrides(config)
     heads = _positive(config, family, family.heads_key, source)
     default = None
     if family.ffn_times_hidden is not None:
@@ -231,6 +245,57 @@ def _per_layer(
             )
         )
     return counts
+
+
+def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """What ``per_layer_config`` says of each layer."""
+    # transformers writes the keys with leading zeros ("07") when it saves such a config again.
+    return {int(key): value for key, value in (config.get("per_layer_config") or {}).items()}
+
+
+def _experts(config: Mapping[str, Any], family: Family, layers: int, source: str) -> list[int]:
+    """Experts of each layer; empty for a family without."""
+    if family.experts is None:
+        return []
+    keys, overrides = family.experts.count_keys, _overrides(config)
+    counts = []
+    for layer in range(layers):
+        own = overrides.get(layer, {})
+        here = own if any(key in own for key in keys) else config
+        key = next((key for key in keys if here.get(key) is not None), keys[0])
+        counts.append(_positive(here, family, key, source))
+    return counts
+
+
+def _chosen(config: Mapping[str, Any], family: Family, experts: list[int], source: str) -> int:
+    assert family.experts is not None
+    rule = family.experts
+    chosen = _positive(config, family, rule.chosen_key, source, default=rule.chosen_default)
+    if chosen > max(experts):
+        raise CheckpointError(
+            f"{source}: {rule.chosen_key} is {chosen}, but the model has {max(experts)} experts"
+        )
+    return chosen
+
+
+def _router(
+    family: Family,
+    rule: Experts,
+    layer: int,
+    experts: int,
+    hidden: int,
+    shapes: Shapes,
+    source: str,
+) -> str:
+    """Full name of a layer's router, which has a row an expert."""
+    name = family.layer_prefix.format(layer=layer) + rule.router
+    shape = _shape(shapes, name, source)
+    if shape != (experts, hidden):
+        raise CheckpointError(
+            f"{source}: tensor {name} has shape {list(shape)}, expected {[experts, hidden]} from "
+            "the config"
+        )
+    return name
 
 
 def _split_by_layer(
@@ -267,15 +332,16 @@ def _group(
     hidden: int,
     shapes: Shapes,
     source: str,
+    expert: int | None = None,
 ) -> UnitGroup:
     """The units of one kind in one layer; the shapes of their tensors must be the config's."""
     attention = kind == ATTENTION
     parts = family.attention_parts if attention else family.ffn_parts
-    output = family.attention_output if attention else family.ffn_output
+    output = (family.attention_output if attention else family.ffn_output).format(expert=expert)
     prefix = family.layer_prefix.format(layer=layer)
     slices, parameters, extents = [], 0, dict[str, int]()
     for part in parts:
-        name = prefix + part.tensor
+        name = prefix + part.tensor.format(expert=expert)
         if name not in shapes and not part.required:
             continue
         shape = _shape(shapes, name, source)
@@ -305,4 +371,5 @@ def _group(
         output=output,
         output_weight=out_name,
         columns_per_unit=columns,
+        expert=expert,
     )
