@@ -112,6 +112,9 @@ def layer_widths(spec: ModelSpec) -> LayerWidths:
                 side = "out" if tensor == group.output_weight else "in"
                 sums[f"{kind}_{side}"] += math.prod(shape)
     mean = {name: total / spec.layers for name, total in sums.items()}
+    if spec.experts:  # a token goes through some of them
+        share = spec.experts_chosen / spec.experts
+        mean |= {name: mean[name] * share for name in ("ffn", "ffn_in", "ffn_out")}
     units = next(g.columns_per_unit for g in spec.table.groups if g.kind == ATTENTION)
     return LayerWidths(
         hidden=spec.hidden,

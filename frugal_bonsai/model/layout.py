@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.units import ATTENTION, FFN
+from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup
 
 UNIFORM, PER_LAYER, PADDED = "uniform", "per-layer", "padded"
 LAYOUTS = (UNIFORM, PER_LAYER, PADDED)
@@ -56,6 +56,10 @@ class LayoutRules:
         else:
             counts = tuple(range(self.tile, dense, self.tile))
         return (*counts, dense)
+
+    def can_cut(self, group: UnitGroup, alive: int) -> bool:
+        """Whether a group may keep fewer than so many units."""
+        return group.removable and self.legal_counts(group.kind, group.count)[0] < alive
 
 
 def layout_rules(

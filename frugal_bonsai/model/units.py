@@ -233,6 +233,11 @@ class KeepMask:
             for _, groups in iterate_layers(self.table)
         ]
 
+    def counts_with_experts(self) -> dict[str, list[int]]:
+        """:meth:`counts`, and ``experts`` where there are any; for reports."""
+        experts = {"experts": self.experts()} if self.table.has_experts else {}
+        return self.counts() | experts
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, KeepMask):
             return NotImplemented
