@@ -322,7 +322,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # One of every structural kind, which test_families_prune.py prunes end to end: norms behind the
 # projection and soft-capping; parallel residuals; multipliers; a fused gate; an FFN without a
-# module; interleaved groups and a tuple; norms over all heads; positions of its own.
+# module; interleaved groups and a tuple; norms over all heads; positions of its own; experts.
 PRUNED = (
     "gemma2",
     "pythia",
@@ -332,7 +332,10 @@ PRUNED = (
     "falcon-groups",
     "olmo2",
     "gpt-neo",
+    "qwen3-moe",
 )
+# Pruned end to end by test_experts_command.py.
+EXPERTS_PRUNED = ("mixtral", "qwen3-moe", "olmoe")
 
 
 def tiny_family(folder: Path, name: str, **changes: Any) -> Tiny:

@@ -53,9 +53,7 @@ def measure_experts(
         for layer, parameters in stream.visit():
             experts = _alive(mask, table.of_layer(layer))
             names = [group.output for group in experts]
-            visit = _Visit(
-                skeleton.layers[layer], parameters, kwargs[layer], hidden, rule, names
-            )
+            visit = _Visit(skeleton.layers[layer], parameters, kwargs[layer], hidden, rule, names)
             sweep.batches.run(len(tokens_NS), visit)
             for group in experts:
                 norms, tokens = visit.norms.get(group.output, 0.0), visit.tokens[group.output]
@@ -88,7 +86,9 @@ class _Visit:
         for name, (input_RC, _, _) in seen.inputs.items():
             # The router's weight is in the input already.
             given_RH = linear(input_RC, self.parameters[f"{name}.weight"])
-            norms[name] = float(torch.linalg.vector_norm(given_RH, dim=1, dtype=torch.float64).sum())
+            norms[name] = float(
+                torch.linalg.vector_norm(given_RH, dim=1, dtype=torch.float64).sum()
+            )
         self.hidden.write(items, seen.result_BSH)
         for name, norm in norms.items():
             self.norms[name] = self.norms.get(name, 0.0) + norm
@@ -121,9 +121,7 @@ def check_experts(mask: KeepMask, sparsity: float, blocks: int) -> None:
         OptionError: the model has none, or at least half of an expert a layer cannot go.
     """
     if not mask.table.has_experts:
-        raise OptionError(
-            "--allocation experts: this model's layers have no experts; leave it out"
-        )
+        raise OptionError("--allocation experts: this model's layers have no experts; leave it out")
     zeros_N = torch.zeros(mask.table.units)
     one, all_but_one = (
         drop_experts(mask, zeros_N, target).removed_parameters() / blocks

@@ -172,7 +172,9 @@ class Recovery:
         targets: HiddenStates | None,
     ) -> None:
         groups = work.sweep.skeleton.spec.table.of_layer(work.layer)
-        experts = [g for g in groups if f"{g.output}.weight" in work.pruned and g.expert is not None]
+        experts = [
+            g for g in groups if f"{g.output}.weight" in work.pruned and g.expert is not None
+        ]
         refits: dict[str, torch.Tensor] = {}
         for at, group in enumerate(groups):
             if group.expert is not None:

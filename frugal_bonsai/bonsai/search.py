@@ -263,8 +263,10 @@ class Search:
             dropped = ", ".join(map(str, state.mask.dropped_layers()))
             gone = f"layers {dropped} of {self._engine.spec.layers} (counted from 0) are dropped"
         else:
-            gone = f"{len(state.mask.dropped_experts(0))} experts of every layer are dropped"
-        note = f"{gone}, {share:.1%}: the number of {self._settings.allocation} nearest to {wanted:.1%}"
+            count = len(state.mask.dropped_experts(0))
+            gone = f"{count} of {self._engine.spec.experts} experts of every layer are dropped"
+        what = self._settings.allocation
+        note = f"{gone}, {share:.1%}: the number of {what} nearest to {wanted:.1%}"
         self._engine.progress.note(note)
         judgement = Judgement(curves=(), fit=None, observations=0)
         report = {"sparsity": share, "kept": state.mask.counts_with_experts(), "note": note}

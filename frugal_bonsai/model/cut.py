@@ -89,7 +89,11 @@ def cut_shape(
     extents = list(shape)
     for group, piece in pieces:
         kept = mask.kept(group)
-        stored = kept if padded is None or (group.expert is not None and not kept) else padded[group.kind]
+        stored = (
+            kept
+            if padded is None or (group.expert is not None and not kept)
+            else padded[group.kind]
+        )
         gone = int(not kept) if piece.joint else group.count - stored
         extents[piece.axis] -= gone * piece.width
     return tuple(extents)

@@ -90,7 +90,11 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
         "memory": describe_memory(job.memory, job.engine),
-        "notes": [*ready.budget.notes, *ready.notes, *(r["note"] for r in found.rounds if "note" in r)],
+        "notes": [
+            *ready.budget.notes,
+            *ready.notes,
+            *(r["note"] for r in found.rounds if "note" in r),
+        ],
     }
 
 

@@ -122,7 +122,7 @@ def build_store(
         folder.mkdir(parents=True, exist_ok=True)
     mask, refit = mask or KeepMask(spec.table), refit or {}
     cuts, added = slices_by_tensor(spec.table), added_biases(spec, refit)
-    # Which experts a token is sent to is decided by small differences: a router keeps its precision.
+    # Small differences decide which experts a token is sent to: a router keeps its precision.
     router = None if spec.family.experts is None else spec.family.experts.router
     if progress:
         progress.sweep("writing the working store", spec.layers, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.mistral import MISTRAL
-from frugal_bonsai.model.table import Experts, Part
+from frugal_bonsai.model.table import GATED_PEAKS, Experts, Part, Peak
 
 # Older checkpoints and transformers' own writer call an expert's projections so.
 _STORED = {
@@ -21,6 +21,9 @@ EXPERT_PARTS = (
     Part(tensor="mlp.experts.{expert}.down_proj.weight", axis=1),
 )
 EXPERT_OUTPUT = "mlp.experts.{expert}.down_proj"
+# All tokens of a micro-batch may be sent to the same expert; what it takes and gives is held beside
+# what goes around it, and while it is masked its input is held for all tokens.
+EXPERT_PEAKS = (Peak(hidden=5, ffn=3), Peak(hidden=6, ffn=2), *GATED_PEAKS[1:])
 
 MIXTRAL = replace(
     MISTRAL,
@@ -29,4 +32,5 @@ MIXTRAL = replace(
     ffn_parts=EXPERT_PARTS,
     ffn_output=EXPERT_OUTPUT,
     experts=Experts(chosen_default=2),
+    peaks=EXPERT_PEAKS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.llama import LLAMA
-from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS
+from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS, EXPERT_PEAKS
 from frugal_bonsai.model.table import Condition, Experts
 from frugal_bonsai.model.units import ATTENTION
 
@@ -17,6 +17,7 @@ OLMOE = replace(
     ffn_parts=EXPERT_PARTS,
     ffn_output=EXPERT_OUTPUT,
     experts=Experts(),
+    peaks=EXPERT_PEAKS,
     whole_attention=(
         Condition(
             key="model_type",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS
+from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS, EXPERT_PEAKS
 from frugal_bonsai.model.families.qwen3 import QWEN3
-from frugal_bonsai.model.table import Condition, Experts
+from frugal_bonsai.model.table import Condition, Experts, Peak
 
 QWEN3_MOE = replace(
     QWEN3,
@@ -16,6 +16,7 @@ QWEN3_MOE = replace(
     ffn_output=EXPERT_OUTPUT,
     ffn_key="moe_intermediate_size",
     experts=Experts(),
+    peaks=(*EXPERT_PEAKS, Peak(hidden=1, attention=5)),
     refused=(
         Condition(
             key="mlp_only_layers",
