@@ -9,7 +9,13 @@ import pytest
 from commands import fail, python, succeed
 from tiny_models import EXPERTS_PRUNED, save_byte_tokenizer, tiny_family
 
+import frugal_bonsai
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.model.arrange import describe_checkpoint
+from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.layouts.bundled import FILE
+from frugal_bonsai.rewrite.mask_file import write_mask
+from frugal_bonsai.run.options import PruneOptions
 
 PRUNED = """
 import json, sys, torch
@@ -96,6 +102,39 @@ def test_whole_experts_go(
     assert again["kept"]["experts"] == [left, left]
 
 
+def test_layers_with_other_numbers_of_experts_are_pruned_further(
+    dense: dict[str, Path], tmp_path: Path
+) -> None:
+    with Checkpoint.open(dense["qwen3-moe"]) as checkpoint:
+        spec = describe_checkpoint(checkpoint)
+    mask = KeepMask(spec.table)
+    for group in spec.table.groups:
+        if (group.layer, group.expert) in ((0, 1), (0, 3), (1, 0)):
+            mask.of(group)[:] = False
+    write_mask(tmp_path / "mask.json", "dense", spec, mask)
+    once, words = tmp_path / "once", ("--sparsity", "0.2", "--step", "0.2", *QUICK)
+    frugal_bonsai.shrink(str(dense["qwen3-moe"]), tmp_path / "mask.json", once, layout="per-layer")
+    for layout in ("uniform", "padded"):
+        error = fail("prune", once, "--out", tmp_path / "out", "--layout", layout, *words)
+        assert f"--layout: {layout} keeps the same number of experts in every layer" in error
+        assert "2 to 3" in error
+    options = PruneOptions(
+        settings={"sparsity": 0.2, "step": 0.2, "masks": 4, "mask_windows": 4},
+        layout="per-layer",
+        calibration="stdlib",
+        window=32,
+        windows=16,
+        device="cpu",
+    )
+    summary = frugal_bonsai.prune(str(once), tmp_path / "twice", options)
+    assert summary["kept"]["experts"] == [2, 3]
+    assert summary["sparsity"] == pytest.approx(0.2, abs=0.03)
+    assert summary["verify"]["max_relative_difference"] < 1e-5
+    found = json.loads(python(PRUNED, tmp_path / "twice", "per-layer"))
+    assert [shape[0] for shape in found["experts"]] == [2, 3]
+    assert found["parameters"] == summary["after"]["parameters"]
+
+
 def test_what_does_not_apply_is_refused(dense: dict[str, Path], tmp_path: Path) -> None:
     words = ("--out", tmp_path / "out", "--sparsity", "0.3", *QUICK)
     refusals = {
@@ -107,6 +146,12 @@ def test_what_does_not_apply_is_refused(dense: dict[str, Path], tmp_path: Path) 
     }
     for options, text in refusals.items():
         assert text in fail("prune", dense["olmoe"], *words, *options)
+    adapt = fail(
+        "adapt", dense["olmoe"], "--out", tmp_path / "out", "--data", "stdlib", "--loss", "lm"
+    )
+    assert "adapt does not train a olmoe" in adapt
+    exported = fail("export", dense["olmoe"], "--format", "gguf", "--out", tmp_path / "out")
+    assert "olmoe" in exported
     assert "have no experts" in fail("prune", "example", *words, "--method", "experts")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
 
