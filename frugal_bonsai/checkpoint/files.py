@@ -23,6 +23,9 @@ _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 # One call of preadv reads at most 2**31 - 4096 bytes on Linux, macOS refuses more than 2**31 - 1.
 MAX_READ_BYTES = 2**30
 
+# One call reads no more ahead than the disk's own read-ahead, which is often little more.
+_SOON_BYTES = 2**20
+
 # What the platform lacks is None: Windows has none of them, macOS preadv alone.
 _PREADV: Callable[[int, list[memoryview], int], int] | None = getattr(os, "preadv", None)
 _COPY: Callable[..., int] | None = getattr(os, "copy_file_range", None)
@@ -60,7 +63,9 @@ class ReadFile:
 
     def advise_soon(self, start: int, size_bytes: int) -> None:
         """Have the system read ahead in the background; nothing where it cannot be told."""
-        self._advise(start, size_bytes, "POSIX_FADV_WILLNEED")
+        for at in range(start, start + size_bytes, _SOON_BYTES):
+            size = min(_SOON_BYTES, start + size_bytes - at)
+            self._advise(at, size, "POSIX_FADV_WILLNEED")
 
     def _advise(self, start: int, size_bytes: int, advice: str) -> None:
         if _FADVISE is not None:
