@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 README = Path(__file__).resolve().parents[2] / "README.md"
 # What keeps each command short; the README's own words come before. Without recovery there is much
 # to learn, and a few steps show it.
-_TEXT = ("--window", "256", "--windows", "24")
+_TEXT = ("--window", "256", "--windows", "16")
 QUICK = {
     "prune": ("--layout", "per-layer", "--method", "local-only", "--no-recovery", *_TEXT),
     "adapt": ("--tokens", "9k", "--evaluations", "2", *_TEXT),
@@ -42,7 +42,7 @@ def test_the_readmes_commands_end_in_a_better_model_and_a_gguf_file(tmp_path: Pa
     from frugal_bonsai.text.stdlib import held_out_text
 
     text = tmp_path / "held_out.txt"
-    text.write_text(held_out_text()[:30_000], encoding="utf-8")
+    text.write_text(held_out_text()[:10_000], encoding="utf-8")
     pruned, adapted, file = tmp_path / "pruned", tmp_path / "adapted", tmp_path / "m.gguf"
     meant = {"MODEL": "example", "PRUNED": pruned, "DIR": adapted, "SOURCE": "stdlib"}
     found: dict[str, Any] = {}
