@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # weight is packed too often, with more the sums leave the cache (measured: 128 takes 10% longer).
 PRODUCT_TOKENS = 256
 
+# Activations of a projection that is multiplied so: with more the passes over them leave the cache,
+# and freed blocks go back to the system, which clears them page by page (measured: 10% of a sweep).
+_PRODUCT_BYTES = 8 * 2**20
+
 # Rows are quantised in blocks, so that the fp32 product never holds more than this.
 _BLOCK_BYTES = 8 * 2**20
 
@@ -28,6 +32,15 @@ def product_scratch_bytes(tokens: int, rows: int, columns: int) -> int:
     Two digits of each input in int8 and in fp32, two sums of each output in int32.
     """
     return tokens * (2 * (1 + 4) * columns + 2 * 4 * rows)
+
+
+def product_tokens(widest: int) -> int:
+    """Tokens that a CPU computes together where its products are int8.
+
+    Args:
+        widest: rows or columns of the widest projection, whichever are more.
+    """
+    return max(PRODUCT_TOKENS, _PRODUCT_BYTES // (4 * widest))
 
 
 def has_bitsandbytes() -> bool:

@@ -40,8 +40,10 @@ from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.run.prepare import Model, open_model
 from frugal_bonsai.stream.engine import FLOAT, INT8_PRODUCTS, Engine, compute_dtype
-from frugal_bonsai.stream.int8_linear import Int8Scratch, Int8Weight
+from frugal_bonsai.stream.int8_linear import Int8Weight
 from frugal_bonsai.stream.layers import LayerStream, Parameters
+from frugal_bonsai.stream.scratch import Scratch
+from frugal_bonsai.stream.source import LayerSource
 from frugal_bonsai.stream.store import INT8, build_store
 
 CPU = torch.device("cpu")
@@ -69,9 +71,13 @@ class Resident(LayerStream):
 
     def __init__(self, stream: LayerStream) -> None:
         self.source, self.device, self.dtype = stream.source, stream.device, stream.dtype
+        self.tokens_at_once = stream.tokens_at_once
         self._layers = [_own(parameters) for _, parameters in stream.visit()]
 
-    def visit(self) -> Iterator[tuple[int, Parameters]]:
+    def start(self, then: LayerSource | None = None) -> None:
+        """Nothing is left to read."""
+
+    def visit(self, then: LayerSource | None = None) -> Iterator[tuple[int, Parameters]]:
         """As the stream did."""
         yield from enumerate(self._layers)
 
@@ -82,7 +88,7 @@ class Resident(LayerStream):
 
 def _own(parameters: Parameters) -> Parameters:
     device = next(iter(parameters.values())).device
-    scratch, own = Int8Scratch(device), Parameters()
+    scratch, own = Scratch(device), Parameters()
     for name, value in parameters.items():
         if isinstance(value, Int8Weight):
             codes_OI = value.as_subclass(torch.Tensor).clone()

@@ -20,8 +20,15 @@ from frugal_bonsai.errors import CheckpointError
 
 # Other file systems, or one that has no such call: not failures of the disk.
 _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+_PAGE_BYTES = 4096
+# Measured: half of it takes a quarter longer, and twice as much several times as long where source
+# and target begin at different places of a page.
+_COPY_BYTES = 2**16
 # One call of preadv reads at most 2**31 - 4096 bytes on Linux, macOS refuses more than 2**31 - 1.
 MAX_READ_BYTES = 2**30
+
+# One call reads no more ahead than the disk's own read-ahead, which is often little more.
+_SOON_BYTES = 2**20
 
 # What the platform lacks is None: Windows has none of them, macOS preadv alone.
 _PREADV: Callable[[int, list[memoryview], int], int] | None = getattr(os, "preadv", None)
@@ -60,7 +67,9 @@ class ReadFile:
 
     def advise_soon(self, start: int, size_bytes: int) -> None:
         """Have the system read ahead in the background; nothing where it cannot be told."""
-        self._advise(start, size_bytes, "POSIX_FADV_WILLNEED")
+        for at in range(start, start + size_bytes, _SOON_BYTES):
+            size = min(_SOON_BYTES, start + size_bytes - at)
+            self._advise(at, size, "POSIX_FADV_WILLNEED")
 
     def _advise(self, start: int, size_bytes: int, advice: str) -> None:
         if _FADVISE is not None:
@@ -113,7 +122,11 @@ class ReadFile:
 
 
 def copy_range(source: Path, start: int, target: FileIO, to: int, size_bytes: int) -> bool:
-    """Copy a range of one file into another inside the system, past this process's memory.
+    """Copy a range of one file into another.
+
+    Inside the system, past this process's memory, where the range begins at the same place of a
+    page in both files; else every page would be put together from two, which takes half as long
+    again as a small buffer that stays in the processor's cache.
 
     Args:
         source: file to read.
@@ -131,19 +144,45 @@ def copy_range(source: Path, start: int, target: FileIO, to: int, size_bytes: in
     """
     if _COPY is None:
         return False
-    done = 0
+    copy = _copy_inside if (start - to) % _PAGE_BYTES == 0 else _copy_through_buffer
     try:
         with FileIO(str(source), "rb") as file:
-            while done < size_bytes:
-                arguments = (size_bytes - done, start + done, to + done)
-                count = _COPY(file.fileno(), target.fileno(), *arguments)
-                if count == 0:
-                    return False
-                done += count
+            return copy(file, start, target, to, size_bytes)
     except OSError as error:
         if error.errno in _CANNOT_COPY:
             return False
         raise
+
+
+def _copy_inside(source: FileIO, start: int, target: FileIO, to: int, size_bytes: int) -> bool:
+    assert _COPY is not None
+    done = 0
+    while done < size_bytes:
+        arguments = (size_bytes - done, start + done, to + done)
+        count = _COPY(source.fileno(), target.fileno(), *arguments)
+        if count == 0:
+            return False
+        done += count
+    return True
+
+
+def _copy_through_buffer(
+    source: FileIO, start: int, target: FileIO, to: int, size_bytes: int
+) -> bool:
+    buffer = memoryview(bytearray(min(_COPY_BYTES, size_bytes)))
+    source.seek(start)
+    target.seek(to)
+    done = 0
+    while done < size_bytes:
+        # Up to where a page of the target ends, whole pages from there on.
+        piece = min(_COPY_BYTES - (to + done) % _COPY_BYTES, size_bytes - done)
+        count = source.readinto(buffer[:piece])
+        if not count:
+            return False
+        written = 0
+        while written < count:
+            written += target.write(buffer[written:count])
+        done += count
     return True
 
 

@@ -196,6 +196,16 @@ class Checkpoint:
             f"tensor {name!r}",
         )
 
+    def announce(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Have the system read rows of a tensor ahead, all of them if not told; a hint."""
+        entry = self._entry(name)
+        if not entry.shape:
+            return
+        row_bytes = _row_bytes(entry)
+        stop = entry.stored_shape[0] if stop is None else stop
+        first = entry.start + start * row_bytes
+        self._file(entry.file).advise_soon(first, (stop - start) * row_bytes)
+
     def gather_rows(self, name: str, rows_K: torch.Tensor) -> torch.Tensor:
         """Rows of dimension 0 by index, such as the embeddings of some tokens.
 

@@ -15,8 +15,9 @@ stand-ins: p their share of a group.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from frugal_bonsai.int8 import PRODUCT_TOKENS, product_scratch_bytes
+from frugal_bonsai.int8 import PRODUCT_TOKENS, product_scratch_bytes, product_tokens
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.work import GPU, HOST, Choice, PlanItem, Work
 from frugal_bonsai.model.family import ModelSpec
@@ -100,15 +101,22 @@ class SweepItems:
     def _products(self, choice: Choice, rows: int, columns: int, packed: int) -> PlanItem:
         """Digits and sums of a block of tokens; a GPU multiplies a micro-batch at once.
 
-        On a CPU one of the sums is converted to fp32 at a time, and the kernel packs the weight,
-        of ``packed`` elements, anew at each call.
+        On a CPU the kernel packs the weight, of ``packed`` elements, anew at each call.
         """
         tokens = choice.micro_batch * self._work.window if self._cuda else PRODUCT_TOKENS
         size = product_scratch_bytes(tokens, rows, columns)
         if self._cuda:
             return self._near("int8 products", size, f"{tokens} tokens * (8*rows + 10*columns)")
-        formula = f"{tokens} tokens * (12*rows + 10*columns) + largest tensor, packed"
-        return self._near("int8 products", size + 4 * tokens * rows + packed, formula)
+        formula = f"{tokens} tokens * (8*rows + 10*columns) + largest tensor, packed"
+        return self._near("int8 products", size + packed, formula)
+
+    def with_products(self, choice: Choice) -> Choice:
+        """The micro-batch of int8 products, which are fastest with few tokens on a CPU."""
+        if self._cuda:
+            return choice
+        widest = max(self._attention, self._ffn, self._spec.hidden, self._input_rows)
+        windows = max(1, product_tokens(widest) // self._work.window)
+        return replace(choice, micro_batch=min(choice.micro_batch, windows))
 
     def _buffers(self, name: str, count: int, size: int, what: str) -> list[PlanItem]:
         """Buffers of a stream: on the host, pinned for a GPU and there once more."""
@@ -210,11 +218,13 @@ class SweepItems:
             return None
         return self._near("head", rows * self._spec.hidden * self._compute, "V*H*c")
 
-    def logits(self, choice: Choice) -> PlanItem:
+    def logits(self, choice: Choice, *, products: bool = False) -> PlanItem:
         """A block of tokens' logits over a chunk of rows, and the tokens' hidden states."""
         rows, tokens = self.head_sizes(choice)
         wide = 4 if self._compute == 4 else 4 + self._compute
         normed = max(tokens, self._work.window) * self._spec.hidden * self._compute
+        if products and not self._cuda:
+            tokens = min(tokens, product_tokens(rows))
         formula = f"tokens*v*{wide} + tokens*H*c"
         return self._near("logits", tokens * rows * wide + normed, formula)
 

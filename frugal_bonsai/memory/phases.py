@@ -128,10 +128,14 @@ class Phases:
         held = items.stream(choice, weights, products=products)
         windows = min(choice.in_flight, windows)
         held += items.hidden(choice, windows)
-        layers = [items.activations(choice, windows)]
+        within = items.with_products(choice) if products else choice
+        layers = [items.activations(within, windows)]
         if masked and self._work.stand_ins:
-            layers = [items.stand_ins(), items.masked_activations(choice, windows)]
-        head = [*items.head_rows(choice, products=products), items.logits(choice)]
+            layers = [items.stand_ins(), items.masked_activations(within, windows)]
+        head = [
+            *items.head_rows(choice, products=products),
+            items.logits(choice, products=products),
+        ]
         if self._work.top:
             held.append(items.teacher_shard())
             head.append(items.followers(choice))

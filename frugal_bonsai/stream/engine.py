@@ -7,6 +7,7 @@ embeddings) and, where it fits in one chunk, the head.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,11 +91,12 @@ class Engine:
         return self._head(rows, int8_products=True)
 
     def _head(self, rows: LayerSource, *, int8_products: bool) -> Head:
-        def open_rows() -> LayerStream:
-            return self._stream(rows, int8_products=int8_products)
-
         return Head(
-            self.skeleton, open_rows, tokens=self._limits.head_tokens, progress=self.progress
+            self.skeleton,
+            rows,
+            partial(self._stream, int8_products=int8_products),
+            tokens=self._limits.head_tokens,
+            progress=self.progress,
         )
 
     def native(self) -> LayerStream:

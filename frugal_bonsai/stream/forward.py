@@ -26,6 +26,7 @@ from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import LayerStream, Parameters
 from frugal_bonsai.stream.micro_batch import MicroBatches
 from frugal_bonsai.stream.skeleton import Skeleton
+from frugal_bonsai.stream.source import LayerSource
 
 
 class Masker(Protocol):
@@ -90,7 +91,8 @@ class Sweep:
     ) -> torch.Tensor:
         """Negative log-likelihood of tokens 2..S of each pair, fp32 ``[N, S-1]`` on the CPU."""
         losses = []
-        for wave, hidden in self.hidden_waves(stream, tokens_NS, masker=masker, name=name):
+        waves = self.hidden_waves(stream, tokens_NS, masker=masker, name=name, then=head.to_read)
+        for wave, hidden in waves:
             with torch.inference_mode():
                 losses.append(head.nll(hidden, tokens_NS[wave]))
             del hidden  # not held while the next wave runs
@@ -103,15 +105,17 @@ class Sweep:
         *,
         masker: Masker | None,
         name: str | Callable[[slice], str],
+        then: LayerSource | None = None,
     ) -> Iterator[tuple[slice, HiddenStates]]:
         """Run all pairs, as many at a time as the plan lets in flight; yield each wave's end.
 
-        The name of the sweep, for the progress, may be made from the wave's pairs.
+        The name of the sweep, for the progress, may be made from the wave's pairs. ``then`` is read
+        behind each wave.
         """
         for wave in self.waves(len(tokens_NS)):
             called = name if isinstance(name, str) else name(wave)
             shifted = _shifted(masker, wave)
-            yield wave, self.run(stream, tokens_NS[wave], masker=shifted, name=called)
+            yield wave, self.run(stream, tokens_NS[wave], masker=shifted, name=called, then=then)
 
     def run(
         self,
@@ -122,18 +126,23 @@ class Sweep:
         tap: Tap | None = None,
         name: str = "evaluating",
         after_layer: Callable[[int, HiddenStates], None] | None = None,
+        then: LayerSource | None = None,
     ) -> HiddenStates:
         """One wave through all layers; the hidden states behind the last one, before the norm.
 
         ``after_layer`` is shown the hidden states behind each layer, which the next one changes.
+        ``then`` is what the caller reads next, such as the head.
         """
-        kwargs = self.skeleton.layer_kwargs(tokens_NS.shape[1])
+        stream.start(then)
+        window, at_once = tokens_NS.shape[1], stream.tokens_at_once
+        most = None if at_once is None else max(1, at_once // window)
+        kwargs = self.skeleton.layer_kwargs(window)
         hidden = self.embed(tokens_NS)
         self.progress.sweep(name, self.skeleton.spec.layers, tokens_NS.numel())
         with torch.inference_mode():
-            for layer, parameters in stream.visit():
+            for layer, parameters in stream.visit(then):
                 visit = _LayerVisit(self, layer, parameters, kwargs[layer], hidden, masker, tap)
-                self.batches.run(len(tokens_NS), visit)
+                self.batches.run(len(tokens_NS), visit, most=most)
                 if tap is not None:
                     tap.end_layer(layer, parameters)
                 if after_layer is not None:

@@ -14,14 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.nn.functional import linear
 
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.stream.hidden import HiddenStates
+from frugal_bonsai.stream.int8_linear import multiply_into, tokens_at_once
 from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.micro_batch import MicroBatches
+from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.skeleton import Skeleton
-from frugal_bonsai.stream.source import HEAD_WEIGHT
+from frugal_bonsai.stream.source import HEAD_WEIGHT, LayerSource
 
 
 class Head:
@@ -29,7 +30,8 @@ class Head:
 
     Args:
         skeleton: gives the final norm, device and dtype.
-        open_rows: opens a stream of the head's chunks of rows.
+        rows: the output embedding in chunks of rows.
+        open_stream: opens a stream of them.
         tokens: tokens whose logits are held at a time; fewer once memory has run out.
         progress: told when it has.
 
@@ -40,16 +42,22 @@ class Head:
     def __init__(
         self,
         skeleton: Skeleton,
-        open_rows: Callable[[], LayerStream],
+        rows: LayerSource,
+        open_stream: Callable[[LayerSource], LayerStream],
         *,
         tokens: int,
         progress: Progress | None = None,
     ) -> None:
-        self._skeleton, self._open_rows = skeleton, open_rows
+        self._skeleton, self._rows, self._open_stream = skeleton, rows, open_stream
         self.batches = MicroBatches(
             tokens, unit="tokens", what="block of logits", progress=progress
         )
         self._kept: torch.Tensor | None = None
+
+    @property
+    def to_read(self) -> LayerSource | None:
+        """The chunks that the next call reads; None where the head is kept."""
+        return self._rows if self._kept is None else None
 
     def nll(self, hidden: HiddenStates, tokens_BS: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood in nats of tokens 2..S of each window, fp32 ``[B, S-1]``, CPU.
@@ -115,15 +123,18 @@ class Head:
             hidden.write(here, self._skeleton.norm(hidden.read(here)))
 
         self.batches.run(windows, norm, weight=window)
-        first = 0
+        first, room = 0, Scratch(self._skeleton.device)
         for weight_vH in self._chunks():
 
             def add(here: slice, first: int = first, weight_vH: torch.Tensor = weight_vH) -> None:
-                running = sums(here, first)
+                running, most = sums(here, first), tokens_at_once(weight_vH)
                 normed_TH = hidden.read(here)[:, :-1].flatten(0, 1)
                 self.batches.run(
                     len(normed_TH),
-                    lambda block: running.add(block, self._logits(normed_TH[block], weight_vH)),
+                    lambda block: running.add(
+                        block, self._logits(normed_TH[block], weight_vH, room)
+                    ),
+                    most=most,
                 )
 
             self.batches.run(windows, add, weight=window)
@@ -132,12 +143,19 @@ class Head:
     def logits(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
         """Logits of all tokens over the whole vocabulary, fp32 ``[B, S, V]``."""
         normed_BSH = self._skeleton.norm(hidden_BSH)
-        parts = [self._logits(normed_BSH, weight_vH).float() for weight_vH in self._chunks()]
-        return torch.cat(parts, dim=-1)
+        normed_TH, parts = normed_BSH.flatten(0, -2), []
+        for weight_vH in self._chunks():
+            own = Scratch(self._skeleton.device)
+            parts.append(self._logits(normed_TH, weight_vH, own).float())
+        return torch.cat(parts, dim=-1).view(*normed_BSH.shape[:-1], -1)
 
-    def _logits(self, normed_TH: torch.Tensor, weight_vH: torch.Tensor) -> torch.Tensor:
-        """Logits over some rows, scaled and capped as the model does, where they lie."""
-        spec, logits_Tv = self._skeleton.spec, linear(normed_TH, weight_vH)
+    def _logits(
+        self, normed_TH: torch.Tensor, weight_vH: torch.Tensor, room: Scratch
+    ) -> torch.Tensor:
+        """Logits over some rows, scaled and capped as the model does, until the room's next use."""
+        spec = self._skeleton.spec
+        logits_Tv = room.take(len(normed_TH), len(weight_vH), normed_TH.dtype)
+        multiply_into(normed_TH, weight_vH, logits_Tv)
         if spec.logits_divisor != 1.0:
             logits_Tv.div_(spec.logits_divisor)
         if spec.logits_softcap is not None:
@@ -150,7 +168,7 @@ class Head:
         if self._kept is not None:
             yield self._kept
             return
-        with self._open_rows() as stream:
+        with self._open_stream(self._rows) as stream:
             for _, parameters in stream.visit():
                 if stream.source.layers == 1:
                     self._kept = parameters[HEAD_WEIGHT]

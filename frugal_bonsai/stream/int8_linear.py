@@ -17,29 +17,13 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.int8 import PRODUCT_TOKENS
+from frugal_bonsai.int8 import PRODUCT_TOKENS, product_tokens
+from frugal_bonsai.stream.scratch import Scratch
 
 # The first digit leaves at most half a step, the second divides that half in 127.
 _SECOND_DIGIT = 254.0
 # CUDA's kernel wants more than 16 rows, and multiples of 8 in the other sizes.
 _LEAST_ROWS, CUDA_MULTIPLE = 32, 8
-
-
-class Int8Scratch:
-    """Reused memory of the products of one stream; grows to the largest weight and stays."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._buffers: dict[torch.dtype, torch.Tensor] = {}
-
-    def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised ``[rows, columns]``, valid until the next call with this dtype."""
-        buffer = self._buffers.get(dtype)
-        if buffer is None or buffer.numel() < rows * columns:
-            with torch.inference_mode(False):  # usable inside and outside of inference mode
-                buffer = torch.empty(rows * columns, dtype=dtype, device=self._device)
-            self._buffers[dtype] = buffer
-        return buffer[: rows * columns].view(rows, columns)
 
 
 class Int8Weight(torch.Tensor):
@@ -52,11 +36,11 @@ class Int8Weight(torch.Tensor):
     """
 
     scales_O: torch.Tensor
-    scratch: Int8Scratch
+    scratch: Scratch
 
     @staticmethod
     def __new__(
-        cls, codes_OI: torch.Tensor, scales_O: torch.Tensor, scratch: Int8Scratch
+        cls, codes_OI: torch.Tensor, scales_O: torch.Tensor, scratch: Scratch
     ) -> Int8Weight:
         """A view of the codes that carries its scales."""
         weight = torch.Tensor._make_subclass(cls, codes_OI)
@@ -81,19 +65,40 @@ class Int8Weight(torch.Tensor):
 def _linear(
     input: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    codes_OI, scratch = weight.as_subclass(torch.Tensor), weight.scratch
-    scales_O = (weight.scales_O / 127.0).to(torch.float32)
-    rows, columns = codes_OI.shape
+    rows, columns = weight.shape
     input_TI = input.reshape(-1, columns)
     output_TO = input.new_empty(len(input_TI), rows)
-    # A GPU has memory for all at once and nothing to win from blocks.
-    block = PRODUCT_TOKENS if input.device.type == "cpu" else max(1, len(input_TI))
-    for start in range(0, len(input_TI), block):
-        block_TI, out_TO = input_TI[start : start + block], output_TO[start : start + block]
-        _multiply_block(block_TI, codes_OI, scales_O, out_TO, scratch)
+    _multiply(input_TI, weight, output_TO)
     if bias is not None:
         output_TO += bias
     return output_TO.view(*input.shape[:-1], rows)
+
+
+def multiply_into(
+    input_TI: torch.Tensor, weight_OI: torch.Tensor, output_TO: torch.Tensor
+) -> torch.Tensor:
+    """``input @ weight.T`` in memory that the caller owns, whatever the weight is made of."""
+    if isinstance(weight_OI, Int8Weight):
+        _multiply(input_TI, weight_OI, output_TO)
+        return output_TO
+    return torch.mm(input_TI, weight_OI.t(), out=output_TO)
+
+
+def tokens_at_once(weight_OI: torch.Tensor) -> int | None:
+    """How many to multiply together at most; None where more are no slower."""
+    if not isinstance(weight_OI, Int8Weight) or weight_OI.device.type != "cpu":
+        return None
+    return product_tokens(len(weight_OI))
+
+
+def _multiply(input_TI: torch.Tensor, weight: Int8Weight, output_TO: torch.Tensor) -> None:
+    codes_OI, scratch = weight.as_subclass(torch.Tensor), weight.scratch
+    scales_O = (weight.scales_O / 127.0).to(torch.float32)
+    # A GPU has memory for all at once and nothing to win from blocks.
+    block = PRODUCT_TOKENS if input_TI.device.type == "cpu" else max(1, len(input_TI))
+    for start in range(0, len(input_TI), block):
+        block_TI, out_TO = input_TI[start : start + block], output_TO[start : start + block]
+        _multiply_block(block_TI, codes_OI, scales_O, out_TO, scratch)
 
 
 def _multiply_block(
@@ -101,7 +106,7 @@ def _multiply_block(
     codes_OI: torch.Tensor,
     scales_O: torch.Tensor,
     output_TO: torch.Tensor,
-    scratch: Int8Scratch,
+    scratch: Scratch,
 ) -> None:
     """Write ``input @ (codes * scales).T`` into ``output_TO``."""
     tokens, columns = input_TI.shape
@@ -121,9 +126,10 @@ def _multiply_block(
     # The rows of both digits in one product: the kernel packs the weight at every call.
     sums_DTO = scratch.take(2 * padded, len(codes_OI), torch.int32)
     torch._int_mm(digits_DTI.flatten(0, 1), codes_OI.t(), out=sums_DTO)
-    sums_DTO = sums_DTO.view(2, padded, -1)
-    float_TO = output_TO if output_TO.dtype == torch.float32 else output_TO.float()
-    torch.div(sums_DTO[1, :tokens], _SECOND_DIGIT, out=float_TO)
-    float_TO.add_(sums_DTO[0, :tokens]).mul_(step_T1).mul_(scales_O)
+    # Converted where they lie: a copy would be as large as the sums.
+    floats_DTO = sums_DTO.view(torch.float32).copy_(sums_DTO).view(2, padded, -1)[:, :tokens]
+    float_TO = output_TO if output_TO.dtype == torch.float32 else floats_DTO[0]
+    torch.add(floats_DTO[0], floats_DTO[1], alpha=1.0 / _SECOND_DIGIT, out=float_TO)
+    float_TO.mul_(step_T1).mul_(scales_O)
     if float_TO is not output_TO:
         output_TO.copy_(float_TO)

@@ -16,8 +16,10 @@ from types import TracebackType
 import torch
 
 from frugal_bonsai.checkpoint.reader import torch_dtype
-from frugal_bonsai.int8 import dequantise_into
-from frugal_bonsai.stream.int8_linear import CUDA_MULTIPLE, Int8Scratch, Int8Weight
+from frugal_bonsai.int8 import dequantise_into, product_tokens
+from frugal_bonsai.stream.ahead import ReadAhead
+from frugal_bonsai.stream.int8_linear import CUDA_MULTIPLE, Int8Weight
+from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.source import LayerSource, Record, align
 
 Parameters = dict[str, torch.Tensor]
@@ -32,6 +34,9 @@ class LayerStream:
         dtype: compute dtype; a layer stored in this dtype is used where it lies.
         int8_products: hand int8 weights out as :class:`Int8Weight` instead of dequantising them.
         buffers: layers held as stored; with one alone nothing is read in the background.
+
+    Attributes:
+        tokens_at_once: how many are computed together at most; None leaves it to the plan.
     """
 
     def __init__(
@@ -44,7 +49,8 @@ class LayerStream:
         buffers: int = 2,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self._scratch = Int8Scratch(device) if int8_products else None
+        self._scratch = Scratch(device) if int8_products else None
+        self.tokens_at_once = self._tokens_at_once()
         largest = max(source.layer_bytes(layer) for layer in range(source.layers))
         pinned, slots = device.type == "cuda", min(buffers, source.layers)
         self._host = [
@@ -59,7 +65,16 @@ class LayerStream:
         self._arrived: list[torch.cuda.Event | None] = [None, None]
         self._consumed: list[torch.cuda.Event | None] = [None, None]
         self._dense = torch.empty(self._dense_bytes(), dtype=torch.uint8, device=device)
+        self._first: Future[None] | None = None
+        self._ahead = ReadAhead(source)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
+
+    def _tokens_at_once(self) -> int | None:
+        if self._scratch is None or self.device.type != "cpu":
+            return None
+        every = [r for layer in range(self.source.layers) for r in self.source.records(layer)]
+        widths = [max(record.shape) for record in every if self._multiplied_as_stored(record)]
+        return product_tokens(max(widths)) if widths else None
 
     def _dense_bytes(self) -> int:
         return max(
@@ -79,9 +94,25 @@ class LayerStream:
             return False
         return self.device.type != "cuda" or all(n % CUDA_MULTIPLE == 0 for n in record.shape)
 
-    def visit(self) -> Iterator[tuple[int, Parameters]]:
-        """Yield ``(layer, parameters)`` in order; parameters are valid until the next one."""
-        pending: Future[None] = self._reader.submit(self._fetch, 0)
+    def start(self, then: LayerSource | None = None) -> None:
+        """Begin with the first layer while something else is done before :meth:`visit`.
+
+        Args:
+            then: what is read when this visit is over: the disk goes on with its first layer.
+        """
+        if self._first is None:
+            self._ahead = ReadAhead(self.source, then)
+            self._first = self._reader.submit(self._fetch, 0)
+
+    def visit(self, then: LayerSource | None = None) -> Iterator[tuple[int, Parameters]]:
+        """Yield ``(layer, parameters)`` in order; parameters are valid until the next one.
+
+        Args:
+            then: as in :meth:`start`.
+        """
+        self.start(then)
+        pending, self._first = self._first, None
+        assert pending is not None
         for layer in range(self.source.layers):
             pending.result()
             more, ahead = layer + 1 < self.source.layers, len(self._host) > 1
@@ -99,6 +130,7 @@ class LayerStream:
 
     def _fetch(self, layer: int) -> None:
         slot = self._slot(layer)
+        self._ahead.reach(layer)
         if self._copies is None:
             self.source.read(layer, self._host[slot])
             return

@@ -47,7 +47,14 @@ class MicroBatches:
         self.planned = self.size = size
         self._unit, self._what, self._progress = unit, what, progress or Silent()
 
-    def run(self, count: int, body: Callable[[slice], None], *, weight: int = 1) -> None:
+    def run(
+        self,
+        count: int,
+        body: Callable[[slice], None],
+        *,
+        weight: int = 1,
+        most: int | None = None,
+    ) -> None:
         """Call ``body`` for every item once, in slices of at most ``size``, in order.
 
         When memory runs out inside ``body`` the size halves and the same items are tried again,
@@ -59,13 +66,15 @@ class MicroBatches:
             count: of items.
             body: is given some of them.
             weight: an item counts as so many units (a window as its tokens).
+            most: units of a slice, where fewer than planned are faster; one item at least.
 
         Raises:
             BudgetError: memory ran out with a single item.
         """
         done = 0
         while done < count:
-            items = slice(done, min(done + max(1, self.size // weight), count))
+            size = self.size if most is None else min(self.size, most)
+            items = slice(done, min(done + max(1, size // weight), count))
             failed = False
             try:
                 body(items)

@@ -85,6 +85,9 @@ class LayerSource(Protocol):
     def records(self, layer: int) -> tuple[Record, ...]:
         """Where each tensor of a layer lies in the buffer."""
 
+    def announce(self, layer: int) -> None:
+        """Have the system read a layer into its page cache in the background; a hint."""
+
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         """Read a layer into the first ``layer_bytes(layer)`` bytes of a uint8 CPU tensor."""
 
@@ -134,6 +137,12 @@ class CheckpointSource:
     def records(self, layer: int) -> tuple[Record, ...]:
         """Where each tensor of a layer lies in the buffer."""
         return self._records[layer]
+
+    def announce(self, layer: int) -> None:
+        """Have the system read a layer's tensors ahead."""
+        prefix = self._spec.prefix(layer)
+        for name in self._spec.layer_tensors[layer]:
+            self._checkpoint.announce(prefix + name)
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         """Read a layer's tensors into a uint8 buffer, masked if there is a mask."""
@@ -211,6 +220,10 @@ class HeadSource:
     def records(self, layer: int) -> tuple[Record, ...]:
         """The chunk's one tensor."""
         return self._records[layer]
+
+    def announce(self, layer: int) -> None:
+        """Have the system read a chunk's rows ahead."""
+        self._checkpoint.announce(self._name, *self._spans[layer])
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         """Read a chunk's rows into a uint8 buffer."""

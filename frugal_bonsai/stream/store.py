@@ -70,16 +70,17 @@ class LayerStore:
         """Where each tensor of a layer lies in the buffer."""
         return self._records[layer]
 
+    def announce(self, layer: int) -> None:
+        """Have the system read a layer's file ahead."""
+        start, end = self._spans[layer]
+        self._files[layer].advise_soon(start, end - start)
+
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         """One sequential read of a whole layer into a uint8 CPU buffer."""
         start, end = self._spans[layer]
         file = self._files[layer]
         file.advise_sequential(start, end - start)
         file.read_into(tensor_bytes(buffer[: end - start]), start, f"layer {layer}")
-        if layer + 1 < self.layers:
-            # While both buffers are in use, the disk goes on.
-            start, end = self._spans[layer + 1]
-            self._files[layer + 1].advise_soon(start, end - start)
 
     def close(self) -> None:
         """Close the files."""

@@ -51,6 +51,16 @@ def test_what_the_system_is_told(
     assert told == [(10, 20, 0), (30, 5, 1), *([(10, 20, 2)] if drop else [])]
 
 
+def test_read_ahead_is_asked_for_in_pieces_that_the_system_grants(
+    tmp_path: Path, told: list[tuple[int, int, int]]
+) -> None:
+    (tmp_path / "x").touch()
+    file = ReadFile(tmp_path / "x")
+    file.advise_soon(5, 2 * 2**20 + 7)
+    file.close()
+    assert told == [(5, 2**20, 1), (5 + 2**20, 2**20, 1), (5 + 2 * 2**20, 7, 1)]
+
+
 def test_a_system_that_cannot_be_told_reads_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

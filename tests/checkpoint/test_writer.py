@@ -202,6 +202,7 @@ class TestShardedWriter:
             with pytest.raises(ValueError, match=r"'b': 3600 bytes for 28, of which 0 are written"):
                 out.copy("b", entries["a"])
             with monkeypatch.context() as patched:
+                patched.setattr(files, "_PAGE_BYTES", 1)
                 patched.setattr(files, "_COPY", None)
                 assert not out.copy("a", entries["a"])  # nothing written, to be written
                 patched.setattr(files, "_COPY", lambda *_: 0)
@@ -224,6 +225,7 @@ class TestShardedWriter:
         save_file({"a": torch.ones(5)}, tmp_path / "source")
         entries, _ = read_header(tmp_path / "source")
         (tmp_path / "out").mkdir()
+        monkeypatch.setattr(files, "_PAGE_BYTES", 1)
         monkeypatch.setattr(files, "_COPY", full)
         announced = [("a", "F32", (5,))]
         with (

@@ -77,7 +77,7 @@ def test_a_layer_in_the_compute_dtype_is_used_where_it_lies() -> None:
 def test_int8_products_dequantise_nothing() -> None:
     items = sizes(far().stream(CHOICE, "int8", products=True))
     assert ("dequantised layer", "host") not in items
-    assert items["int8 products", "host"] == 256 * (12 * 14336 + 10 * 14336) + H * FFN
+    assert items["int8 products", "host"] == 256 * (8 * 14336 + 10 * 14336) + H * FFN
 
 
 def test_hidden_states() -> None:
@@ -98,6 +98,15 @@ def test_activations() -> None:
     assert near().paired_activations(CHOICE).size_bytes == 3 * 2048 * (token + 2 * H) * 2
 
 
+def test_int8_products_take_few_tokens_on_a_cpu() -> None:
+    work = replace(WORK, window=64)
+    # 8 MiB of the FFN's channels are 146 tokens, fewer than the 256 that a product takes.
+    assert far(work).with_products(CHOICE) == CHOICE
+    assert far(work).with_products(replace(CHOICE, micro_batch=50)).micro_batch == 256 // 64
+    assert far().with_products(CHOICE).micro_batch == 1
+    assert near(work).with_products(replace(CHOICE, micro_batch=50)).micro_batch == 50
+
+
 def test_head() -> None:
     rows = 2**25 // (H * 2)
     tokens = 2048  # of the 2,048 that fit into 32 MiB of logits, whole windows
@@ -115,7 +124,11 @@ def test_head() -> None:
     assert far().logits(CHOICE).size_bytes == 4096 * rows * 4 + 4096 * H * 4
     items = sizes(far().head_rows(CHOICE, products=True))
     assert items["head chunks", "host"] == 2 * rows * (H + 4)
-    assert items["int8 products", "host"] == 256 * (12 * rows + 10 * H) + rows * H
+    assert items["int8 products", "host"] == 256 * (8 * rows + 10 * H) + rows * H
+    blocks = 2**23 // (4 * rows)  # 8 MiB of logits
+    found = far().logits(CHOICE, products=True)
+    assert found.size_bytes == blocks * rows * 4 + 4096 * H * 4
+    assert near().logits(CHOICE, products=True) == near().logits(CHOICE)
 
 
 def test_a_custom_utility_needs_all_logits() -> None:

@@ -165,6 +165,9 @@ class CountingSource:
     def records(self, layer: int) -> tuple[Record, ...]:
         return tuple(self.inner.records(layer))
 
+    def announce(self, layer: int) -> None:
+        self.inner.announce(layer)
+
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         self.reads[layer] += 1
         self.inner.read(layer, buffer)

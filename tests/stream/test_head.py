@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,9 @@ def _hidden(windows: int, window: int, *, scale: float = 1.0) -> HiddenStates:
 def _head(tiny: Tiny, rows: int, tokens: int) -> Head:
     skeleton = Skeleton(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.float32)
     source = HeadSource(tiny.checkpoint, tiny.spec, rows)
-
-    def open_rows() -> LayerStream:
-        return LayerStream(source, device=CPU, dtype=torch.float32)
-
-    return Head(skeleton, open_rows, tokens=tokens)
+    return Head(
+        skeleton, source, partial(LayerStream, device=CPU, dtype=torch.float32), tokens=tokens
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, TIED], ids=["untied", "tied"])

@@ -17,11 +17,9 @@ from frugal_bonsai.int8 import (
     quantise_rows,
 )
 from frugal_bonsai.stream.engine import INT8_PRODUCTS, Engine
-from frugal_bonsai.stream.int8_linear import (
-    Int8Scratch,
-    Int8Weight,
-)
+from frugal_bonsai.stream.int8_linear import Int8Weight
 from frugal_bonsai.stream.layers import LayerStream
+from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.store import INT8, build_store
 
 TOKENS, COLUMNS, ROWS = 2 * PRODUCT_TOKENS + 3, 40, 24
@@ -35,7 +33,7 @@ def weights() -> tuple[Int8Weight, torch.Tensor]:
         torch.randn(ROWS, COLUMNS, generator=generator), use_bitsandbytes=False
     )
     dense = dequantise_into(torch.empty(ROWS, COLUMNS), codes, scales)
-    return Int8Weight(codes, scales, Int8Scratch(CPU)), dense
+    return Int8Weight(codes, scales, Scratch(CPU)), dense
 
 
 def _inputs(*shape: int, seed: int = 1) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Counting:
         self.reads: list[int] = []
         self.pointers: set[int] = set()
         self.threads: set[str] = set()
+        self.announced: list[int] = []
 
     @property
     def layers(self) -> int:
@@ -33,6 +34,10 @@ class Counting:
 
     def records(self, layer: int) -> tuple[Record, ...]:
         return self.inner.records(layer)
+
+    def announce(self, layer: int) -> None:
+        self.announced.append(layer)
+        self.inner.announce(layer)
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         self.reads.append(layer)
@@ -55,6 +60,19 @@ def test_each_layer_is_read_once_in_the_background(tiny: Tiny) -> None:
         list(stream.visit())
         assert source.reads == 2 * [0, 1, 2, 3, 4]
     assert source.threads == {"layer-reader_0"}
+
+
+def test_a_visit_that_was_started_has_its_first_layer_and_hints_at_the_rest(tiny: Tiny) -> None:
+    source, behind = Counting(tiny.source()), Counting(tiny.source())
+    with LayerStream(source, device=CPU, dtype=torch.float32) as stream:
+        stream.start(behind)
+        stream.start(behind)  # once is enough
+        assert [layer for layer, _ in stream.visit(behind)] == [0, 1, 2, 3, 4]
+        assert source.reads == [0, 1, 2, 3, 4]
+        assert (source.announced, behind.announced) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+        assert behind.reads == []
+        list(stream.visit())
+        assert source.announced == 2 * [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", INT8, NATIVE])

@@ -55,6 +55,23 @@ def test_errors_that_say_memory_ran_out(make: Callable[[], Exception]) -> None:
     assert is_out_of_memory(make())
 
 
+def test_fewer_than_planned_where_these_are_faster() -> None:
+    def slices(most: int | None, *, weight: int = 1) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        batches = MicroBatches(6)
+        batches.run(
+            7, lambda items: found.append((items.start, items.stop)), weight=weight, most=most
+        )
+        assert batches.size == 6, "what was planned stays"
+        return found
+
+    assert slices(None) == [(0, 6), (6, 7)]
+    assert slices(4) == [(0, 4), (4, 7)]
+    assert slices(10) == slices(None)
+    assert slices(4, weight=2) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert slices(1, weight=2) == [(at, at + 1) for at in range(7)], "one at least"
+
+
 def test_what_torch_really_raises_is_known() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
