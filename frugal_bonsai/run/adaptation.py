@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frugal_bonsai.errors import OptionError
+from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.lessons import Sources, read_sources
@@ -91,6 +91,7 @@ def prepare_adaptation(
         raise OptionError(
             f"--loss {settings.loss}: needs the dense model; add --teacher, or take --loss lm"
         )
+    _require_trainable(student)
     teacher = None
     if options.teacher is not None and (objective.needs_teacher or SELF in options.data):
         teacher = stack.enter_context(open_model(options.teacher, headers_only=headers_only))
@@ -126,6 +127,15 @@ def prepare_adaptation(
         resume=resume,
         progress=progress,
     )
+
+
+def _require_trainable(student: Model) -> None:
+    """Mixtures of experts can be asked, not taught: neither plan nor adapters know a router."""
+    if student.spec.experts:
+        raise UnsupportedModelError(
+            f"{student.name}: adapt does not train a {student.spec.family.model_type}, whose "
+            "layers have experts; prune with recovery, which refits every expert, and leave it out"
+        )
 
 
 def _require_pair(student: Model, teacher: Model) -> None:
