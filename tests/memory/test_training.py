@@ -21,6 +21,7 @@ from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.training import TrainingPlan, plan_training
 from frugal_bonsai.memory.training_items import TrainingWork, training_elements
+from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.family import describe_model
 from frugal_bonsai.sizes import GIB, MIB
 
@@ -211,7 +212,11 @@ def test_a_llama_layers_activations_are_foretold(
     assert traced <= foretold <= 1.2 * traced
 
 
-@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
+# Layers with experts are not adapted (run/adaptation.py refuses them).
+ADAPTED = sorted(n for n, (kind, _) in FAMILY_CONFIGS.items() if FAMILIES[kind].experts is None)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
 def test_no_familys_layer_holds_more_than_is_foretold(name: str, tmp_path: Path) -> None:
     tiny = tiny_family(tmp_path / "m", name)
     window = 32
