@@ -280,6 +280,19 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    # Of four experts a token has two; Qwen3-MoE's weights of the two are made to add up to one.
+    "mixtral": ("mixtral", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            **_SIZES,
+            "moe_intermediate_size": 20,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": ("olmoe", {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0}),
     # 7B's wiring: one KV head, one norm for both sublayers; 40B's: groups and two norms.
     "falcon-multi-query": (
         "falcon",
@@ -309,7 +322,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # One of every structural kind, which test_families_prune.py prunes end to end: norms behind the
 # projection and soft-capping; parallel residuals; multipliers; a fused gate; an FFN without a
-# module; interleaved groups and a tuple; norms over all heads; positions of its own.
+# module; interleaved groups and a tuple; norms over all heads; positions of its own; experts.
 PRUNED = (
     "gemma2",
     "pythia",
@@ -319,7 +332,10 @@ PRUNED = (
     "falcon-groups",
     "olmo2",
     "gpt-neo",
+    "qwen3-moe",
 )
+# Pruned end to end by test_experts_command.py.
+EXPERTS_PRUNED = ("mixtral", "qwen3-moe", "olmoe")
 
 
 def tiny_family(folder: Path, name: str, **changes: Any) -> Tiny:

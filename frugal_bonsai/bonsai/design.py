@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import ATTENTION, KeepMask, UnitGroup
 
 
@@ -27,7 +28,8 @@ from frugal_bonsai.model.units import ATTENTION, KeepMask, UnitGroup
 class Pools:
     """For every group (in table order), its candidates as flat unit indices, least relevant first.
 
-    One unit of every group is never a candidate: a layer loses its last unit only on purpose.
+    One unit of every group is never a candidate: a layer loses its last unit only on purpose. Nor
+    is any of a group that the layout cannot cut: no mask is spent on it.
     """
 
     mask: KeepMask
@@ -44,20 +46,24 @@ def pool_size(alive: int, share: float) -> int:
     return min(max(1, round(share * alive)), alive - 1)
 
 
-def draw_pools(mask: KeepMask, score_N: torch.Tensor, share: float) -> Pools:
+def draw_pools(
+    mask: KeepMask, score_N: torch.Tensor, share: float, rules: LayoutRules | None = None
+) -> Pools:
     """The lowest ``share`` of each group's alive units by the prior, at least one where possible.
 
     Args:
         mask: units alive.
         score_N: the prior.
         share: share of a group's alive units, 0 to 1.
+        rules: of the layout: what it cannot cut is no candidate. None: any unit may go.
     """
     members = []
     for group in mask.table.groups:
         span = mask.table.span(group)
         alive = mask.of(group).nonzero().flatten() + span.start
         order = alive[score_N[alive].argsort(stable=True)]
-        size = pool_size(len(alive), share) if group.removable else 0
+        cut = group.removable if rules is None else rules.can_cut(group, len(alive))
+        size = pool_size(len(alive), share) if cut else 0
         members.append(order[:size])
     return Pools(mask, tuple(members))
 

@@ -28,8 +28,13 @@ class Moments:
         self.gram_CC = torch.zeros(columns, columns, device=device) if gram else None
         self._factor: DampedFactor | None = None
 
-    def add(self, input_BSC: torch.Tensor) -> None:
-        """Add one micro-batch's inputs: all of it, or nothing when memory runs out."""
+    def add(self, input_BSC: torch.Tensor, *, tokens: int | None = None) -> None:
+        """Add one micro-batch's inputs: all of it, or nothing when memory runs out.
+
+        Args:
+            input_BSC: the inputs.
+            tokens: of which these are some, the others' inputs being zero; None: these are all.
+        """
         input_TC = input_BSC.flatten(0, 1).float()
         sum_C = input_TC.sum(0)
         if self.gram_CC is None:
@@ -37,7 +42,14 @@ class Moments:
         else:
             self.gram_CC.addmm_(input_TC.T, input_TC)
         self.sum_C += sum_C
-        self.tokens += len(input_TC)
+        self.tokens += len(input_TC) if tokens is None else tokens
+
+    @property
+    def empty(self) -> bool:
+        """Whether every input so far was zero: of an expert that no token has been sent to."""
+        if self.gram_CC is None or self._factor is not None:
+            return not bool(self.square_C.any())
+        return not bool(self.gram_CC.diagonal().any())
 
     @property
     def mean_square_C(self) -> torch.Tensor:

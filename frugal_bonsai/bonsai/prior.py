@@ -83,6 +83,8 @@ def _random(s: _Scored) -> torch.Tensor:
 
 
 def _exact(s: _Scored) -> torch.Tensor:
+    if s.moments.empty:
+        return torch.zeros(s.weight_HC.shape[1] // s.group.columns_per_unit)
     factor = s.moments.factor(s.damping, where=s.group.name)
     loss_U = exact_loss_U(factor, s.weight_HC, s.group.columns_per_unit)
     return loss_U / s.moments.tokens  # the moments are sums over tokens, the loss is a mean
@@ -155,7 +157,7 @@ class PriorBuilder:
         """
         scored = _Scored(moments, weight_HC, group, self._damping, self._generator)
         score_U = PRIORS[self.name](scored)
-        if self._stand_ins is not None:
+        if self._stand_ins is not None and not moments.empty:
             self._stand_ins.add(group, moments, score_U.double())
         if self._means is not None:
             self._means[group.output_weight] = moments.mean_C.float().cpu()
@@ -181,7 +183,13 @@ class PriorTap:
             self._moments[group] = Moments(
                 input_BSC.shape[-1], device=self._device, gram=self._builder.needs_gram
             )
-        self._moments[group].add(input_BSC)
+        if group.expert is None:
+            self._moments[group].add(input_BSC)
+            return
+        # Only the tokens that are sent to the expert have inputs that are not zero.
+        input_TC = input_BSC.flatten(0, 1)
+        routed_RC = input_TC[input_TC.any(dim=1)]
+        self._moments[group].add(routed_RC[None], tokens=len(input_TC))
 
     def end_layer(self, layer: int, parameters: Parameters) -> None:
         """Score the layer's groups and let their moments go."""

@@ -9,7 +9,8 @@ the projection and T = (dense residual after the sublayer) - (pruned residual be
 
 Before that, if asked for, the projections *into* a sublayer (q, k, v; gate, up) are refitted to
 give on the pruned model's drifted input what the dense ones give on their own (recover_inputs.py);
-after it, if asked for, the FFN's channels themselves are moved (refine.py).
+after it, if asked for, the FFN's channels themselves are moved (refine.py). Of experts the output
+projections are refitted together (recover_experts.py), what flows into them stays as it is.
 
 Aiming at the *dense* residual, not at the pruned layer's own old output, corrects the drift of all
 layers before. Where the layer multiplies the projection's output, the aim is divided by that; where
@@ -30,6 +31,7 @@ import torch
 
 from frugal_bonsai.bonsai.layer_pass import LayerPass, RefitOutput
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
+from frugal_bonsai.bonsai.recover_experts import refit_experts
 from frugal_bonsai.bonsai.recover_inputs import input_projections, input_rows, refit_inputs
 from frugal_bonsai.bonsai.recover_outputs import Solved, solve_output
 from frugal_bonsai.bonsai.refine import Refinement
@@ -120,7 +122,8 @@ class Recovery:
         sweep = self._sweep
         skeleton = sweep.skeleton
         hidden_dense, hidden_pruned = sweep.embed(tokens_NS), sweep.embed(tokens_NS)
-        both = self._mask is not None or self._refine > 0
+        routed = skeleton.spec.family.experts is not None
+        both = (self._mask is not None or self._refine > 0) and not routed
         dense_inputs = sweep.hidden_states(tokens_NS) if both else None
         targets = sweep.hidden_states(tokens_NS) if self._keep_refinement else None
         normed = skeleton.spec.family.ffn_norm is not None
@@ -146,7 +149,8 @@ class Recovery:
                 self._refit_layer(work, fitted, held_out, prior, residual, targets)
                 sweep.progress.step(f"layer {layer}")
             # The dense model's pass and the pruned one's, twice where inputs are not held.
-            passes = (2 if self._keep else 3) + self._refined_passes
+            # Experts are seen in a pass of their own.
+            passes = (2 if self._keep else 3) + int(routed) + self._refined_passes
             fitted_tokens = fitted * tokens_NS.shape[1]
             unseen_tokens = tokens_NS.numel() - fitted_tokens
             sweep.forward_tokens += round(passes * fitted_tokens)
@@ -168,8 +172,13 @@ class Recovery:
         targets: HiddenStates | None,
     ) -> None:
         groups = work.sweep.skeleton.spec.table.of_layer(work.layer)
+        experts = [
+            g for g in groups if f"{g.output}.weight" in work.pruned and g.expert is not None
+        ]
         refits: dict[str, torch.Tensor] = {}
         for at, group in enumerate(groups):
+            if group.expert is not None:
+                continue  # all together, below
             last, refined = at == len(groups) - 1, self._refine > 0 and group.kind == FFN
             if self._mask is not None:
                 refits |= refit_inputs(
@@ -195,6 +204,10 @@ class Recovery:
             work.outputs[group.output] = RefitOutput(
                 solved.inputs, work.pruned[f"{group.output}.weight"], bias_H
             )
+        if experts:
+            moved, left = refit_experts(work, experts, windows, ridge=self._ridge, prior=prior)
+            refits |= moved
+            residual += left
         work.sweep.batches.run(windows + held_out, partial(_advance, work))
         self._save(work.layer, refits)
         # Outputs that are computed again refer to the pass that holds them: a cycle of tensors.
@@ -299,10 +312,11 @@ class Recovery:
 
     def _last_input(self, work: LayerPass) -> str | None:
         """The module whose dense input is kept for the last sublayer's own refit."""
-        if self._mask is None:
+        last = work.sweep.skeleton.spec.table.of_layer(work.layer)[-1]
+        if self._mask is None or last.expert is not None:
             return None
         spec = work.sweep.skeleton.spec
-        return input_projections(spec, spec.table.of_layer(work.layer)[-1])[0]
+        return input_projections(spec, last)[0]
 
 
 def _set_aside(work: LayerPass, group: UnitGroup, solved: Solved) -> Solved:

@@ -74,7 +74,7 @@ def solve_output(
     batches = work.sweep.batches
     with memory_for(f"recovery of {group.output_weight}"):
         moments = Moments(columns, device=device, gram=True)
-        cross = _Cross(weight_HC.shape[0], columns, device)
+        cross = Cross(weight_HC.shape[0], columns, device)
         kept = work.room(columns) if keep else None
 
         def add(items: slice) -> None:
@@ -105,7 +105,7 @@ def _keep(work: LayerPass, group: UnitGroup, kept: HiddenStates, first: int, ite
     kept.write(behind, work.inputs(group.output, behind))
 
 
-class _Cross:
+class Cross:
     """Running sums over tokens of ``t x^T`` and of the targets' energy."""
 
     def __init__(self, hidden: int, columns: int, device: torch.device) -> None:

@@ -65,7 +65,7 @@ class RoundInputs:
 
 def judge_locally(given: RoundInputs) -> Judgement:
     """``none``: the prior alone, summed in ascending order."""
-    pools = draw_pools(given.mask, given.prior.score_N, 1.0)
+    pools = draw_pools(given.mask, given.prior.score_N, 1.0, given.rules)
     return _unasked(pools, given.prior.score_N)
 
 
@@ -73,7 +73,7 @@ def judge_units(given: RoundInputs) -> Judgement:
     """``unit``: every candidate has its own coefficient (the paper)."""
     score_N = given.prior.score_N
     share = _wide_share(given) if given.rules.uniform else given.settings.pool * given.share
-    pools = draw_pools(given.mask, score_N, share)
+    pools = draw_pools(given.mask, score_N, share, given.rules)
     return _ask(given, UnitQuestion(pools, score_N, given.settings, given.generator))
 
 
@@ -82,7 +82,7 @@ def judge_groups(given: RoundInputs) -> Judgement:
     if given.rules.uniform:
         return _judge_kinds(given)
     score_N, share = given.prior.score_N, given.settings.pool * given.share
-    pools = draw_pools(given.mask, score_N, share)
+    pools = draw_pools(given.mask, score_N, share, given.rules)
     return _ask(given, GroupQuestion(pools, 0.5 * share, _expected(given, pools), given.generator))
 
 
@@ -93,7 +93,7 @@ def _judge_kinds(given: RoundInputs) -> Judgement:
     legal step within the target there is nothing to decide, and no masks are spent.
     """
     score_N, table = given.prior.score_N, given.mask.table
-    pools = draw_pools(given.mask, score_N, _wide_share(given))
+    pools = draw_pools(given.mask, score_N, _wide_share(given), given.rules)
     step = _attention_step(given)
     if step is None:
         return _unasked(pools, score_N)

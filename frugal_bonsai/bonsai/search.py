@@ -22,6 +22,7 @@ import torch
 from frugal_bonsai.bonsai.bias import compensate_by_bias
 from frugal_bonsai.bonsai.depth import drop_layers, measure_influence
 from frugal_bonsai.bonsai.evaluate import Utility
+from frugal_bonsai.bonsai.experts import drop_experts, measure_experts
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.bonsai.relevance import JUDGES, RoundInputs, look_ahead
@@ -30,9 +31,12 @@ from frugal_bonsai.bonsai.sampling import Judgement
 from frugal_bonsai.bonsai.schedule import Schedule
 from frugal_bonsai.bonsai.select import check_reachable
 from frugal_bonsai.bonsai.settings import (
+    EXPERTS,
     GROUP,
     LAYERS,
+    REAP,
     SIMILARITY,
+    WHOLE,
     PruneSettings,
     round_windows,
     trial_windows,
@@ -156,6 +160,7 @@ class Search:
             stand_ins = StandInWriter(
                 share=settings.pool * self._schedule.share(mask),
                 damping=settings.ridge,
+                rules=self._rules,
                 save=lambda group, tensors: self._folder.save_stand_in(number, group, tensors),
             )
         return PriorBuilder(
@@ -170,9 +175,10 @@ class Search:
     def _measure_prior(self, store: LayerStore, mask: KeepMask, number: int) -> Prior:
         """One unmasked sweep over the calibration windows."""
         engine = self._engine
-        if self._settings.prior == SIMILARITY:
+        if self._settings.prior in (SIMILARITY, REAP):
+            measure = measure_experts if self._settings.prior == REAP else measure_influence
             with engine.stream(store) as stream:
-                return measure_influence(engine.sweep, stream, self._round_windows(number), mask)
+                return measure(engine.sweep, stream, self._round_windows(number), mask)
         builder = self._builder(mask, number)
         tap = PriorTap(builder, engine.device)
         with engine.stream(store) as stream:
@@ -193,8 +199,8 @@ class Search:
         """Judge and cut; None when the layout leaves nothing to remove."""
         settings, mask = self._settings, state.mask
         assert state.prior is not None
-        if settings.allocation == LAYERS:
-            return self._drop_layers(state, number)
+        if settings.allocation in WHOLE:
+            return self._drop_whole(state, number)
         generator = self._generator(number)
         masks = self._masks(store, number, generator)
         judgement = JUDGES[settings.level](
@@ -226,7 +232,7 @@ class Search:
         state.mask, state.ahead = cut_mask, look_ahead(judgement, mask, cut_mask)
         return report | {
             "sparsity": cut_mask.removed_parameters() / self._blocks,
-            "kept": cut_mask.counts(),
+            "kept": cut_mask.counts_with_experts(),
         }
 
     def _masks(self, store: LayerStore, number: int, generator: torch.Generator) -> RoundMasks:
@@ -244,22 +250,26 @@ class Search:
             utility=self._utility,
         )
 
-    def _drop_layers(self, state: PruneState, number: int) -> dict[str, Any] | None:
-        """The round of whole layers, as many as come nearest to the target."""
+    def _drop_whole(self, state: PruneState, number: int) -> dict[str, Any] | None:
+        """The round of whole layers or experts, as many as come nearest to the target."""
         assert state.prior is not None
         before, wanted = state.mask, self._settings.sparsity
-        state.mask = drop_layers(before, state.prior.score_N, round(wanted * self._blocks))
+        drop = drop_experts if self._settings.allocation == EXPERTS else drop_layers
+        state.mask = drop(before, state.prior.score_N, round(wanted * self._blocks))
         if state.mask == before:
             return None
-        dropped = state.mask.dropped_layers()
         share = state.mask.removed_parameters() / self._blocks
-        note = (
-            f"layers {', '.join(map(str, dropped))} of {self._engine.spec.layers} (counted from 0) "
-            f"are dropped, {share:.1%}: the number of layers nearest to {wanted:.1%}"
-        )
+        if self._settings.allocation == LAYERS:
+            dropped = ", ".join(map(str, state.mask.dropped_layers()))
+            gone = f"layers {dropped} of {self._engine.spec.layers} (counted from 0) are dropped"
+        else:
+            count = len(state.mask.dropped_experts(0))
+            gone = f"{count} of {self._engine.spec.experts} experts of every layer are dropped"
+        what = self._settings.allocation
+        note = f"{gone}, {share:.1%}: the number of {what} nearest to {wanted:.1%}"
         self._engine.progress.note(note)
         judgement = Judgement(curves=(), fit=None, observations=0)
-        report = {"sparsity": share, "kept": state.mask.counts(), "note": note}
+        report = {"sparsity": share, "kept": state.mask.counts_with_experts(), "note": note}
         return describe_judgement(number, judgement) | report
 
     def _recovered_loss(

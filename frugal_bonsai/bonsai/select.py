@@ -17,6 +17,7 @@ import torch
 
 from frugal_bonsai.bonsai.settings import (
     EQUAL,
+    EXPERTS,
     FFN_ALONE,
     GLOBAL,
     LATENCY,
@@ -25,7 +26,7 @@ from frugal_bonsai.bonsai.settings import (
     UNITS,
 )
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.model.layout import LayoutRules
+from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, iterate_layers
 
 
@@ -123,34 +124,53 @@ def _cut_per_layer(
     ``equal``: by the share of the group that would be gone first, so that shares rise together.
     """
     left = target_parameters - mask.removed_parameters()
-    taken = [0] * len(curves)
-    legal = [rules.legal_counts(curve.group.kind, curve.group.count) for curve in curves]
-    alive = [mask.kept(curve.group) for curve in curves]
+    bundles = [[mask.table.position(g) for g in groups] for groups in _bundles(mask, rules)]
+    taken = [0] * len(bundles)
     heap: list[tuple[float, float, int, int]] = []
 
     def offer(at: int) -> None:
-        curve = curves[at]
-        count = _next_count(legal[at], alive[at], taken[at], len(curve.order))
+        mine, group = [curves[i] for i in bundles[at]], curves[bundles[at][0]].group
+        alive, most = mask.kept(group), min(len(curve.order) for curve in mine)
+        count = _next_count(rules.legal_counts(group.kind, group.count), alive, taken[at], most)
         if count is None:
             return
         gone = count - taken[at]
-        cost = float(curve.loss[count] - curve.loss[taken[at]])
-        size = gone * sizes[at]
-        share = 1 - (alive[at] - count) / curve.group.count if equal else 0.0
+        cost = sum(float(curve.loss[count] - curve.loss[taken[at]]) for curve in mine)
+        size = gone * sum(sizes[i] for i in bundles[at])
+        share = 1 - (alive - count) / group.count if equal else 0.0
         heapq.heappush(heap, (share, cost / size, at, gone))
 
-    for at in range(len(curves)):
+    for at in range(len(bundles)):
         offer(at)
     while heap and left > 0:
         _, _, at, gone = heapq.heappop(heap)
-        parameters = gone * curves[at].group.unit_parameters
+        parameters = gone * sum(curves[i].group.unit_parameters for i in bundles[at])
         if parameters > left:
             continue  # finer steps fill what is left
         taken[at] += gone
         left -= parameters
         offer(at)
-    chosen = [curve.order[:count] for curve, count in zip(curves, taken, strict=True)]
+    chosen = [
+        curves[i].order[:count]
+        for bundle, count in zip(bundles, taken, strict=True)
+        for i in bundle
+    ]
     return mask.without(torch.cat(chosen))
+
+
+def _bundles(mask: KeepMask, rules: LayoutRules) -> list[list[UnitGroup]]:
+    """Groups that lose equally many units together: each alone, but for a layer's experts.
+
+    Where layers differ in width transformers holds a layer's experts in one tensor, so that they
+    are equally wide; which units each of them loses is its own to say.
+    """
+    bundles: dict[tuple[int, str, int | None], list[UnitGroup]] = {}
+    for group in mask.table.groups:
+        if group.expert is not None and not mask.kept(group):
+            continue  # gone whole
+        apart = None if rules.layout == PER_LAYER else group.expert
+        bundles.setdefault((group.layer, group.kind, apart), []).append(group)
+    return list(bundles.values())
 
 
 def _next_count(legal: Sequence[int], alive: int, taken: int, most: int) -> int | None:
@@ -248,17 +268,21 @@ def can_go_nearer(
 ) -> bool:
     """Whether the layout has legal counts between the present ones and the final target."""
     before, groups = mask.removed_parameters(), _takes_from(mask, allocation)
+    if allocation == EXPERTS:
+        return not before  # ranked once, in one round
     if allocation == LAYERS:
         sizes = _layer_sizes(mask)
         return len(sizes) > 1 and _is_nearer(before + min(sizes), before, final_parameters)
     lower = [_next_legal(mask, group, rules) for group in groups]
-    steps = [
-        (mask.kept(group) - count) * group.unit_parameters
-        for group, count in zip(groups, lower, strict=True)
-        if count is not None
-    ]
     if not rules.uniform:
-        return any(step <= final_parameters - before for step in steps)
+        steps = {
+            group: (mask.kept(group) - count) * group.unit_parameters
+            for group, count in zip(groups, lower, strict=True)
+            if count is not None
+        }
+        bundles = [[g for g in bundle if g in steps] for bundle in _bundles(mask, rules)]
+        left = final_parameters - before
+        return any(bundle and sum(steps[g] for g in bundle) <= left for bundle in bundles)
     for kind in mask.table.kinds:
         mine = [
             (mask.kept(group) - count) * group.unit_parameters
@@ -311,6 +335,13 @@ def check_reachable(
         OptionError: even the smallest legal counts leave too much, or the layout is uniform and the
             model's layers already differ in width.
     """
+    experts = set(mask.experts())
+    if rules.layout != PER_LAYER and len(experts) > 1:
+        raise OptionError(
+            f"--layout: {rules.layout} keeps the same number of experts in every layer, but this "
+            f"model's layers have {min(experts)} to {max(experts)}: it has been pruned already; "
+            "take --layout per-layer, or prune the dense model that it was made from"
+        )
     for kind in mask.table.kinds:
         counts = {group.count for group in mask.table.groups if group.kind == kind}
         if rules.uniform and len(counts) > 1:
@@ -322,6 +353,8 @@ def check_reachable(
     if allocation == LAYERS:
         _check_layers(mask, sparsity, blocks)
         return
+    if allocation == EXPERTS:
+        return  # bonsai/experts.py knows what they can give
     most = 0
     for group in _takes_from(mask, allocation):
         smallest = rules.legal_counts(group.kind, group.count)[0]

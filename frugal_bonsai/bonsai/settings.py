@@ -14,7 +14,7 @@ from typing import Any
 
 from frugal_bonsai.errors import OptionError
 
-SIMILARITY = "similarity"
+SIMILARITY, REAP = "similarity", "reap"
 PRIOR_NAMES = (
     "activation",
     "wanda",
@@ -25,13 +25,17 @@ PRIOR_NAMES = (
     "magnitude",
     "random",
     SIMILARITY,
+    REAP,
 )
 GROUP, UNIT, NONE = "group", "unit", "none"
 LEVELS = (GROUP, UNIT, NONE)
 PARAMETERS, UNITS, LATENCY = "parameters", "units", "latency"
 OBJECTIVES = (PARAMETERS, UNITS, LATENCY)
 GLOBAL, EQUAL, FFN_ALONE, LAYERS = "global", "equal", "ffn", "layers"
-ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE, LAYERS)
+EXPERTS = "experts"
+ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE, LAYERS, EXPERTS)
+# Allocations that take what is larger than a unit, whole, and the prior that measures it.
+WHOLE = {LAYERS: SIMILARITY, EXPERTS: REAP}
 DESIGNS = ("per-window", "shared")
 REGRESSIONS = ("ridge", "paper")
 UTILITIES = ("loss", "perplexity")
@@ -69,8 +73,8 @@ class PruneSettings:
         generated_tokens: and as many steps of one token, each reading all weights.
         allocation: which groups a cut takes from: ``global``, wherever it costs least; ``equal``,
             the same share of every layer and kind, as near as units allow; ``ffn``, the same of
-            every FFN, attention stays whole; ``layers``, whole layers by the prior ``similarity``.
-            All but the first need level ``none``.
+            every FFN, attention stays whole; ``layers``, whole layers by the prior ``similarity``;
+            ``experts``, whole experts by the prior ``reap``. All but the first need level ``none``.
         pool: candidates of a group, as a multiple of the round's share.
         compensate: units that are off in a mask are replaced by what the others say about them, so
             that masks measure what removal costs after recovery; False puts zeros there.
@@ -153,11 +157,13 @@ class PruneSettings:
                 "--bias: is what cuts without masks and without refits leave behind; take it with "
                 "--level none --no-recovery, or leave it out"
             )
-        if (self.allocation == LAYERS) != (self.prior == SIMILARITY):
-            raise OptionError(
-                f"--prior {self.prior}: --allocation layers and --prior similarity go together, "
-                "one measures layers and the other takes them; or take --method depth"
-            )
+        for whole, prior in WHOLE.items():
+            if (self.allocation == whole) != (self.prior == prior):
+                raise OptionError(
+                    f"--prior {self.prior}: --allocation {whole} and --prior {prior} go together, "
+                    f"one measures {whole} and the other takes them; or take --method "
+                    f"{'depth' if whole == LAYERS else EXPERTS}"
+                )
         if self.allocation == LAYERS and (self.recovery or self.bias):
             raise OptionError(
                 "--allocation layers: leaves nothing in a dropped layer that could be refitted; "
@@ -273,6 +279,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # Whole layers, those that change the residual stream's direction least (ShortGPT).
     "depth": {**_RANKED_ONCE, "prior": SIMILARITY, "allocation": LAYERS},
+    # Whole experts, those that add least where they are chosen (REAP); what is left is refitted.
+    "experts": {**_RANKED_ONCE, "prior": REAP, "allocation": EXPERTS, "recovery": True},
     "wanda": {**_RANKED_ONCE, "prior": "wanda"},
     "magnitude": {**_RANKED_ONCE, "prior": "magnitude"},
     "random": {**_RANKED_ONCE, "prior": "random"},

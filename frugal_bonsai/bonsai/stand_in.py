@@ -20,6 +20,7 @@ import torch
 
 from frugal_bonsai.bonsai.design import pool_size
 from frugal_bonsai.bonsai.gram import Moments
+from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import UnitGroup
 
 Tensors = dict[str, torch.Tensor]
@@ -32,10 +33,12 @@ class StandInWriter:
     Attributes:
         share: of a group's alive units that its pool holds next.
         damping: of the Gram matrix, the prior's and recovery's lambda.
+        rules: of the layout: a group that it cannot cut has no stand-ins.
         save: called with the group and its tensors.
     """
 
     share: float
+    rules: LayoutRules
     damping: float
     save: Callable[[UnitGroup, Tensors], None]
 
@@ -46,7 +49,7 @@ class StandInWriter:
         optimal compensation by the columns outside the pool.
         """
         size = pool_size(len(score_A), self.share)
-        if size == 0 or not group.removable:
+        if size == 0 or not self.rules.can_cut(group, len(score_A)):
             return
         width = group.columns_per_unit
         units = score_A.argsort(stable=True)[:size].sort().values

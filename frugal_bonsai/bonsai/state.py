@@ -167,7 +167,8 @@ class StateFolder:
         return {name: read_file(path, name) for name in ("columns", "matrix")}
 
     def _stand_in(self, number: int, group: UnitGroup) -> Path:
-        return self.round_folder(number) / f"stand_in_{group.layer:05d}_{group.kind}.safetensors"
+        kind = group.kind if group.expert is None else f"{group.kind}_{group.expert:05d}"
+        return self.round_folder(number) / f"stand_in_{group.layer:05d}_{kind}.safetensors"
 
     # -- refits ---------------------------------------------------------------------------------
     def save_refit(

@@ -89,6 +89,7 @@ search = several(
                 "paper",
                 "fluctuation",
                 "depth",
+                "experts",
                 "wanda",
                 "magnitude",
                 "random",
@@ -115,9 +116,9 @@ search = several(
     click.option("--generated-tokens", type=int, help="Of its answer.  [default: 512 and 128]"),
     click.option(
         "--allocation",
-        type=click.Choice(["global", "equal", "ffn", "layers"]),
+        type=click.Choice(["global", "equal", "ffn", "layers", "experts"]),
         help="Without masks: what costs least anywhere, the same share of every layer and kind, of "
-        "every FFN alone, or whole layers.",
+        "every FFN alone, whole layers, or whole experts.",
     ),
     click.option(
         "--prior",
@@ -132,6 +133,7 @@ search = several(
                 "magnitude",
                 "random",
                 "similarity",
+                "reap",
             ]
         ),
     ),

@@ -105,12 +105,16 @@ def layer_widths(spec: ModelSpec) -> LayerWidths:
         kind = "attention" if group.kind == ATTENTION else "ffn"
         sums["query" if kind == "attention" else "ffn"] += group.columns
         shapes, prefix = spec.layer_tensors[group.layer], spec.prefix(group.layer)
-        for tensor in {piece.tensor for piece in group.slices}:  # a fused one has several pieces
+        # A fused one has several pieces.
+        for tensor in {piece.tensor for piece in group.slices if not piece.joint}:
             shape = shapes[tensor.removeprefix(prefix)]
             if len(shape) == 2:
                 side = "out" if tensor == group.output_weight else "in"
                 sums[f"{kind}_{side}"] += math.prod(shape)
     mean = {name: total / spec.layers for name, total in sums.items()}
+    if spec.experts:  # a token goes through some of them
+        share = spec.experts_chosen / spec.experts
+        mean |= {name: mean[name] * share for name in ("ffn", "ffn_in", "ffn_out")}
     units = next(g.columns_per_unit for g in spec.table.groups if g.kind == ATTENTION)
     return LayerWidths(
         hidden=spec.hidden,

@@ -9,7 +9,8 @@ Legend: P parameters of the largest layer, H hidden, I FFN channels, C_o and C_d
 o_proj and down_proj, V vocabulary (v rows of it in a chunk), S tokens of a window, m windows of a
 micro-batch, n windows in flight, c bytes of a compute element, K columns of a key, A query heads
 times S, L layers; of refinement: J projections into the FFN, R channels of a block, r steps; of
-stand-ins: p their share of a group.
+stand-ins: p their share of a group. Where layers have experts, I and C_down are one expert's, E
+their number and k how many of them a token is sent to.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ class SweepItems:
             for kind in (ATTENTION, FFN)
         }
         self._attention, self._ffn = columns[ATTENTION], columns[FFN]
+        # Groups of channels in a layer, and how many of them a token goes through.
+        self._ffns = max(1, spec.experts)
+        self._chosen = max(1, spec.experts_chosen)
         copies = spec.activation_copies
         self._peaks = tuple(peak.with_copies(copies) for peak in spec.family.peaks)
 
@@ -60,7 +64,9 @@ class SweepItems:
     def stored_bytes(self, weights: str | None) -> int:
         """One layer as stored; None is the checkpoint itself."""
         if weights == "int8":
-            return self.layer_parameters + 4 * self._layer_rows + self._source * self._small
+            router = 0 if not self._spec.experts else self._spec.experts * self._spec.hidden
+            native = self._source * (self._small + router) - router
+            return self.layer_parameters + 4 * self._layer_rows + native
         return self.layer_parameters * self._source
 
     def stream(

@@ -101,7 +101,7 @@ class _Times:
         weights = {"in": 0.0, "out": 0.0}
         for piece in group.slices:
             shape = shapes[piece.tensor.removeprefix(prefix)]
-            if len(shape) == 2:
+            if len(shape) == 2 and not piece.joint:
                 side = "out" if piece.tensor == group.output_weight else "in"
                 weights[side] += piece.width * shape[1 - piece.axis]
         if group.kind == ATTENTION:

@@ -71,13 +71,21 @@ class Items(SweepItems):
         return math.ceil(share * columns) * math.ceil((1 - share) * columns)
 
     def tapped_activations(self, choice: Choice) -> PlanItem:
-        """With o_proj's input kept for the statistics."""
-        return self.activations(choice, self._work.windows, extra=self._attention, why=" + C_o")
+        """With o_proj's input kept for the statistics; and every expert's down_proj's."""
+        if not self._spec.experts:
+            return self.activations(choice, self._work.windows, extra=self._attention, why=" + C_o")
+        extra = self._attention + self._ffns * self._ffn
+        return self.activations(choice, self._work.windows, extra=extra, why=" + C_o + E*C_down")
 
     def paired_activations(self, choice: Choice) -> PlanItem:
         """With target, residual and the refitted sublayer's output beside the layer's own."""
         windows, hidden = self._work.windows, self._spec.hidden
-        return self.activations(choice, windows, extra=2 * hidden, why=" + 2H")
+        if not self._spec.experts:
+            return self.activations(choice, windows, extra=2 * hidden, why=" + 2H")
+        # What the layer gave and misses, its experts' inputs and aims, one's in fp32.
+        extra = (3 + self._chosen) * hidden + self._chosen * self._ffn
+        extra += 4 // self._compute * (hidden + self._ffn)
+        return self.activations(choice, windows, extra=extra, why=" + (3+k)*H + k*C_down + fp32")
 
     def verified_activations(self) -> PlanItem:
         """A layer's activations of the verification's tokens, and both models' hidden states."""
@@ -114,18 +122,21 @@ class Items(SweepItems):
         return self._near("followers of a block", size, "tokens*k*48")
 
     def gram(self) -> PlanItem:
-        """Gram matrices of both of a layer's groups."""
-        size = 4 * (self._attention**2 + self._ffn**2)
-        return self._near("Gram matrices", size, "4*(C_o^2 + C_down^2)")
+        """Gram matrices of all of a layer's groups."""
+        size = 4 * (self._attention**2 + self._ffns * self._ffn**2)
+        experts = "E*" if self._spec.experts else ""
+        return self._near("Gram matrices", size, f"4*(C_o^2 + {experts}C_down^2)")
 
     def gram_of_recovery(self) -> PlanItem:
-        """One group's Gram matrix and cross moments at a time."""
+        """One group's Gram matrix and cross moments at a time; all experts' together."""
         hidden = self._spec.hidden
+        counts = ((1, self._attention), (self._ffns, self._ffn))
         size = max(
-            *(columns**2 + columns * hidden for columns in (self._attention, self._ffn)),
+            *(count * (columns**2 + columns * hidden) for count, columns in counts),
             2 * hidden**2 + self._input_rows * hidden if self._work.refit_inputs else 0,
         )
-        formula = "4*max(C^2 + C*H)" + (", 2*H^2 + R*H" if self._work.refit_inputs else "")
+        formula = "4*max(C^2 + C*H)" + (" of E experts" if self._spec.experts else "")
+        formula += ", 2*H^2 + R*H" if self._work.refit_inputs else ""
         return self._near("Gram matrix and cross moments", 4 * size, formula)
 
     def solve(self, *, stand_ins: float = 0.0) -> PlanItem:
@@ -149,6 +160,7 @@ class Items(SweepItems):
 
     def kept_inputs(self, windows: int, *, ffn: bool = True) -> PlanItem:
         """Recovery's inputs of the projections of a layer; refinement's of attention's alone."""
+        ffn = ffn and not self._spec.experts  # experts' inputs are seen in a pass of their own
         tokens, columns = windows * self._work.window, self._attention + int(ffn) * self._ffn
         size, widths = tokens * columns * self._compute, "(C_o+C_down)" if ffn else "C_o"
         return self._near("recovery's inputs of a layer", size, f"n*S*{widths}*c")
@@ -194,7 +206,7 @@ class Items(SweepItems):
 
         The one that is being written is converted to the source's dtype.
         """
-        columns = self._attention + self._ffn
+        columns = self._attention + self._ffns * self._ffn
         whole, formula = columns * self._spec.hidden, "H*(C_o+C_down)*source"
         if self._work.refit_inputs:
             whole, formula = self.layer_parameters, "P*source"
@@ -241,6 +253,6 @@ def _input_projections(spec: ModelSpec, group: UnitGroup) -> int:
     """Projections whose output rows the group's units own."""
     prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
     return sum(
-        piece.axis == 0 and len(shapes[piece.tensor.removeprefix(prefix)]) == 2
+        piece.axis == 0 and not piece.joint and len(shapes[piece.tensor.removeprefix(prefix)]) == 2
         for piece in group.slices
     )

@@ -46,7 +46,7 @@ def arrange(family: Family, tensors: Mapping[str, TensorEntry]) -> dict[str, Ten
     for stored, entry in tensors.items():
         if stored.endswith(family.unread):
             continue
-        name = own_names.get(stored, stored)
+        name = own_names.get(stored, family.own_name(stored))
         if bare and name != family.head:
             name = base + name
         arranged[name] = entry

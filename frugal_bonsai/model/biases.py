@@ -56,7 +56,7 @@ def added_biases(spec: ModelSpec, refit: Iterable[str]) -> tuple[str, ...]:
         if group.kind not in kinds:
             continue
         prefix, tensors = spec.prefix(group.layer), spec.layer_tensors[group.layer]
-        weights = [piece.tensor for piece in group.slices if piece.tensor.endswith(WEIGHT)]
+        weights = [p.tensor for p in group.slices if p.tensor.endswith(WEIGHT) and not p.joint]
         for weight in weights:
             bias = weight.removesuffix(WEIGHT) + BIAS
             if bias.removeprefix(prefix) not in tensors:

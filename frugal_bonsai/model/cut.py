@@ -32,7 +32,7 @@ def kept_indices(
 
     keep = torch.ones(extent, dtype=torch.bool)
     for group, piece in pieces:
-        owned = mask.of(group).repeat_interleave(piece.width)
+        owned = piece.owned(mask.of(group))
         keep[piece.start : piece.start + len(owned)] = owned
     return keep.nonzero().flatten()
 
@@ -58,10 +58,12 @@ def padded_indices(
         return kept_indices(extent, pieces, mask)
     parts, at = [], 0
     for group, piece in sorted(pieces, key=lambda pair: pair[1].start):
-        owned = mask.of(group).repeat_interleave(piece.width).nonzero().flatten() + piece.start
-        zeros = (padded[group.kind] - mask.kept(group)) * piece.width
+        owned = piece.owned(mask.of(group)).nonzero().flatten() + piece.start
+        # An expert that is gone is not filled up.
+        stored = padded[group.kind] if mask.kept(group) or group.expert is None else 0
+        zeros = 0 if piece.joint else (stored - mask.kept(group)) * piece.width
         parts += [torch.arange(at, piece.start), owned, torch.full((zeros,), -1)]
-        at = piece.start + group.count * piece.width
+        at = piece.start + (1 if piece.joint else group.count) * piece.width
     return torch.cat([*parts, torch.arange(at, extent)])
 
 
@@ -86,6 +88,12 @@ def cut_shape(
     """The shape that the cut gives, without the tensor; see :func:`padded_indices`."""
     extents = list(shape)
     for group, piece in pieces:
-        stored = mask.kept(group) if padded is None else padded[group.kind]
-        extents[piece.axis] -= (group.count - stored) * piece.width
+        kept = mask.kept(group)
+        stored = (
+            kept
+            if padded is None or (group.expert is not None and not kept)
+            else padded[group.kind]
+        )
+        gone = int(not kept) if piece.joint else group.count - stored
+        extents[piece.axis] -= gone * piece.width
     return tuple(extents)

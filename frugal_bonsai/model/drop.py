@@ -1,4 +1,4 @@
-"""What dropping whole layers makes of a model: fewer layers, numbered anew.
+"""What dropping whole layers and experts makes of a model: fewer of them, numbered anew.
 
 In: a :class:`ModelSpec` and a :class:`KeepMask`. Out: the config of the smaller model, and the
 names that its tensors have in it. Reads and holds no weights.
@@ -16,6 +16,17 @@ from frugal_bonsai.model.units import KeepMask
 
 # Config keys of transformers that hold one entry a layer.
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
+
+
+def gone_tensors(spec: ModelSpec, mask: KeepMask, layer: int) -> set[str]:
+    """Full names of the tensors of a layer's experts that keep no channel."""
+    return {
+        piece.tensor
+        for group in spec.table.of_layer(layer)
+        if group.expert is not None and not mask.kept(group)
+        for piece in group.slices
+        if not piece.joint
+    }
 
 
 def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
@@ -53,7 +64,8 @@ def removed_parameters(spec: ModelSpec, mask: KeepMask) -> int:
     removed = mask.removed_parameters()
     for layer in mask.dropped_layers():
         removed += sum(math.prod(shape) for shape in spec.layer_tensors[layer].values())
-        removed -= sum(g.count * g.unit_parameters for g in spec.table.of_layer(layer))
+        groups = spec.table.of_layer(layer)
+        removed -= sum(g.count * g.unit_parameters + g.joint_parameters for g in groups)
     return removed
 
 
@@ -62,14 +74,31 @@ def new_names(spec: ModelSpec, mask: KeepMask, names: list[str]) -> dict[str, st
     dropped = mask.dropped_layers()
     kept = [layer for layer in range(spec.layers) if layer not in dropped]
     renamed: dict[str, str] = {}
+    gone = {name for layer in kept for name in gone_tensors(spec, mask, layer)}
+    numbered = _numbered_anew(spec, mask)
     for name in names:
         layer = _layer_of(spec, name)
         if layer is None:
             renamed[name] = name
-        elif layer not in dropped:
+        elif layer not in dropped and name not in gone:
             prefix = spec.prefix(kept.index(layer))
-            renamed[name] = prefix + name.removeprefix(spec.prefix(layer))
+            renamed[name] = prefix + numbered.get(name, name).removeprefix(spec.prefix(layer))
     return renamed
+
+
+def _numbered_anew(spec: ModelSpec, mask: KeepMask) -> dict[str, str]:
+    """Tensor of an expert that stays -> its name when the experts before it are counted anew."""
+    rule, names = spec.family.experts, dict[str, str]()
+    if rule is None:
+        return names
+    for layer in range(spec.layers):
+        groups = [g for g in spec.table.of_layer(layer) if g.expert is not None and mask.kept(g)]
+        for at, group in enumerate(groups):
+            module = f"{spec.prefix(layer)}{rule.module}."
+            old, new = f"{module}{group.expert}.", f"{module}{at}."
+            own = [piece.tensor for piece in group.slices if not piece.joint]
+            names |= {name: new + name.removeprefix(old) for name in own}
+    return names
 
 
 def _layer_of(spec: ModelSpec, name: str) -> int | None:

@@ -13,10 +13,20 @@ from typing import Any
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.model.find import find_family
+from frugal_bonsai.model.groups import (
+    LayerCounts,
+    Shapes,
+    count_chosen,
+    count_experts,
+    count_kv_heads,
+    count_per_layer,
+    layer_groups,
+    positive_number,
+    shape_of,
+    split_by_layer,
+)
 from frugal_bonsai.model.table import ACTIVATION_COPIES, HEAD_DIM, Family
-from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice, UnitTable
-
-Shapes = Mapping[str, tuple[int, ...]]
+from frugal_bonsai.model.units import ATTENTION, UnitGroup, UnitTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +41,10 @@ class ModelSpec:
         heads: query heads a layer.
         kv_heads: KV heads a layer.
         head_dim: width of one head.
-        intermediate: I, FFN channels a layer (the widest layer's, when they differ).
+        intermediate: I, FFN channels a layer (the widest layer's, when they differ); of one expert
+            where there are experts.
+        experts: experts a layer (of the layer that has most); 0 where there are none.
+        experts_chosen: experts that a token is sent to; 0 where there are none.
         vocabulary: V, rows of the token embedding.
         positions: longest window in tokens.
         tied: the head is the token embedding.
@@ -49,6 +62,8 @@ class ModelSpec:
     kv_heads: int
     head_dim: int
     intermediate: int
+    experts: int = 0
+    experts_chosen: int = 0
     vocabulary: int
     positions: int
     tied: bool
@@ -140,30 +155,32 @@ def describe_model(
                 f"{source}: {condition.key} is {config.get(condition.key)!r}: such a "
                 f"{family.model_type} is not supported, {condition.reason}"
             )
-    layers = _positive(config, family, family.layers_key, source)
-    hidden = _positive(config, family, family.hidden_key, source)
-    heads = _positive(config, family, family.heads_key, source)
-    kv_heads = _kv_heads(config, family, heads, source)
+    layers = positive_number(config, family, family.layers_key, source)
+    hidden = positive_number(config, family, family.hidden_key, source)
+    heads = positive_number(config, family, family.heads_key, source)
+    kv_heads = count_kv_heads(config, family, heads, source)
     head_dim = hidden // heads
-    head_dim = _positive(config, family, family.head_dim_key or HEAD_DIM, source, default=head_dim)
+    head_dim = positive_number(
+        config, family, family.head_dim_key or HEAD_DIM, source, default=head_dim
+    )
     if heads % kv_heads:
         raise CheckpointError(
             f"{source}: {family.heads_key} {heads} is not a multiple of {family.kv_heads_key} "
             f"{kv_heads}"
         )
     whole = next((c.reason for c in family.whole_attention if c.holds(config)), None)
-    per_layer = _per_layer(config, family, layers, source)
-    layer_tensors, used = _split_by_layer(family, shapes, layers)
+    per_layer = count_per_layer(config, family, layers, source)
+    layer_tensors, used = split_by_layer(family, shapes, layers)
     query = heads // kv_heads * head_dim
     widths = {"query": query, "head": head_dim, "group": query + 2 * head_dim, "one": 1}
     groups: list[UnitGroup] = []
+    experts = count_experts(config, family, layers, source)
     for layer in range(layers):
-        kv_here, ffn_here = per_layer[layer]
-        groups.append(_group(family, ATTENTION, layer, kv_here, widths, hidden, shapes, source))
-        groups.append(_group(family, FFN, layer, ffn_here, widths, hidden, shapes, source))
+        shape = LayerCounts(*per_layer[layer], experts[layer] if experts else 0)
+        groups += layer_groups(family, layer, shape, widths, hidden, shapes, source)
     if whole is not None:
         groups = [replace(g, removable=g.kind != ATTENTION) for g in groups]
-    embedding_shape = _shape(shapes, family.embedding, source)
+    embedding_shape = shape_of(shapes, family.embedding, source)
     asked = config.get("tie_word_embeddings")
     tied = bool(asked) or family.head not in shapes
     if tied and asked is False:
@@ -184,125 +201,15 @@ def describe_model(
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate=max(ffn for _, ffn in per_layer),
+        experts=max(experts, default=0),
+        experts_chosen=0
+        if family.experts is None
+        else count_chosen(config, family, experts, source),
         vocabulary=embedding_shape[0],
-        positions=_positive(config, family, family.positions_key, source, default=2048),
+        positions=positive_number(config, family, family.positions_key, source, default=2048),
         tied=tied,
         whole_attention=whole,
         table=UnitTable(tuple(groups)),
         layer_tensors=layer_tensors,
         other_tensors=others,
-    )
-
-
-def _positive(
-    config: Mapping[str, Any], family: Family, key: str, source: str, *, default: int | None = None
-) -> int:
-    value = config.get(key)
-    if value is None:
-        value = family.defaults.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive whole number")
-    return value
-
-
-def _kv_heads(config: Mapping[str, Any], family: Family, heads: int, source: str) -> int:
-    if family.one_kv_head and all(condition.holds(config) for condition in family.one_kv_head):
-        return 1
-    return _positive(config, family, family.kv_heads_key, source, default=heads)
-
-
-def _per_layer(
-    config: Mapping[str, Any], family: Family, layers: int, source: str
-) -> list[tuple[int, int]]:
-    """(KV heads, FFN channels) of each layer; ``per_layer_config`` overrides the global numbers."""
-    # transformers writes the keys with leading zeros ("07") when it saves such a config again.
-    overrides = {int(key): value for key, value in (config.get("per_layer_config") or {}).items()}
-    heads = _positive(config, family, family.heads_key, source)
-    default = None
-    if family.ffn_times_hidden is not None:
-        default = family.ffn_times_hidden * _positive(config, family, family.hidden_key, source)
-    counts = []
-    for layer in range(layers):
-        here = {**config, **overrides.get(layer, {})}
-        counts.append(
-            (
-                _kv_heads(here, family, heads, source),
-                _positive(here, family, family.ffn_key, source, default=default),
-            )
-        )
-    return counts
-
-
-def _split_by_layer(
-    family: Family, shapes: Shapes, layers: int
-) -> tuple[tuple[Mapping[str, tuple[int, ...]], ...], set[str]]:
-    by_layer: list[dict[str, tuple[int, ...]]] = []
-    used: set[str] = set()
-    for layer in range(layers):
-        prefix = family.layer_prefix.format(layer=layer)
-        mine = {
-            name.removeprefix(prefix): tuple(shape)
-            for name, shape in shapes.items()
-            if name.startswith(prefix) and not name.endswith(family.unread)
-        }
-        by_layer.append(mine)
-        used.update(name for name in shapes if name.startswith(prefix))
-    return tuple(by_layer), used
-
-
-def _shape(shapes: Shapes, name: str, source: str) -> tuple[int, ...]:
-    if name not in shapes:
-        raise CheckpointError(
-            f"{source}: the checkpoint has no tensor {name!r}, which this architecture needs"
-        )
-    return tuple(shapes[name])
-
-
-def _group(
-    family: Family,
-    kind: str,
-    layer: int,
-    count: int,
-    widths: Mapping[str, int],
-    hidden: int,
-    shapes: Shapes,
-    source: str,
-) -> UnitGroup:
-    """The units of one kind in one layer; the shapes of their tensors must be the config's."""
-    attention = kind == ATTENTION
-    parts = family.attention_parts if attention else family.ffn_parts
-    output = family.attention_output if attention else family.ffn_output
-    prefix = family.layer_prefix.format(layer=layer)
-    slices, parameters, extents = [], 0, dict[str, int]()
-    for part in parts:
-        name = prefix + part.tensor
-        if name not in shapes and not part.required:
-            continue
-        shape = _shape(shapes, name, source)
-        width = widths[part.width]
-        start = count * sum(widths[before] for before in part.after)
-        slices.append(UnitSlice(tensor=name, axis=part.axis, width=width, start=start))
-        parameters += width * (1 if len(shape) == 1 else hidden)
-        extents[name] = max(extents.get(name, 0), start + count * width)
-    for piece in slices:
-        extent, shape = extents[piece.tensor], tuple(shapes[piece.tensor])
-        expected = (extent,) if len(shape) == 1 else (extent, hidden)
-        if piece.axis == 1:
-            expected = (hidden, extent)
-        if shape != expected:
-            raise CheckpointError(
-                f"{source}: tensor {piece.tensor} has shape {list(shape)}, expected "
-                f"{list(expected)} from the config"
-            )
-    out_name = f"{prefix}{output}.weight"
-    columns = next(s.width for s in slices if s.tensor == out_name)
-    return UnitGroup(
-        layer=layer,
-        kind=kind,
-        count=count,
-        unit_parameters=parameters,
-        slices=tuple(slices),
-        output=output,
-        output_weight=out_name,
-        columns_per_unit=columns,
     )

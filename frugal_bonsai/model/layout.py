@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.units import ATTENTION, FFN
+from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup
 
 UNIFORM, PER_LAYER, PADDED = "uniform", "per-layer", "padded"
 LAYOUTS = (UNIFORM, PER_LAYER, PADDED)
@@ -19,6 +19,8 @@ LAYOUTS = (UNIFORM, PER_LAYER, PADDED)
 # Largest share of the block parameters that one step of the FFN tile may take from every layer, so
 # that the nearest legal size is within one point of any target.
 LARGEST_TILE_STEP = 0.02
+# torch's grouped products read rows in multiples of 16 bytes; an element has two at least.
+EXPERT_TILE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,10 @@ class LayoutRules:
             counts = tuple(range(self.tile, dense, self.tile))
         return (*counts, dense)
 
+    def can_cut(self, group: UnitGroup, alive: int) -> bool:
+        """Whether a group may keep fewer than so many units."""
+        return group.removable and self.legal_counts(group.kind, group.count)[0] < alive
+
 
 def layout_rules(
     spec: ModelSpec,
@@ -69,9 +75,9 @@ def layout_rules(
     Args:
         spec: the dense model.
         layout: one of :data:`LAYOUTS`.
-        tile: FFN tile that the user asked for; None picks one: for ``uniform`` the largest power
-            of two up to ``default_tile`` whose step takes at most two points of the block
-            parameters, for the others 1.
+        tile: FFN tile that the user asked for, 1 the finest that the layout can hold; None picks
+            one: for ``uniform`` the largest power of two up to ``default_tile`` whose step takes at
+            most two points of the block parameters, for the others 1.
         default_tile: the hardware's tile (128 on GPU, 64 on CPU).
         as_mistral: see :class:`LayoutRules`.
 
@@ -85,6 +91,8 @@ def layout_rules(
         raise OptionError(f"--tile: {tile} is outside 1..{spec.intermediate} (the FFN's channels)")
     if tile is None:
         tile = _default_tile(spec, default_tile) if layout == UNIFORM else 1
+    if spec.experts and layout == UNIFORM:
+        tile = _expert_tile(spec, tile)
     if as_mistral:
         _require_mistral(spec, layout)
     return LayoutRules(
@@ -93,6 +101,16 @@ def layout_rules(
         attention_counts=_attention_counts(spec, layout, free=as_mistral or layout != UNIFORM),
         as_mistral=as_mistral,
     )
+
+
+def _expert_tile(spec: ModelSpec, tile: int) -> int:
+    """A tile of which transformers' products over all experts can read every multiple."""
+    if tile % EXPERT_TILE and tile not in (1, spec.intermediate):
+        raise OptionError(
+            f"--tile: {tile} is no multiple of {EXPERT_TILE}; transformers multiplies with all "
+            f"experts of a layer at once, whose rows must be multiples of {EXPERT_TILE} channels"
+        )
+    return max(tile, min(EXPERT_TILE, spec.intermediate))
 
 
 def _require_mistral(spec: ModelSpec, layout: str) -> None:

@@ -17,7 +17,8 @@ class Part:
     """One tensor of a sublayer, or a range of one, that loses rows or columns with its units.
 
     Attributes:
-        tensor: name inside the layer, without the layer's prefix.
+        tensor: name inside the layer, without the layer's prefix; ``{expert}`` stands for the
+            number of an expert.
         axis: 0 = output rows, 1 = input columns.
         width: what one unit owns: ``"query"`` (query heads of a KV group times head_dim),
             ``"head"`` (head_dim), ``"group"`` (query heads, key and value, one behind the other)
@@ -42,6 +43,7 @@ class Condition:
         value: holds if the config's value is this one; a config without the key has ``default``.
         differs_from: instead of ``value``: holds if the config has the key and its value is not
             that of this other one.
+        other_than: instead of ``value``: holds if the config has the key and its value is not this.
         reason: the rest of a sentence, for error texts and documents.
         default: what transformers takes where the key is absent.
     """
@@ -49,6 +51,7 @@ class Condition:
     key: str
     value: Any = None
     differs_from: str | None = None
+    other_than: Any = None
     reason: str = ""
     default: Any = None
 
@@ -59,6 +62,8 @@ class Condition:
             found = found.get(name) if isinstance(found, Mapping) else None
         if self.differs_from is not None:
             return found is not None and bool(found != config.get(self.differs_from))
+        if self.other_than is not None:
+            return found is not None and bool(found != self.other_than)
         return bool((self.default if found is None else found) == self.value)
 
 
@@ -110,6 +115,28 @@ GATED_PEAKS = (
 ACTIVATION_COPIES = {"gelu_new": 2, "gelu_fast": 2, "gelu_python": 1, "quick_gelu": 1}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """How a family's layers route tokens to experts; each has an FFN of its own.
+
+    Attributes:
+        module: inside the layer, whose forward takes tokens, the numbers of each token's experts
+            and their weights, and adds up what the experts give.
+        router: tensor inside the layer, one row an expert; its module keeps the number of experts
+            a token is sent to as ``top_k``.
+        count_keys: names that the config may have for the number of experts; those that it has are
+            written.
+        chosen_key: how many experts a token is sent to.
+        chosen_default: what transformers takes where the config does not say.
+    """
+
+    module: str = "mlp.experts"
+    router: str = "mlp.gate.weight"
+    count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    chosen_key: str = "num_experts_per_tok"
+    chosen_default: int = 8
+
+
 # Key of our own that states the width of a head where the architecture has none.
 HEAD_DIM = "pruned_head_dim"
 
@@ -132,6 +159,8 @@ class Family:
     unread: tuple[str, ...] = ("rotary_emb.inv_freq",)
     # Names in the checkpoint that differ from the model's own: model's -> checkpoint's.
     stored_as: Mapping[str, str] = field(default_factory=dict)
+    # Parts of names inside the layers that do, in the same way.
+    stored_parts: Mapping[str, str] = field(default_factory=dict)
     # -- modules ----------------------------------------------------------------------------------
     base_module: str  # attribute path of the module that holds the layers' loop
     layers_module: str  # attribute path of the ModuleList inside the base module
@@ -142,6 +171,8 @@ class Family:
     attention_output: str
     ffn_parts: tuple[Part, ...]
     ffn_output: str
+    # Layers have experts, whose numbers stand in the names of ``ffn_parts`` and ``ffn_output``.
+    experts: Experts | None = None
     # -- keys of the config -----------------------------------------------------------------------
     hidden_key: str = "hidden_size"
     layers_key: str = "num_hidden_layers"
@@ -197,6 +228,18 @@ class Family:
         if self.assumed is None:
             return self.model_type
         return f"{self.model_type}, assumed to be like {self.assumed}"
+
+    def file_name(self, name: str) -> str:
+        """What a checkpoint calls a tensor inside the layers, by the model's name."""
+        for own, stored in self.stored_parts.items():
+            name = name.replace(own, stored)
+        return name
+
+    def own_name(self, stored: str) -> str:
+        """What the model calls a tensor inside the layers, by the checkpoint's name."""
+        for own, part in self.stored_parts.items():
+            stored = stored.replace(part, own)
+        return stored
 
     def norm_behind(self, projection: str) -> str | None:
         """The norm between an output projection and the residual stream."""

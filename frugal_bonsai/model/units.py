@@ -2,7 +2,9 @@
 
 A *unit* is what is kept or removed whole: one FFN intermediate channel (gate row, up row, down
 column) or one KV group (a K head, its V head, the query heads that read them, and their o_proj
-columns). The paper says "module", a word that PyTorch has taken.
+columns). The paper says "module", a word that PyTorch has taken. Where a layer has experts, each
+expert's channels are a group of their own, and an expert that keeps none of them is gone whole: it
+leaves the router too.
 
 In: family tables and header shapes (see ``family.py``). Out: :class:`UnitGroup`, :class:`UnitTable`
 and :class:`KeepMask`. Holds a few bytes per unit; reads no weights.
@@ -31,13 +33,20 @@ class UnitSlice:
     """Where the units of a group sit in one tensor.
 
     Unit u owns indices ``[start + u*width, start + (u+1)*width)`` of dimension ``axis``.
-    Everything before ``start`` and behind the last unit stays whole.
+    Everything before ``start`` and behind the last unit stays whole. A ``joint`` slice, an expert's
+    row of the router, is ``width`` indices from ``start`` that go with the group's last unit.
     """
 
     tensor: str  # full tensor name in the checkpoint
     axis: int
     width: int
     start: int = 0
+    joint: bool = False
+
+    def owned(self, keep_U: torch.Tensor) -> torch.Tensor:
+        """Bool: which of the indices from ``start`` on stay, given the group's units that do."""
+        units_U = keep_U.any().reshape(1) if self.joint else keep_U
+        return units_U.repeat_interleave(self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +64,8 @@ class UnitGroup:
         output_weight: full name of that projection's weight.
         columns_per_unit: input columns of the output projection that one unit owns.
         removable: False where no layout can do without any of them.
+        expert: which expert's channels these are; None where the layer has no experts.
+        joint_parameters: parameters that go with the last unit.
     """
 
     layer: int
@@ -66,6 +77,8 @@ class UnitGroup:
     output_weight: str
     columns_per_unit: int
     removable: bool = True
+    expert: int | None = None
+    joint_parameters: int = 0
 
     @property
     def columns(self) -> int:
@@ -74,8 +87,9 @@ class UnitGroup:
 
     @property
     def name(self) -> str:
-        """Readable name, ``layer 3 ffn``."""
-        return f"layer {self.layer} {self.kind}"
+        """Readable name, ``layer 3 ffn`` or ``layer 3 expert 5 ffn``."""
+        expert = "" if self.expert is None else f"expert {self.expert} "
+        return f"layer {self.layer} {expert}{self.kind}"
 
 
 @dataclass(frozen=True)
@@ -100,11 +114,16 @@ class UnitTable:
     @cached_property
     def parameters(self) -> int:
         """Parameters of all units together."""
-        return sum(group.count * group.unit_parameters for group in self.groups)
+        return sum(g.count * g.unit_parameters + g.joint_parameters for g in self.groups)
 
     @cached_property
-    def _position(self) -> dict[tuple[int, str], int]:
-        return {(group.layer, group.kind): i for i, group in enumerate(self.groups)}
+    def _position(self) -> dict[tuple[int, str, int | None], int]:
+        return {(g.layer, g.kind, g.expert): at for at, g in enumerate(self.groups)}
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether layers have experts."""
+        return any(group.expert is not None for group in self.groups)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -117,11 +136,11 @@ class UnitTable:
 
     def position(self, group: UnitGroup) -> int:
         """Index of a group in :attr:`groups`."""
-        return self._position[group.layer, group.kind]
+        return self._position[group.layer, group.kind, group.expert]
 
     def span(self, group: UnitGroup) -> slice:
         """The group's place in a flat vector over all units."""
-        at = self._position[group.layer, group.kind]
+        at = self.position(group)
         return slice(self.starts[at], self.starts[at + 1])
 
     def unit_parameters_N(self) -> torch.Tensor:
@@ -165,8 +184,18 @@ class KeepMask:
         return self.of(group).repeat_interleave(group.columns_per_unit)
 
     def removed_parameters(self) -> int:
-        """Parameters of the removed units."""
-        return sum((g.count - self.kept(g)) * g.unit_parameters for g in self.table.groups)
+        """Parameters of the removed units, and of what goes with a group's last one."""
+        removed = 0
+        for group in self.table.groups:
+            kept = self.kept(group)
+            removed += (group.count - kept) * group.unit_parameters
+            removed += 0 if kept else group.joint_parameters
+        return removed
+
+    def dropped_experts(self, layer: int) -> tuple[int, ...]:
+        """Experts of a layer that keep no channel: the whole expert goes, router row and all."""
+        groups = self.table.of_layer(layer)
+        return tuple(g.expert for g in groups if g.expert is not None and not self.kept(g))
 
     def dropped_layers(self) -> tuple[int, ...]:
         """Layers that keep no unit at all: the whole layer goes, norms and biases too."""
@@ -188,11 +217,26 @@ class KeepMask:
         return KeepMask(self.table, keep_N)
 
     def counts(self) -> dict[str, list[int]]:
-        """Kept units per kind, one number a layer."""
-        counts: dict[str, list[int]] = {kind: [] for kind in self.table.kinds}
+        """Kept units per kind, one number a layer: of all its experts together."""
+        layers = 1 + max((group.layer for group in self.table.groups), default=-1)
+        counts = {kind: [0] * layers for kind in self.table.kinds}
         for group in self.table.groups:
-            counts[group.kind].append(self.kept(group))
+            counts[group.kind][group.layer] += self.kept(group)
         return counts
+
+    def experts(self) -> list[int]:
+        """Experts that are kept, one number a layer; empty where layers have none."""
+        if not self.table.has_experts:
+            return []
+        return [
+            sum(group.expert is not None and self.kept(group) > 0 for group in groups)
+            for _, groups in iterate_layers(self.table)
+        ]
+
+    def counts_with_experts(self) -> dict[str, list[int]]:
+        """:meth:`counts`, and ``experts`` where there are any; for reports."""
+        experts = {"experts": self.experts()} if self.table.has_experts else {}
+        return self.counts() | experts
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, KeepMask):
@@ -208,7 +252,7 @@ class KeepMask:
 
     # -- JSON: masks are shared without weights -------------------------------------------------
     def to_json(self) -> dict[str, list[list[int]]]:
-        """Removed units as ``{kind: [[index, ...] a layer]}``."""
+        """Removed units as ``{kind: [[index, ...] a layer]}``; a list an expert where there are."""
         removed: dict[str, list[list[int]]] = {kind: [] for kind in self.table.kinds}
         for group in self.table.groups:
             removed[group.kind].append((~self.of(group)).nonzero().flatten().tolist())
@@ -227,8 +271,9 @@ class KeepMask:
         for kind, layers in removed.items():
             groups = [group for group in table.groups if group.kind == kind]
             if len(groups) != len(layers):
+                what = "experts" if groups and groups[0].expert is not None else "layers"
                 raise OptionError(
-                    f"mask: kind {kind!r} lists {len(layers)} layers, the model has {len(groups)}"
+                    f"mask: kind {kind!r} lists {len(layers)} {what}, the model has {len(groups)}"
                 )
             for group, indices in zip(groups, layers, strict=True):
                 if any(not 0 <= index < group.count for index in indices):

@@ -168,6 +168,9 @@ def render_inspect(info: Values, console: Console) -> None:
     keys = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary", "positions")
     rows = [(key.replace("_", " "), f"{info[key]:,}") for key in keys]
     share = info["block_parameters"] / info["parameters"]
+    if info.get("experts"):
+        chosen = f"{info['experts']:,}, of which a token is sent to {info['experts_chosen']:,}"
+        rows.insert(2, ("experts", chosen))
     rows += [
         ("parameters", f"{info['parameters']:,}"),
         ("block parameters, which pruning is about", f"{info['block_parameters']:,}"),

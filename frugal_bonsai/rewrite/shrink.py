@@ -133,7 +133,7 @@ def shrink(
     described = with_kept_layers(with_bias_keys(spec, added), mask)
     WRITE_CONFIG[rules.layout](described, mask, rules, folder)
     # In the source's own names and axes, which is what reads the source.
-    stored = {name: _Stored.of(name, renamed[name], checkpoint) for name in shapes}
+    stored = {name: _Stored.of(name, renamed[name], checkpoint, spec) for name in shapes}
     announced = [(stored[n].name, dtypes[n], stored[n].turned(shapes[n])) for n in shapes]
     with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
         kept = [cuts[name] for name in names if name not in refit]
@@ -183,12 +183,14 @@ class _Stored:
     transposed: bool
 
     @classmethod
-    def of(cls, name: str, renamed: str, checkpoint: Checkpoint) -> _Stored:
-        """As in the source, a layer's number anew; what the source lacks has the model's names."""
+    def of(cls, name: str, renamed: str, checkpoint: Checkpoint, spec: ModelSpec) -> _Stored:
+        """As in the source, numbers anew; what the source lacks has the model's names."""
         entry = checkpoint.tensors.get(name)
         if entry is None:
             return cls(renamed, False)
-        # The files may leave out the model's first word; other names that differ are no layer's.
+        if not name.endswith(entry.name):  # the files have other words for parts of it
+            name, renamed = spec.family.file_name(name), spec.family.file_name(renamed)
+        # They may leave out the model's first word; other names that differ are no layer's.
         bare = renamed[len(name) - len(entry.name) :] if name.endswith(entry.name) else entry.name
         return cls(bare, entry.transposed)
 
@@ -237,6 +239,8 @@ def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
         if group.layer in dropped:
             continue
         count, legal = mask.kept(group), rules.legal_counts(group.kind, group.count)
+        if group.expert is not None and not count:
+            continue  # the whole expert goes
         if count not in legal:
             below = [n for n in legal if n < count][-1:]
             above = [n for n in legal if n > count][:1]

@@ -28,7 +28,11 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
             groups.append(
                 {
                     "kind": kind,
-                    "units_per_layer": [group.count for group in mine],
+                    # Of all experts of a layer together.
+                    "units_per_layer": [
+                        sum(group.count for group in mine if group.layer == layer)
+                        for layer in range(spec.layers)
+                    ],
                     "parameters_per_unit": [group.unit_parameters for group in mine],
                 }
             )
@@ -41,6 +45,8 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
             "kv_heads": spec.kv_heads,
             "head_dim": spec.head_dim,
             "intermediate": spec.intermediate,
+            "experts": spec.experts,
+            "experts_chosen": spec.experts_chosen,
             "vocabulary": spec.vocabulary,
             "positions": spec.positions,
             "tied": spec.tied,

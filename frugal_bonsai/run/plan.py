@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import LATENCY, NONE, PruneSettings, make_settings
+from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, NONE, PruneSettings, make_settings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
@@ -21,8 +21,8 @@ from frugal_bonsai.memory.profile_file import read_profile
 from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.work import BASE
-from frugal_bonsai.model.biases import require_output_biases
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
+from frugal_bonsai.run.applies import require_layout, settings_that_apply
 from frugal_bonsai.run.machine import choose_budget, choose_device, with_arithmetic
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.predict import describe_phases, forward_tokens, prune_work
@@ -58,6 +58,7 @@ class Prepared:
         rates: that profile, or what a second of measuring here gives.
         elsewhere: that machine is another one, so nothing here is asked.
         latency: of the model on the profile's machine; None without a profile.
+        notes: what of the method does not apply to this model.
     """
 
     settings: PruneSettings
@@ -71,6 +72,7 @@ class Prepared:
     profile: HardwareProfile | None = None
     elsewhere: bool = False
     latency: LatencyModel | None = None
+    notes: tuple[str, ...] = ()
 
 
 def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> Prepared:
@@ -85,11 +87,13 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         FrugalBonsaiError: an option that cannot work.
     """
     from frugal_bonsai.bonsai.calibration import window_count
+    from frugal_bonsai.bonsai.experts import check_experts
     from frugal_bonsai.bonsai.select import check_reachable
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.profile import quick_profile
 
     settings = make_settings(options.method, options.settings)
+    settings, notes = settings_that_apply(settings, options.settings, model.spec)
     window = choose_window(model.spec, options.window)
     profile = None if options.profile is None else read_profile(Path(options.profile))
     if settings.objective == LATENCY and profile is None:
@@ -107,15 +111,11 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     )
     if rules.as_mistral and settings.bias:
         raise OptionError("--as-mistral: a Mistral has no biases; leave it or --bias out")
-    check_reachable(
-        KeepMask(model.spec.table),
-        settings.sparsity,
-        rules,
-        model.spec.block_parameters,
-        settings.allocation,
-    )
-    if settings.bias:
-        require_output_biases(model.spec)
+    whole, blocks = KeepMask(model.spec.table), model.spec.block_parameters
+    check_reachable(whole, settings.sparsity, rules, blocks, settings.allocation)
+    if settings.allocation == EXPERTS:
+        check_experts(whole, settings.sparsity, blocks)
+    require_layout(model.spec, rules)
     default_source = EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
     rates = profile or quick_profile(device)
     return Prepared(
@@ -130,6 +130,7 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         rates=rates,
         elsewhere=elsewhere,
         latency=None if profile is None else _latency(model, settings, profile),
+        notes=notes,
     )
 
 
@@ -221,7 +222,7 @@ def describe_plan(
     profile = ready.rates
     work = prune_work(model, ready, memory, windows)
     estimate = estimate_time(model.spec, work, memory.limits, profile)
-    notes = list(ready.budget.notes)
+    notes = [*ready.budget.notes, *ready.notes]
     if model.spec.family.assumed is not None:
         notes.append(assumption(model))
     if work.sampled_tokens:
@@ -260,7 +261,7 @@ def _named_base(items: list[dict[str, Any]], ready: Prepared) -> list[dict[str, 
     return [item | nominal if item["name"] == BASE else item for item in items]
 
 
-def plan_phases(memory: MemoryPlan) -> list[dict[str, Any]]:
+def plan_phases(memory: MemoryPlan | TrainingPlan) -> list[dict[str, Any]]:
     """What each phase holds, as plain values."""
     return [
         {

@@ -103,7 +103,7 @@ def prune(
         ready = prepare(opened, options)
         _check_run_folder(run_folder(out), resume=resume)
         stack.callback(_drop_if_unstarted, run_folder(out))
-        for note in ready.budget.notes:
+        for note in (*ready.budget.notes, *ready.notes):
             progress.note(note)
         texts = _read_texts(opened, ready, options)
         memory = plan_prune(

@@ -103,8 +103,8 @@ def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
         "model": model.name,
         "family": spec.family.title,
         "written_as": after.family.title,
-        "kept": mask.counts(),
-        "dense": KeepMask(spec.table).counts(),
+        "kept": mask.counts_with_experts(),
+        "dense": KeepMask(spec.table).counts_with_experts(),
         "before": {
             "parameters": spec.parameters,
             "block_parameters": spec.block_parameters,

@@ -83,14 +83,18 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
         "eval_text": None
         if texts.eval_NS is None
         else {"name": texts.eval_name, "window": ready.window, "windows": len(texts.eval_NS)},
-        "kept": found.mask.counts(),
-        "dense": KeepMask(table).counts(),
+        "kept": found.mask.counts_with_experts(),
+        "dense": KeepMask(table).counts_with_experts(),
         "layer_sparsity": _layer_sparsity(model, found.mask),
         "latency": None if ready.latency is None else describe_latency(ready.latency, found.mask),
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
         "memory": describe_memory(job.memory, job.engine),
-        "notes": [*ready.budget.notes, *(r["note"] for r in found.rounds if "note" in r)],
+        "notes": [
+            *ready.budget.notes,
+            *ready.notes,
+            *(r["note"] for r in found.rounds if "note" in r),
+        ],
     }
 
 
@@ -125,10 +129,9 @@ def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
             shares.append(1.0)
             continue
         parameters = sum(math.prod(shape) for shape in tensors.values())
-        removed = sum(
-            (group.count - mask.kept(group)) * group.unit_parameters
-            for group in model.spec.table.of_layer(layer)
-        )
+        groups = model.spec.table.of_layer(layer)
+        removed = sum((g.count - mask.kept(g)) * g.unit_parameters for g in groups)
+        removed += sum(g.joint_parameters for g in groups if not mask.kept(g))
         shares.append(removed / parameters)
     return shares
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from frugal_bonsai.stream.experts import RoutedLinear, spread
 from frugal_bonsai.stream.layers import Parameters
 
 # Sees (and may change in place or replace) the input of an output projection.
@@ -100,7 +101,8 @@ def capture_outputs(
     inputs: list[torch.Tensor] = []
 
     def keep(projection: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        def hook(_: nn.Module, __: Any, output_BSH: torch.Tensor) -> None:
+        def hook(module: nn.Module, _: Any, output_BSH: torch.Tensor) -> None:
+            output_BSH, _ = _of_all_tokens(module, output_BSH, hidden_BSH.shape[:2])
             outputs[projection] = _unflattened(output_BSH, hidden_BSH.shape[:2])
 
         return hook
@@ -160,11 +162,28 @@ def _hooked(module: nn.Module, hooks: Mapping[str, InputHook], items: torch.Size
 def _as_prehook(
     hook: InputHook, items: torch.Size
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], Any]:
-    def prehook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
-        changed = hook(_unflattened(args[0], items))
+    def prehook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+        input_TC, tokens_R = _of_all_tokens(module, args[0], items)
+        changed = hook(_unflattened(input_TC, items))
+        if tokens_R is not None:  # a hook may have changed it where it lies, too
+            changed = input_TC if changed is None else changed
+            return (changed.reshape(-1, changed.shape[-1])[tokens_R], *args[1:])
         return None if changed is None else (changed.view_as(args[0]), *args[1:])
 
     return prehook
+
+
+def _of_all_tokens(
+    module: nn.Module, value: torch.Tensor, items: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An expert's input or output with zeros for the tokens that it is not given, and which it is.
+
+    What any other module is given is that of all tokens already.
+    """
+    tokens_R = module.tokens_R if isinstance(module, RoutedLinear) else None
+    if tokens_R is None:
+        return value, None
+    return spread(value, tokens_R, items.numel()), tokens_R
 
 
 def _unflattened(value: torch.Tensor, items: torch.Size) -> torch.Tensor:

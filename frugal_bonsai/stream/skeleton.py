@@ -24,6 +24,7 @@ from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.plain import plain_values
+from frugal_bonsai.stream.experts import split_experts
 
 
 class _Proxy(nn.Module):
@@ -243,4 +244,5 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
             path = spec.prefix(layer) + name
             inner, outer = model.get_parameter(f"{path}.weight").shape
             model.set_submodule(path, nn.Linear(inner, outer, device="meta"))
+    split_experts(model, spec)
     return cast(nn.Module, model.eval())

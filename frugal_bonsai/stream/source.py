@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
 from frugal_bonsai.model.biases import added_biases, output_bias, weight_of
-from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
+from frugal_bonsai.model.cut import cut_shape, cut_tensor, kept_indices, slices_by_tensor
+from frugal_bonsai.model.drop import gone_tensors
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.sizes import DTYPE_BYTES
@@ -106,6 +107,8 @@ class CheckpointSource:
         mask: zeroes the removed units' columns of the output projections, which equals removing
             them, and of layers without any unit the output projections' biases too: nothing is
             left of them but the residual stream. Shapes stay dense.
+            Experts that keep no channel are left out of the layer, and their rows out of the
+            router: zeros in their place would not keep tokens from being sent there.
         refit: projections refitted by recovery, kept rows or columns alone; scattered into the
             dense shape in the source's dtype. Biases that the source lacks are added to the layer.
             Needs ``mask``.
@@ -141,8 +144,9 @@ class CheckpointSource:
     def announce(self, layer: int) -> None:
         """Have the system read a layer's tensors ahead."""
         prefix = self._spec.prefix(layer)
-        for name in self._spec.layer_tensors[layer]:
-            self._checkpoint.announce(prefix + name)
+        for record in self._records[layer]:
+            if prefix + record.name not in self._added:
+                self._checkpoint.announce(prefix + record.name)
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         """Read a layer's tensors into a uint8 buffer, masked if there is a mask."""
@@ -151,12 +155,18 @@ class CheckpointSource:
             piece = buffer[record.start : record.start + record.size_bytes]
             if prefix + record.name in self._added:
                 piece.zero_()
+            elif self._mask is not None and record.shape != self._shape(layer, record.name):
+                whole = self._checkpoint.read(prefix + record.name)  # a router, which is small
+                rows = cut_tensor(whole, self._cuts[prefix + record.name], self._mask)
+                record.view(buffer).copy_(rows)
             else:
                 self._checkpoint.read_into(prefix + record.name, piece)
         if self._mask is None:
             return
         by_name = {prefix + record.name: record for record in self._records[layer]}
         for group in self._spec.table.of_layer(layer):
+            if group.output_weight not in by_name:
+                continue  # an expert that is gone
             weight_HC = by_name[group.output_weight].view(buffer)
             weight_HC[:, ~self._mask.columns(group)] = 0
             if layer in self._dropped and output_bias(group) in by_name:
@@ -175,12 +185,30 @@ class CheckpointSource:
         shapes = dict(self._spec.layer_tensors[layer])
         for bias in (name.removeprefix(prefix) for name in self._added if name.startswith(prefix)):
             shapes[bias] = shapes[weight_of(bias)][:1]
-        for name, shape in shapes.items():
+        for name, shape in self._kept_shapes(layer, shapes).items():
             stored = name if name in self._spec.layer_tensors[layer] else weight_of(name)
             entry = self._checkpoint.tensors[prefix + stored]
             records.append(Record(name=name, shape=tuple(shape), dtype=entry.dtype, start=offset))
             offset = align(offset + records[-1].size_bytes)
         return tuple(records)
+
+    def _shape(self, layer: int, name: str) -> tuple[int, ...]:
+        """Of a tensor in the source; a bias that it lacks has none."""
+        return tuple(self._spec.layer_tensors[layer].get(name, ()))
+
+    def _kept_shapes(
+        self, layer: int, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
+        """A layer's tensors without those of experts that the mask drops."""
+        if self._mask is None or layer in self._dropped:
+            return dict(shapes)
+        prefix, rule = self._spec.prefix(layer), self._spec.family.experts
+        gone = gone_tensors(self._spec, self._mask, layer)
+        kept = {name: shape for name, shape in shapes.items() if prefix + name not in gone}
+        if rule is not None:
+            pieces = self._cuts[prefix + rule.router]
+            kept[rule.router] = cut_shape(kept[rule.router], pieces, self._mask)
+        return kept
 
 
 HEAD_WEIGHT = "weight"

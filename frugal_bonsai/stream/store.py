@@ -22,6 +22,7 @@ from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.int8 import quantise_rows
 from frugal_bonsai.model.biases import added_biases
 from frugal_bonsai.model.cut import cut_tensor, slices_by_tensor
+from frugal_bonsai.model.drop import gone_tensors
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
@@ -122,12 +123,17 @@ def build_store(
         folder.mkdir(parents=True, exist_ok=True)
     mask, refit = mask or KeepMask(spec.table), refit or {}
     cuts, added = slices_by_tensor(spec.table), added_biases(spec, refit)
+    # Small differences decide which experts a token is sent to: a router keeps its precision.
+    router = None if spec.family.experts is None else spec.family.experts.router
     if progress:
         progress.sweep("writing the working store", spec.layers, 0)
     for layer in range(spec.layers):
         prefix, tensors = spec.prefix(layer), dict[str, "torch.Tensor"]()
+        gone = gone_tensors(spec, mask, layer)
         for name in spec.layer_tensors[layer]:
             full = prefix + name
+            if full in gone:
+                continue
             tensors |= _as_stored(
                 name,
                 refit[full]()
@@ -135,7 +141,7 @@ def build_store(
                 else cut_tensor(
                     checkpoint.read(full, check_finite=check_finite), cuts.get(full, []), mask
                 ),
-                weights,
+                NATIVE if name == router else weights,
                 torch_dtype(checkpoint.tensors[full].dtype),
             )
         for full in added:

@@ -18,6 +18,7 @@ from frugal_bonsai.bonsai.design import (
     draw_unit_masks,
 )
 from frugal_bonsai.bonsai.evaluate import DesignMasker
+from frugal_bonsai.model.layout import PADDED, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 
 
@@ -53,6 +54,28 @@ def _pools(share: float = 0.5, table: UnitTable | None = None) -> tuple[Pools, t
 
 
 # -- pools ------------------------------------------------------------------------------------
+def test_no_mask_is_spent_on_what_the_layout_cannot_cut() -> None:
+    """GPT-2's heads in the padded layout: transformers computes their width from their number."""
+    mask = KeepMask(_table())
+    score_N = _scores(mask.table)
+    cannot = LayoutRules(layout=PADDED, tile=1, attention_counts=())
+    pools = draw_pools(mask, score_N, 0.5, cannot)
+    assert pools.sizes_G.tolist() == [0, 8] * 4
+    units = draw_unit_masks(pools, score_N, 4, _generator())
+    groups = draw_group_masks(pools, 4, 0.2, _generator())
+    for group in mask.table.groups:
+        if group.kind == ATTENTION:
+            assert units.keep(group, torch.arange(8)).all()
+            assert groups.keep(group, torch.arange(8)).all()
+    can = LayoutRules(layout=PADDED, tile=1, attention_counts=(1, 2))
+    assert draw_pools(mask, score_N, 0.5, can).sizes_G.tolist() == [1, 8] * 4
+    # What is left is the least that the layout holds.
+    one = KeepMask(mask.table)
+    for group in mask.table.groups:
+        one.of(group)[1:] = group.kind == FFN
+    assert draw_pools(one, score_N, 0.5, can).sizes_G.tolist() == [0, 8] * 4
+
+
 @given(
     share=st.floats(0, 1),
     seed=st.integers(0, 1000),

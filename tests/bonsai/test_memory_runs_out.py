@@ -105,13 +105,13 @@ def test_recovery_lacks_memory_for_its_sums(
     call: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, wanted = _recover(tiny.engine(micro_batch=4), tiny, tmp_path / "s", keep=True)
-    fail, add = FailAt(call), recover_outputs._Cross.add
+    fail, add = FailAt(call), recover_outputs.Cross.add
 
     def failing(self: Any, *inputs: torch.Tensor) -> None:
         fail()
         add(self, *inputs)
 
-    monkeypatch.setattr(recover_outputs._Cross, "add", failing)
+    monkeypatch.setattr(recover_outputs.Cross, "add", failing)
     engine = tiny.engine(micro_batch=4)
     result, refits = _recover(engine, tiny, tmp_path / "s", keep=True)
     assert engine.sweep.batches.size == 2

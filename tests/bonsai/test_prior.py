@@ -9,7 +9,7 @@ import torch
 from tiny_models import BIASES, Tiny, random_mask, random_windows, tiny_llama
 
 from frugal_bonsai.bonsai.prior import PRIORS, Prior, PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.settings import PRIOR_NAMES, SIMILARITY
+from frugal_bonsai.bonsai.settings import PRIOR_NAMES, REAP, SIMILARITY
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.stream.store import NATIVE, build_store
 
@@ -75,7 +75,7 @@ def _direct(name: str, x: torch.Tensor, w: torch.Tensor) -> float:
 
 
 def test_settings_know_the_priors() -> None:
-    assert (*PRIORS, SIMILARITY) == PRIOR_NAMES
+    assert (*PRIORS, SIMILARITY, REAP) == PRIOR_NAMES
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -19,9 +19,11 @@ from frugal_bonsai.bonsai.factor import DampedFactor
 from frugal_bonsai.bonsai.gram import Moments
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter, Tensors
+from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 
 DAMPING, SHARE = 1e-3, 0.4
+RULES = LayoutRules(layout=PER_LAYER, tile=1, attention_counts=(1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def _measured(
 ) -> tuple[Prior, dict[UnitGroup, Tensors]]:
     """A sweep that gives the prior and the stand-ins."""
     saved: dict[UnitGroup, Tensors] = {}
-    writer = StandInWriter(share=SHARE, damping=DAMPING, save=saved.__setitem__)
+    writer = StandInWriter(share=SHARE, damping=DAMPING, rules=RULES, save=saved.__setitem__)
     builder = PriorBuilder(
         "exact", mask, damping=DAMPING, generator=torch.Generator(), stand_ins=writer
     )
@@ -134,7 +136,7 @@ def test_a_group_with_one_unit_left_has_none(tiny: Tiny) -> None:
     moments = Moments(group.columns_per_unit, device=torch.device("cpu"), gram=True)
     moments.add(torch.randn(2, 12, group.columns_per_unit))
     saved: dict[UnitGroup, Tensors] = {}
-    writer = StandInWriter(share=SHARE, damping=DAMPING, save=saved.__setitem__)
+    writer = StandInWriter(share=SHARE, damping=DAMPING, rules=RULES, save=saved.__setitem__)
     writer.add(group, moments, torch.ones(1))
     assert not saved
     assert StandIns(saved.get).of(group, torch.zeros(1, 2, group.columns_per_unit)) is None

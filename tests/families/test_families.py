@@ -110,3 +110,19 @@ class TestFalconSequential(FamilyContract):
 
 class TestPhi3(FamilyContract):
     name = "phi3"
+
+
+class TestMixtral(FamilyContract):
+    name = "mixtral"
+    refines = False
+
+
+class TestQwen3Moe(FamilyContract):
+    name = "qwen3-moe"
+    refines = False
+
+
+class TestOlmoe(FamilyContract):
+    name = "olmoe"
+    refines = False
+    attention = ()

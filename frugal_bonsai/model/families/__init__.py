@@ -11,11 +11,14 @@ from frugal_bonsai.model.families.gpt_neox import GPT_NEOX
 from frugal_bonsai.model.families.granite import GRANITE
 from frugal_bonsai.model.families.llama import LLAMA
 from frugal_bonsai.model.families.mistral import MISTRAL
+from frugal_bonsai.model.families.mixtral import MIXTRAL
 from frugal_bonsai.model.families.olmo2 import OLMO2
+from frugal_bonsai.model.families.olmoe import OLMOE
 from frugal_bonsai.model.families.opt import OPT
 from frugal_bonsai.model.families.phi3 import PHI3
 from frugal_bonsai.model.families.qwen2 import QWEN2
 from frugal_bonsai.model.families.qwen3 import QWEN3
+from frugal_bonsai.model.families.qwen3_moe import QWEN3_MOE
 from frugal_bonsai.model.families.smollm3 import SMOLLM3
 from frugal_bonsai.model.families.stablelm import STABLELM
 
@@ -36,5 +39,8 @@ _TABLES = (
     GPT_NEOX,
     OPT,
     FALCON,
+    MIXTRAL,
+    QWEN3_MOE,
+    OLMOE,
 )
 FAMILIES = {family.model_type: family for family in _TABLES}

@@ -15,8 +15,8 @@ from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.checkpoint.writer import write_json
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.layout import PADDED, LayoutRules
-from frugal_bonsai.model.units import ATTENTION, KeepMask
+from frugal_bonsai.model.layout import EXPERT_TILE, PADDED, LayoutRules
+from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 from frugal_bonsai.rewrite.layouts.widths import count_widths, equal_layers_config, require_units
 
 
@@ -30,7 +30,10 @@ def padded_counts(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> dict[s
     """
     if rules.layout != PADDED:
         return None
-    widest = {kind: max(counts) for kind, counts in mask.counts().items()}
+    groups, kinds = mask.table.groups, mask.table.kinds
+    widest = {kind: max(mask.kept(g) for g in groups if g.kind == kind) for kind in kinds}
+    if spec.experts:
+        widest[FFN] = min(-(-widest[FFN] // EXPERT_TILE) * EXPERT_TILE, spec.intermediate)
     per_group, kept = spec.query_heads_per_group, widest[ATTENTION]
     for count in range(kept, max(kept, spec.hidden // per_group) + 1):
         if rules.heads_fit(spec, count * per_group):
@@ -52,4 +55,13 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     require_units(spec, mask)
     counts = padded_counts(spec, mask, rules)
     assert counts is not None
-    write_json(folder / CONFIG_FILE, equal_layers_config(spec, count_widths(spec, counts)))
+    dropped = mask.dropped_layers()
+    experts = {n for layer, n in enumerate(mask.experts()) if layer not in dropped} or {0}
+    if len(experts) > 1:
+        raise OptionError(
+            f"padded layout: layers keep {min(experts)} to {max(experts)} experts, and zeros "
+            "cannot stand for one that is gone: the router would send tokens there; keep the same "
+            "number in every layer, or take --layout per-layer"
+        )
+    widths = count_widths(spec, counts, *experts)
+    write_json(folder / CONFIG_FILE, equal_layers_config(spec, widths))

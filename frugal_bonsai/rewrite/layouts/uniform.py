@@ -26,7 +26,7 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
         OutputError: the file cannot be written.
     """
     widths = layer_widths(spec, mask)[0]
-    _require_equal(mask)
+    _require_equal(spec, mask)
     heads = widths[spec.family.heads_key]
     if not rules.heads_fit(spec, heads):
         kept = widths[spec.family.kv_heads_key]
@@ -39,10 +39,11 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     write_json(folder / CONFIG_FILE, equal_layers_config(spec, widths))
 
 
-def _require_equal(mask: KeepMask) -> None:
-    """Every layer that stays keeps as many units of a kind as the first one."""
+def _require_equal(spec: ModelSpec, mask: KeepMask) -> None:
+    """Every layer that stays keeps as many units of a kind, and experts, as the first one."""
     dropped = mask.dropped_layers()
-    for kind, counts in mask.counts().items():
+    whole = {} if spec.family.experts is None else {"expert": mask.experts()}
+    for kind, counts in {**whole, **mask.counts()}.items():
         first = next(at for at in range(len(counts)) if at not in dropped)
         for layer, count in enumerate(counts):
             if count != counts[first] and layer not in dropped:

@@ -1,0 +1,36 @@
+"""Mixtral: Mistral whose FFN is one of several experts, two of them a token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from frugal_bonsai.model.families.mistral import MISTRAL
+from frugal_bonsai.model.table import GATED_PEAKS, Experts, Part, Peak
+
+# Older checkpoints and transformers' own writer call an expert's projections so.
+_STORED = {
+    ".mlp.": ".block_sparse_moe.",
+    ".gate_proj.": ".w1.",
+    ".down_proj.": ".w2.",
+    ".up_proj.": ".w3.",
+}
+
+EXPERT_PARTS = (
+    Part(tensor="mlp.experts.{expert}.gate_proj.weight"),
+    Part(tensor="mlp.experts.{expert}.up_proj.weight"),
+    Part(tensor="mlp.experts.{expert}.down_proj.weight", axis=1),
+)
+EXPERT_OUTPUT = "mlp.experts.{expert}.down_proj"
+# All tokens of a micro-batch may be sent to the same expert; what it takes and gives is held beside
+# what goes around it, and while it is masked its input is held for all tokens.
+EXPERT_PEAKS = (Peak(hidden=5, ffn=3), Peak(hidden=6, ffn=2), *GATED_PEAKS[1:])
+
+MIXTRAL = replace(
+    MISTRAL,
+    model_type="mixtral",
+    stored_parts=_STORED,
+    ffn_parts=EXPERT_PARTS,
+    ffn_output=EXPERT_OUTPUT,
+    experts=Experts(chosen_default=2),
+    peaks=EXPERT_PEAKS,
+)

@@ -1,0 +1,182 @@
+"""Experts whose projections are modules of their own, so that their weights can be streamed.
+
+In: Hugging Face's module of a layer's experts, which holds all of them in two tensors of three
+dimensions. Out: one that computes the same with a module an expert, under the names that
+checkpoints have: experts may differ in width, and the input of each one's output projection can be
+seen and masked. Router, top-k and the weights of a token's experts stay Hugging Face's.
+
+A token's weight multiplies the *input* of its expert's output projection instead of the output,
+which is the same, for that is linear: what a layer's experts add up to is then linear in these
+inputs, and statistics of them are weighted as the router weighs. Holds one expert's tokens.
+
+Shape suffixes: T tokens of a micro-batch, K experts a token is sent to, R tokens of one expert, H
+hidden, C channels of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.table import Experts
+
+
+class RoutedLinear(nn.Linear):
+    """An expert's output projection; while it runs it knows which tokens its input rows are.
+
+    Attributes:
+        tokens_R: int64, their numbers in the micro-batch; None outside of a forward.
+        weight_R: how much the router weighs the expert for them.
+    """
+
+    tokens_R: torch.Tensor | None = None
+    weight_R: torch.Tensor | None = None
+
+
+class _Expert(nn.Module):
+    """One gated FFN."""
+
+    def __init__(self, hidden: int, width: int, act_fn: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, width, bias=False, device="meta")
+        self.up_proj = nn.Linear(hidden, width, bias=False, device="meta")
+        self.down_proj = RoutedLinear(width, hidden, bias=False, device="meta")
+        self.act_fn = act_fn
+
+    def forward(
+        self, hidden_RH: torch.Tensor, weight_R: torch.Tensor, tokens_R: torch.Tensor
+    ) -> torch.Tensor:
+        """What the expert adds for these tokens, ``[R, H]``."""
+        inner_RC = self.act_fn(self.gate_proj(hidden_RH)) * self.up_proj(hidden_RH)
+        inner_RC = (inner_RC * weight_R[:, None]).to(hidden_RH.dtype)
+        self.down_proj.tokens_R, self.down_proj.weight_R = tokens_R, weight_R
+        try:
+            return cast(torch.Tensor, self.down_proj(inner_RC))
+        finally:
+            self.down_proj.tokens_R = self.down_proj.weight_R = None
+
+
+class RoutedExperts(nn.Module):
+    """A layer's experts.
+
+    Those whose weights are not streamed are gone; the router's rows are the others, in order.
+
+    Args:
+        hidden: H.
+        width: of each expert; streamed weights may have others.
+        count: experts.
+        act_fn: the activation's module.
+    """
+
+    def __init__(
+        self, hidden: int, width: int, count: int, act_fn: Callable[..., torch.Tensor]
+    ) -> None:
+        super().__init__()
+        for expert in range(count):
+            self.add_module(str(expert), _Expert(hidden, width, act_fn))
+
+    def forward(
+        self, hidden_TH: torch.Tensor, chosen_TK: torch.Tensor, weight_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """What each token's experts add up to, ``[T, H]``.
+
+        An expert without tokens runs as well: who looks at its inputs sees that there are none.
+        """
+        result_TH = torch.zeros_like(hidden_TH)
+        experts = cast(list[_Expert], list(self.children()))
+        alive = [expert for expert in experts if not expert.down_proj.weight.is_meta]
+        for row, expert in enumerate(alive):
+            tokens_R, at_R = (chosen_TK == row).nonzero(as_tuple=True)
+            added_RH = expert(hidden_TH[tokens_R], weight_TK[tokens_R, at_R], tokens_R)
+            result_TH.index_add_(0, tokens_R, added_RH.to(result_TH.dtype))
+        return result_TH
+
+
+def split_experts(model: nn.Module, spec: ModelSpec) -> None:
+    """Put :class:`RoutedExperts` in the place of each layer's experts, and follow their number.
+
+    A router's ``top_k`` is what the config says, or all experts that are left if they are fewer.
+
+    Args:
+        model: Hugging Face's, on the meta device.
+        spec: its description; layers may have different numbers of experts.
+    """
+    rule = spec.family.experts
+    if rule is None:
+        return
+    for layer in range(spec.layers):
+        prefix = spec.prefix(layer)
+        widths = [g.count for g in spec.table.of_layer(layer) if g.expert is not None]
+        act_fn = cast(Any, model.get_submodule(prefix + rule.module)).act_fn
+        experts = RoutedExperts(spec.hidden, max(widths), len(widths), act_fn)
+        model.set_submodule(prefix + rule.module, experts)
+        router = model.get_submodule(prefix + rule.router.rpartition(".")[0])
+        router.register_forward_pre_hook(_clamp_chosen(spec.experts_chosen))
+
+
+def _clamp_chosen(chosen: int) -> Callable[[nn.Module, Any], None]:
+    def clamp(router: nn.Module, _: Any) -> None:
+        router.top_k = min(chosen, len(cast(torch.Tensor, router.weight)))  # type: ignore[assignment]
+
+    return clamp
+
+
+@dataclass(frozen=True)
+class SeenExperts:
+    """What a layer with experts gave, and what went into them.
+
+    Attributes:
+        result_BSH: the layer's output.
+        inputs: for each output projection that was named its input, which tokens' that is, and how
+            much the router weighs the expert for them: ``[R, C]``, int64 ``[R]``, ``[R]``.
+        weights_T: of each token, the sum of its experts' weights.
+    """
+
+    result_BSH: torch.Tensor
+    inputs: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    weights_T: torch.Tensor
+
+
+def capture_experts(
+    module: nn.Module,
+    parameters: Mapping[str, torch.Tensor],
+    hidden_BSH: torch.Tensor,
+    kwargs: Mapping[str, Any],
+    rule: Experts,
+    projections: Iterable[str],
+) -> SeenExperts:
+    """The layer's output, and the inputs of its experts' output projections."""
+    inputs = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
+    sums: list[torch.Tensor] = []
+
+    def routed(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        sums.append(args[2].sum(-1))
+
+    def keep(projection: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(linear: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            assert isinstance(linear, RoutedLinear)
+            assert linear.tokens_R is not None and linear.weight_R is not None
+            inputs[projection] = (args[0], linear.tokens_R, linear.weight_R)
+
+        return hook
+
+    with ExitStack() as stack:
+        hooks: list[tuple[str, Callable[..., None]]] = [(rule.module, routed)]
+        for path, hook in [*hooks, *((name, keep(name)) for name in projections)]:
+            stack.callback(module.get_submodule(path).register_forward_pre_hook(hook).remove)
+        output = functional_call(module, dict(parameters), (hidden_BSH,), dict(kwargs))
+    result_BSH = output[0] if isinstance(output, tuple) else output
+    return SeenExperts(result_BSH, inputs, sums[0])
+
+
+def spread(values_RC: torch.Tensor, tokens_R: torch.Tensor, tokens: int) -> torch.Tensor:
+    """``[T, C]``: an expert's rows at the places of their tokens, zeros elsewhere."""
+    full_TC = values_RC.new_zeros(tokens, values_RC.shape[-1])
+    return full_TC.index_copy_(0, tokens_R, values_RC)

@@ -1,0 +1,137 @@
+"""The plan's activation term for layers with experts, traced on small real tensors.
+
+All tokens are sent to the last experts of a layer, which is the worst that a router can do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from live_bytes import LiveBytes, Norms
+from torch.utils._pytree import tree_leaves
+
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.prune_items import Items
+from frugal_bonsai.memory.work import Choice, Work
+from frugal_bonsai.model.families import FAMILIES
+from frugal_bonsai.model.family import ModelSpec, describe_model
+from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup
+from frugal_bonsai.sizes import GIB
+from frugal_bonsai.stream.call import InputHook, call_layer
+from frugal_bonsai.stream.skeleton import Skeleton
+
+CPU = torch.device("cpu")
+EXPERTS, CHOSEN, BATCH, WINDOW = 4, 2, 2, 256
+ROUTED = [name for name, family in FAMILIES.items() if family.experts is not None]
+# hidden, channels of an expert, query heads, KV heads, head_dim: wide, narrow, many KV heads.
+SHAPES = {
+    "wide": (64, 1000, 4, 2, 16),
+    "narrow": (128, 96, 8, 2, 16),
+    "attention": (128, 96, 8, 8, 16),
+}
+
+
+def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
+    hidden, channels, heads, kv_heads, head_dim = shape
+    family = FAMILIES[model_type]
+    config = {
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": 1,
+        family.ffn_key: channels,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": 64,
+        "max_position_embeddings": 1024,
+        "num_local_experts" if model_type == "mixtral" else "num_experts": EXPERTS,
+        "num_experts_per_tok": CHOSEN,
+        "eos_token_id": 2,
+    }
+    queries, keys = heads * head_dim, kv_heads * head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "mlp.gate.weight": (EXPERTS, hidden),
+    }
+    norms = {"olmoe": (queries, keys), "qwen3_moe": (head_dim, head_dim)}.get(model_type, ())
+    layer |= {f"self_attn.{n}_norm.weight": (size,) for n, size in zip("qk", norms, strict=False)}
+    for expert in range(EXPERTS):
+        module = f"mlp.experts.{expert}."
+        layer[module + "gate_proj.weight"] = layer[module + "up_proj.weight"] = (channels, hidden)
+        layer[module + "down_proj.weight"] = (hidden, channels)
+    shapes = {f"model.layers.0.{name}": size for name, size in layer.items()}
+    outer = {"model.embed_tokens.weight": (64, hidden), "lm_head.weight": (64, hidden)}
+    return describe_model(config, {**shapes, **outer, "model.norm.weight": (hidden,)})
+
+
+def traced_bytes(spec: ModelSpec, *, masked: bool = True, tapped: bool = False) -> int:
+    """Peak bytes of a layer visit, beside its input, parameters and arguments."""
+    skeleton = Skeleton(Norms(spec), spec, device=CPU, dtype=torch.float32)  # type: ignore[arg-type]
+    kwargs, layer = skeleton.layer_kwargs(WINDOW)[0], skeleton.layers[0]
+    parameters = {name: torch.ones(size) for name, size in spec.layer_tensors[0].items()}
+    parameters["mlp.gate.weight"][:-CHOSEN] = -1.0
+    hidden_BSH = torch.rand(BATCH, WINDOW, spec.hidden)
+    seen: list[torch.Tensor] = []
+
+    def hook(group: UnitGroup) -> InputHook:
+        def mask(input_BSC: torch.Tensor) -> None:
+            input_BSC.mul_(torch.ones(BATCH, 1, group.columns))
+            if tapped:
+                seen.append(input_BSC)
+
+        return mask
+
+    hooks = {group.output: hook(group) for group in spec.table.of_layer(0)} if masked else {}
+    given: Any = tree_leaves((kwargs, parameters, hidden_BSH, list(layer.buffers())))
+    with (
+        torch.inference_mode(),
+        LiveBytes([t for t in given if isinstance(t, torch.Tensor)]) as live,
+    ):
+        call_layer(layer, parameters, hidden_BSH, kwargs, hooks)
+    if tapped:
+        routed = [x for x in seen if x.shape[-1] == spec.intermediate]
+        assert [bool(x.any()) for x in routed] == [False] * (EXPERTS - CHOSEN) + [True] * CHOSEN
+    return live.peak
+
+
+def planned_bytes(spec: ModelSpec, *, tapped: bool = False) -> int:
+    items = Items(spec, Budget(device="cpu", host_bytes=GIB), Work(window=WINDOW, windows=BATCH))
+    choice = Choice(micro_batch=BATCH, in_flight=BATCH, resident=0, keep_inputs=False)
+    item = items.tapped_activations(choice) if tapped else items.activations(choice, BATCH)
+    return item.size_bytes
+
+
+@pytest.mark.parametrize("family", ROUTED)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_plan_and_trace_agree(family: str, shape: tuple[int, ...]) -> None:
+    spec = spec_of(family, shape)
+    assert planned_bytes(spec) == pytest.approx(traced_bytes(spec), rel=0.1)
+    assert planned_bytes(spec) >= 0.97 * traced_bytes(spec, masked=False)
+
+
+@pytest.mark.parametrize("family", ROUTED)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_statistics_keep_every_experts_input(family: str, shape: tuple[int, ...]) -> None:
+    spec = spec_of(family, shape)
+    tapped, planned = traced_bytes(spec, tapped=True), planned_bytes(spec, tapped=True)
+    assert 0.97 * tapped < planned < 1.3 * tapped
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_gram_matrices_of_all_experts_are_planned(family: str) -> None:
+    spec = spec_of(family, SHAPES["wide"])
+    work = Work(window=WINDOW, windows=BATCH, gram=True, recovery=True)
+    items = Items(spec, Budget(device="cpu", host_bytes=GIB), work)
+    columns = {kind: 0 for kind in (ATTENTION, FFN)}
+    for group in spec.table.groups:
+        columns[group.kind] += group.columns**2
+    assert items.gram().size_bytes == 4 * sum(columns.values())
+    cross = spec.hidden * EXPERTS * spec.intermediate
+    assert items.gram_of_recovery().size_bytes == 4 * (columns[FFN] + cross)
