@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import FreshProcesses
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -14,6 +16,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def one_thread() -> None:
     """The machine is shared, and sums do not depend on the number of cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
+    """Processes that have imported torch and transformers alone."""
+    processes = FreshProcesses(tmp_path_factory.mktemp("fresh"))
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

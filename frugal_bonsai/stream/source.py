@@ -144,8 +144,9 @@ class CheckpointSource:
     def announce(self, layer: int) -> None:
         """Have the system read a layer's tensors ahead."""
         prefix = self._spec.prefix(layer)
-        for name in self._spec.layer_tensors[layer]:
-            self._checkpoint.announce(prefix + name)
+        for record in self._records[layer]:
+            if prefix + record.name not in self._added:
+                self._checkpoint.announce(prefix + record.name)
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         """Read a layer's tensors into a uint8 buffer, masked if there is a mask."""

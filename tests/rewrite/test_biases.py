@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import FreshProcesses
 from safetensors.torch import load_file
 
 from frugal_bonsai import load_pruned
@@ -51,7 +50,7 @@ def _random_biases(parent: Parent, kinds: tuple[str, ...]) -> dict[str, torch.Te
 @pytest.mark.parametrize("kinds", [(ATTENTION, FFN), (FFN,)], ids=["both", "ffn"])
 @pytest.mark.parametrize("own", [False, True], ids=["new", "own"])
 def test_masked_parent_with_biases_equals_rewritten_model(
-    tmp_path: Path, layout: str, kinds: tuple[str, ...], own: bool
+    tmp_path: Path, layout: str, kinds: tuple[str, ...], own: bool, fresh: FreshProcesses
 ) -> None:
     with tiny_parent(tmp_path / "dense", attention_bias=own, mlp_bias=own) as parent:
         mask, biases = random_mask(parent.spec, layout), _random_biases(parent, kinds)
@@ -82,7 +81,7 @@ def test_masked_parent_with_biases_equals_rewritten_model(
     if layout == UNIFORM:
         torch.save(tokens(), tmp_path / "tokens.pt")
         paths = [tmp_path / "out", tmp_path / "tokens.pt", tmp_path / "logits.pt"]
-        subprocess.run([sys.executable, "-c", LOAD, *map(str, paths)], check=True)
+        fresh.run(LOAD, *paths, folder=tmp_path)
         assert relative_difference(torch.load(paths[-1]), expected) <= 1e-4
 
 

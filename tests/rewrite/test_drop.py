@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import FreshProcesses
 from tiny_models import random_windows, tiny_family
 from transformers import AutoModelForCausalLM
 
@@ -100,14 +99,16 @@ def logits_of_first(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", [UNIFORM, PER_LAYER])
-def test_plain_transformers_loads_it_and_generates(tmp_path: Path, layout: str) -> None:
+def test_plain_transformers_loads_it_and_generates(
+    tmp_path: Path, layout: str, fresh: FreshProcesses
+) -> None:
     """Equal widths need no custom code, whatever the layout."""
     with tiny_parent(tmp_path / "dense", num_hidden_layers=LAYERS) as parent:
         mask = KeepMask(parent.spec.table).without_layers(DROPPED)
         parent.shrink(mask, tmp_path / "out", layout)
     torch.save(tokens(), tmp_path / "tokens.pt")
     paths = [tmp_path / "out", tmp_path / "tokens.pt", tmp_path / "logits.pt"]
-    subprocess.run([sys.executable, "-c", LOAD, *map(str, paths)], check=True)
+    fresh.run(LOAD, *paths, folder=tmp_path)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", attn_implementation="eager")
     kept = [layer for at, layer in enumerate(dense.model.layers) if at not in DROPPED]
     dense.model.layers = torch.nn.ModuleList(kept)

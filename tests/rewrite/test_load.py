@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import FreshProcesses
 from safetensors.torch import load_file, save_file
 
 import frugal_bonsai
@@ -55,7 +55,9 @@ torch.save(found, answer)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_plain_transformers_in_a_fresh_process(tmp_path: Path, layout: str) -> None:
+def test_plain_transformers_in_a_fresh_process(
+    tmp_path: Path, layout: str, fresh: FreshProcesses
+) -> None:
     with tiny_parent(tmp_path / "dense", attention_bias=True) as parent:
         mask = random_mask(parent.spec, layout)
         parent.shrink(mask, tmp_path / "out", layout, max_shard_bytes=30_000)
@@ -63,23 +65,8 @@ def test_plain_transformers_in_a_fresh_process(tmp_path: Path, layout: str) -> N
     answer = tmp_path / "answer"
     torch.save(tokens(), f"{answer}.tokens")
     options = {"trust_remote_code": True} if layout == PER_LAYER else {}
-    command = [sys.executable, "-I", "-c", PLAIN_LOADER, str(tmp_path / "out")]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [*command, str(tmp_path / "again"), str(answer), json.dumps(options)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folders = (tmp_path / "out", tmp_path / "again")
+    fresh.run(PLAIN_LOADER, *folders, answer, json.dumps(options), folder=tmp_path)
     found = torch.load(answer)
     assert found["foreign"] == []
     assert found["module"].startswith(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import FreshProcesses
 from transformers import AutoModelForCausalLM
 
 from frugal_bonsai import load_pruned
@@ -72,22 +70,16 @@ ROPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_plain_transformers_gives_the_llamas_logits(tmp_path: Path, rope: str, tied: bool) -> None:
+def test_plain_transformers_gives_the_llamas_logits(
+    tmp_path: Path, rope: str, tied: bool, fresh: FreshProcesses
+) -> None:
     changes = {**SIX, **ROPES[rope], "tie_word_embeddings": tied}
     with tiny_parent(tmp_path / "dense", **changes) as parent:
         mask = write(parent, FIVE, tmp_path / "out")
         parent.shrink(mask, tmp_path / "bundled", PER_LAYER)
         expected = logits_of(masked_parent(parent, mask), tokens())
     torch.save(tokens(), tmp_path / "answer.tokens")
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", PLAIN, str(tmp_path / "out"), str(tmp_path / "answer")],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    fresh.run(PLAIN, tmp_path / "out", tmp_path / "answer", folder=tmp_path)
     found = torch.load(tmp_path / "answer")
     assert (found["type"], found["heads"], found["foreign"]) == ("mistral", 5, [])
     assert relative_difference(found["logits"], expected) <= 1e-5
