@@ -51,12 +51,12 @@ def _rivals(costs: list[float], *, even: bool = True, pool: int = 20) -> dict[st
 
 def test_a_cut_with_attention_meets_one_without_and_an_even_one() -> None:
     rivals = _rivals([1, 9, 99, 1, 99, 2])  # KV group 0, then FFN 1 and 2
-    assert list(rivals) == ["even", "even_half_attention", "even_attention"]
+    assert list(rivals) == ["even", "even_half_attention"]
     assert rivals["even"].counts()[ATTENTION] == [2, 2, 2]
     assert sorted(rivals["even"].counts()[FFN]) == [26, 27, 27]
     # 400 of 1800: of six KV groups 0.67 are half of that share and 1.33 the same, one both times;
     # it is the one that the curves call cheapest, and what is left is taken from all FFNs.
-    assert rivals["even_attention"].counts() == {ATTENTION: [1, 2, 2], FFN: [30, 30, 30]}
+    assert rivals["even_half_attention"].counts() == {ATTENTION: [1, 2, 2], FFN: [30, 30, 30]}
 
 
 def test_a_cut_without_attention_meets_the_even_one_alone() -> None:
