@@ -113,7 +113,7 @@ class PruneSettings:
     prompt_tokens: int = 512
     generated_tokens: int = 128
     allocation: str = GLOBAL
-    pool: float = 1.5
+    pool: float = 2.0
     compensate: bool = True
     trial: bool = True
     recovery: bool = True

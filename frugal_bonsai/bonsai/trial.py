@@ -3,10 +3,10 @@
 In: a round's cut and curves. Out: rival cuts of the same size, the one that stands, and what each of
 them lost. Masks say what removal costs before recovery, on few windows; the trial sees what is left
 after it. The rivals part the cut's two decisions, attention against FFN and one FFN against another:
-they take the same share of every FFN, and of attention nothing, half of that share, or the same; which
-of its units those are, the curves say. Without evidence attention stays whole and FFNs lose alike:
-that cut stands unless another is better beyond its error, for the trial too sees less text than the
-last recovery, and does not refine. Holds what a recovery holds.
+they take the same share of every FFN, and of attention nothing, that share, or a multiple of it as
+long as more of it helps; which of its units those are, the curves say. Without evidence attention
+stays whole and FFNs lose alike: that cut stands unless another is better beyond its error, for the
+trial too sees less text than the last recovery, and does not refine. Holds what a recovery holds.
 
 Shape suffixes: N windows.
 """
@@ -24,8 +24,8 @@ from frugal_bonsai.model.units import ATTENTION, KeepMask
 
 # Names of the cuts in a round's report.
 CUT, SPARED, EVEN = "cut", "attention_spared", "even"
-# Shares of attention's units, of the FFNs', in cuts that take the same share of every FFN.
-_ATTENTION_SHARES = {EVEN: 0.0, "even_half_attention": 0.5, "even_attention": 1.0}
+# Even cuts that take attention too, by what they take of its units as a multiple of the round's share.
+WITH_ATTENTION = {"even_attention": 1, "even_attention_x2": 2, "even_attention_x3": 3}
 # A cut must be better than the one that stands without evidence by so many standard errors of the
 # difference, window by window.
 _ERRORS = 2.0
@@ -53,15 +53,16 @@ def rival_cuts(
             the only one.
 
     Returns:
-        By name, the one that stands without evidence first.
+        By name, the one that stands without evidence first, then by what they take of attention.
     """
     alone = withhold(curves, ATTENTION)
     rivals = {}
     if even:
         alike, share = _alike(alone), _share(before, target_parameters)
-        for name, of_share in _ATTENTION_SHARES.items():
-            without = _without_attention(before, curves, of_share * share, rules)
-            rivals[name] = cut(without, alike, target_parameters, rules)
+        for name, multiple in {EVEN: 0, **WITH_ATTENTION}.items():
+            without = _without_attention(before, curves, multiple * share, rules)
+            if without.removed_parameters() <= target_parameters:
+                rivals[name] = cut(without, alike, target_parameters, rules)
     elif chosen.counts()[ATTENTION] != before.counts()[ATTENTION]:
         rivals[SPARED] = cut(before, alone, target_parameters, rules)
     channel = max(g.unit_parameters for g in before.table.groups if g.kind != ATTENTION)
@@ -124,7 +125,13 @@ def try_cuts(
         recovered_losses: of a cut's model after recovery ``[N]``, the same windows for all.
     """
     cuts = {CUT: chosen, **rivals}
-    losses = {name: recovered_losses(mask).double() for name, mask in cuts.items()}
+    losses: dict[str, torch.Tensor] = {}
+    before = math.inf
+    for name, mask in cuts.items():
+        losses[name] = recovered_losses(mask).double()
+        if name in WITH_ATTENTION and float(losses[name].mean()) >= before:
+            break  # the next one would take still more
+        before = float(losses[name].mean())
     stands = next(iter(rivals))
     best = min(losses, key=lambda name: float(losses[name].mean()))
     if _clearly_better(losses[best], losses[stands]):

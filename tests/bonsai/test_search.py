@@ -24,6 +24,7 @@ from frugal_bonsai.bonsai import paper_regression, round_masks, settings
 from frugal_bonsai.bonsai.evaluate import Observations, Utility
 from frugal_bonsai.bonsai.search import Found, Search
 from frugal_bonsai.bonsai.settings import make_settings
+from frugal_bonsai.bonsai.trial import WITH_ATTENTION
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
@@ -319,10 +320,10 @@ def test_cuts_are_tried_and_attention_goes_where_that_recovers_better(
         if "trial" in report:
             tried += 1
             losses = report["trial"]
-            assert set(losses) <= {"cut", "even", "even_ffn", "attention_spared"}
-            assert "even" in losses and len(losses) > 1
-            if after != before:  # not without evidence
-                assert min(losses["cut"], losses.get("even_ffn", 99)) < losses["even"]
+            assert set(losses) <= {"cut", "even", *WITH_ATTENTION}
+            assert len(losses) > 1
+            if after != before and "even" in losses:  # not without evidence
+                assert min(losses.values()) < losses["even"]
         else:
             assert after == before
         before = after
