@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from frugal_bonsai.rewrite.load import load_pruned
     from frugal_bonsai.run.adapt import adapt_pruned
+    from frugal_bonsai.run.adapt_plan import plan_adapt
     from frugal_bonsai.run.bench import BenchOptions, bench
     from frugal_bonsai.run.evaluate import evaluate
     from frugal_bonsai.run.export import export_gguf
@@ -31,6 +32,7 @@ __all__ = [
     "load_pruned",
     "load_tokenizer",
     "plan",
+    "plan_adapt",
     "profile",
     "prune",
     "shrink",
@@ -50,6 +52,7 @@ _HOMES = {
     "load_pruned": "frugal_bonsai.rewrite.load",
     "load_tokenizer": "frugal_bonsai.text.windows",
     "plan": "frugal_bonsai.run.plan",
+    "plan_adapt": "frugal_bonsai.run.adapt_plan",
     "profile": "frugal_bonsai.run.profile",
     "prune": "frugal_bonsai.run.prune",
     "shrink": "frugal_bonsai.run.shrink",

@@ -29,7 +29,17 @@ class CalibrationError(FrugalBonsaiError):
 
 
 class BudgetError(FrugalBonsaiError):
-    """No plan fits the memory cap, or a cap was passed."""
+    """No plan fits the memory cap, or a cap was passed.
+
+    Args:
+        text: what the user reads.
+        option: the cap that a plan does not fit into; empty for other reasons.
+        needed_bytes: what that option must allow for the plan to fit.
+    """
+
+    def __init__(self, text: str, *, option: str = "", needed_bytes: int = 0) -> None:
+        super().__init__(text)
+        self.option, self.needed_bytes = option, needed_bytes
 
 
 class OutputError(FrugalBonsaiError):

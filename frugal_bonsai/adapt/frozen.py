@@ -2,13 +2,15 @@
 
 In: int8 codes and row scales, or a weight in the checkpoint's dtype. Out: a linear layer in the
 compute dtype through which gradients flow to its input. The weight is dequantised or converted
-for each product, forward and backward, and let go: only the stored bytes stay.
+for each product, forward and backward, some rows at a time, and let go: only the stored bytes and
+32 MiB of rows stay.
 
-Shape suffixes: O output rows, I input columns.
+Shape suffixes: O output rows, I input columns, o rows of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from frugal_bonsai.int8 import dequantise_into
+from frugal_bonsai.memory.work import DENSE_BLOCK_BYTES
 
 
 class FrozenLinear(nn.Linear):
@@ -61,7 +64,7 @@ class FrozenLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """input @ weight.T without keeping the dense weight for the way back."""
+    """input @ weight.T without keeping the dense weight, of which some rows are made at a time."""
 
     @staticmethod
     def forward(
@@ -72,13 +75,43 @@ class _Product(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.stored_OI, ctx.scales_O, ctx.dtype = stored_OI, scales_O, dtype
-        return linear(input, _dense(stored_OI, scales_O, dtype))
+        blocks = list(_row_blocks(stored_OI, dtype))
+        if len(blocks) == 1:
+            return linear(input, _dense(stored_OI, scales_O, dtype))
+        result = torch.empty(
+            *input.shape[:-1], len(stored_OI), dtype=dtype, device=stored_OI.device
+        )
+        for rows in blocks:
+            result[..., rows] = linear(input, _rows(stored_OI, scales_O, rows, dtype))
+        return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        return gradient @ _dense(ctx.stored_OI, ctx.scales_O, ctx.dtype), None, None, None
+        blocks = list(_row_blocks(ctx.stored_OI, ctx.dtype))
+        if len(blocks) == 1:
+            return gradient @ _dense(ctx.stored_OI, ctx.scales_O, ctx.dtype), None, None, None
+        flat_TO = gradient.reshape(-1, gradient.shape[-1])
+        # Summed in fp32: in bf16 each block would round what the others have added.
+        sum_TI = torch.zeros(len(flat_TO), ctx.stored_OI.shape[1], device=gradient.device)
+        for rows in blocks:
+            sum_TI += flat_TO[:, rows] @ _rows(ctx.stored_OI, ctx.scales_O, rows, ctx.dtype)
+        return sum_TI.to(ctx.dtype).view(*gradient.shape[:-1], -1), None, None, None
+
+
+def _row_blocks(stored_OI: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Rows that are dense at the same time."""
+    outputs, inputs = stored_OI.shape
+    step = max(1, DENSE_BLOCK_BYTES // (inputs * dtype.itemsize))
+    for start in range(0, outputs, step):
+        yield slice(start, min(start + step, outputs))
+
+
+def _rows(
+    stored_OI: torch.Tensor, scales_O: torch.Tensor | None, rows: slice, dtype: torch.dtype
+) -> torch.Tensor:
+    return _dense(stored_OI[rows], None if scales_O is None else scales_O[rows], dtype)
 
 
 def _dense(

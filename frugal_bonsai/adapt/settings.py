@@ -12,6 +12,7 @@ from typing import Any
 
 from frugal_bonsai.adapt.adapters import FULL, LORA, METHODS
 from frugal_bonsai.adapt.objective import KL, KL_HIDDEN, LM, LOSSES, Objective
+from frugal_bonsai.adapt.optimiser import AUTO, OPTIMISERS
 from frugal_bonsai.errors import OptionError
 
 # The learning rate at the top of the schedule when the user names none, times the hidden size: with
@@ -33,6 +34,8 @@ class AdaptSettings:
         kl_weight: of the divergence from the teacher.
         hidden_weight: of the hidden states' error.
         rank: of the adapters; None lets the plan choose.
+        optimiser: ``"adamw"``, ``"adamw8bit"``, or ``"auto"``: the plan takes 8-bit moments where
+            those in fp32 do not fit.
         alpha: the adapters' product counts alpha / rank; None is twice the rank.
         learning_rate: at the top of the schedule; None goes by the
             model's width, see :meth:`for_width`.
@@ -51,6 +54,7 @@ class AdaptSettings:
     kl_weight: float = 1.0
     hidden_weight: float = 1.0
     rank: int | None = None
+    optimiser: str = AUTO
     alpha: float | None = None
     learning_rate: float | None = None
     warm_up: float = 0.03
@@ -66,6 +70,10 @@ class AdaptSettings:
             raise OptionError(f"--method: {self.method!r} is not one of {', '.join(METHODS)}")
         if self.loss not in LOSSES:
             raise OptionError(f"--loss: {self.loss!r} is not one of {', '.join(LOSSES)}")
+        if self.optimiser not in OPTIMISERS:
+            raise OptionError(
+                f"--optimizer: {self.optimiser!r} is not one of {', '.join(OPTIMISERS)}"
+            )
         for name in ("rank", "batch", "tokens", "evaluations"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frugal_bonsai.adapt.optimiser import kept_state, restore_state
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -25,7 +26,6 @@ from frugal_bonsai.errors import CheckpointError, StateError
 
 STATE_FILE, BEST_FILE = "adapt.safetensors", "best.safetensors"
 VERSION = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(kw_only=True)
@@ -78,9 +78,8 @@ class TrainingFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach() for name, value in parameters.items()}
         for name, value in parameters.items():
-            for moment in _MOMENTS:
-                if moment in optimiser.state.get(value, {}):
-                    tensors[f"{name}.{moment}"] = optimiser.state[value][moment]
+            for part, kept in kept_state(optimiser, value).items():
+                tensors[f"{name}.{part}"] = kept
         said = {"version": VERSION, "identity": self._identity, "state": asdict(state)}
         write_tensors(self.folder / STATE_FILE, tensors, {"adapt": json.dumps(said)})
 
@@ -115,10 +114,13 @@ class TrainingFolder:
         with Checkpoint(self.folder, {}, entries) as file, torch.no_grad():
             for name, value in parameters.items():
                 value.copy_(file.read(name))
-                if f"{name}.{_MOMENTS[0]}" in entries:
-                    moments = {m: file.read(f"{name}.{m}").to(value.device) for m in _MOMENTS}
-                    step = torch.tensor(float(state.step))
-                    optimiser.state[value] = {"step": step, **moments}
+                kept = {
+                    entry.removeprefix(f"{name}."): file.read(entry)
+                    for entry in entries
+                    if entry.startswith(f"{name}.")
+                }
+                if kept:
+                    restore_state(optimiser, value, kept, state.step)
         return state
 
     def save_best(self, parameters: Mapping[str, nn.Parameter]) -> None:

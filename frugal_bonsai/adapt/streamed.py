@@ -4,7 +4,7 @@ In: a pruned checkpoint. Out: the gradients of a resident student, with one laye
 memory. Each step reads every layer twice, from the first to the last, then in reverse, where its
 activations are computed again from the input that was kept at its boundary; all micro-batches of
 the step pass a layer while it is there. Only adapters can be trained in this way. Holds the largest
-layer as it is stored, and the inputs of all layers for all windows of a step.
+layer and the head as they are stored, and the inputs of all layers for all windows of a step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from frugal_bonsai.adapt.frozen import FrozenLinear
+from frugal_bonsai.adapt.head import STORED
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.stream.source import align
 
@@ -23,6 +24,7 @@ class StreamedStudent(Student):
 
     def place_frozen(self) -> None:
         """Read what stands beside the projections; leave these empty, and make their buffer."""
+        self.head.load(STORED)
         for layer in range(self.spec.layers):
             self.place_layer(layer)
         largest = max(map(self._layer_bytes, range(self.spec.layers)))

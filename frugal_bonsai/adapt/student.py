@@ -3,14 +3,14 @@
 In: a pruned checkpoint. Out: gradients of a loss over token windows, or its sums alone. Hugging
 Face's own layers compute; embedding rows are read from disk. A layer's input is kept at its
 boundary and its activations are computed again on the way back (gradient checkpointing), so that
-one layer's are held at a time; the head's logits are held for some tokens at a time. Nothing is
-drawn at random in a forward pass: dropout is off.
+one layer's are held at a time; what comes behind them is head.py's. Nothing is drawn at random in
+a forward pass: dropout is off.
 
-Holds the weights of all layers as stored (int8 or the checkpoint's dtype), the head in the compute
-dtype, adapters and their gradients. Where layers are streamed (streamed.py) one layer's.
+Holds the weights of all layers as stored (int8 or the checkpoint's dtype), the head, adapters and
+their gradients. Where layers are streamed (streamed.py) one layer's.
 
-Shape suffixes: B windows of a micro-batch, S tokens, H hidden, V vocabulary, T tokens of a block, O
-output rows and I input columns of a projection, R rank.
+Shape suffixes: B windows of a micro-batch, S tokens, H hidden, V vocabulary, O output rows and I
+input columns of a projection.
 """
 
 from __future__ import annotations
@@ -21,65 +21,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from torch.utils._pytree import tree_map_only
 
 from frugal_bonsai.adapt.frozen import FrozenLinear
-from frugal_bonsai.adapt.objective import (
-    Followers,
-    Objective,
-    divergence,
-    divergence_bounds,
-    hidden_error,
-    negative_log_likelihood,
-)
-from frugal_bonsai.adapt.teacher import Targets
+from frugal_bonsai.adapt.head import DENSE, INT8, StudentHead
+from frugal_bonsai.adapt.objective import Objective, hidden_error
+from frugal_bonsai.adapt.part import Part, Sums
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.int8 import quantise_rows
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.skeleton import Skeleton
-
-
-@dataclass(frozen=True)
-class Part:
-    """A micro-batch.
-
-    Attributes:
-        tokens_BS: int64.
-        targets: what the teacher says of them, on the CPU; None where the loss does not ask.
-    """
-
-    tokens_BS: torch.Tensor
-    targets: Targets | None = None
-
-
-@dataclass
-class Sums:
-    """Sums over tokens, in nats (``hidden``: relative squared error).
-
-    Attributes:
-        tokens: tokens that were predicted.
-        lm: negative log-likelihood.
-        kl: lower bound of the divergence from the teacher.
-        kl_upper: its upper bound, where it was asked for.
-        hidden: error of the hidden states, summed over layers too.
-    """
-
-    tokens: int = 0
-    lm: float = 0.0
-    kl: float = 0.0
-    kl_upper: float = 0.0
-    hidden: float = 0.0
-
-    def add(self, other: Sums) -> None:
-        """Add another micro-batch's."""
-        for name in ("tokens", "lm", "kl", "kl_upper", "hidden"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def loss(self, objective: Objective) -> float:
-        """The mean loss a token."""
-        kl = objective.kl * objective.temperature**2 * self.kl
-        return (objective.lm * self.lm + kl + objective.hidden * self.hidden) / max(self.tokens, 1)
 
 
 @dataclass
@@ -112,16 +63,27 @@ class Student:
         head_tokens: int,
     ) -> None:
         self.checkpoint, self.spec, self.device, self.dtype = checkpoint, spec, device, dtype
-        self._head_tokens = head_tokens
         self.skeleton = Skeleton(checkpoint, spec, device=device, dtype=dtype)
         self.layers = nn.ModuleList(self.skeleton.layers)
         self.projections = projection_names(spec, self.layers)
-        self._head_VH = checkpoint.read(spec.head_tensor).to(device, dtype)
+        self.head = StudentHead(
+            checkpoint,
+            spec,
+            self.skeleton.norm,
+            device=device,
+            dtype=dtype,
+            head_tokens=head_tokens,
+        )
         self._kwargs: tuple[int, list[dict[str, Any]]] | None = None
 
     # -- weights -------------------------------------------------------------------------------
     def load_frozen(self, *, int8: bool) -> None:
-        """Read all layers: projections as int8 or as stored, the rest in the compute dtype."""
+        """Read all weights: projections as int8 or as stored, the rest in the compute dtype.
+
+        The head is int8 where projections are, else in the compute dtype: it is multiplied for
+        every block of tokens.
+        """
+        self.head.load(INT8 if int8 else DENSE)
         for layer in range(self.spec.layers):
             for path in self.place_layer(layer):
                 weight_OI = self.checkpoint.read(f"{self.spec.prefix(layer)}{path}.weight")
@@ -157,7 +119,8 @@ class Student:
         return self.projections
 
     def load_trained(self) -> None:
-        """Read all layers with projections that are trained themselves, in fp32."""
+        """Read all weights, projections in fp32: they are trained themselves."""
+        self.head.load(DENSE)
         for layer in range(self.spec.layers):
             for path in self.place_layer(layer):
                 frozen = self.layers[layer].get_submodule(path)
@@ -185,7 +148,10 @@ class Student:
         """
         walks, sums = self._forward(parts, objective, keep=True), Sums()
         for walk in walks:
-            sums.add(self._head_gradient(walk, objective, scale))
+            walk.gradient, found = self.head.gradient(
+                walk.part, walk.inputs.pop(), objective, scale
+            )
+            sums.add(found)
         for layer in self._visit(reversed(range(self.spec.layers))):
             for walk in walks:
                 sums.hidden += self._layer_gradient(layer, walk, objective, scale)
@@ -196,16 +162,14 @@ class Student:
         sums = Sums()
         with torch.no_grad():
             for walk in self._forward(parts, objective, keep=False, sums=sums):
-                hidden_BSH = walk.inputs.pop()
-                for block in self._blocks(walk.part, hidden_BSH):
-                    sums.add(self._block_sums(block, objective, bounds=True)[1])
+                sums.add(self.head.sums(walk.part, walk.inputs.pop(), objective))
         return sums
 
     def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """Logits of all tokens, fp32 ``[B, S, V]``."""
         with torch.no_grad():
             [walk] = self._forward([Part(tokens_BS)], Objective(lm=1.0), keep=False)
-            return self._logits(self.skeleton.norm(walk.inputs[-1]))
+            return self.head.logits(walk.inputs[-1])
 
     def _forward(
         self,
@@ -226,17 +190,6 @@ class Student:
                     if sums is not None and target_BSH is not None:
                         sums.hidden += float(hidden_error(output_BSH, target_BSH)[0])
         return walks
-
-    def _head_gradient(self, walk: _Walk, objective: Objective, scale: float) -> Sums:
-        """The gradient of the last layer's output, block by block of its tokens."""
-        hidden_BSH = walk.inputs.pop().detach().requires_grad_()
-        total = Sums()
-        for block in self._blocks(walk.part, hidden_BSH):
-            loss, sums = self._block_sums(block, objective)
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
-            total.add(sums)
-        walk.gradient = hidden_BSH.grad
-        return total
 
     def _layer_gradient(self, layer: int, walk: _Walk, objective: Objective, scale: float) -> float:
         """Compute a layer again from its input and go back through it."""
@@ -280,59 +233,6 @@ class Student:
             kwargs = self.skeleton.layer_kwargs(window)
             self._kwargs = (window, tree_map_only(torch.Tensor, copy, kwargs))
         return self._kwargs[1]
-
-    # -- the head ------------------------------------------------------------------------------
-    def _blocks(self, part: Part, hidden_BSH: torch.Tensor) -> Iterator[_Block]:
-        """Tokens whose logits are held together: of one window, all but its last."""
-        targets, step = part.targets, self._head_tokens
-        for at, tokens_S in enumerate(part.tokens_BS):
-            for start in range(0, len(tokens_S) - 1, step):
-                here = slice(start, min(start + step, len(tokens_S) - 1))
-                followers = None
-                if targets is not None:
-                    followers = Followers(
-                        targets.values_BSK[at, here].to(self.device),
-                        targets.ids_BSK[at, here].to(self.device),
-                        targets.rest_BS[at, here].to(self.device),
-                    )
-                following_T = tokens_S[here.start + 1 : here.stop + 1].to(self.device)
-                yield _Block(hidden_BSH[at, here], following_T, followers)
-
-    def _block_sums(
-        self, block: _Block, objective: Objective, *, bounds: bool = False
-    ) -> tuple[torch.Tensor, Sums]:
-        logits_TV = self._logits(self.skeleton.norm(block.hidden_TH))
-        nll = negative_log_likelihood(logits_TV, block.following_T)
-        sums = Sums(tokens=len(block.following_T), lm=float(nll.detach()))
-        loss = objective.lm * nll
-        if block.followers is not None:
-            temperature = objective.temperature
-            if bounds:
-                kl, upper = divergence_bounds(logits_TV, block.followers, temperature)
-                sums.kl_upper = float(upper)
-            else:
-                kl = divergence(logits_TV, block.followers, temperature)
-            sums.kl = float(kl.detach())
-            loss = loss + objective.kl * temperature**2 * kl
-        return loss, sums
-
-    def _logits(self, normed: torch.Tensor) -> torch.Tensor:
-        """As the model's own head scales and caps them, fp32."""
-        logits = linear(normed, self._head_VH).float()
-        if self.spec.logits_divisor != 1.0:
-            logits = logits / self.spec.logits_divisor
-        if self.spec.logits_softcap is not None:
-            logits = (logits / self.spec.logits_softcap).tanh() * self.spec.logits_softcap
-        return logits
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Some tokens before the head."""
-
-    hidden_TH: torch.Tensor
-    following_T: torch.Tensor
-    followers: Followers | None
 
 
 def projection_names(spec: ModelSpec, layers: Sequence[nn.Module] | nn.ModuleList) -> list[str]:

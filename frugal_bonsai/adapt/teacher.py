@@ -59,6 +59,10 @@ class TeacherSettings:
         """What one window holds while its shard is made: fp32 values, the file's tensors."""
         return (window - 1) * (self.top * (4 + 4 + 2) + 4) + len(self.layers) * window * hidden * 2
 
+    def file_bytes(self, window: int, hidden: int) -> int:
+        """What one window takes of the cache's files."""
+        return (window - 1) * (self.top * (2 + 4) + 4) + len(self.layers) * window * hidden * 2
+
 
 @dataclass(frozen=True)
 class Targets:

@@ -1,12 +1,10 @@
 """Training a student: steps over windows, a held-out perplexity that is watched, the best kept.
 
 In: a student, what is trained, windows, what the teacher says of them. Out: parameters of the best
-held-out perplexity in place, and a report. AdamW (Loshchilov and Hutter 2019) without weight decay;
-the rate rises, then falls by half a cosine. The loss of a step is the mean over its tokens, however
+held-out perplexity in place, and a report. The optimiser is optimiser.py's; its rate rises, then
+falls by half a cosine. The loss of a step is the mean over its tokens, however
 many micro-batches it takes. A loss or gradient that is not finite ends the training before it
 changes anything. Holds the optimiser's two moments and a step's tokens.
-
-Shape suffixes: N windows, S tokens.
 """
 
 from __future__ import annotations
@@ -17,49 +15,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from frugal_bonsai.adapt.lessons import Lessons
 from frugal_bonsai.adapt.objective import Objective
+from frugal_bonsai.adapt.optimiser import make_optimiser
+from frugal_bonsai.adapt.part import Part, Sums
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.state import TrainingFolder, TrainingState
-from frugal_bonsai.adapt.student import Part, Student, Sums
-from frugal_bonsai.adapt.teacher import TeacherCache
+from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.errors import BudgetError, CheckpointError
+from frugal_bonsai.memory.training_items import ADAMW
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.stream.micro_batch import is_out_of_memory
-
-_BETAS = (0.9, 0.95)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lessons:
-    """What is trained and watched on.
-
-    Attributes:
-        windows_NS: int64, those to train on first, then the held-out ones.
-        held_out: how many of them are held out.
-        cache: the teacher's, of the same windows; None where the loss does not ask.
-    """
-
-    windows_NS: torch.Tensor
-    held_out: int
-    cache: TeacherCache | None = None
-
-    @property
-    def trained(self) -> int:
-        """Windows to train on."""
-        return len(self.windows_NS) - self.held_out
-
-    def part(self, windows: list[int]) -> Part:
-        """A micro-batch of these windows, by their numbers."""
-        targets = None if self.cache is None else self.cache.read(windows)
-        return Part(self.windows_NS[windows], targets)
-
-    def order(self, number: int, seed: int) -> list[int]:
-        """The windows' order in pass ``number``."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        return torch.randperm(self.trained, generator=generator).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +66,7 @@ class Trainer:
         objective: the loss.
         micro_batch: windows computed together.
         together: micro-batches that pass a layer one after the other (streamed layers: a step's).
+        optimiser: ``"adamw"`` or ``"adamw8bit"``, whatever the settings leave open.
         folder: keeps state and best parameters.
         progress: told of each step.
         clock: seconds, never backwards.
@@ -113,6 +82,7 @@ class Trainer:
         *,
         micro_batch: int,
         together: int = 1,
+        optimiser: str = ADAMW,
         folder: TrainingFolder,
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
@@ -123,8 +93,8 @@ class Trainer:
         self._micro_batch, self._together = micro_batch, together
         self._streamed = together > 1
         self._folder, self._progress, self._clock = folder, progress, clock
-        self._optimiser = torch.optim.AdamW(
-            list(self._parameters.values()), lr=settings.rate(1.0), betas=_BETAS, weight_decay=0.0
+        self._optimiser = make_optimiser(
+            optimiser, self._parameters.values(), rate=settings.rate(1.0)
         )
         self._batch = min(settings.batch, lessons.trained)
         self._step_tokens = self._batch * lessons.windows_NS.shape[1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from frugal_bonsai.cli import options
-from frugal_bonsai.cli.running import print_result, watched
+from frugal_bonsai.cli.running import print_result, set_threads, watched
 
 
 @click.command(name="adapt")
@@ -21,13 +22,24 @@ from frugal_bonsai.cli.running import print_result, watched
     help="Text file, .jsonl with a text key, wikitext2, c4, hub id, stdlib or self (sampled from "
     "DENSE); may be given several times.",
 )
-@click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
+@click.option("--out", metavar="DIR", help="Appears when it is complete.")
+@click.option(
+    "--plan-only",
+    is_flag=True,
+    help="Show what would be held in memory, item by item, and run nothing; needs no --out.",
+)
 @click.option(
     "--method",
     type=click.Choice(["lora", "full"]),
     help="full trains the block projections themselves.  [default: lora]",
 )
 @click.option("--rank", metavar="N|auto", help="Of the adapters.  [default: auto, as caps allow]")
+@click.option(
+    "--optimizer",
+    "optimiser",
+    type=click.Choice(["auto", "adamw", "adamw8bit"]),
+    help="auto: adamw8bit (bitsandbytes) where adamw's fp32 moments do not fit.  [default: auto]",
+)
 @click.option("--alpha", type=float, help="Adapters count alpha/rank.  [default: 2 x rank]")
 @click.option(
     "--loss",
@@ -65,12 +77,19 @@ from frugal_bonsai.cli.running import print_result, watched
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
 @click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
 @options.json_output
-def adapt_command(model: str, out: str, resume: bool, as_json: bool, **given: Any) -> None:
+def adapt_command(
+    model: str, out: str | None, plan_only: bool, resume: bool, as_json: bool, **given: Any
+) -> None:
     """Train PRUNED to do what DENSE does, inside the same caps, into DIR.
 
     The dense model is asked once, streamed, and kept on disk as its likeliest next tokens; then
     adapters (extra: adapt) are trained beside the pruned weights and merged into them.
     """
+    if plan_only:
+        _plan(model, out, given, as_json=as_json)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '--out' (only --plan-only does without).")
     from frugal_bonsai.report.adapt_tables import render_adapt
 
     with watched(given) as progress:
@@ -78,6 +97,15 @@ def adapt_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 
         summary = adapt_pruned(model, out, _adapt_options(given), resume=resume, progress=progress)
     print_result(summary, render_adapt, as_json=as_json)
+
+
+def _plan(model: str, out: str | None, given: dict[str, Any], *, as_json: bool) -> None:
+    set_threads(given.pop("threads"))
+    from frugal_bonsai.report.adapt_plan_tables import render_adapt_plan
+    from frugal_bonsai.run.adapt_plan import plan_adapt
+
+    run = Path(f"{out or 'adapted'}.run")
+    print_result(plan_adapt(model, _adapt_options(given), run), render_adapt_plan, as_json=as_json)
 
 
 def _adapt_options(given: dict[str, Any]) -> Any:
@@ -93,6 +121,7 @@ def _adapt_options(given: dict[str, Any]) -> Any:
             "lm_weight",
             "kl_weight",
             "hidden_weight",
+            "optimiser",
             "alpha",
             "learning_rate",
             "batch",

@@ -7,14 +7,16 @@ head) counts as phases of its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.items import HEAD_CHUNKS
 from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import BASE, GPU, HOST, Choice, PlanItem, SweepLimits, Work
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.sizes import MIB
+from frugal_bonsai.sizes import MIB, format_bytes
 
 # Rounding and fragmentation. On the host large blocks are mapped one by one: there is little.
 _SLACK = {HOST: (0.03, 10 * MIB), GPU: (0.08, 16 * MIB)}
@@ -230,3 +232,18 @@ def with_slack(name: str, always: list[PlanItem], own: list[PlanItem]) -> Phase:
                 )
             )
     return Phase(name=name, items=(*(i for i in always if i.size_bytes), *own, *slack))
+
+
+def refusal(phase: Phase, where: str, cap: int, option: str, hint: str = "") -> BudgetError:
+    """Why a cap is too small for a phase: the largest item, the smallest cap that works."""
+    needed = phase.total_bytes(where)
+    items = [item for item in phase.items if item.where == where]
+    largest = max(items, key=lambda item: item.size_bytes)
+    return BudgetError(
+        f"{option} {format_bytes(cap)} is too small: at least {format_bytes(needed)} are needed "
+        f"({phase.name}), of which {largest.name} is the largest item "
+        f"({format_bytes(largest.size_bytes)}: {largest.formula}). The smallest {option} that "
+        f"works is {math.ceil(needed / MIB)}MiB{hint}",
+        option=option,
+        needed_bytes=needed,
+    )

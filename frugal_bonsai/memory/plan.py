@@ -8,16 +8,14 @@ phases.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.phases import Phase, Phases
+from frugal_bonsai.memory.phases import Phase, Phases, refusal
 from frugal_bonsai.memory.work import BASE, DISK, GPU, HOST, Choice, PlanItem, SweepLimits, Work
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.sizes import MIB, format_bytes
+from frugal_bonsai.sizes import MIB
 
 __all__ = ["MemoryPlan", "PlanItem", "SweepLimits", "Work", "plan_memory"]
 
@@ -168,14 +166,7 @@ def _require(build: Phases, choice: Choice, work: Work) -> None:
         needed = phase.total_bytes(where)
         if needed <= cap:
             continue
-        items = [item for item in phase.items if item.where == where]
-        largest = max(items, key=lambda item: item.size_bytes)
         hint = ""
         if (work.gram or work.recovery) and work.windows > 1:
             hint = f"; fewer windows (--windows, now {work.windows}) need less"
-        raise BudgetError(
-            f"{option} {format_bytes(cap)} is too small: at least {format_bytes(needed)} are "
-            f"needed ({phase.name}), of which {largest.name} is the largest item "
-            f"({format_bytes(largest.size_bytes)}: {largest.formula}). The smallest {option} that "
-            f"works is {math.ceil(needed / MIB)}MiB{hint}"
-        )
+        raise refusal(phase, where, cap, option, hint)

@@ -16,6 +16,9 @@ BASE = "Python and libraries"
 _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
 # Of a teacher's cache, windows of at most so much are asked for and written together.
 SHARD_BYTES = 64 * MIB
+# Of a frozen weight, rows of at most so much are dense at the same time (adapt/frozen.py): an int8
+# head of 128,256 tokens is a gigabyte in fp32.
+DENSE_BLOCK_BYTES = 32 * MIB
 
 
 def refined_blocks(channels: int) -> int:

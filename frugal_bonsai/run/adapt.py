@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.memory.training import INT8, STREAMED, TrainingPlan
+from frugal_bonsai.memory.training import TrainingPlan
+from frugal_bonsai.memory.training_items import INT8, STREAMED
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.adapt_output import Measured, measure, write_adapted
-from frugal_bonsai.run.adaptation import Adaptation, plan_adaptation, prepare_adaptation
+from frugal_bonsai.run.adapt_plan import plan_adaptation
+from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
 from frugal_bonsai.run.lessons import (
     describe_lessons,
     make_lessons,
@@ -35,9 +37,10 @@ from frugal_bonsai.sizes import parse_bytes
 if TYPE_CHECKING:
     import torch
 
+    from frugal_bonsai.adapt.lessons import Lessons
     from frugal_bonsai.adapt.settings import AdaptSettings
     from frugal_bonsai.adapt.teacher import TeacherSettings
-    from frugal_bonsai.adapt.train import Lessons, Trained
+    from frugal_bonsai.adapt.train import Trained
 
 # Windows whose logits the verification compares.
 _VERIFY_WINDOWS = 2
@@ -184,6 +187,7 @@ def _train(
     identity = {
         "settings": settings.to_json(),
         "weights": plan.weights,
+        "optimiser": plan.optimiser,
         "model": hash_weights(job.pruned.checkpoint),
         "windows": hashlib.sha256(lessons.windows_NS.numpy().tobytes()).hexdigest(),
         "teacher": None if lessons.cache is None else lessons.cache.identity,
@@ -201,6 +205,7 @@ def _train(
         settings.objective(temperature),
         micro_batch=plan.micro_batch,
         together=settings.batch // plan.micro_batch if streamed else 1,
+        optimiser=plan.optimiser,
         folder=folder,
         progress=job.progress,
     )
@@ -234,6 +239,7 @@ def _describe_training(trained: Trained, plan: TrainingPlan) -> dict[str, Any]:
     return {
         "weights": plan.weights,
         "rank": plan.rank or None,
+        "optimiser": plan.optimiser,
         "micro_batch": plan.micro_batch,
         "steps": trained.steps,
         "tokens": trained.tokens,

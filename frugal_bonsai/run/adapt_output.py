@@ -18,11 +18,11 @@ from frugal_bonsai.checkpoint.commit import output_errors, write_bytes, write_js
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import VerifyError
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.model.arrange import describe_checkpoint
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.report.adapt_card import adapt_card
+from frugal_bonsai.run.adapt_plan import Plans, named_plans
 from frugal_bonsai.run.plan import plan_items
 from frugal_bonsai.run.prepare import Model, make_engine
 from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE, load_line
@@ -30,7 +30,7 @@ from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE, load_line
 if TYPE_CHECKING:
     import torch
 
-    from frugal_bonsai.run.adaptation import Adaptation, Plans
+    from frugal_bonsai.run.adaptation import Adaptation
 
 ADAPT_REPORT_FILE = "adaptation_report.json"
 
@@ -239,14 +239,8 @@ def _describe_memory(plans: Plans) -> dict[str, Any]:
     """Caps, what the plans predicted for each part of the run, and what was measured."""
     from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 
-    asked, training, writing = plans
-    budget, gpu = training.budget, training.budget.gpu_bytes is not None
-    named: list[tuple[str, MemoryPlan | TrainingPlan | None]] = [
-        ("teacher", asked),
-        ("training", training),
-        ("writing and measuring", writing),
-    ]
-    parts = [(name, plan) for name, plan in named if plan is not None]
+    budget, gpu = plans[1].budget, plans[1].budget.gpu_bytes is not None
+    parts = named_plans(plans)
     import torch
 
     device = torch.device(budget.device)

@@ -1,7 +1,7 @@
-"""An adaptation before it begins: its options checked, its models open, its memory planned.
+"""An adaptation before it begins: its options checked, its models open, its text read.
 
-In: what the user says. Out: an :class:`Adaptation`, of which ``adapt`` runs the rest, and three
-memory plans. Reads headers and text, no weights.
+In: what the user says. Out: an :class:`Adaptation`, which adapt_plan.py plans and ``adapt`` runs.
+Reads headers and text, no weights.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING
 
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
-from frugal_bonsai.memory.training import TrainingPlan, TrainingWork, plan_training
 from frugal_bonsai.progress import Progress
-from frugal_bonsai.run.lessons import Sources, plan_teacher, read_sources
+from frugal_bonsai.run.lessons import Sources, read_sources
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.prepare import (
     Model,
     choose_window,
-    measured_base_bytes,
     open_model,
     read_windows,
 )
@@ -33,14 +30,13 @@ if TYPE_CHECKING:
     from frugal_bonsai.adapt.settings import AdaptSettings
     from frugal_bonsai.adapt.teacher import TeacherSettings
 
-Plans = tuple[MemoryPlan | None, TrainingPlan, MemoryPlan]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
     """An adaptation that has been thought through but not begun."""
 
     pruned: Model
+    optimisers: tuple[str, ...]
     teacher: Model | None
     settings: AdaptSettings
     asked: TeacherSettings | None
@@ -64,9 +60,21 @@ def prepare_adaptation(
     resume: bool,
     progress: Progress,
     stack: ExitStack,
+    headers_only: bool = False,
 ) -> Adaptation:
-    """Check the options against the models; read the texts."""
+    """Check the options against the models; read the texts.
+
+    Args:
+        pruned: folder, hub id.
+        options: everything else that the user says.
+        run: the run directory.
+        resume: whether it is to be continued.
+        progress: told of sweeps.
+        stack: closes the models.
+        headers_only: of hub models only config and headers are fetched; nothing can be run then.
+    """
     from frugal_bonsai.adapt.adapters import LORA, require_peft
+    from frugal_bonsai.adapt.optimiser import allowed_optimisers
     from frugal_bonsai.adapt.settings import AdaptSettings
     from frugal_bonsai.adapt.teacher import TeacherSettings
     from frugal_bonsai.memory.budget import find_device, make_budget
@@ -76,7 +84,7 @@ def prepare_adaptation(
     settings = AdaptSettings(**given)
     if settings.method == LORA:
         require_peft()
-    student = stack.enter_context(open_model(pruned))
+    student = stack.enter_context(open_model(pruned, headers_only=headers_only))
     require_tied_head(student.checkpoint, student.spec)
     objective = settings.objective(options.temperature)
     if objective.needs_teacher and options.teacher is None:
@@ -86,7 +94,7 @@ def prepare_adaptation(
     _require_trainable(student)
     teacher = None
     if options.teacher is not None and (objective.needs_teacher or SELF in options.data):
-        teacher = stack.enter_context(open_model(options.teacher))
+        teacher = stack.enter_context(open_model(options.teacher, headers_only=headers_only))
         require_tied_head(teacher.checkpoint, teacher.spec)
         _require_pair(student, teacher)
     asked = None
@@ -104,6 +112,7 @@ def prepare_adaptation(
     device = find_device(options.device)
     return Adaptation(
         pruned=student,
+        optimisers=allowed_optimisers(settings.optimiser),
         teacher=teacher,
         settings=settings,
         asked=asked,
@@ -153,38 +162,3 @@ def _hidden_layers(student: Model, teacher: Model | None, options: AdaptOptions)
     if options.hidden_layers is not None:
         return tuple(sorted(set(options.hidden_layers)))
     return tuple(sorted({*range(3, layers, 4), layers - 1}))
-
-
-def plan_adaptation(job: Adaptation, options: AdaptOptions) -> Plans:
-    """The memory of the teacher's sweeps, of the training, of measuring and writing.
-
-    Raises:
-        BudgetError: one of them does not fit.
-    """
-    from frugal_bonsai.adapt.adapters import LORA
-
-    lora = job.settings.method == LORA
-    base = measured_base_bytes(job.pruned.spec, int8=lora and options.weights != "native")
-    top = 0 if job.asked is None else job.asked.top
-    asked = None
-    if job.teacher is not None:
-        asked = plan_teacher(
-            job.teacher, job.budget, job.sources, job.window, top=top, base_bytes=base
-        )
-    training = plan_training(
-        job.pruned.spec,
-        job.budget,
-        TrainingWork(
-            window=job.window,
-            batch=job.settings.batch,
-            lora=lora,
-            rank=job.settings.rank,
-            weights=options.weights,
-            top=top,
-            hidden_layers=0 if job.asked is None else len(job.asked.layers),
-        ),
-        base_bytes=base,
-    )
-    windows = max(16, 0 if job.eval_NS is None else len(job.eval_NS))
-    work = Work(window=job.window, windows=1, native_windows=windows, rewrite=True)
-    return asked, training, plan_memory(job.pruned.spec, job.budget, work, base_bytes=base)

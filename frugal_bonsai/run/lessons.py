@@ -22,8 +22,8 @@ from frugal_bonsai.text.sources import SELF
 if TYPE_CHECKING:
     import torch
 
+    from frugal_bonsai.adapt.lessons import Lessons
     from frugal_bonsai.adapt.teacher import TeacherCache, TeacherSettings
-    from frugal_bonsai.adapt.train import Lessons
     from frugal_bonsai.stream.engine import Engine
 
 # Windows that are sampled together: their keys and values are held.
@@ -125,7 +125,7 @@ def make_lessons(
     """
     import torch
 
-    from frugal_bonsai.adapt.train import Lessons
+    from frugal_bonsai.adapt.lessons import Lessons
     from frugal_bonsai.bonsai.calibration import split_windows
 
     engine: Engine | None = None

@@ -261,7 +261,7 @@ def _named_base(items: list[dict[str, Any]], ready: Prepared) -> list[dict[str, 
     return [item | nominal if item["name"] == BASE else item for item in items]
 
 
-def plan_phases(memory: MemoryPlan) -> list[dict[str, Any]]:
+def plan_phases(memory: MemoryPlan | TrainingPlan) -> list[dict[str, Any]]:
     """What each phase holds, as plain values."""
     return [
         {

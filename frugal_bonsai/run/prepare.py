@@ -19,6 +19,7 @@ from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.model.arrange import describe_checkpoint
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.progress import Progress
+from frugal_bonsai.sizes import MIB
 
 # Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
 CHARACTERS_PER_TOKEN = 8
@@ -27,6 +28,9 @@ DEFAULT_WINDOW = 2048
 FLOATING = ("BF16", "F16", "F32")
 # The FFN tile that each device's matrix products like.
 DEFAULT_TILE = {"cpu": 64, "cuda": 128}
+# What comes after a process's size is measured: scipy's solvers, torch's lazy imports, the pool's
+# threads.
+LATE_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +170,10 @@ def measured_base_bytes(spec: ModelSpec, *, int8: bool) -> int:
 
     from frugal_bonsai.int8 import has_bitsandbytes
     from frugal_bonsai.memory.meter import peak_resident_bytes
-    from frugal_bonsai.sizes import MIB
     from frugal_bonsai.stream.skeleton import build_empty_model
 
     build_empty_model(spec)
     if int8:
         has_bitsandbytes()
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
-    # Later imports (scipy's solvers, torch's lazy ones) and the pool's threads come on top.
-    return peak_resident_bytes() + 32 * MIB
+    return peak_resident_bytes() + LATE_BYTES

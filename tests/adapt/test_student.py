@@ -20,7 +20,9 @@ from tiny_models import (
     tiny_llama,
 )
 
+from frugal_bonsai.adapt import frozen
 from frugal_bonsai.adapt.adapters import Adapters, Projections
+from frugal_bonsai.adapt.frozen import FrozenLinear
 from frugal_bonsai.adapt.merge import merged_weights
 from frugal_bonsai.adapt.objective import (
     Followers,
@@ -28,10 +30,12 @@ from frugal_bonsai.adapt.objective import (
     divergence,
     divergence_bounds,
 )
+from frugal_bonsai.adapt.part import Part
 from frugal_bonsai.adapt.state import BEST_FILE, TrainingFolder
 from frugal_bonsai.adapt.streamed import StreamedStudent
-from frugal_bonsai.adapt.student import Part, Student
+from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.teacher import Targets
+from frugal_bonsai.int8 import quantise_rows
 
 
 def student_of(tiny: Tiny, *, head_tokens: int = 5) -> Student:
@@ -131,7 +135,7 @@ def test_gradients_are_those_of_plain_autograd(split: int, window: int, tmp_path
         if layer in targets.hidden:
             want = targets.hidden[layer]
             loss = loss + 0.4 * ((hidden - want).square().sum(-1) / want.square().sum(-1)).sum()
-    logits = student._logits(student.skeleton.norm(hidden))[:, :-1]
+    logits = student.head.logits(hidden)[:, :-1]
     logq = logits.log_softmax(-1)
     loss = loss - 0.7 * logq.gather(-1, windows[:, 1:, None]).sum()
     p, q = targets.values_BSK.exp(), logq.gather(-1, targets.ids_BSK)
@@ -228,10 +232,39 @@ def test_an_int8_student_computes_with_the_quantised_weights(tmp_path: Path) -> 
                 change = base.dense() - tiny.checkpoint.read(name)
                 assert 0 < relative(base.dense(), tiny.checkpoint.read(name)) < 2e-2
                 model.get_parameter(name).add_(change)
+        head = student.head._linear
+        assert head.weight.dtype == torch.int8
+        assert 0 < relative(head.dense(), tiny.checkpoint.read("lm_head.weight")) < 2e-2
+        model.lm_head.weight.copy_(head.dense())
         expected = model(windows).logits
     assert relative(student.logits(windows), expected) < 1e-5
     student.gradients([Part(windows)], Objective(lm=1.0), scale=1.0)
     assert all(value.grad is not None for value in adapters.parameters().values())
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("block_bytes", [1, 5 * 24 * 4, 2**20])
+def test_a_weight_that_is_dense_in_parts_multiplies_as_a_whole(
+    stored: torch.dtype, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row at a time, five, all of the 53."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(53, 24, generator=generator)
+    module = FrozenLinear(24, 53, dtype=torch.float32, bias_O=torch.randn(53, generator=generator))
+    if stored == torch.int8:
+        module.load(*quantise_rows(weight))
+    else:
+        module.load(weight.to(stored))
+    monkeypatch.setattr(frozen, "DENSE_BLOCK_BYTES", block_bytes)
+    inputs = torch.randn(3, 7, 24, generator=generator)
+    results = []
+    for product in (module, lambda x: torch.nn.functional.linear(x, module.dense(), module.bias)):
+        value = inputs.clone().requires_grad_()
+        output = product(value)
+        output.square().sum().backward()
+        results.append((output.detach(), value.grad))
+    assert relative(results[0][0], results[1][0]) < 1e-6
+    assert relative(results[0][1], results[1][1]) < 1e-6
 
 
 def test_a_student_in_bf16_computes_nearly_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from tiny_models import CPU, Tiny, random_windows, relative, sampled_windows, tiny_llama
 
 from frugal_bonsai.adapt.adapters import Adapters
+from frugal_bonsai.adapt.lessons import Lessons
 from frugal_bonsai.adapt.objective import Objective
+from frugal_bonsai.adapt.optimiser import allowed_optimisers
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.state import BEST_FILE, STATE_FILE, TrainingFolder
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.teacher import TeacherSettings, build_teacher, identify
-from frugal_bonsai.adapt.train import Lessons, Trainer
+from frugal_bonsai.adapt.train import Trainer
 from frugal_bonsai.errors import BudgetError, CheckpointError, OptionError, StateError
 from frugal_bonsai.progress import Silent
 
@@ -61,11 +64,13 @@ def trainer(
     lessons: Lessons,
     folder: Path,
     settings: AdaptSettings = SETTINGS,
+    *,
+    rank: int = 4,
     **options: Any,
 ) -> tuple[Trainer, dict[str, torch.nn.Parameter]]:
     student = Student(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.float32, head_tokens=64)
     student.load_frozen(int8=False)
-    parameters = Adapters(student, rank=4, alpha=8.0, seed=settings.seed).parameters()
+    parameters = Adapters(student, rank=rank, alpha=8.0, seed=settings.seed).parameters()
     values: dict[str, Any] = {"micro_batch": 2, "progress": Silent()}
     made = Trainer(
         student,
@@ -117,6 +122,38 @@ def test_a_resumed_training_ends_in_the_same_numbers(
         assert torch.equal(value, found[name]), name
     assert [replace_loss(row) for row in second.history] == [replace_loss(r) for r in first.history]
     assert second.best_step == first.best_step and second.steps == 20
+
+
+def test_eight_bit_moments_learn_as_much_and_resume_to_the_same_numbers(
+    tiny: Tiny, lessons: Lessons, tmp_path: Path
+) -> None:
+    """Of rank 180 most parameters are large enough for 8 bits (4,096 elements), some are not."""
+    pytest.importorskip("bitsandbytes")
+    plain, _ = trainer(tiny, lessons, tmp_path / "plain", rank=180)
+    usual = plain.run()
+    options = {"rank": 180, "optimiser": "adamw8bit"}
+    whole, expected = trainer(tiny, lessons, tmp_path / "whole", **options)
+    first = whole.run()
+    dtypes = {whole._optimiser.state[value]["state1"].dtype for value in expected.values()}
+    assert dtypes == {torch.uint8, torch.float32}
+    assert first.after["kl"] == pytest.approx(usual.after["kl"], rel=0.05)
+    assert first.after["kl"] < 0.8 * first.before["kl"]
+    begun, _ = trainer(tiny, lessons, tmp_path / "run", progress=StopsAt(12), **options)
+    with pytest.raises(StoppedError):
+        begun.run()
+    goes_on, found = trainer(tiny, lessons, tmp_path / "run", **options)
+    goes_on.run(resume=True)
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+
+
+def test_without_bitsandbytes_there_are_no_eight_bit_moments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert allowed_optimisers("auto") == allowed_optimisers("adamw") == ("adamw",)
+    with pytest.raises(OptionError, match="--optimizer adamw8bit: needs the bitsandbytes package"):
+        allowed_optimisers("adamw8bit")
 
 
 def replace_loss(row: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +239,7 @@ def test_a_pruned_model_without_a_finite_loss_is_refused(lessons: Lessons, tmp_p
     tiny = tiny_llama(tmp_path / "broken", seed=1)
     made, _ = trainer(tiny, lessons, tmp_path / "run")
     with torch.no_grad():
-        made._student._head_VH.fill_(math.nan)
+        made._student.head._linear.weight.fill_(math.nan)
     with pytest.raises(CheckpointError, match="held-out loss of the pruned model"):
         made.run()
     assert not (tmp_path / "run").exists()
@@ -262,6 +299,7 @@ def test_each_pass_takes_every_window_once_in_another_order() -> None:
         ({"loss": "ce"}, "--loss: 'ce'"),
         ({"method": "dora"}, "--method: 'dora'"),
         ({"rank": 0}, "--rank: 0"),
+        ({"optimiser": "sgd"}, "--optimizer: 'sgd'"),
         ({"seconds": -1.0}, "--minutes"),
         ({"learning_rate": math.nan}, "--learning-rate: nan"),
         ({"tokens": 5, "seconds": 5.0}, "--tokens and --minutes"),
