@@ -9,6 +9,7 @@ Shape suffixes: N units, G groups, I observations, K coefficients, P units of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -104,6 +105,9 @@ class UnitQuestion:
 class GroupQuestion:
     """``group``: masks say how much of each group may go, the prior says which units.
 
+    A layer's experts are asked about together: a mask takes the same share of each one's pool, and
+    one curve is fitted for all. Alone there would be thousands of curves for a few hundred masks.
+
     Args:
         pools: the candidates.
         expected_share: of a group, that masks take on average where pools are small.
@@ -119,42 +123,61 @@ class GroupQuestion:
         generator: torch.Generator,
     ) -> None:
         self._pools, self._share = pools, expected_share
-        self._expected, self._generator = expected, generator
+        self._generator = generator
+        self._together_G = _asked_together(pools.mask)
+        self._questions = int(self._together_G.max()) + 1
+        # The first group of each question speaks for all of them.
+        places = self._together_G.tolist()
+        self._first_Q = torch.tensor([places.index(q) for q in range(self._questions)])
+        self._expected = [replace(e, curve_K=self._added_up(e.curve_K)) for e in expected]
+
+    def _added_up(self, curve_K: torch.Tensor) -> torch.Tensor:
+        """The sum of the curves that are asked about together, ``[2Q]`` of ``[2G]``."""
+        sums = curve_K.new_zeros(2, self._questions)
+        return sums.index_add_(1, self._together_G, curve_K.view(2, -1)).flatten()
+
+    def _parts(self, relevance_K: torch.Tensor) -> torch.Tensor:
+        """Each group's part of a question's curve, ``[2, G]`` of ``[2Q]``."""
+        count_Q = torch.bincount(self._together_G, minlength=self._questions)
+        return (relevance_K.view(2, -1) / count_Q)[:, self._together_G]
 
     def draw(self, pairs: int, focus: GroupFocus | None) -> GroupDesign:
         """Masks that take an amount of every pool."""
-        return draw_group_masks(self._pools, pairs, self._share, self._generator, focus)
+        design = draw_group_masks(self._pools, pairs, self._share, self._generator, focus)
+        if self._questions == len(self._together_G):
+            return design
+        sizes_G = self._pools.sizes_G
+        share_MQ = design.off_MG[:, self._first_Q] / sizes_G[self._first_Q].clamp_min(1)
+        off_MG = (share_MQ[:, self._together_G] * sizes_G).round().long()
+        return GroupDesign(self._pools, off_MG)
 
     def fit(self, seen: Seen) -> Fit:
-        """The posterior of every group's curve."""
+        """The posterior of every question's curve."""
+        groups, first_Q = self._pools.mask.table.groups, self._first_Q
         return fit_curves(
-            seen.off_IX / self._pools.sizes_G.clamp_min(1),
+            seen.off_IX[:, first_Q] / self._pools.sizes_G[first_Q].clamp_min(1),
             seen.loss_I,
             seen.clusters_I,
             self._generator,
-            kinds_G=[group.kind for group in self._pools.mask.table.groups],
+            kinds_G=[groups[at].kind for at in first_Q.tolist()],
             expected=self._expected,
             windows_I=seen.windows_I,
         )
 
     def curves(self, relevance_K: torch.Tensor) -> tuple[Curve, ...]:
         """The fitted curves at every whole number of units."""
-        groups = len(self._pools.members)
+        a_G, b_G = self._parts(relevance_K)
+        groups, members = self._pools.mask.table.groups, self._pools.members
         return tuple(
-            quadratic_curve(group, members, float(a), float(b))
-            for group, members, a, b in zip(
-                self._pools.mask.table.groups,
-                self._pools.members,
-                relevance_K[:groups],
-                relevance_K[groups:],
-                strict=True,
-            )
+            quadratic_curve(group, mine, float(a), float(b))
+            for group, mine, a, b in zip(groups, members, a_G, b_G, strict=True)
         )
 
     def loss(self, relevance_K: torch.Tensor, cut: KeepMask) -> float:
         """The curves where the cut leaves them."""
         amount_G = gone_counts(self._pools.mask, cut) / self._pools.sizes_G.clamp_min(1)
-        return float(torch.cat([amount_G, amount_G.square()]).double() @ relevance_K)
+        amount_K = torch.cat([amount_G, amount_G.square()]).double()
+        return float(amount_K @ self._parts(relevance_K).flatten())
 
     def focus(self, cuts: list[KeepMask]) -> GroupFocus:
         """Between the least and the most that the cuts take of each group, and a little beyond."""
@@ -220,6 +243,13 @@ class KindQuestion:
 
     def focus(self, cuts: list[KeepMask]) -> None:
         """Nothing: one amount a kind is drawn over its whole range."""
+
+
+def _asked_together(mask: KeepMask) -> torch.Tensor:
+    """The number of each group's question, int64 ``[G]``: experts of a layer share one."""
+    numbers: dict[tuple[int, str], int] = {}
+    groups = mask.table.groups
+    return torch.tensor([numbers.setdefault((g.layer, g.kind), len(numbers)) for g in groups])
 
 
 def gone_counts(mask: KeepMask, cut: KeepMask) -> torch.Tensor:

@@ -125,20 +125,22 @@ def _cut_per_layer(
     """
     left = target_parameters - mask.removed_parameters()
     bundles = [[mask.table.position(g) for g in groups] for groups in _bundles(mask, rules)]
+    groups = [curves[bundle[0]].group for bundle in bundles]
+    legal = [rules.legal_counts(group.kind, group.count) for group in groups]
+    alive = [mask.kept(group) for group in groups]
+    losses = [_loss_together([curves[i] for i in bundle]) for bundle in bundles]
+    size_of = [sum(sizes[i] for i in bundle) for bundle in bundles]
     taken = [0] * len(bundles)
     heap: list[tuple[float, float, int, int]] = []
 
     def offer(at: int) -> None:
-        mine, group = [curves[i] for i in bundles[at]], curves[bundles[at][0]].group
-        alive, most = mask.kept(group), min(len(curve.order) for curve in mine)
-        count = _next_count(rules.legal_counts(group.kind, group.count), alive, taken[at], most)
+        count = _next_count(legal[at], alive[at], taken[at], len(losses[at]) - 1)
         if count is None:
             return
         gone = count - taken[at]
-        cost = sum(float(curve.loss[count] - curve.loss[taken[at]]) for curve in mine)
-        size = gone * sum(sizes[i] for i in bundles[at])
-        share = 1 - (alive - count) / group.count if equal else 0.0
-        heapq.heappush(heap, (share, cost / size, at, gone))
+        cost = losses[at][count] - losses[at][taken[at]]
+        share = 1 - (alive[at] - count) / groups[at].count if equal else 0.0
+        heapq.heappush(heap, (share, cost / (gone * size_of[at]), at, gone))
 
     for at in range(len(bundles)):
         offer(at)
@@ -156,6 +158,13 @@ def _cut_per_layer(
         for i in bundle
     ]
     return mask.without(torch.cat(chosen))
+
+
+def _loss_together(curves: list[Curve]) -> list[float]:
+    """Predicted loss after removing the first k of each, as far as all of them go."""
+    most = min(len(curve.loss) for curve in curves)
+    loss: list[float] = torch.stack([curve.loss[:most] for curve in curves]).sum(0).tolist()
+    return loss
 
 
 def _bundles(mask: KeepMask, rules: LayoutRules) -> list[list[UnitGroup]]:

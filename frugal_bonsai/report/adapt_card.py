@@ -116,6 +116,7 @@ def _facts(summary: Values) -> Iterator[tuple[str, str]]:
     yield "frozen weights", training["weights"]
     if training["rank"]:
         yield "rank", str(training["rank"])
+    yield "optimiser", training["optimiser"]
     yield "steps", f"{training['steps']:,} (the best one is {training['best_step']:,})"
     yield "tokens", f"{training['tokens']:,}"
     yield "time", f"{duration(training['seconds'])} of {duration(summary['seconds'])} in all"

@@ -57,7 +57,7 @@ def render_adapt(summary: Mapping[str, Any], console: Console) -> None:
     sheet.say(f"memory: {', '.join(peaks)}")
     rank = f", rank {training['rank']}" if training["rank"] else ""
     sheet.say(
-        f"student: {training['weights']} weights{rank}, micro-batches of "
+        f"student: {training['weights']} weights{rank}, {training['optimiser']}, micro-batches of "
         f"{plural(training['micro_batch'], 'window')}"
     )
     sheet.say(

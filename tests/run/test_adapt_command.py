@@ -106,15 +106,18 @@ def test_the_output_is_better_and_computes_what_the_student_did(
 def test_the_command_prints_a_table_and_writes_card_and_report(
     stories260k: Path, text: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("bitsandbytes")
     pruned, out = prune_some(stories260k, UNIFORM, tmp_path), tmp_path / "out"
     done = frugal_bonsai(
         *("adapt", pruned, "--teacher", stories260k, "--data", text, "--data", "self"),
         *("--loss", "kl+hidden", "--weights", "int8", "--rank", "8", "--tokens", "2k"),
+        *("--optimizer", "adamw8bit"),
         *(*QUICK, "--out", out, "--max-cpu-mem", "3GB"),
     )
     assert done.returncode == 0, done.stderr
     assert "held-out perplexity" in done.stderr and "tokens/s" in done.stderr
     assert f"saved: {out} (uniform layout)" in done.stdout
+    assert "student: int8 weights, rank 8, adamw8bit, micro-batches" in done.stdout
     report = json.loads((out / "adaptation_report.json").read_text(encoding="utf-8"))
     assert report["data"]["sources"] == ["file stories.jsonl", "self (sampled from the teacher)"]
     assert report["data"]["windows"] + report["data"]["held_out_windows"] == 48
@@ -123,6 +126,7 @@ def test_the_command_prints_a_table_and_writes_card_and_report(
     assert 0 < report["verify"]["student_difference"] < 0.1  # int8 against the file's own weights
     assert report["verify"]["max_relative_difference"] < 1e-4
     card = (out / "README.md").read_text(encoding="utf-8")
+    assert "| optimiser | adamw8bit |" in card
     assert "stories260K" in card and str(tmp_path) not in card and str(stories260k) not in card
     figures = re.search(r"\| perplexity, held-out data, window 64 \| (\S+) \| (\S+) \|", card)
     assert figures is not None
