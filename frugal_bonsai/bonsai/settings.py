@@ -82,8 +82,8 @@ class PruneSettings:
         compensate: units that are off in a mask are replaced by what the others say about them, so
             that masks measure what removal costs after recovery; False puts zeros there.
         trial: a cut is recovered on a part of the windows and judged by others, and so are cuts of
-            the same size that take the same share of every FFN, with and without attention; one that
-            leaves attention whole stands unless another is clearly better (per-layer layout).
+            the same size that take the same share of every FFN, with and without attention; the one
+            that leaves attention whole stands unless another is clearly better (per-layer layout).
         recovery: refit projections after every round.
         bias: instead, what goes leaves its mean output behind as a bias of its output projection
             (FLAP); for cuts without masks.

@@ -1,12 +1,13 @@
-"""The trial of a round's cut: recovered on a part of the windows, against cuts that could stand instead.
+"""The trial of a round's cut: recovered on some windows, against cuts that could stand instead.
 
-In: a round's cut and curves. Out: rival cuts of the same size, the one that stands, and what each of
-them lost. Masks say what removal costs before recovery, on few windows; the trial sees what is left
-after it. The rivals part the cut's two decisions, attention against FFN and one FFN against another:
-they take the same share of every FFN, and of attention nothing, that share, or a multiple of it as
-long as more of it helps; which of its units those are, the curves say. Without evidence attention
-stays whole and FFNs lose alike: that cut stands unless another is better beyond its error, for the
-trial too sees less text than the last recovery, and does not refine. Holds what a recovery holds.
+In: a round's cut and curves. Out: rival cuts of the same size, the one that stands, and what each
+of them lost. Masks say what removal costs before recovery, on few windows; the trial sees what is
+left after it. The rivals part the cut's two decisions, attention against FFN and one FFN against
+another: they take the same share of every FFN, and of attention nothing, that share, or a multiple
+of it as long as more of it helps; which of its units those are, the curves say. Without evidence
+attention stays whole and FFNs lose alike: that cut stands unless another is better beyond its
+error, for the trial too sees less text than the last recovery, and does not refine. Holds what a
+recovery holds.
 
 Shape suffixes: N windows.
 """
@@ -24,7 +25,7 @@ from frugal_bonsai.model.units import ATTENTION, KeepMask
 
 # Names of the cuts in a round's report.
 CUT, SPARED, EVEN = "cut", "attention_spared", "even"
-# Even cuts that take attention too, by what they take of its units as a multiple of the round's share.
+# Even cuts that take attention too: what they take of its units, as a multiple of the round's share.
 WITH_ATTENTION = {"even_attention": 1, "even_attention_x2": 2, "even_attention_x3": 3}
 # A cut must be better than the one that stands without evidence by so many standard errors of the
 # difference, window by window.

@@ -24,8 +24,8 @@ from frugal_bonsai.bonsai import paper_regression, round_masks, settings
 from frugal_bonsai.bonsai.evaluate import Observations, Utility
 from frugal_bonsai.bonsai.search import Found, Search
 from frugal_bonsai.bonsai.settings import make_settings
-from frugal_bonsai.bonsai.trial import WITH_ATTENTION
 from frugal_bonsai.bonsai.state import StateFolder
+from frugal_bonsai.bonsai.trial import WITH_ATTENTION
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
@@ -219,7 +219,7 @@ def test_one_pair_on_one_window(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 
 
 def test_more_mask_windows_than_windows(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
-    found = _search(tiny, tokens[:3], tmp_path, mask_windows=16, recovery=False)
+    found = _search(tiny, tokens[:3], tmp_path, mask_windows=16, recovery=False, certainty=1.0)
     _check_target(tiny, found, PER_LAYER)
     assert all(report["observations"] == 4 * 3 for report in found.rounds)
 
@@ -276,7 +276,7 @@ def test_recovery_helps(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> Non
     many = sampled_windows(tiny.hugging_face(), 48, WINDOW, seed=1)
     engine, losses = tiny.engine(), []
     for recovery in (True, False):
-        found = _search(tiny, many, tmp_path / str(recovery), recovery=recovery)
+        found = _search(tiny, many, tmp_path / str(recovery), recovery=recovery, trial=False)
         with engine.stream(tiny.source(mask=found.mask, refit=found.refits)) as stream:
             losses.append(float(engine.losses(stream, many, "x").mean()))
     assert losses[0] < losses[1] - 0.1

@@ -76,7 +76,11 @@ def test_where_ffns_are_not_to_lose_alike_the_cut_meets_one_without_attention() 
 def test_rivals_that_are_the_same_or_cannot_be_filled_are_left_out() -> None:
     # 39 channels in all: with attention whole, the pools hold 390 of the 400 parameters; a channel
     # short is still the same round. With 12 they hold 360.
-    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=13)) == ["even", "even_attention", "even_attention_x2"]
+    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=13)) == [
+        "even",
+        "even_attention",
+        "even_attention_x2",
+    ]
     assert list(_rivals([1, 9, 99, 1, 99, 2], pool=12)) == ["even_attention", "even_attention_x2"]
     assert list(_rivals([1, 9, 99, 1, 99, 2], pool=9)) == ["even_attention_x2"]
     assert list(_rivals([1, 9, 99, 1, 99, 2], pool=2)) == []
@@ -129,9 +133,7 @@ def test_more_attention_is_tried_as_long_as_it_helps() -> None:
             return torch.tensor([losses[seen[-1]], losses[seen[-1]]])
 
         names = ("even", *WITH_ATTENTION)
-        stands, _ = try_cuts(
-            cuts[0], dict(zip(names, cuts[1:], strict=True)), recovered_losses
-        )
+        stands, _ = try_cuts(cuts[0], dict(zip(names, cuts[1:], strict=True)), recovered_losses)
         assert len(seen) == tried
         assert stands == cuts[best]
 
