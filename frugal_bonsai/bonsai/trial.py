@@ -25,7 +25,7 @@ from frugal_bonsai.model.units import ATTENTION, KeepMask
 
 # Names of the cuts in a round's report.
 CUT, SPARED, EVEN = "cut", "attention_spared", "even"
-# Even cuts that take attention too: what they take of its units, as a multiple of the round's share.
+# Even cuts that take attention too: so many times the round's share of its units.
 WITH_ATTENTION = {"even_attention": 1, "even_attention_x2": 2, "even_attention_x3": 3}
 # A cut must be better than the one that stands without evidence by so many standard errors of the
 # difference, window by window.
