@@ -38,6 +38,7 @@ from frugal_bonsai.bonsai.settings import (
     SIMILARITY,
     WHOLE,
     PruneSettings,
+    round_goals,
     round_windows,
     trial_windows,
 )
@@ -122,7 +123,7 @@ class Search:
         while self._schedule.goes_on(state.mask):
             number = len(state.rounds) + 1
             done = state.mask.removed_parameters() / self._blocks
-            rounds = number - 1 + math.ceil((self._settings.sparsity - done) / self._settings.step)
+            rounds = number - 1 + len(round_goals(self._settings, done))
             self._engine.progress.round(number, rounds, done)
             started = time.monotonic()
             kept = state.mask

@@ -45,6 +45,9 @@ REFINE_ITERATIONS = 4
 # Rounds before the last take statistics, and recover, on this many tokens for each column of the
 # widest projection (or on all windows, where they have no more): enough to choose units by.
 TOKENS_PER_COLUMN = 24
+# Shares that rounds remove where the user names none. In a whole model the first quarter is chosen
+# as well at once; later, masks foretell small steps better.
+FIRST_STEP, LATER_STEP = 0.25, 0.1
 # A trial recovers each cut on this many: with fewer, cuts that need little data look better than
 # they are after the last recovery, which has all windows.
 TRIAL_TOKENS_PER_COLUMN = 48
@@ -56,7 +59,8 @@ class PruneSettings:
 
     Attributes:
         sparsity: share of the block parameters to remove, in (0, 1).
-        step: share removed in one round (the paper's p is 0.05).
+        step: share removed in one round (the paper's p, there 0.05); None is :data:`FIRST_STEP` in
+            the first round and :data:`LATER_STEP` in the others.
         level: at which masks speak: ``group`` (masks say how much goes from each layer and kind,
             the prior says which units), ``unit`` (every candidate unit has its own coefficient),
             ``none`` (no masks: the prior alone).
@@ -99,7 +103,7 @@ class PruneSettings:
     """
 
     sparsity: float = 0.5
-    step: float = 0.25
+    step: float | None = None
     level: str = GROUP
     prior: str = "exact"
     design: str = "per-window"
@@ -128,7 +132,7 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             raise OptionError(f"--sparsity: {self.sparsity} is outside (0, 1); write 0.5 for 50%")
-        if not 0 < self.step <= 1:
+        if self.step is not None and not 0 < self.step <= 1:
             raise OptionError(f"--step: {self.step} is outside (0, 1]; write 0.05 for 5%")
         for name, choices in (
             ("level", LEVELS),
@@ -214,6 +218,23 @@ class PruneSettings:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the state and the card."""
         return dataclasses.asdict(self)
+
+
+def next_goal(settings: PruneSettings, done: float) -> float:
+    """The sparsity that a round aims at which begins at the sparsity ``done``."""
+    step = settings.step or (LATER_STEP if done else FIRST_STEP)
+    goal = min(done + step, settings.sparsity)
+    # The last round removes just what is left: no sliver of a round behind it.
+    return settings.sparsity if settings.sparsity - goal < 0.2 * step else goal
+
+
+def round_goals(settings: PruneSettings, done: float = 0.0) -> list[float]:
+    """The sparsities at which all further rounds end, if each of them reaches its aim."""
+    goals: list[float] = []
+    while done < settings.sparsity:
+        done = next_goal(settings, done)
+        goals.append(done)
+    return goals
 
 
 def trial_windows(columns: int, window: int, windows: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from frugal_bonsai.bonsai.settings import (
     GROUP,
     NONE,
     REFINE_ITERATIONS,
+    round_goals,
     round_windows,
     trial_windows,
 )
@@ -65,11 +66,7 @@ def prune_work(
     from frugal_bonsai.bonsai.sampling import batch_ends
 
     settings = ready.settings
-    rounds = math.ceil(settings.sparsity / settings.step - 1e-9)
-    # The last round takes a sliver that would be left over (bonsai/search.py).
-    if settings.sparsity - (rounds - 1) * settings.step < 0.2 * settings.step and rounds > 1:
-        rounds -= 1
-    removed = [*(settings.step * number for number in range(rounds)), settings.sparsity]
+    removed = [0.0, *round_goals(settings)]
     mask_windows = min(settings.mask_windows, windows)
     columns = max(group.columns for group in model.spec.table.groups)
     part = round_windows(settings, columns, ready.window, windows)

@@ -12,6 +12,21 @@ from frugal_bonsai.errors import OptionError
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("options", "goals"),
+    [
+        ({"sparsity": 0.2}, [0.2]),
+        ({"sparsity": 0.26}, [0.26]),  # no sliver behind the first round
+        ({"sparsity": 0.35}, [0.25, 0.35]),
+        ({"sparsity": 0.5}, [0.25, 0.35, 0.45, 0.5]),
+        ({"sparsity": 0.3, "step": 0.1}, [0.1, 0.2, 0.3]),
+        ({"sparsity": 0.31, "step": 0.1}, [0.1, 0.2, 0.31]),
+    ],
+)
+def test_rounds_end_at(options: dict[str, float], goals: list[float]) -> None:
+    assert round_goals(make_settings("default", options)) == pytest.approx(goals)
+
+
 def test_every_method_is_a_valid_bundle_and_options_override_it(method: str) -> None:
     settings = make_settings(method, {"sparsity": 0.3, "seed": 7, "masks": None})
     assert (settings.sparsity, settings.seed) == (0.3, 7)
