@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from frugal_bonsai.bonsai.select import Curve, can_go_nearer, cut
-from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.settings import LATER_STEP, PruneSettings, next_goal
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import KeepMask
 
@@ -42,10 +42,7 @@ class Schedule:
 
     def goal(self, mask: KeepMask) -> float:
         """The sparsity that the next round aims at."""
-        step, sparsity = self.settings.step, self.settings.sparsity
-        goal = min(mask.removed_parameters() / self.blocks + step, sparsity)
-        # The last round removes just what is left: no sliver of a round behind it.
-        return sparsity if sparsity - goal < 0.2 * step else goal
+        return next_goal(self.settings, mask.removed_parameters() / self.blocks)
 
     def share(self, mask: KeepMask) -> float:
         """Share of the alive units that the next round takes."""
@@ -73,4 +70,5 @@ class Schedule:
             if cut_mask != mask or goal >= self.settings.sparsity:
                 return cut_mask, target
             # The layout's next legal size may be farther away than one step.
-            goal = min(goal + self.settings.step, self.settings.sparsity)
+            step = self.settings.step or LATER_STEP
+            goal = min(goal + step, self.settings.sparsity)

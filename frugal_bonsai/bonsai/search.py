@@ -38,6 +38,7 @@ from frugal_bonsai.bonsai.settings import (
     SIMILARITY,
     WHOLE,
     PruneSettings,
+    round_goals,
     round_windows,
     trial_windows,
 )
@@ -97,6 +98,7 @@ class Search:
         self._utility = utility
         self._stores = Stores(engine, state, work, settings.weights)
         self._blocks = engine.spec.block_parameters
+        self._columns = max(group.columns for group in engine.spec.table.groups)
         self._schedule = Schedule(
             settings=settings, rules=rules, blocks=self._blocks, latency=unit_milliseconds
         )
@@ -121,7 +123,7 @@ class Search:
         while self._schedule.goes_on(state.mask):
             number = len(state.rounds) + 1
             done = state.mask.removed_parameters() / self._blocks
-            rounds = number - 1 + math.ceil((self._settings.sparsity - done) / self._settings.step)
+            rounds = number - 1 + len(round_goals(self._settings, done))
             self._engine.progress.round(number, rounds, done)
             started = time.monotonic()
             kept = state.mask
@@ -188,8 +190,7 @@ class Search:
     def _round_windows(self, number: int) -> torch.Tensor:
         """The windows of a round before the last, other ones in every round."""
         windows, window = self._windows_NS.shape
-        columns = max(group.columns for group in self._engine.spec.table.groups)
-        count = round_windows(self._settings, columns, window, windows)
+        count = round_windows(self._settings, self._columns, window, windows)
         drawn = torch.randperm(windows, generator=self._generator(20_000 + number))[:count]
         return self._windows_NS[drawn.sort().values]
 
@@ -227,7 +228,7 @@ class Search:
             even = settings.level == GROUP
             rivals = rival_cuts(mask, cut_mask, judgement.curves, target, self._rules, even=even)
             if rivals:
-                recovered = partial(self._recovered_loss, state, number, dense)
+                recovered = partial(self._recovered_losses, state, number, dense)
                 cut_mask, report["trial"] = try_cuts(cut_mask, rivals, recovered)
         state.mask, state.ahead = cut_mask, look_ahead(judgement, mask, cut_mask)
         return report | {
@@ -272,15 +273,15 @@ class Search:
         report = {"sparsity": share, "kept": state.mask.counts_with_experts(), "note": note}
         return describe_judgement(number, judgement) | report
 
-    def _recovered_loss(
+    def _recovered_losses(
         self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
-    ) -> float:
-        """Loss of a mask's model after a short recovery, on windows that it did not see."""
-        windows_NS = self._round_windows(number)
-        fitted, held_out = trial_windows(len(windows_NS))
+    ) -> torch.Tensor:
+        """Losses ``[N]`` of a mask's model after recovery, of windows that it did not see."""
+        windows, window = self._windows_NS.shape
+        fitted, held_out = trial_windows(self._columns, window, windows)
         # Both from all over the text: neighbouring windows are alike.
-        order = torch.randperm(len(windows_NS), generator=self._generator(30_000 + number))
-        windows_NS = windows_NS[order[: fitted + held_out]]
+        order = torch.randperm(windows, generator=self._generator(30_000 + number))
+        windows_NS = self._windows_NS[order[: fitted + held_out]]
         before, state.mask = state.mask, mask
         store = self._stores.working(state, number - 1)
         state.mask = before
@@ -294,7 +295,7 @@ class Search:
                 dense_losses=False,
                 held_out=held_out,
             )
-        return float(result.losses_NS[fitted if held_out else 0 :].mean())
+        return result.losses_NS[fitted if held_out else 0 :].mean(1)
 
     def _leave_means(self, state: PruneState, number: int, *, before: KeepMask) -> None:
         """Save the biases that stand for what this round's cut has taken."""

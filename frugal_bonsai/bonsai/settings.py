@@ -45,6 +45,12 @@ REFINE_ITERATIONS = 4
 # Rounds before the last take statistics, and recover, on this many tokens for each column of the
 # widest projection (or on all windows, where they have no more): enough to choose units by.
 TOKENS_PER_COLUMN = 24
+# Shares that rounds remove where the user names none. In a whole model the first quarter is chosen
+# as well at once; later, masks foretell small steps better.
+FIRST_STEP, LATER_STEP = 0.25, 0.1
+# A trial recovers each cut on this many: with fewer, cuts that need little data look better than
+# they are after the last recovery, which has all windows.
+TRIAL_TOKENS_PER_COLUMN = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,8 @@ class PruneSettings:
 
     Attributes:
         sparsity: share of the block parameters to remove, in (0, 1).
-        step: share removed in one round (the paper's p).
+        step: share removed in one round (the paper's p, there 0.05); None is :data:`FIRST_STEP` in
+            the first round and :data:`LATER_STEP` in the others.
         level: at which masks speak: ``group`` (masks say how much goes from each layer and kind,
             the prior says which units), ``unit`` (every candidate unit has its own coefficient),
             ``none`` (no masks: the prior alone).
@@ -78,8 +85,9 @@ class PruneSettings:
         pool: candidates of a group, as a multiple of the round's share.
         compensate: units that are off in a mask are replaced by what the others say about them, so
             that masks measure what removal costs after recovery; False puts zeros there.
-        trial: a cut that takes attention units is recovered on a few windows, and so is the cut of
-            the same size that takes none; the better one stands (per-layer layout).
+        trial: a cut is recovered on a part of the windows and judged by others, and so are cuts of
+            the same size that take the same share of every FFN, with and without attention; the one
+            that leaves attention whole stands unless another is clearly better (per-layer layout).
         recovery: refit projections after every round.
         bias: instead, what goes leaves its mean output behind as a bias of its output projection
             (FLAP); for cuts without masks.
@@ -95,7 +103,7 @@ class PruneSettings:
     """
 
     sparsity: float = 0.5
-    step: float = 0.05
+    step: float | None = None
     level: str = GROUP
     prior: str = "exact"
     design: str = "per-window"
@@ -109,7 +117,7 @@ class PruneSettings:
     prompt_tokens: int = 512
     generated_tokens: int = 128
     allocation: str = GLOBAL
-    pool: float = 2.5
+    pool: float = 2.0
     compensate: bool = True
     trial: bool = True
     recovery: bool = True
@@ -124,7 +132,7 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if not 0 < self.sparsity < 1:
             raise OptionError(f"--sparsity: {self.sparsity} is outside (0, 1); write 0.5 for 50%")
-        if not 0 < self.step <= 1:
+        if self.step is not None and not 0 < self.step <= 1:
             raise OptionError(f"--step: {self.step} is outside (0, 1]; write 0.05 for 5%")
         for name, choices in (
             ("level", LEVELS),
@@ -212,14 +220,36 @@ class PruneSettings:
         return dataclasses.asdict(self)
 
 
-def trial_windows(windows: int) -> tuple[int, int]:
-    """Of a round's windows, those that a trial recovers on and those that it is judged by.
+def next_goal(settings: PruneSettings, done: float) -> float:
+    """The sparsity that a round aims at which begins at the sparsity ``done``."""
+    step = settings.step or (LATER_STEP if done else FIRST_STEP)
+    goal = min(done + step, settings.sparsity)
+    # The last round removes just what is left: no sliver of a round behind it.
+    return settings.sparsity if settings.sparsity - goal < 0.2 * step else goal
 
-    A third each; of one window no others are left. Judged by the windows that it has learnt from, a
-    cut would look as good as it can be learnt by heart.
+
+def round_goals(settings: PruneSettings, done: float = 0.0) -> list[float]:
+    """The sparsities at which all further rounds end, if each of them reaches its aim."""
+    goals: list[float] = []
+    while done < settings.sparsity:
+        done = next_goal(settings, done)
+        goals.append(done)
+    return goals
+
+
+def trial_windows(columns: int, window: int, windows: int) -> tuple[int, int]:
+    """How many calibration windows a trial recovers on, and by how many others it is judged.
+
+    Two thirds at most, and a third as many; of one window no others are left. Judged by the windows
+    that it has learnt from, a cut would look as good as it can be learnt by heart.
+
+    Args:
+        columns: of the widest output projection.
+        window: tokens of a window.
+        windows: calibration windows in all.
     """
-    third = max(1, windows // 3)
-    return third, min(third, windows - third)
+    fitted = min(-(-TRIAL_TOKENS_PER_COLUMN * columns // window), max(1, windows * 2 // 3))
+    return fitted, min(max(1, fitted // 3), windows - fitted)
 
 
 def round_windows(settings: PruneSettings, columns: int, window: int, windows: int) -> int:
@@ -249,12 +279,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     # Masks without what the default adds to them: stand-ins and the trial of attention.
     "group": {"compensate": False, "trial": False},
-    "unit": {"level": UNIT, "trial": False},
+    "unit": {"level": UNIT, "step": 0.05, "pool": 2.5, "trial": False},
     # No masks: equal FFN widths, channels by the exact layerwise loss, attention whole.
     "local-only": {"level": NONE, "allocation": FFN_ALONE},
     # The published settings (Bonsai, section 4 and appendix; the published code's defaults).
     "paper": {
         "level": UNIT,
+        "step": 0.05,
         "prior": "wanda",
         "design": "shared",
         "draw": "layer",

@@ -1,14 +1,20 @@
-"""The trial of a round's cut: recovered on a few windows, against cuts that could stand instead.
+"""The trial of a round's cut: recovered on some windows, against cuts that could stand instead.
 
-In: a round's cut and curves. Out: rival cuts of the same size, the one that recovers best, and what
-each of them lost. Masks say what removal costs before recovery, on few windows; the trial sees what
-is left after it. The rivals are what masks get wrong most: a cut that leaves attention whole, whose
-units are few, large and the costliest mistakes, and one that takes the same share of every FFN,
-which is what masks that say little should have chosen. Holds what a recovery holds.
+In: a round's cut and curves. Out: rival cuts of the same size, the one that stands, and what each
+of them lost. Masks say what removal costs before recovery, on few windows; the trial sees what is
+left after it. The rivals part the cut's two decisions, attention against FFN and one FFN against
+another: they take the same share of every FFN, and of attention nothing, that share, or a multiple
+of it as long as more of it helps; which of its units those are, the curves say. Without evidence
+attention stays whole and FFNs lose alike: that cut stands unless another is better beyond its
+error, for the trial too sees less text than the last recovery, and does not refine. Holds what a
+recovery holds.
+
+Shape suffixes: N windows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +25,11 @@ from frugal_bonsai.model.units import ATTENTION, KeepMask
 
 # Names of the cuts in a round's report.
 CUT, SPARED, EVEN = "cut", "attention_spared", "even"
+# Even cuts that take attention too: so many times the round's share of its units.
+WITH_ATTENTION = {"even_attention": 1, "even_attention_x2": 2, "even_attention_x3": 3}
+# A cut must be better than the one that stands without evidence by so many standard errors of the
+# difference, window by window.
+_ERRORS = 2.0
 
 
 def rival_cuts(
@@ -39,14 +50,22 @@ def rival_cuts(
         target_parameters: what the round aims at; a cut that stopped a channel short of it would
             cost a round more.
         rules: of the layout.
-        even: the same share of every FFN is a rival too.
+        even: the rivals take the same share of every FFN; else the cut's own spared attention is
+            the only one.
+
+    Returns:
+        By name, the one that stands without evidence first, then by what they take of attention.
     """
     alone = withhold(curves, ATTENTION)
     rivals = {}
-    if chosen.counts()[ATTENTION] != before.counts()[ATTENTION]:
-        rivals[SPARED] = cut(before, alone, target_parameters, rules)
     if even:
-        rivals[EVEN] = cut(before, _alike(alone), target_parameters, rules)
+        alike, share = _alike(alone), _share(before, target_parameters)
+        for name, multiple in {EVEN: 0, **WITH_ATTENTION}.items():
+            without = _without_attention(before, curves, multiple * share, rules)
+            if without.removed_parameters() <= target_parameters:
+                rivals[name] = cut(without, alike, target_parameters, rules)
+    elif chosen.counts()[ATTENTION] != before.counts()[ATTENTION]:
+        rivals[SPARED] = cut(before, alone, target_parameters, rules)
     channel = max(g.unit_parameters for g in before.table.groups if g.kind != ATTENTION)
     fewest = chosen.removed_parameters() - channel
     different: dict[str, KeepMask] = {}
@@ -54,6 +73,32 @@ def rival_cuts(
         if rival.removed_parameters() >= fewest and rival not in (chosen, *different.values()):
             different[name] = rival
     return different
+
+
+def _share(before: KeepMask, target_parameters: int) -> float:
+    """Share of the alive units that a round takes."""
+    removed = before.removed_parameters()
+    return (target_parameters - removed) / (before.table.parameters - removed)
+
+
+def _without_attention(
+    before: KeepMask, curves: tuple[Curve, ...], share: float, rules: LayoutRules
+) -> KeepMask:
+    """The mask without the cheapest of its attention units, a share of them."""
+    attention = tuple(curve for curve in curves if curve.group.kind == ATTENTION)
+    alive = sum(before.kept(curve.group) for curve in attention)
+    units = round(share * alive)
+    if not units:
+        return before
+    parameters = units * attention[0].group.unit_parameters
+    offered = tuple(
+        curve if curve.group.kind == ATTENTION else _nothing_of(curve) for curve in curves
+    )
+    return cut(before, offered, before.removed_parameters() + parameters, rules)
+
+
+def _nothing_of(curve: Curve) -> Curve:
+    return Curve(group=curve.group, order=curve.order[:0], loss=curve.loss[:1])
 
 
 def _alike(curves: tuple[Curve, ...]) -> tuple[Curve, ...]:
@@ -69,9 +114,34 @@ def _alike(curves: tuple[Curve, ...]) -> tuple[Curve, ...]:
 
 
 def try_cuts(
-    chosen: KeepMask, rivals: dict[str, KeepMask], recovered_loss: Callable[[KeepMask], float]
+    chosen: KeepMask,
+    rivals: dict[str, KeepMask],
+    recovered_losses: Callable[[KeepMask], torch.Tensor],
 ) -> tuple[KeepMask, dict[str, float]]:
-    """The cut whose model has the lowest loss after a short recovery, and all losses by name."""
+    """The cut that stands, and all mean losses by name.
+
+    Args:
+        chosen: the round's cut.
+        rivals: see :func:`rival_cuts`; the first one stands unless another is clearly better.
+        recovered_losses: of a cut's model after recovery ``[N]``, the same windows for all.
+    """
     cuts = {CUT: chosen, **rivals}
-    losses = {name: recovered_loss(mask) for name, mask in cuts.items()}
-    return cuts[min(losses, key=lambda name: losses[name])], losses
+    losses: dict[str, torch.Tensor] = {}
+    before = math.inf
+    for name, mask in cuts.items():
+        losses[name] = recovered_losses(mask).double()
+        if name in WITH_ATTENTION and float(losses[name].mean()) >= before:
+            break  # the next one would take still more
+        before = float(losses[name].mean())
+    stands = next(iter(rivals))
+    best = min(losses, key=lambda name: float(losses[name].mean()))
+    if _clearly_better(losses[best], losses[stands]):
+        stands = best
+    return cuts[stands], {name: float(loss_N.mean()) for name, loss_N in losses.items()}
+
+
+def _clearly_better(loss_N: torch.Tensor, other_N: torch.Tensor) -> bool:
+    """Whether the mean difference is larger than its error; one window has none."""
+    gain_N = other_N - loss_N
+    error = float(gain_N.std()) / math.sqrt(len(gain_N)) if len(gain_N) > 1 else 0.0
+    return float(gain_N.mean()) > _ERRORS * error

@@ -146,7 +146,7 @@ search = several(
         help="Stop drawing masks when the round's cut is as certain as this; 1 draws all.",
     ),
     click.option("--mask-windows", type=int, help="Windows that masks are evaluated on."),
-    click.option("--step", type=float, help="Share removed in one round."),
+    click.option("--step", type=float, help="Share removed in one round; 0.25, then 0.1."),
     click.option(
         "--recovery/--no-recovery",
         default=None,

@@ -7,10 +7,18 @@ plan as plain values.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, NONE, PruneSettings, make_settings
+from frugal_bonsai.bonsai.settings import (
+    EXPERTS,
+    LATENCY,
+    NONE,
+    PruneSettings,
+    make_settings,
+    round_goals,
+)
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time
@@ -196,12 +204,13 @@ def plan_prune(
 
 
 def stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
-    """The share of a group's alive units that may have stand-ins: the last round's pool."""
+    """The share of a group's alive units that may have stand-ins: the largest pool of a round."""
     if not settings.stand_ins(uniform=uniform):
         return 0.0
-    # A last round takes a sliver that would be left over (bonsai/search.py).
-    step = 1.2 * settings.step
-    return min(1.0, settings.pool * step / max(1 - settings.sparsity + step, step))
+    ends = [0.0, *round_goals(settings)]
+    # A round may begin a channel short of where the one before it should have ended.
+    share = max((goal - done + 0.01) / (1 - done) for done, goal in pairwise(ends))
+    return min(1.0, settings.pool * share)
 
 
 def plan(model: str, options: PruneOptions) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from frugal_bonsai.bonsai.settings import (
     GROUP,
     NONE,
     REFINE_ITERATIONS,
+    round_goals,
     round_windows,
     trial_windows,
 )
@@ -65,16 +66,12 @@ def prune_work(
     from frugal_bonsai.bonsai.sampling import batch_ends
 
     settings = ready.settings
-    rounds = math.ceil(settings.sparsity / settings.step - 1e-9)
-    # The last round takes a sliver that would be left over (bonsai/search.py).
-    if settings.sparsity - (rounds - 1) * settings.step < 0.2 * settings.step and rounds > 1:
-        rounds -= 1
-    removed = [*(settings.step * number for number in range(rounds)), settings.sparsity]
+    removed = [0.0, *round_goals(settings)]
     mask_windows = min(settings.mask_windows, windows)
     columns = max(group.columns for group in model.spec.table.groups)
     part = round_windows(settings, columns, ready.window, windows)
     tries = settings.tries(uniform=ready.rules.uniform)
-    fitted, held_out = trial_windows(part) if tries else (0, 0)
+    fitted, held_out = trial_windows(columns, ready.window, windows) if tries else (0, 0)
     # Those it is judged by take the pruned model alone through them, at most two passes of three.
     trial = fitted + math.ceil(held_out * 2 / 3)
     # Each batch but the first goes without the unmasked windows.
@@ -99,7 +96,7 @@ def prune_work(
         arithmetic=INT8 if settings.arithmetic == "int8" else None,
         part=part,
         trial=trial,
-        trial_cuts=3 if settings.level == GROUP else 2,
+        trial_cuts=4 if settings.level == GROUP else 2,
         batches=() if settings.level == NONE else batches,
         pool=settings.pool if settings.stand_ins(uniform=ready.rules.uniform) else 0.0,
         refine=settings.refine if settings.recovery else 0,
@@ -128,7 +125,7 @@ def predict(
 def forward_tokens(work: PruneWork) -> int:
     """Tokens through the whole model that a prune's search spends at most.
 
-    Every round may spend all masks, and try two or three cuts. Refinement passes through a part of
+    Every round may spend all masks, and try two to four cuts. Refinement passes through a part of
     what is left of the model, counted as all of it: in each step there and back and for a solve,
     and once at the end.
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from frugal_bonsai.bonsai.settings import METHODS, PruneSettings, make_settings
+from frugal_bonsai.bonsai.settings import METHODS, PruneSettings, make_settings, round_goals
 from frugal_bonsai.cli import prune_command
 from frugal_bonsai.errors import OptionError
 
@@ -53,3 +53,18 @@ def test_the_command_line_offers_every_method() -> None:
 def test_settings_that_cannot_work(method: str, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(OptionError, match=expected):
         make_settings(method, options)
+
+
+@pytest.mark.parametrize(
+    ("options", "goals"),
+    [
+        ({"sparsity": 0.2}, [0.2]),
+        ({"sparsity": 0.26}, [0.26]),  # no sliver behind the first round
+        ({"sparsity": 0.35}, [0.25, 0.35]),
+        ({"sparsity": 0.5}, [0.25, 0.35, 0.45, 0.5]),
+        ({"sparsity": 0.3, "step": 0.1}, [0.1, 0.2, 0.3]),
+        ({"sparsity": 0.31, "step": 0.1}, [0.1, 0.2, 0.31]),
+    ],
+)
+def test_rounds_end_at(options: dict[str, float], goals: list[float]) -> None:
+    assert round_goals(make_settings("default", options)) == pytest.approx(goals)

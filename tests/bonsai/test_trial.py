@@ -1,4 +1,4 @@
-"""The trial: which cuts compete, and that the one that recovers best stands."""
+"""The trial: which cuts compete, and that evidence decides which one stands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from frugal_bonsai.bonsai.select import Curve, cut
 from frugal_bonsai.bonsai.settings import trial_windows
-from frugal_bonsai.bonsai.trial import rival_cuts, try_cuts
+from frugal_bonsai.bonsai.trial import WITH_ATTENTION, rival_cuts, try_cuts
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 
@@ -49,44 +49,103 @@ def _rivals(costs: list[float], *, even: bool = True, pool: int = 20) -> dict[st
     return rival_cuts(mask, chosen, curves, TARGET, RULES, even=even)
 
 
-def test_a_cut_with_attention_meets_one_without_and_an_even_one() -> None:
+def test_rivals_take_every_ffn_alike_and_of_attention_a_share_of_that() -> None:
     rivals = _rivals([1, 9, 99, 1, 99, 2])  # KV group 0, then FFN 1 and 2
-    assert list(rivals) == ["attention_spared", "even"]
-    assert rivals["attention_spared"].counts() == {ATTENTION: [2, 2, 2], FFN: [40, 20, 20]}
+    assert list(rivals) == ["even", "even_attention", "even_attention_x2"]
     assert rivals["even"].counts()[ATTENTION] == [2, 2, 2]
     assert sorted(rivals["even"].counts()[FFN]) == [26, 27, 27]
+    # 400 of 1800: of six KV groups that share is 1.33, twice it 2.67 and three times 4, more than
+    # the pools hold. The curves say which; what is left is taken from all FFNs.
+    assert rivals["even_attention"].counts() == {ATTENTION: [1, 2, 2], FFN: [30, 30, 30]}
+    assert rivals["even_attention_x2"].counts()[ATTENTION] == [1, 1, 1]
 
 
-def test_a_cut_without_attention_meets_the_even_one_alone() -> None:
-    assert list(_rivals([99, 9, 99, 1, 99, 2])) == ["even"]
+def test_attention_is_tried_where_the_cut_takes_none() -> None:
+    rivals = _rivals([99, 9, 98, 1, 99, 2])
+    assert list(rivals) == ["even", "even_attention", "even_attention_x2"]
+    assert rivals["even_attention"].counts()[ATTENTION] == [2, 1, 2]
+
+
+def test_where_ffns_are_not_to_lose_alike_the_cut_meets_one_without_attention() -> None:
+    rivals = _rivals([1, 9, 99, 1, 99, 2], even=False)
+    assert list(rivals) == ["attention_spared"]
+    assert rivals["attention_spared"].counts() == {ATTENTION: [2, 2, 2], FFN: [40, 20, 20]}
     assert _rivals([99, 9, 99, 1, 99, 2], even=False) == {}
 
 
 def test_rivals_that_are_the_same_or_cannot_be_filled_are_left_out() -> None:
     # 39 channels in all: with attention whole, the pools hold 390 of the 400 parameters; a channel
     # short is still the same round. With 12 they hold 360.
-    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=13)) == ["attention_spared"]
-    assert _rivals([1, 9, 99, 1, 99, 2], pool=12) == {}
+    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=13)) == [
+        "even",
+        "even_attention",
+        "even_attention_x2",
+    ]
+    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=12)) == ["even_attention", "even_attention_x2"]
+    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=9)) == ["even_attention_x2"]
+    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=2)) == []
 
 
-def test_the_lowest_loss_stands() -> None:
+def _stands(even: list[float], cut: list[float], spared: list[float]) -> str:
+    """Which of three cuts stands, by the losses of their windows."""
     mask = KeepMask(_table())
-    cuts = {name: mask.without(torch.tensor([at])) for at, name in enumerate(("a", "b", "c"))}
-    losses = {at: loss for at, loss in enumerate((2.0, 3.0, 1.0))}
+    cuts = {
+        name: mask.without(torch.tensor([at]))
+        for at, name in enumerate(("cut", "even", "attention_spared"))
+    }
+    losses_N = torch.tensor([cut, even, spared])
+    rivals = {name: cuts[name] for name in ("even", "attention_spared")}
+    stands, seen = try_cuts(
+        cuts["cut"], rivals, lambda mask: losses_N[int((~mask.keep_N).nonzero())]
+    )
+    assert seen == {
+        name: pytest.approx(float(torch.tensor(loss).mean()))
+        for name, loss in (("cut", cut), ("even", even), ("attention_spared", spared))
+    }
+    return next(name for name, mask in cuts.items() if mask == stands)
 
-    def recovered_loss(cut: KeepMask) -> float:
-        return losses[int((~cut.keep_N).nonzero())]
 
-    rivals = {"even": cuts["b"], "attention_spared": cuts["c"]}
-    better, seen = try_cuts(cuts["a"], rivals, recovered_loss)
-    assert better == cuts["c"]
-    assert seen == {"cut": 2.0, "even": 3.0, "attention_spared": 1.0}
-    better, _ = try_cuts(cuts["c"], {"even": cuts["b"]}, recovered_loss)
-    assert better == cuts["c"]
+def test_the_lowest_loss_stands_if_it_is_lower_beyond_its_error() -> None:
+    even = [2.0, 3.0, 4.0, 5.0]
+    clear, spread = [1.8, 2.9, 3.8, 4.9], [1.0, 3.9, 3.0, 5.5]
+    # Windows differ far more than cuts: it is their differences that count.
+    assert _stands(even, clear, [9.0] * 4) == "cut"
+    assert _stands(even, [9.0] * 4, clear) == "attention_spared"
+    # Lower by as much, but not in every window: the one that needs no evidence.
+    assert _stands(even, spread, [9.0] * 4) == "even"
+    assert _stands(even, [2.1, 3.1, 4.1, 5.1], [9.0] * 4) == "even"
+
+
+def test_more_attention_is_tried_as_long_as_it_helps() -> None:
+    mask = KeepMask(_table())
+    cuts = [mask.without(torch.tensor([at])) for at in range(5)]
+    for losses, tried, best in (
+        ([9.0, 5.0, 4.0, 3.0, 2.0], 5, 4),
+        ([9.0, 5.0, 4.0, 4.5, 2.0], 4, 2),
+        ([9.0, 5.0, 6.0, 3.0, 2.0], 3, 1),
+    ):
+        seen: list[int] = []
+
+        def recovered_losses(
+            mask: KeepMask, losses: list[float] = losses, seen: list[int] = seen
+        ) -> torch.Tensor:
+            seen.append(int((~mask.keep_N).nonzero()))
+            return torch.tensor([losses[seen[-1]], losses[seen[-1]]])
+
+        names = ("even", *WITH_ATTENTION)
+        stands, _ = try_cuts(cuts[0], dict(zip(names, cuts[1:], strict=True)), recovered_losses)
+        assert len(seen) == tried
+        assert stands == cuts[best]
+
+
+def test_one_window_has_no_error() -> None:
+    assert _stands([2.0], [1.9], [3.0]) == "cut"
+    assert _stands([2.0], [2.0], [3.0]) == "even"
 
 
 @pytest.mark.parametrize(
-    ("windows", "expected"), [(48, (16, 16)), (3, (1, 1)), (2, (1, 1)), (1, (1, 0))]
+    ("windows", "expected"),
+    [(300, (96, 32)), (48, (32, 10)), (3, (2, 1)), (2, (1, 1)), (1, (1, 0))],
 )
 def test_a_trial_is_judged_by_other_windows(windows: int, expected: tuple[int, int]) -> None:
-    assert trial_windows(windows) == expected
+    assert trial_windows(512, 256, windows) == expected
