@@ -28,8 +28,9 @@ CUT, SPARED, EVEN = "cut", "attention_spared", "even"
 # Even cuts that take attention too: so many times the round's share of its units.
 WITH_ATTENTION = {"even_attention": 1, "even_attention_x2": 2, "even_attention_x3": 3}
 # A cut must be better than the one that stands without evidence by so many standard errors of the
-# difference, window by window.
-_ERRORS = 2.0
+# difference, window by window, and by this many nats: by so much have the refinement that follows
+# the last cut, and the text that the trial lacks, turned differences (docs/method.md).
+_ERRORS, _BIAS_NATS = 2.0, 0.05
 
 
 def rival_cuts(
@@ -141,7 +142,7 @@ def try_cuts(
 
 
 def _clearly_better(loss_N: torch.Tensor, other_N: torch.Tensor) -> bool:
-    """Whether the mean difference is larger than its error; one window has none."""
+    """Whether the mean difference is beyond error and bias; one window has no error."""
     gain_N = other_N - loss_N
     error = float(gain_N.std()) / math.sqrt(len(gain_N)) if len(gain_N) > 1 else 0.0
-    return float(gain_N.mean()) > _ERRORS * error
+    return float(gain_N.mean()) > max(_ERRORS * error, _BIAS_NATS)

@@ -114,6 +114,8 @@ def test_the_lowest_loss_stands_if_it_is_lower_beyond_its_error() -> None:
     # Lower by as much, but not in every window: the one that needs no evidence.
     assert _stands(even, spread, [9.0] * 4) == "even"
     assert _stands(even, [2.1, 3.1, 4.1, 5.1], [9.0] * 4) == "even"
+    # In every window, but by no more than what the trial cannot know.
+    assert _stands(even, [1.96, 2.97, 3.96, 4.97], [9.0] * 4) == "even"
 
 
 def test_more_attention_is_tried_as_long_as_it_helps() -> None:
