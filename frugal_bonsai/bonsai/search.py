@@ -229,7 +229,8 @@ class Search:
             rivals = rival_cuts(mask, cut_mask, judgement.curves, target, self._rules, even=even)
             if rivals:
                 recovered = partial(self._recovered_losses, state, number, dense)
-                cut_mask, report["trial"] = try_cuts(cut_mask, rivals, recovered)
+                taken = (target - mask.removed_parameters()) / self._blocks
+                cut_mask, report["trial"] = try_cuts(cut_mask, rivals, recovered, share=taken)
         state.mask, state.ahead = cut_mask, look_ahead(judgement, mask, cut_mask)
         return report | {
             "sparsity": cut_mask.removed_parameters() / self._blocks,

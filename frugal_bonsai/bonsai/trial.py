@@ -28,9 +28,10 @@ CUT, SPARED, EVEN = "cut", "attention_spared", "even"
 # Even cuts that take attention too: so many times the round's share of its units.
 WITH_ATTENTION = {"even_attention": 1, "even_attention_x2": 2, "even_attention_x3": 3}
 # A cut must be better than the one that stands without evidence by so many standard errors of the
-# difference, window by window, and by this many nats: by so much have the refinement that follows
-# the last cut, and the text that the trial lacks, turned differences (docs/method.md).
-_ERRORS, _BIAS_NATS = 2.0, 0.05
+# difference, window by window, and by this many nats for all of the blocks, a tenth of that where a
+# round takes a tenth: by so much have the refinement that follows the last cut, and the text that
+# the trial lacks, turned differences (docs/results/trials_2-core-cpu_2026-11-25.md).
+_ERRORS, _BIAS_NATS = 2.0, 0.25
 
 
 def rival_cuts(
@@ -118,6 +119,8 @@ def try_cuts(
     chosen: KeepMask,
     rivals: dict[str, KeepMask],
     recovered_losses: Callable[[KeepMask], torch.Tensor],
+    *,
+    share: float,
 ) -> tuple[KeepMask, dict[str, float]]:
     """The cut that stands, and all mean losses by name.
 
@@ -125,6 +128,7 @@ def try_cuts(
         chosen: the round's cut.
         rivals: see :func:`rival_cuts`; the first one stands unless another is clearly better.
         recovered_losses: of a cut's model after recovery ``[N]``, the same windows for all.
+        share: of the block parameters that the cuts remove.
     """
     cuts = {CUT: chosen, **rivals}
     losses: dict[str, torch.Tensor] = {}
@@ -136,13 +140,13 @@ def try_cuts(
         before = float(losses[name].mean())
     stands = next(iter(rivals))
     best = min(losses, key=lambda name: float(losses[name].mean()))
-    if _clearly_better(losses[best], losses[stands]):
+    if _clearly_better(losses[best], losses[stands], _BIAS_NATS * share):
         stands = best
     return cuts[stands], {name: float(loss_N.mean()) for name, loss_N in losses.items()}
 
 
-def _clearly_better(loss_N: torch.Tensor, other_N: torch.Tensor) -> bool:
+def _clearly_better(loss_N: torch.Tensor, other_N: torch.Tensor, bias: float) -> bool:
     """Whether the mean difference is beyond error and bias; one window has no error."""
     gain_N = other_N - loss_N
     error = float(gain_N.std()) / math.sqrt(len(gain_N)) if len(gain_N) > 1 else 0.0
-    return float(gain_N.mean()) > max(_ERRORS * error, _BIAS_NATS)
+    return float(gain_N.mean()) > max(_ERRORS * error, bias)

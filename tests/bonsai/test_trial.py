@@ -86,7 +86,7 @@ def test_rivals_that_are_the_same_or_cannot_be_filled_are_left_out() -> None:
     assert list(_rivals([1, 9, 99, 1, 99, 2], pool=2)) == []
 
 
-def _stands(even: list[float], cut: list[float], spared: list[float]) -> str:
+def _stands(even: list[float], cut: list[float], spared: list[float], share: float = 0.2) -> str:
     """Which of three cuts stands, by the losses of their windows."""
     mask = KeepMask(_table())
     cuts = {
@@ -96,7 +96,7 @@ def _stands(even: list[float], cut: list[float], spared: list[float]) -> str:
     losses_N = torch.tensor([cut, even, spared])
     rivals = {name: cuts[name] for name in ("even", "attention_spared")}
     stands, seen = try_cuts(
-        cuts["cut"], rivals, lambda mask: losses_N[int((~mask.keep_N).nonzero())]
+        cuts["cut"], rivals, lambda mask: losses_N[int((~mask.keep_N).nonzero())], share=share
     )
     assert seen == {
         name: pytest.approx(float(torch.tensor(loss).mean()))
@@ -116,6 +116,8 @@ def test_the_lowest_loss_stands_if_it_is_lower_beyond_its_error() -> None:
     assert _stands(even, [2.1, 3.1, 4.1, 5.1], [9.0] * 4) == "even"
     # In every window, but by no more than what the trial cannot know.
     assert _stands(even, [1.96, 2.97, 3.96, 4.97], [9.0] * 4) == "even"
+    # A round that takes less is turned around by less.
+    assert _stands(even, [1.96, 2.97, 3.96, 4.97], [9.0] * 4, share=0.1) == "cut"
 
 
 def test_more_attention_is_tried_as_long_as_it_helps() -> None:
@@ -135,7 +137,9 @@ def test_more_attention_is_tried_as_long_as_it_helps() -> None:
             return torch.tensor([losses[seen[-1]], losses[seen[-1]]])
 
         names = ("even", *WITH_ATTENTION)
-        stands, _ = try_cuts(cuts[0], dict(zip(names, cuts[1:], strict=True)), recovered_losses)
+        stands, _ = try_cuts(
+            cuts[0], dict(zip(names, cuts[1:], strict=True)), recovered_losses, share=0.2
+        )
         assert len(seen) == tried
         assert stands == cuts[best]
 
