@@ -27,13 +27,15 @@ for line in sys.stdin:
         status = 1
         try:
             os.chdir(job["folder"])
-            os.dup2(os.open("errors.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+            for name, stream in (("output.txt", 1), ("errors.txt", 2)):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream)
             sys.argv = ["-c", *job["arguments"]]
             exec(compile(job["code"], "code", "exec"), {"__name__": "__main__"})
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -57,8 +59,8 @@ class FreshProcesses:
         }
         self._server: subprocess.Popen[str] | None = None
 
-    def run(self, code: str, *arguments: str | Path, folder: Path) -> None:
-        """Run code to its end, which must be a good one.
+    def run(self, code: str, *arguments: str | Path, folder: Path) -> str:
+        """Run code to its end, which must be a good one; its standard output.
 
         Args:
             code: finds the arguments in ``sys.argv``.
@@ -67,7 +69,7 @@ class FreshProcesses:
         """
         words = [str(argument) for argument in arguments]
         if sys.platform == "linux":
-            status, errors = self._forked(code, words, folder)
+            status, output, errors = self._forked(code, words, folder)
         else:
             done = subprocess.run(
                 [sys.executable, "-I", "-c", code, *words],
@@ -77,10 +79,11 @@ class FreshProcesses:
                 text=True,
                 check=False,
             )
-            status, errors = done.returncode, done.stderr
+            status, output, errors = done.returncode, done.stdout, done.stderr
         assert status == 0, errors[-3000:]
+        return output
 
-    def _forked(self, code: str, words: list[str], folder: Path) -> tuple[int, str]:
+    def _forked(self, code: str, words: list[str], folder: Path) -> tuple[int, str, str]:
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, "-I", "-c", SERVER],
@@ -93,7 +96,8 @@ class FreshProcesses:
         job = {"code": code, "arguments": words, "folder": str(folder)}
         print(json.dumps(job), file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())
-        return status, (folder / "errors.txt").read_text(encoding="utf-8")
+        output, errors = (folder / name for name in ("output.txt", "errors.txt"))
+        return status, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
 
     def close(self) -> None:
         """End the process that is forked."""

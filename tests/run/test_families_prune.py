@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import python, succeed
+from commands import succeed
+from fresh_process import FreshProcesses
 from tiny_models import PRUNED as KINDS
 from tiny_models import save_byte_tokenizer, tiny_family
 
@@ -34,7 +35,9 @@ print(json.dumps(found))
 """
 
 
-def test_a_real_gpt2(gpt1m_bytes: Path, shared: Path, tmp_path: Path) -> None:
+def test_a_real_gpt2(
+    gpt1m_bytes: Path, shared: Path, tmp_path: Path, fresh: FreshProcesses
+) -> None:
     text = tmp_path / "test.txt"
     stories = (shared / "text" / "tinystories_test.txt").read_text(encoding="utf-8")
     text.write_text(stories[:12_000], encoding="utf-8")
@@ -45,7 +48,7 @@ def test_a_real_gpt2(gpt1m_bytes: Path, shared: Path, tmp_path: Path) -> None:
         "--calibration", shared / "text" / "tinystories_calibration.txt",
         "--max-cpu-mem", "2GB",
     )  # fmt: skip
-    found = json.loads(python(LOAD, text, out))[str(out)]
+    found = json.loads(fresh.run(LOAD, text, out, folder=tmp_path))[str(out)]
     assert found["made"] == 16
     kept = summary["rounds"][-1]["kept"]
     assert kept["attention"] == [4, 4, 4]  # GPT-2 cannot have fewer heads
@@ -91,9 +94,11 @@ def pruned(
 
 
 @pytest.fixture(scope="module")
-def loaded(pruned: dict[str, tuple[Path, dict[str, Any]]], text: Path) -> dict[str, Any]:
+def loaded(
+    pruned: dict[str, tuple[Path, dict[str, Any]]], text: Path, fresh: FreshProcesses
+) -> dict[str, Any]:
     outs = {name: out for name, (out, _) in pruned.items()}
-    found = json.loads(python(LOAD, text, *outs.values()))
+    found = json.loads(fresh.run(LOAD, text, *outs.values(), folder=text.parent))
     return {name: found[str(out)] for name, out in outs.items()}
 
 

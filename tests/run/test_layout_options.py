@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import fail, python, succeed
+from commands import fail, succeed
+from fresh_process import FreshProcesses
 
 from frugal_bonsai import load_pruned, load_tokenizer
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -29,7 +30,9 @@ print(json.dumps({"type": model.config.model_type, "zeros": zeros, "made": made.
 """
 
 
-def test_padded_is_what_per_layer_is_and_loads_everywhere(tmp_path: Path) -> None:
+def test_padded_is_what_per_layer_is_and_loads_everywhere(
+    tmp_path: Path, fresh: FreshProcesses
+) -> None:
     words = ("prune", "example", "--sparsity", "0.3", "--step", "0.15", *QUICK)
     cap = ("--max-cpu-mem", "2GB")
     padded = succeed(*words, *cap, "--layout", "padded", "--out", tmp_path / "padded")
@@ -42,7 +45,7 @@ def test_padded_is_what_per_layer_is_and_loads_everywhere(tmp_path: Path) -> Non
     perplexity = ragged["after"]["perplexity"]
     assert padded["after"]["perplexity"] == pytest.approx(perplexity, rel=1e-5)
     # What is stored is counted as stored.
-    found = json.loads(python(PLAIN, tmp_path / "padded").splitlines()[-1])
+    found = json.loads(fresh.run(PLAIN, tmp_path / "padded", folder=tmp_path))
     assert found["type"] == "llama" and found["made"] == 8
     assert found["parameters"] == padded["after"]["parameters"] > ragged["after"]["parameters"]
     filled = padded["after"]["parameters"] - ragged["after"]["parameters"]
@@ -57,7 +60,7 @@ CALIBRATION = ("--calibration", "stdlib", "--windows", "4", "--window", "64")
 
 
 def test_as_mistral_lets_a_llama_keep_any_number_of_heads(
-    tmp_path: Path, stories260k: Path
+    tmp_path: Path, stories260k: Path, fresh: FreshProcesses
 ) -> None:
     """Eight heads in four groups; three groups are six heads, of which 64 is no multiple."""
     words = ("prune", stories260k, "--sparsity", "0.25", "--level", "none", "--allocation", "equal")
@@ -66,7 +69,7 @@ def test_as_mistral_lets_a_llama_keep_any_number_of_heads(
     assert summary["kept"]["attention"] == [3] * 5
     assert (summary["family"], summary["written_as"]) == ("llama", "mistral")
     assert summary["verify"]["max_relative_difference"] <= 1e-4
-    found = json.loads(python(PLAIN, tmp_path / "out").splitlines()[-1])
+    found = json.loads(fresh.run(PLAIN, tmp_path / "out", folder=tmp_path))
     assert (found["type"], found["made"]) == ("mistral", 8)
     assert found["parameters"] == summary["after"]["parameters"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -97,7 +100,7 @@ def test_as_mistral_where_it_cannot_be(
 
 
 def test_per_layer_at_a_head_count_that_llamas_config_forbids(
-    tmp_path: Path, stories260k: Path
+    tmp_path: Path, stories260k: Path, fresh: FreshProcesses
 ) -> None:
     """Three groups everywhere are six heads, of which 64 is no multiple; it is streamed too."""
     with Checkpoint.open(stories260k) as checkpoint:

@@ -48,7 +48,7 @@ def test_peak_memory_stays_under_the_cap(large: Path, tmp_path: Path) -> None:
         "--calibration",
         text,
         "--windows",
-        "8",
+        "4",
         "--window",
         "64",
         "--masks",

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from run.commands import fail, python, succeed
+from fresh_process import FreshProcesses
+from run.commands import fail, succeed
 
 PROFILES = Path(__file__).parents[2] / "profiles"
 WORDS = ("--windows", "8", "--window", "64", "--max-cpu-mem", "2GB")
@@ -43,14 +44,14 @@ def _held_out(windows: int, window: int) -> list[list[int]]:
     ],
 )
 def test_published_methods_write_what_plain_transformers_loads(
-    tmp_path: Path, method: str, sparsity: str, config: dict[str, bool]
+    tmp_path: Path, fresh: FreshProcesses, method: str, sparsity: str, config: dict[str, bool]
 ) -> None:
     out = tmp_path / "out"
     summary = succeed(
         "prune", "example", "--out", out, "--method", method, "--sparsity", sparsity, *WORDS
     )
     assert summary["method"] == method and summary["verify"]["max_relative_difference"] < 1e-4
-    found = json.loads(python(EVALUATE, out, json.dumps(_held_out(8, 64))))
+    found = json.loads(fresh.run(EVALUATE, out, json.dumps(_held_out(8, 64)), folder=tmp_path))
     assert found["perplexity"] == pytest.approx(summary["after"]["perplexity"], rel=1e-3)
     assert found["parameters"] == summary["after"]["parameters"]
     written = json.loads((out / "config.json").read_text())
