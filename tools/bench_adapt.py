@@ -20,7 +20,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from frugal_bonsai.adapt.objective import Objective
 from frugal_bonsai.adapt.part import Part, Sums
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.state import TrainingFolder
+from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.train import Trainer
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.memory.meter import peak_resident_bytes
@@ -127,7 +128,7 @@ def reference(job_file: Path) -> dict[str, Any]:
         model = with_adapters(load(job["pruned"], dtype), opened, settings)
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         trainer = Trainer(
-            ResidentStudent(model, teacher, opened),
+            cast(Student, ResidentStudent(model, teacher, opened)),
             parameters,
             Lessons(windows_NS=job["windows_NS"], held_out=job["held_out"]),
             settings,

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from frugal_bonsai.model.units import KeepMask
@@ -108,7 +109,7 @@ def measure(model: str, repeat: int, work: Path) -> dict[str, list[dict[str, flo
     with open_model(model, headers_only=True) as opened:
         files = sorted({entry.file for entry in opened.checkpoint.tensors.values()})
     masks, out = write_masks(model, work), work / "out"
-    figures = {
+    figures: dict[str, Callable[[], dict[str, float]]] = {
         "cp": lambda: copy(files, out),
         "whole": lambda: rewrite(model, masks["whole"], out),
         "half": lambda: rewrite(model, masks["half"], out),

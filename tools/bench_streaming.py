@@ -14,6 +14,8 @@ Figures, each the ratio of the medians of runs that alternate (above 1: ours is 
                   the sweep (model FLOP utilisation)
 
 `--device cuda` computes on a GPU, where `streamed` and `utilisation` are the figures to look at.
+`--arithmetic` names what to sweep in; left out, it is fp32 and, where this machine's rates say that
+a search would take them (on a CPU: one with VNNI), int8 products. `cold` takes the last of them.
 
     python tools/make_shape_checkpoint.py llama-3.2-1b M
     python tools/bench_streaming.py M [--figures streamed,masked,int8,offload,cold] [--threads 2]
@@ -28,17 +30,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from frugal_bonsai.memory.cost import layer_widths
+from frugal_bonsai.memory.estimate import int8_wins
 from frugal_bonsai.memory.hardware import BF16, FP32
 from frugal_bonsai.memory.measure import Timer, measure_products
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.run.prepare import Model, open_model
+from frugal_bonsai.run.profile import quick_profile
 from frugal_bonsai.stream.engine import FLOAT, INT8_PRODUCTS, Engine, compute_dtype
 from frugal_bonsai.stream.int8_linear import Int8Weight
 from frugal_bonsai.stream.layers import LayerStream, Parameters
@@ -108,6 +113,11 @@ class Bench:
         shape = (given.windows, given.window)
         self.tokens_NS = torch.randint(model.spec.vocabulary, shape, generator=generator)
         self.device = torch.device(given.device)
+        if given.arithmetic is None:
+            wins = int8_wins(model.spec, quick_profile(self.device))
+            self.arithmetics = (FLOAT, INT8_PRODUCTS) if wins else (FLOAT,)
+        else:
+            self.arithmetics = tuple(given.arithmetic.split(","))
         self.engines = {name: self._engine(name) for name in (FLOAT, INT8_PRODUCTS)}
         self.heads = {
             name: engine.evaluation_head(work / "head") for name, engine in self.engines.items()
@@ -140,13 +150,13 @@ class Bench:
     # -- figures --------------------------------------------------------------------------------
     def streamed(self) -> None:
         """Streamed against resident."""
-        for arithmetic, engine in self.engines.items():
-            with engine.evaluation_stream(self.store) as stream:
+        for arithmetic in self.arithmetics:
+            with self.engines[arithmetic].evaluation_stream(self.store) as stream:
                 resident = Resident(stream)
                 self._compare(
                     f"streamed, {arithmetic}",
-                    lambda r=resident, a=arithmetic: self.sweep(a, r),
-                    lambda s=stream, a=arithmetic: self.sweep(a, s),
+                    partial(self.sweep, arithmetic, resident),
+                    partial(self.sweep, arithmetic, stream),
                 )
                 resident.close()
 
@@ -209,13 +219,13 @@ class Bench:
                 drop(mine)
             self.sweep(arithmetic, stream)
 
-        for arithmetic, engine in self.engines.items():
-            with engine.evaluation_stream(self.store) as stream:
+        for arithmetic in self.arithmetics:
+            with self.engines[arithmetic].evaluation_stream(self.store) as stream:
                 self._compare(
                     f"offload{' cold' * cold} ({self.given.offload_dtype}), {masks} masks, against "
                     f"{arithmetic} over {len(self.tokens_NS)}, seconds a mask",
                     one_at_a_time,
-                    lambda s=stream, a=arithmetic: sweep(a, s),
+                    partial(sweep, arithmetic, stream),
                     shares=(masks, len(self.tokens_NS)),
                 )
 
@@ -234,14 +244,16 @@ class Bench:
                     os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
                     source.readinto(buffer)
 
-        with self.engines[INT8_PRODUCTS].evaluation_stream(self.store) as stream:
+        arithmetic = self.arithmetics[-1]
+        with self.engines[arithmetic].evaluation_stream(self.store) as stream:
 
             def sweep() -> None:
                 drop(files)
-                self.sweep(INT8_PRODUCTS, stream, self.given.cold_windows)
+                self.sweep(arithmetic, stream, self.given.cold_windows)
 
             self._compare(
-                f"cold, {self.given.cold_windows} windows, {sum(map(size, files)) / 2**30:.2f} GiB",
+                f"cold, {arithmetic}, {self.given.cold_windows} windows, "
+                f"{sum(map(size, files)) / 2**30:.2f} GiB",
                 plain,
                 sweep,
             )
@@ -332,6 +344,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--figures", default=",".join(FIGURES))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arithmetic", help="float, int8 or float,int8")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
@@ -346,6 +359,9 @@ def main() -> None:
     chosen = given.figures.split(",")
     if unknown := set(chosen) - set(FIGURES):
         parser.error(f"unknown figures {sorted(unknown)}, known are {', '.join(FIGURES)}")
+    known = {FLOAT, INT8_PRODUCTS}
+    if given.arithmetic is not None and not set(given.arithmetic.split(",")) <= known:
+        parser.error(f"--arithmetic {given.arithmetic}: choose of {', '.join(sorted(known))}")
     torch.set_num_threads(given.threads)
     print("| figure | yardstick | ours | ratio | largest / smallest of the runs |")
     print("|---|---|---|---|---|", flush=True)

@@ -17,16 +17,21 @@ import torch
 from scipy.stats import kendalltau
 
 from frugal_bonsai.bonsai.design import Design
-from frugal_bonsai.bonsai.evaluate import Observations, evaluate_masks
+from frugal_bonsai.bonsai.evaluate import Observations
 from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.relevance import JUDGES, Judgement, RoundInputs
+from frugal_bonsai.bonsai.regress import Fit
+from frugal_bonsai.bonsai.relevance import JUDGES, RoundInputs
+from frugal_bonsai.bonsai.round_masks import RoundMasks
+from frugal_bonsai.bonsai.schedule import Schedule
 from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter, Tensors
 from frugal_bonsai.memory.plan import SweepLimits
-from frugal_bonsai.model.layout import layout_rules
+from frugal_bonsai.model.layout import PER_LAYER, layout_rules
 from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.run.plan import stand_in_share
 from frugal_bonsai.run.prepare import open_model, read_windows
 from frugal_bonsai.stream.engine import ARITHMETICS, Engine
-from frugal_bonsai.stream.store import INT8, build_store
+from frugal_bonsai.stream.store import INT8, LayerStore, build_store
 
 LIMITS = SweepLimits(
     micro_batch=8, windows_in_flight=10**6, resident_windows=0, head_rows=8192, head_tokens=256
@@ -42,6 +47,7 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=12)
     parser.add_argument("--mask-windows", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--levels", default="unit,group")
     given = parser.parse_args()
     print("| level | seed | relevances | tau of relevance | tau of losses | largest loss error |")
     print("|---|---|---|---|---|---|")
@@ -65,43 +71,64 @@ def main() -> None:
             )
             for arithmetic in ARITHMETICS
         ]
-        for level in ("unit", "group"):
+        for level in given.levels.split(","):
             for seed in range(given.seeds):
                 settings = PruneSettings(
-                    level=level, seed=seed, masks=given.masks, mask_windows=given.mask_windows
+                    level=level,
+                    seed=seed,
+                    masks=given.masks,
+                    mask_windows=given.mask_windows,
+                    certainty=1,  # all masks at once: both see the same ones
                 )
                 judged = [
-                    judge(engine, store, windows_NS, settings, Path(work) / "head")
+                    judge(engine, store, windows_NS, settings, Path(work) / "head", {})
                     for engine in engines
                 ]
                 report(level, seed, *judged)
 
 
 def judge(
-    engine: Engine, store: object, windows_NS: torch.Tensor, settings: PruneSettings, head: Path
-) -> tuple[Judgement, Observations]:
-    """The first round's judgement of all units."""
-    mask, seen = KeepMask(engine.spec.table), []
+    engine: Engine,
+    store: LayerStore,
+    windows_NS: torch.Tensor,
+    settings: PruneSettings,
+    head: Path,
+    stand_ins: dict[str, Tensors],
+) -> tuple[Fit, Observations]:
+    """The first round's regression over all units, and the masks that it explains."""
+    spec, rules = engine.spec, layout_rules(engine.spec, PER_LAYER)
+    mask, seen = KeepMask(spec.table), []
+    schedule = Schedule(settings=settings, rules=rules, blocks=spec.block_parameters)
     generator = torch.Generator().manual_seed(settings.seed)
-    builder = PriorBuilder(settings.prior, mask, damping=settings.ridge, generator=generator)
+    compensates = settings.stand_ins(uniform=rules.uniform)
+    writer = StandInWriter(
+        share=stand_in_share(settings, uniform=rules.uniform),
+        rules=rules,
+        damping=settings.ridge,
+        save=lambda group, tensors: stand_ins.update({group.name: tensors}),
+    )
+    builder = PriorBuilder(
+        settings.prior,
+        mask,
+        damping=settings.ridge,
+        generator=generator,
+        stand_ins=writer if compensates else None,
+    )
     with engine.stream(store) as stream:
         engine.sweep.run(stream, windows_NS, tap=PriorTap(builder, engine.device))
-    chosen = torch.randperm(len(windows_NS), generator=generator)[: settings.mask_windows]
+    masks = RoundMasks(
+        engine,
+        store,
+        lambda: engine.evaluation_head(head),
+        settings,
+        windows_NS,
+        generator,
+        stand_ins=StandIns(lambda group: stand_ins.get(group.name)) if compensates else None,
+        utility=None,
+    )
 
-    def evaluate(design: Design) -> Observations:
-        with engine.evaluation_stream(store) as stream:
-            seen.append(
-                evaluate_masks(
-                    engine,
-                    stream,
-                    engine.evaluation_head(head),
-                    design,
-                    settings.masks,
-                    windows_NS[chosen],
-                    shared=False,
-                    perplexity=False,
-                )
-            )
+    def evaluate(design: Design, count: int) -> Observations:
+        seen.append(masks.evaluate(design, count))
         return seen[-1]
 
     judgement = JUDGES[settings.level](
@@ -109,25 +136,28 @@ def judge(
             mask=mask,
             prior=builder.build(),
             settings=settings,
-            rules=layout_rules(engine.spec, "per-layer"),
-            share=settings.step * engine.spec.block_parameters / mask.table.parameters,
-            parameters_left=round(settings.sparsity * engine.spec.block_parameters),
-            masks=settings.masks * len(chosen),
+            rules=rules,
+            share=schedule.share(mask),
+            parameters_left=schedule.final_parameters,
+            windows=masks.windows,
             evaluate=evaluate,
+            cut=lambda curves: schedule.cut(mask, curves)[0],
+            ahead=None,
             generator=generator,
         )
     )
-    return judgement, seen[-1]
+    assert judgement.fit is not None
+    return judgement.fit, seen[-1]
 
 
 def report(
     level: str,
     seed: int,
-    exact: tuple[Judgement, Observations],
-    rounded: tuple[Judgement, Observations],
+    exact: tuple[Fit, Observations],
+    rounded: tuple[Fit, Observations],
 ) -> None:
     """One row."""
-    relevances = [judgement.fit.relevance_K for judgement, _ in (exact, rounded)]
+    relevances = [fit.relevance_K for fit, _ in (exact, rounded)]
     losses = [seen.loss_I for _, seen in (exact, rounded)]
     error, largest = (losses[0] - losses[1]).abs().max(), losses[0].abs().max()
     print(

@@ -117,7 +117,7 @@ def make_checkpoint(
                     ),
                 )
             writer.finish()
-    return sum(p.numel() for p in parameters.values()) * dtype.itemsize
+    return int(sum(p.numel() for p in parameters.values())) * dtype.itemsize
 
 
 def random_weight(

@@ -158,13 +158,17 @@ def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
 
     from frugal_bonsai.bonsai.gram import Moments
     from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
+    from frugal_bonsai.model.layout import PER_LAYER, layout_rules
 
     group = spec.table.of_layer(0)[-1]
     moments = Moments(group.columns, device=torch.device("cpu"), gram=True)
     moments.add(torch.randn(1, 16, group.columns))
     saved: dict[str, Any] = {}
     writer = StandInWriter(
-        share=share, damping=1e-3, save=lambda group, tensors: saved.update(tensors)
+        share=share,
+        rules=layout_rules(spec, PER_LAYER),
+        damping=1e-3,
+        save=lambda group, tensors: saved.update(tensors),
     )
     size, _ = growth(lambda: writer.add(group, moments, torch.rand(group.count)))
     yield "making stand-ins", items.solve(stand_ins=share).size_bytes, size

@@ -317,6 +317,7 @@ def _prior(opened: Any, ready: Any, work: Path) -> Any:
     folder, settings = StateFolder(work / "state", {}), ready.settings
     writer = StandInWriter(
         share=stand_in_share(settings, uniform=ready.rules.uniform),
+        rules=ready.rules,
         damping=settings.ridge,
         save=lambda group, tensors: folder.save_stand_in(0, group, tensors),
     )

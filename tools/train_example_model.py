@@ -259,7 +259,7 @@ def train(options: argparse.Namespace) -> None:
     next_save_seconds = 300.0
     step = 0
     recent: list[float] = []
-    for batch in batches(*streams, options.documentation_share, options.seed):
+    for batch in batches(streams[0], streams[1], options.documentation_share, options.seed):
         rate = schedule.rate(step, log.seconds())
         if rate is None:
             break

@@ -103,7 +103,7 @@ class StudentHead:
         total = Sums()
         for block in self._blocks(part, hidden_BSH):
             loss, sums = self._block_sums(block, objective)
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            (loss * scale).backward()
             total.add(sums)
         return hidden_BSH.grad, total
 

@@ -111,7 +111,7 @@ def _descend(
             size = weight_K.abs() if setting.kind == "l1" else (weight_K - 1).square()
             loss = error + setting.penalty / scale * size.sum()
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
         with torch.no_grad():
             predicted = test[0] @ weight_K

@@ -61,7 +61,7 @@ class LayerStream:
             if pinned
             else self._host
         )
-        self._copies = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device) if pinned else None
         self._arrived: list[torch.cuda.Event | None] = [None, None]
         self._consumed: list[torch.cuda.Event | None] = [None, None]
         self._dense = torch.empty(self._dense_bytes(), dtype=torch.uint8, device=device)
@@ -120,7 +120,7 @@ class LayerStream:
                 pending = self._reader.submit(self._fetch, layer + 1)
             yield layer, self._parameters(layer)
             if self._copies is not None:
-                self._consumed[self._slot(layer)] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._consumed[self._slot(layer)] = event = torch.cuda.Event()
                 event.record(torch.cuda.current_stream(self.device))
             if more and not ahead:
                 pending = self._reader.submit(self._fetch, layer + 1)
@@ -144,7 +144,7 @@ class LayerStream:
             if consumed is not None:
                 self._copies.wait_event(consumed)
             self._staged[slot][:size].copy_(self._host[slot][:size], non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()
             event.record(self._copies)
             self._arrived[slot] = event
 

@@ -50,8 +50,8 @@ class Spill:
         self._host = [
             torch.empty(window, hidden, dtype=dtype, pin_memory=cuda) for _ in range(windows)
         ]
-        self._in: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
-        self._out: Any = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self._in: Any = torch.cuda.Stream(device) if cuda else None
+        self._out: Any = torch.cuda.Stream(device) if cuda else None
         self._written: list[torch.cuda.Event | None] = [None] * windows
         self._ahead: _Fetch | None = None
 
@@ -75,7 +75,7 @@ class Spill:
             ahead is not None and ahead.items.start < items.stop and items.start < ahead.items.stop
         )
         if self._out is not None:
-            computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            computed = torch.cuda.Event()
             computed.record(torch.cuda.current_stream(self._device))
             self._out.wait_event(computed)
             if ahead is not None and overtaken:
@@ -114,6 +114,6 @@ def _event(stream: Any) -> torch.cuda.Event | None:
     """An event behind everything that the stream has been given."""
     if stream is None:
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record(stream)
     return event
