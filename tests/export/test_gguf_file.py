@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ import pytest
 import torch
 from rewrite.models import keep_counts, open_parent, tiny_parent
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_family
+from tiny_models import save_pair_tokenizer, tiny_family
 
-from export.test_llama_cpp import FAMILIES, FULL, export
+from export.test_llama_cpp import DECI, FAMILIES, FULL, export
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
-from frugal_bonsai.export.architecture import describe_shape
+from frugal_bonsai.export import values
 from frugal_bonsai.export.gguf_file import write_gguf
-from frugal_bonsai.export.tensors import interleave
+from frugal_bonsai.export.shape import describe_shape
+from frugal_bonsai.export.values import by_kind, interleave
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PER_LAYER
-from frugal_bonsai.model.units import KeepMask, UnitTable
+from frugal_bonsai.model.units import ATTENTION, KeepMask, UnitTable
 from frugal_bonsai.rewrite.companions import write_companions
+
+SMOLLM3 = FAMILIES["smollm3"][0]
 
 
 def ragged(spec: ModelSpec) -> ModelSpec:
@@ -30,33 +34,128 @@ def ragged(spec: ModelSpec) -> ModelSpec:
     return replace(spec, table=UnitTable(tuple(groups)))
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_which_families_are_a_deci_where_layers_differ(tmp_path: Path, family: str) -> None:
-    spec = ragged(tiny_family(tmp_path / "m", family, **FULL, **FAMILIES[family]).spec)
-    if family == "qwen3":
-        with pytest.raises(UnsupportedModelError, match="does not compute this one; prune with"):
+    spec = ragged(tiny_family(tmp_path / "m", family, **FULL, **FAMILIES[family][0]).spec)
+    if family not in DECI:
+        text = rf"layers of this {spec.family.model_type} differ in width.*; prune with --layout"
+        with pytest.raises(UnsupportedModelError, match=text):
             describe_shape(spec)
         return
     shape = describe_shape(spec)
     assert (shape.architecture, shape.heads, shape.kv_heads) == ("deci", (6, 4), (3, 2))
-    assert shape.interleaved
+    assert shape.traits.interleaved
+
+
+# Name -> family, changes, error text.
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "mistral": ("mistral", {}, "sliding_window is 5; llama.cpp computes full attention"),
+    "qwen2": ("qwen2", {}, "sliding_window is 5; llama.cpp computes full attention"),
+    "phi3": ("phi3", {}, "sliding_window is 5; llama.cpp computes full attention"),
+    "qwen3-biases": (
+        "qwen3-biases",
+        {},
+        r"k_proj\.bias, and llama.cpp's architecture 'qwen3' has no such bias",
+    ),
+    "smollm3-biases": ("smollm3", {**SMOLLM3, "attention_bias": True}, r"o_proj\.bias, and llama"),
+    "smollm3-rope": ("smollm3", {}, r"no_rope_layers is \[1, 0\]; .* a multiple of 4 alone"),
+    "opt": ("opt", {}, "model_type 'opt' is not exported to GGUF; exported are: falcon, gemma2"),
+    "gpt-neo": ("gpt-neo", {}, "model_type 'gpt_neo' is not exported to GGUF"),
+    "gemma2-caps": (
+        "gemma2",
+        {"final_logit_softcapping": None},
+        "final_logit_softcapping is None; llama.cpp's architecture 'gemma2' always caps logits",
+    ),
+    "gemma2-untied": (
+        "gemma2",
+        {"tie_word_embeddings": False},
+        r"'lm_head.weight' has no place in llama.cpp's architecture 'gemma2'",
+    ),
+    "gemma3-caps": (
+        "gemma3",
+        {"final_logit_softcapping": 3.0},
+        "final_logit_softcapping is 3.0; llama.cpp's architecture 'gemma3' caps no logits",
+    ),
+    "gemma3-layers": (
+        "gemma3",
+        {"num_hidden_layers": 3, "layer_types": ["full_attention"] + ["sliding_attention"] * 2},
+        r"full attention in the layers \[0\]; llama.cpp wants it at even distances \(prune with",
+    ),
+    "gemma3-both-ways": (
+        "gemma3",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention is True; llama.cpp's architecture 'gemma3' looks back alone",
+    ),
+    "gemma3-silu": (
+        "gemma3",
+        {"hidden_activation": "silu"},
+        "hidden_activation is 'silu'; .* gelu",
+    ),
+    "granite-part": (
+        "granite",
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "2 of the 4 dimensions of a head are rotated; llama.cpp's architecture 'granite' rotates",
+    ),
+    "gpt2-scores": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx is True; llama.cpp's architecture 'gpt2' scales the",
+    ),
+    "gpt-neox-biases": (
+        "gpt-neox-sequential",
+        {},
+        "attention_bias is False; llama.cpp's architecture 'gptneox' wants biases",
+    ),
+    "falcon-biases": (
+        "falcon-groups",
+        {},
+        r"h\.bias, and llama.cpp's .* 'falcon' has",
+    ),
+    "falcon-sequential": (
+        "falcon-sequential",
+        {},
+        "parallel_attn is False; llama.cpp's architecture 'falcon' computes attention and FFN side",
+    ),
+    "qwen3-moe": (
+        "qwen3-moe",
+        {"norm_topk_prob": False},
+        "norm_topk_prob is False; llama.cpp's architecture 'qwen3moe' divides the weights",
+    ),
+    "olmoe-clip": ("olmoe", {"num_key_value_heads": 6}, "clip_qkv is 1.0; .* 'olmoe' clips no q"),
+    "olmoe-heads": ("olmoe", {}, "has 6 query heads and 3 KV heads, and llama.cpp takes as many"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_are_refused(tmp_path: Path, name: str) -> None:
+    family, changes, text = REFUSED[name]
+    tiny_family(tmp_path / "dense", family, **{**FULL, **changes})
+    save_pair_tokenizer(tmp_path / "dense")
+    refused(tmp_path / "dense", tmp_path, text)
 
 
 @pytest.mark.parametrize(
-    ("family", "text"),
+    ("family", "changes", "text"),
     [
-        ("mistral", "sliding_window is 5; llama.cpp computes full attention"),
-        ("qwen2", "sliding_window is 5; llama.cpp computes full attention"),
-        ("qwen3-biases", r"k_proj\.bias, and llama.cpp's architecture 'qwen3' has no such bias"),
-        ("gemma2", "model_type 'gemma2' is not exported to GGUF; exported are: llama, mistral"),
+        (
+            "gpt2",
+            {},
+            r"this gpt2 has 16 rows of q, .* as the model is wide, 24, alone; prune",
+        ),
+        (
+            "phi3",
+            {"sliding_window": None},
+            r"2 of the 4 .* rotates them all \('phi3' takes no layers of these widths: prune FFN",
+        ),
     ],
 )
-def test_families_that_are_refused(
-    tmp_path: Path, stories260k: Path, family: str, text: str
+def test_fewer_heads_than_a_loader_takes(
+    tmp_path: Path, family: str, changes: dict[str, Any], text: str
 ) -> None:
-    tiny_family(tmp_path / "dense", family, **FULL)
-    write_companions(stories260k, tmp_path / "dense")
-    refused(tmp_path / "dense", tmp_path, text)
+    spec = tiny_family(tmp_path / "m", family, **changes).spec
+    groups = [replace(g, count=g.count - (g.kind == ATTENTION)) for g in spec.table.groups]
+    with pytest.raises(UnsupportedModelError, match=text):
+        describe_shape(replace(spec, table=UnitTable(tuple(groups))))
 
 
 def test_rows_in_llama_cpps_order() -> None:
@@ -64,6 +163,14 @@ def test_rows_in_llama_cpps_order() -> None:
     assert interleave(rows, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
     weight = rows[:, None] * torch.ones(1, 3)
     assert torch.equal(interleave(weight, 2)[:, 1], interleave(rows, 2).float())
+
+
+def test_fused_rows_in_llama_cpps_order() -> None:
+    # Two groups of two query heads, a key and a value, two rows each.
+    rows = torch.arange(2 * 8)
+    found = by_kind(rows, 2, 2).tolist()
+    assert found == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert torch.equal(by_kind(rows[:, None].expand(16, 3), 2, 2)[:, 2], by_kind(rows, 2, 2))
 
 
 def test_what_the_file_says(tmp_path: Path, stories3m: Path) -> None:
@@ -139,26 +246,49 @@ def test_values_that_the_format_cannot_hold(
     refused(tmp_path / "dense", tmp_path, text, dtype)
 
 
-def test_one_tensor_is_read_at_a_time(
-    tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_one_source_is_held_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    from gguf import GGUFWriter
+    """Of a layer's experts too: what one became is gone when the next is read."""
+    tiny = tiny_family(tmp_path / "dense", family, **FULL)
+    save_pair_tokenizer(tmp_path / "dense")
+    made: list[weakref.ref[Any]] = []
+    read, convert = tiny.checkpoint.read, values._convert
 
-    events: list[str] = []
-    with open_parent(stories260k) as parent:
-        read, write = parent.checkpoint.read, GGUFWriter.write_tensor_data
+    def spy_read(name: str) -> torch.Tensor:
+        # The loop's own variable holds the last one until it is given the next.
+        assert sum(array() is not None for array in made) <= 1
+        return read(name)
 
-        def spy(self: GGUFWriter, tensor: Any) -> None:
-            events.append("write")
-            write(self, tensor)
+    def spy_convert(*given: Any) -> Any:
+        out = convert(*given)
+        made.append(weakref.ref(out))
+        return out
 
-        monkeypatch.setattr(GGUFWriter, "write_tensor_data", spy)
-        monkeypatch.setattr(
-            parent.checkpoint, "read", lambda name: (events.append("read"), read(name))[1]
-        )
-        write_gguf(parent.checkpoint, parent.spec, tmp_path / "m.gguf", name="m", dtype="f16")
-        count = len(parent.checkpoint.tensors)
-    assert events == ["read", "write"] * count
+    monkeypatch.setattr(tiny.checkpoint, "read", spy_read)
+    monkeypatch.setattr(values, "_convert", spy_convert)
+    write_gguf(tiny.checkpoint, tiny.spec, tmp_path / "m.gguf", name="m", dtype="f16")
+    assert len(made) == len(tiny.checkpoint.tensors)
+
+
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    tiny = tiny_family(tmp_path / "dense", "qwen3-moe", **FULL)
+    save_pair_tokenizer(tmp_path / "dense")
+    export(tmp_path / "dense", tmp_path / "m.gguf", "f16")
+    reader = GGUFReader(tmp_path / "m.gguf")
+    said = {key: field.contents() for key, field in reader.fields.items()}
+    assert said["qwen3moe.expert_count"] == 4 and said["qwen3moe.expert_used_count"] == 2
+    assert said["qwen3moe.expert_feed_forward_length"] == 20
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    found = torch.from_numpy(tensors["blk.1.ffn_down_exps.weight"].copy())
+    assert found.shape == (4, 24, 20)
+    for expert in range(4):
+        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        assert torch.equal(found[expert], tiny.checkpoint.read(name).half())
+    assert tensors["blk.1.ffn_gate_inp.weight"].dtype == "float32"  # llama.cpp wants the router so
 
 
 def test_a_uniform_model_at_a_head_count_that_llamas_config_forbids(
