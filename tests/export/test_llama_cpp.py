@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from families.contract import legal_mask
 from rewrite.models import greedy, keep_counts, open_parent, random_mask, tiny_parent
-from tiny_models import open_tiny, save_pair_tokenizer, tiny_family
+from tiny_models import open_tiny
 from transformers import AutoTokenizer
 
-from export.llama_cpp import complete, needs_llama_cpp
+from export.llama_cpp import assert_same_next_tokens, complete, needs_llama_cpp
 from frugal_bonsai import load_pruned
 from frugal_bonsai.export.gguf_file import write_gguf
-from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
+from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM
 from frugal_bonsai.rewrite.companions import write_companions
-from frugal_bonsai.rewrite.shrink import shrink
 
 NEW_TOKENS = 40
 WORDS = ("Once upon a time, there was", "Lily and Tom went to the park. They", "The big dog")
@@ -180,147 +178,3 @@ def test_features(tmp_path: Path, stories260k: Path, feature: str, layout: str) 
     summary = export(tmp_path / "out", tmp_path / "m.gguf")
     assert summary.architecture == ("deci" if layout == PER_LAYER else "llama")
     assert_same_next_tokens(tmp_path / "out", tmp_path / "m.gguf")
-
-
-@torch.no_grad()
-def assert_same_next_tokens(
-    folder: Path, gguf: Path, *, first: int = 259, step: int = 1, within: float = 1e-4
-) -> None:
-    """Behind every beginning of a text of 60 random tokens, where the next one is ``first`` or up.
-
-    llama.cpp's server puts tokens that are single bytes together and leaves their parts out.
-    """
-    generator = torch.Generator().manual_seed(0)
-    text = [1, *torch.randint(first, 512, (60,), generator=generator).tolist()]
-    logits = load_pruned(folder, dtype=torch.float32)(torch.tensor([text])).logits[0]
-    best = logits.log_softmax(-1).max(-1)
-    compared = [at for at, token in enumerate(best.indices.tolist()) if token >= first][::step]
-    assert len(compared) > 15 // step
-    answers = complete(gguf, [(text[: at + 1], 1) for at in compared])
-    assert [answer.ids for answer in answers] == [[int(best.indices[at])] for at in compared]
-    found = [answer.logprobs[0] for answer in answers]
-    assert found == pytest.approx([float(best.values[at]) for at in compared], abs=within)
-
-
-# -- other families ------------------------------------------------------------------------------
-FULL = {"vocab_size": 512, "max_position_embeddings": 128}
-# Name in tiny_models.FAMILY_CONFIGS -> changes, and the GGUF architecture.
-FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
-    "mistral": ({"sliding_window": None}, "llama"),
-    "qwen2": ({"use_sliding_window": False, "tie_word_embeddings": True}, "qwen2"),
-    "qwen3": ({}, "qwen3"),
-    "smollm3": ({"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]}, "smollm3"),
-    "granite": ({}, "granite"),
-    "olmo2": ({}, "olmo2"),
-    "stablelm": ({}, "stablelm"),
-    "gemma2": ({}, "gemma2"),
-    "gemma3": ({}, "gemma3"),
-    "phi3": ({"sliding_window": None, "partial_rotary_factor": 1.0}, "phi3"),
-    "gpt2": ({"n_positions": 128}, "gpt2"),
-    "pythia": ({"rotary_pct": 0.5}, "gptneox"),
-    "falcon-groups": ({"bias": False}, "falcon"),
-    "falcon-multi-query": ({}, "falcon"),
-    "mixtral": ({}, "llama"),
-    "qwen3-moe": ({}, "qwen3moe"),
-    "olmoe": ({"num_key_value_heads": 6, "clip_qkv": None}, "olmoe"),
-}
-# Of these, the ones that may differ layer by layer.
-DECI = ("mistral", "qwen2", "phi3")
-
-
-def tolerance(architecture: str) -> float:
-    """llama.cpp's gelu is the one by a tanh, its input and output rounded to f16."""
-    return 5e-3 if architecture in ("gemma2", "gemma3", "gpt2", "gptneox", "falcon") else 1e-4
-
-
-@needs_llama_cpp
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [
-        *((f, lay) for f in FAMILIES for lay in ("dense", UNIFORM, PADDED)),
-        *((f, PER_LAYER) for f in DECI),
-    ],
-)
-def test_families(tmp_path: Path, family: str, layout: str) -> None:
-    changes, own = FAMILIES[family]
-    folder = tmp_path / "dense"
-    tiny = tiny_family(folder, family, seed=4, **FULL, **changes)
-    if layout != "dense":
-        folder = tmp_path / "out"
-        folder.mkdir()
-        rules = layout_rules(tiny.spec, layout, tile=1)
-        shrink(tiny.checkpoint, tiny.spec, legal_mask(tiny, layout), folder, rules=rules)
-    save_pair_tokenizer(folder)
-    summary = export(folder, tmp_path / "m.gguf")
-    as_llama = family in ("qwen2", "phi3") and layout != "dense"
-    expected = "deci" if layout == PER_LAYER else "llama" if as_llama else own
-    assert summary.architecture == expected
-    assert_same_next_tokens(folder, tmp_path / "m.gguf", first=3, within=tolerance(own))
-
-
-# Whatever else a family's graph has: name -> family and changes.
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "partial_rotary_factor": 1.0,
-    "short_factor": [1.0, 1.5],
-    "long_factor": [2.0, 5.0],
-}
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "smollm3-every-layer-rotates": ("smollm3", {"no_rope_layers": [1, 1]}),
-    "granite-tied-llama3": ("granite", {**FEATURES["llama3"], "tie_word_embeddings": True}),
-    "stablelm-tied": ("stablelm", {"tie_word_embeddings": True}),
-    "stablelm-parallel": ("stablelm-parallel", {}),
-    "gemma2-27b": ("gemma2", {"num_hidden_layers": 46, "head_dim": 8, "std": 0.1}),
-    "gemma3-27b": (
-        "gemma3",
-        {"num_hidden_layers": 62, "head_dim": 8, "layer_types": None, "std": 0.1},
-    ),
-    "gemma3-scaled": (
-        "gemma3",
-        {
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            }
-        },
-    ),
-    "phi3-part-of-a-head": ("phi3", {"sliding_window": None, "tie_word_embeddings": True}),
-    "phi3-long": (
-        "phi3",
-        {
-            "sliding_window": None,
-            "rope_parameters": {**LONG, "original_max_position_embeddings": 16},
-        },
-    ),
-    "phi3-short": (
-        "phi3",
-        {
-            "sliding_window": None,
-            "rope_parameters": {**LONG, "original_max_position_embeddings": 1024},
-            "max_position_embeddings": 2048,
-        },
-    ),
-    "gpt2-untied": ("gpt2-untied", {"n_positions": 128}),
-    "gpt-neox-sequential": ("gpt-neox-sequential", {"rotary_pct": 1.0, "attention_bias": True}),
-    "pythia-tanh": (
-        "pythia",
-        {"rotary_pct": 0.5, "hidden_act": "gelu_new", "tie_word_embeddings": True},
-    ),
-}
-
-
-@needs_llama_cpp
-@pytest.mark.parametrize("name", OTHERS)
-def test_what_else_families_have(tmp_path: Path, name: str) -> None:
-    family, changes = OTHERS[name]
-    tiny_family(tmp_path / "dense", family, seed=4, **{**FULL, **changes})
-    save_pair_tokenizer(tmp_path / "dense")
-    summary = export(tmp_path / "dense", tmp_path / "m.gguf")
-    assert_same_next_tokens(
-        tmp_path / "dense",
-        tmp_path / "m.gguf",
-        first=3,
-        step=8 if name.endswith("27b") else 1,
-        within=tolerance(summary.architecture),
-    )
