@@ -103,6 +103,11 @@ def list_tensors(
             tensor = GgufTensor(name=name, sources=(source,), shape=extents, dtype=dtype, rows=rows)
             if part is not None:
                 parts.setdefault(name, {})[part] = source
+            elif name in tensors:
+                raise UnsupportedModelError(
+                    f"{entry.file}: tensors {tensors[name].sources[0]!r} and {source!r} have one "
+                    f"place in llama.cpp's architecture {shape.architecture!r}, {name}"
+                )
             tensors.setdefault(name, tensor)
     for name, sources in parts.items():
         ordered = tuple(sources[part] for part in sorted(sources))

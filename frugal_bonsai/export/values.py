@@ -62,10 +62,6 @@ def read_parts(checkpoint: Checkpoint, tensor: GgufTensor) -> Iterator[numpy.nda
             values = by_kind(values, tensor.groups, tensor.head_dim)
         if tensor.heads:
             values = interleave(values, tensor.heads)
-        if tensor.offset:
-            values = values.float() + tensor.offset
-        if tensor.factor != 1.0:
-            values = values.float() * tensor.factor
         yield _convert(tensor, source, values, str(checkpoint.tensors[source].file))
 
 
@@ -99,7 +95,7 @@ def by_kind(values: torch.Tensor, groups: int, head_dim: int) -> torch.Tensor:
 def _convert(
     tensor: GgufTensor, source: str, values: torch.Tensor, file: str
 ) -> numpy.ndarray[Any, Any]:
-    """Change the number format some rows at a time, so that fp32 is never held whole for f16."""
+    """Offset, factor and number format some rows at a time: fp32 is never held whole for f16."""
     import gguf
     import numpy as np
 
@@ -113,7 +109,10 @@ def _convert(
     rows = len(values)
     step = max(1, _CHUNK_VALUES * rows // max(1, values.numel()))
     for start in range(0, rows, step):
-        chunk = values[start : start + step].float().numpy()
+        rows_OI = values[start : start + step].float()
+        if tensor.offset or tensor.factor != 1.0:
+            rows_OI = (rows_OI + tensor.offset) * tensor.factor
+        chunk = rows_OI.numpy()
         if not np.isfinite(chunk).all():
             raise CheckpointError(f"{file}: tensor {source!r} holds NaN or infinity")
         part = out[start : start + step]
