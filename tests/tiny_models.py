@@ -147,6 +147,19 @@ def save_byte_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
+def save_pair_tokenizer(folder: Path, vocabulary: int = 512) -> None:
+    """Byte-level BPE of ASCII letters and pairs of them: no token is a part of a character."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    special = ["<pad>", "<bos>", "<eos>"]
+    pairs = [(a, b) for a in letters for b in letters][: vocabulary - len(special) - len(letters)]
+    tokens = [*special, *letters, *("".join(pair) for pair in pairs)]
+    tokenizer = Tokenizer(models.BPE(vocab={t: at for at, t in enumerate(tokens)}, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
 def logits_like(folder: Path, *, assume: str) -> float:
     """How far the streamed logits of an assumed family are from Hugging Face's."""
     checkpoint = Checkpoint.open(folder)

@@ -1,25 +1,21 @@
-"""What llama.cpp calls an architecture, and which models it computes as transformers does.
+"""What llama.cpp calls an architecture, and how its graph of it differs from transformers'.
 
-In: a :class:`ModelSpec`. Out: the GGUF architecture's name, how its rotary embedding pairs the
-dimensions of a head, and its hyperparameters; or an error that says what llama.cpp's graph of that
-architecture lacks. A model whose layers differ is written as ``deci``, the one architecture whose
-loader takes head counts and FFN lengths layer by layer (llama.cpp's src/models/deci.cpp). Reads no
-weights.
+In: nothing. Out: one table entry for each ``config.model_type`` that is exported. Written from
+llama.cpp's conversion (convert_hf_to_gguf.py), loaders and graphs (src/models); names of tensors
+and keys are the ``gguf`` package's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
 
-from frugal_bonsai.errors import UnsupportedModelError
-from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.plain import plain_values
-from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
+from frugal_bonsai.model.table import Condition
 
 PER_LAYER_ARCHITECTURE = "deci"
+# llama.cpp's one gelu is the approximation by a tanh, of whichever gelu a config speaks.
+GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,162 +24,204 @@ class Architecture:
 
     Attributes:
         name: of the GGUF architecture.
+        as_llama: llama's graph computes the same, and ``deci``'s where layers differ in width.
+        square: its loader wants as many rows of q as the model is wide, which a model with fewer
+            heads has not.
+        same_heads: it wants as many rows of k.
+        fused: its tensors of q, k and v, or gate and up, in one -> what they are apart: for a model
+            that is written as ``llama``.
+        biases: tensors whose bias its loader takes, by llama.cpp's names.
+        output: its loader wants the head's tensor, tied or not.
+        activations: config's names of what its graph computes.
+        layer_norm: its norms are LayerNorms; else RMSNorms.
+        norm_epsilon: the config's key.
+        norm_offset: what transformers adds to the weights of norms, and its graph does not.
         interleaved: its rotary embedding turns neighbouring dimensions; transformers' turns a
             dimension of a head's first half with one of its second half.
-        rope_factors: its graph takes a factor for each frequency (``rope_freqs.weight``).
-        per_layer: ``deci`` computes the same where widths differ between layers.
-        biases: projections whose bias its loader takes.
-        square: its loader wants as many rows of q as the model is wide, which a model with fewer
-            heads has not; llama's takes any number, and computes the same once rows are in its
-            order.
+        rotates: all dimensions of a head (``whole``), any number of them (``part``) or none, for
+            positions are learnt (``none``).
+        rope_kinds: scalings of the rotary embedding that its graph has.
+        pause: every so many layers one does without rotary embedding.
+        window_period: every so many layers one has full attention, the others a sliding window; an
+            entry without it has full attention alone.
+        query_scalar: the config's key of what scores are divided by the square root of; its graph
+            takes the width of a head.
+        query_tensor: what is multiplied to make up for that.
+        wide_layers: with as many layers its graph takes hidden size / heads instead.
+        keys: methods of ``gguf.GGUFWriter`` -> keys of the config whose value they are given.
+        refused: what a config may say that its graph does not compute; read from the config that
+            transformers makes, defaults and all.
     """
 
     name: str
-    interleaved: bool = False
-    rope_factors: bool = False
-    per_layer: bool = False
-    biases: tuple[str, ...] = ()
+    as_llama: bool = False
     square: bool = False
+    same_heads: bool = False
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+    output: bool = False
+    activations: tuple[str, ...] = ("silu",)
+    layer_norm: bool = False
+    norm_epsilon: str = "rms_norm_eps"
+    norm_offset: float = 0.0
+    interleaved: bool = False
+    rotates: str = "whole"
+    rope_kinds: tuple[str, ...] = ("linear",)
+    pause: int | None = None
+    window_period: int | None = None
+    query_scalar: str | None = None
+    query_tensor: str = "attn_q"
+    wide_layers: int | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[Condition, ...] = ()
 
 
-_LLAMA = Architecture(
+_QKV = ("attn_q", "attn_k", "attn_v")
+_GATED = ("ffn_gate", "ffn_up", "ffn_down")
+LLAMA = Architecture(
     name="llama",
+    as_llama=True,
+    biases=(*_QKV, "attn_output", *_GATED),
     interleaved=True,
-    rope_factors=True,
-    per_layer=True,
-    biases=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    rope_kinds=("linear", "llama3"),
 )
-# config.model_type -> architecture. Written from llama.cpp's conversion (convert_hf_to_gguf.py).
+_GEMMA2 = Architecture(
+    name="gemma2",
+    activations=GELU,
+    norm_offset=1.0,
+    window_period=2,
+    query_scalar="query_pre_attn_scalar",
+    wide_layers=46,
+    keys={
+        "add_attn_logit_softcapping": "attn_logit_softcapping",
+        "add_final_logit_softcapping": "final_logit_softcapping",
+    },
+    refused=(
+        Condition(key="attn_logit_softcapping", reason="always caps scores"),
+        Condition(key="final_logit_softcapping", reason="always caps logits"),
+        Condition(key="use_bidirectional_attention", value=True, reason="looks back alone"),
+    ),
+)
+_GPT2 = Architecture(
+    name="gpt2",
+    square=True,
+    biases=("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"),
+    activations=GELU,
+    layer_norm=True,
+    norm_epsilon="layer_norm_epsilon",
+    rotates="none",
+    refused=(
+        Condition(key="scale_attn_weights", value=False, reason="always scales scores"),
+        Condition(
+            key="scale_attn_by_inverse_layer_idx",
+            value=True,
+            reason="scales the scores of all layers alike",
+        ),
+    ),
+)
+_NORMED = "divides the weights of a token's experts by their sum"
+
+# config.model_type -> architecture.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "llama": _LLAMA,
-        "mistral": _LLAMA,
-        "qwen2": Architecture(name="qwen2", biases=("q_proj", "k_proj", "v_proj"), square=True),
+        "llama": LLAMA,
+        "mistral": LLAMA,
+        "qwen2": Architecture(name="qwen2", as_llama=True, square=True, biases=_QKV),
         "qwen3": Architecture(name="qwen3"),
+        "smollm3": Architecture(name="smollm3", biases=_QKV, interleaved=True, pause=4),
+        "granite": replace(
+            LLAMA,
+            name="granite",
+            as_llama=False,
+            keys={
+                "add_embedding_scale": "embedding_multiplier",
+                "add_attention_scale": "attention_multiplier",
+                "add_residual_scale": "residual_multiplier",
+                "add_logit_scale": "logits_scaling",
+            },
+        ),
         "olmo2": Architecture(name="olmo2"),
+        "stablelm": Architecture(
+            name="stablelm",
+            square=True,
+            biases=("attn_norm", "ffn_norm", *_QKV),
+            output=True,
+            layer_norm=True,
+            norm_epsilon="layer_norm_eps",
+            rotates="part",
+        ),
+        "gemma2": _GEMMA2,
+        "gemma3_text": replace(
+            _GEMMA2,
+            name="gemma3",
+            window_period=6,
+            query_tensor="attn_q_norm",
+            wide_layers=62,
+            keys={},
+            refused=(
+                Condition(
+                    key="attn_logit_softcapping", other_than=0.0, reason="caps no scores any more"
+                ),
+                Condition(key="final_logit_softcapping", other_than=0.0, reason="caps no logits"),
+                _GEMMA2.refused[-1],
+            ),
+        ),
+        "phi3": Architecture(
+            name="phi3",
+            as_llama=True,
+            square=True,
+            fused={
+                "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+                "gate_up_proj": ("gate_proj", "up_proj"),
+            },
+            rotates="part",
+            rope_kinds=("linear", "longrope"),
+        ),
+        "gpt2": _GPT2,
+        "gpt_neox": replace(
+            _GPT2,
+            name="gptneox",
+            output=True,
+            norm_epsilon="layer_norm_eps",
+            rotates="part",
+            keys={"add_parallel_residual": "use_parallel_residual"},
+            refused=(
+                Condition(
+                    key="attention_bias", value=False, reason="wants biases at q, k, v and output"
+                ),
+            ),
+        ),
+        "falcon": Architecture(
+            name="falcon",
+            square=True,
+            biases=("attn_norm", "attn_norm_2"),
+            activations=GELU,
+            layer_norm=True,
+            norm_epsilon="layer_norm_epsilon",
+            refused=(
+                Condition(
+                    key="parallel_attn",
+                    value=False,
+                    reason="computes attention and FFN side by side",
+                ),
+            ),
+        ),
+        "mixtral": replace(LLAMA, as_llama=False, biases=()),
+        "qwen3_moe": Architecture(
+            name="qwen3moe",
+            refused=(Condition(key="norm_topk_prob", value=False, reason=_NORMED),),
+        ),
+        "olmoe": Architecture(
+            name="olmoe",
+            square=True,
+            same_heads=True,
+            output=True,
+            refused=(
+                Condition(
+                    key="norm_topk_prob", value=True, reason="leaves the weights of experts alone"
+                ),
+                Condition(key="clip_qkv", other_than=0.0, reason="clips no q, k and v"),
+            ),
+        ),
     }
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One model in the words of llama.cpp.
-
-    Attributes:
-        architecture: name of the GGUF architecture.
-        interleaved: see :class:`Architecture`.
-        heads: query heads of each layer.
-        kv_heads: KV heads of each layer.
-        channels: FFN channels of each layer.
-        rope_base: the rotary embedding's theta.
-        rope_factors: what each of its frequencies is divided by; None where none is changed.
-        norm_epsilon: of RMSNorm.
-    """
-
-    architecture: str
-    interleaved: bool
-    heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    channels: tuple[int, ...]
-    rope_base: float
-    rope_factors: tuple[float, ...] | None
-    norm_epsilon: float
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all layers are alike."""
-        return self.architecture != PER_LAYER_ARCHITECTURE
-
-
-def describe_shape(spec: ModelSpec, *, source: str = "config.json") -> Shape:
-    """The model as llama.cpp will compute it.
-
-    Raises:
-        UnsupportedModelError: llama.cpp has no such architecture, or computes this one otherwise.
-    """
-    from transformers import AutoConfig
-
-    model_type = spec.family.model_type
-    if model_type not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{source}: model_type {model_type!r} is not exported to GGUF; exported are: "
-            f"{', '.join(sorted(ARCHITECTURES))}"
-        )
-    architecture = ARCHITECTURES[model_type]
-    counts = KeepMask(spec.table).counts()
-    alike = all(len(set(layers)) == 1 for layers in counts.values())
-    rows = counts[ATTENTION][0] * spec.query_heads_per_group * spec.head_dim
-    if architecture.square and not (alike and rows == spec.hidden):
-        architecture = _LLAMA
-    if not alike and not architecture.per_layer:
-        raise UnsupportedModelError(
-            f"{source}: the layers of this {model_type} differ in width, and llama.cpp's "
-            f"{PER_LAYER_ARCHITECTURE!r} is the only architecture that allows that, but it does "
-            "not compute this one; prune with --layout uniform or padded"
-        )
-    config = AutoConfig.for_model(**plain_values(spec))
-    _require_known(config, spec, source)
-    _require_biases(architecture, spec, source)
-    base, factors = _rope(config, spec, source, allowed=architecture.rope_factors)
-    return Shape(
-        architecture=architecture.name if alike else PER_LAYER_ARCHITECTURE,
-        interleaved=architecture.interleaved,
-        heads=tuple(n * spec.query_heads_per_group for n in counts[ATTENTION]),
-        kv_heads=tuple(counts[ATTENTION]),
-        channels=tuple(counts[FFN]),
-        rope_base=base,
-        rope_factors=factors,
-        norm_epsilon=float(config.rms_norm_eps),
-    )
-
-
-def _require_known(config: Any, spec: ModelSpec, source: str) -> None:
-    """Refuse what changes the function and that llama.cpp's graph does not have."""
-    if config.hidden_act != "silu":
-        raise UnsupportedModelError(
-            f"{source}: hidden_act is {config.hidden_act!r}; llama.cpp computes silu for this "
-            "architecture"
-        )
-    window = getattr(config, "sliding_window", None)
-    sliding = getattr(config, "use_sliding_window", True)
-    if window is not None and sliding and window < spec.positions:
-        raise UnsupportedModelError(
-            f"{source}: sliding_window is {window}; llama.cpp computes full attention for this "
-            f"architecture, another function beyond {window} tokens. For shorter texts alone, set "
-            f"max_position_embeddings to {window} in config.json"
-        )
-
-
-def _require_biases(architecture: Architecture, spec: ModelSpec, source: str) -> None:
-    """Refuse a bias that llama.cpp's loader would stumble over."""
-    for layer, tensors in enumerate(spec.layer_tensors):
-        for name in tensors:
-            projection, _, kind = name.rpartition(".")
-            if kind == "bias" and projection.rpartition(".")[2] not in architecture.biases:
-                raise UnsupportedModelError(
-                    f"{source}: the model has {spec.prefix(layer)}{name}, and llama.cpp's "
-                    f"architecture {architecture.name!r} has no such bias"
-                )
-
-
-def _rope(
-    config: Any, spec: ModelSpec, source: str, *, allowed: bool
-) -> tuple[float, tuple[float, ...] | None]:
-    """Theta, and what each frequency is divided by; transformers computes both."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    rope = config.rope_parameters
-    base, kind = float(rope["rope_theta"]), rope.get("rope_type", "default")
-    if kind == "default":
-        return base, None
-    if kind not in ("linear", "llama3") or not allowed:
-        can = "default, linear and llama3" if allowed else "the default alone"
-        raise UnsupportedModelError(
-            f"{source}: rope_type is {kind!r}; for this architecture {can} can be exported"
-        )
-    scaled, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    assert attention_factor == 1.0
-    dimensions = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float()
-    plain = 1.0 / base ** (dimensions / spec.head_dim)
-    return base, tuple((plain / scaled).tolist())

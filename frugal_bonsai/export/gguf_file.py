@@ -22,9 +22,11 @@ from frugal_bonsai.checkpoint.commit import (
 )
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError, OptionError, OutputError
-from frugal_bonsai.export.architecture import Shape, describe_shape
-from frugal_bonsai.export.tensors import DTYPES, GgufTensor, formats, list_tensors, read_tensor
-from frugal_bonsai.export.tokenizer import GgufTokenizer, read_tokenizer
+from frugal_bonsai.export.metadata import add_model, add_tokenizer
+from frugal_bonsai.export.shape import Shape, describe_shape
+from frugal_bonsai.export.tensors import DTYPES, GgufTensor, formats, list_tensors
+from frugal_bonsai.export.tokenizer import read_tokenizer
+from frugal_bonsai.export.values import Values
 from frugal_bonsai.model.family import ModelSpec
 
 if TYPE_CHECKING:
@@ -94,8 +96,8 @@ def write_gguf(
     with _committed(out) as temporary:
         writer = GGUFWriter(temporary, shape.architecture)
         try:
-            _add_model(writer, spec, shape, name, dtype)
-            _add_tokenizer(writer, tokenizer)
+            add_model(writer, spec, shape, name, dtype)
+            add_tokenizer(writer, tokenizer)
             _write_tensors(writer, checkpoint, shape, tensors)
         finally:
             writer.close()
@@ -151,56 +153,6 @@ def _committed(out: Path) -> Iterator[Path]:
         raise
 
 
-def _add_model(writer: GGUFWriter, spec: ModelSpec, shape: Shape, name: str, dtype: str) -> None:
-    """The hyperparameters, under the keys that llama.cpp reads for this architecture."""
-    import gguf
-
-    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(int(gguf.LlamaFileType[kinds[dtype]]))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(spec.positions)
-    writer.add_embedding_length(spec.hidden)
-    writer.add_block_count(spec.layers)
-    writer.add_vocab_size(spec.vocabulary)
-    # Arrays where layers differ: deci takes them, and takes nothing else.
-    one = shape.uniform
-    writer.add_head_count(shape.heads[0] if one else list(shape.heads))
-    writer.add_head_count_kv(shape.kv_heads[0] if one else list(shape.kv_heads))
-    writer.add_feed_forward_length(shape.channels[0] if one else list(shape.channels))
-    # The default, embedding_length / head_count, is wrong for a pruned model.
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_rope_dimension_count(spec.head_dim)
-    writer.add_rope_freq_base(shape.rope_base)
-    writer.add_layer_norm_rms_eps(shape.norm_epsilon)
-
-
-def _add_tokenizer(writer: GGUFWriter, tokenizer: GgufTokenizer) -> None:
-    writer.add_tokenizer_model(tokenizer.model)
-    writer.add_tokenizer_pre(tokenizer.pre)
-    writer.add_token_list(tokenizer.tokens)
-    writer.add_token_types(tokenizer.types)
-    if tokenizer.scores is not None:
-        writer.add_token_scores(tokenizer.scores)
-    if tokenizer.merges is not None:
-        writer.add_token_merges(tokenizer.merges)
-    add_id = {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "unk": writer.add_unk_token_id,
-        "pad": writer.add_pad_token_id,
-    }
-    for kind, at in tokenizer.special_ids.items():
-        add_id[kind](at)
-    writer.add_add_bos_token(tokenizer.add_bos)
-    writer.add_add_eos_token(tokenizer.add_eos)
-    writer.add_add_space_prefix(tokenizer.add_space_prefix)
-    if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
 def _write_tensors(
     writer: GGUFWriter, checkpoint: Checkpoint, shape: Shape, tensors: list[GgufTensor]
 ) -> None:
@@ -208,10 +160,12 @@ def _write_tensors(
     import gguf
     import numpy as np
 
-    factors: Any = None
-    if shape.rope_factors is not None:
-        factors = np.asarray(shape.rope_factors, dtype=np.float32)
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    factors = {
+        f"{key}.weight": np.asarray(values, dtype=np.float32)
+        for key, values in (shape.rope.factors if shape.rope else {}).items()
+    }
+    for key, array in factors.items():
+        writer.add_tensor_info(key, array.shape, array.dtype, array.nbytes)
     kinds: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "q8_0": np.uint8}
     for tensor in tensors:
         raw = gguf.GGMLQuantizationType.Q8_0 if tensor.dtype == "q8_0" else None
@@ -225,7 +179,8 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
+    for array in factors.values():
+        writer.write_tensor_data(array)
     for tensor in tensors:
-        writer.write_tensor_data(read_tensor(checkpoint, tensor))
+        values: Any = Values(checkpoint, tensor)
+        writer.write_tensor_data(values)

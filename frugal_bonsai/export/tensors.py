@@ -1,29 +1,34 @@
-"""Weights on their way into a GGUF file: llama.cpp's names, order of rows, number formats.
+"""Which tensors a GGUF file has: llama.cpp's names, what each is made from, number formats.
 
-In: a :class:`Checkpoint`, its spec and :class:`Shape`. Out: for each tensor its name, shape and
-format, and, one at a time, its bytes. Holds one tensor of the source and what it becomes.
+In: a :class:`Checkpoint`, its spec and :class:`Shape`. Out: for each tensor its name, shape,
+format and what is done to its values on the way (:mod:`frugal_bonsai.export.values`). Names are
+the ``gguf`` package's. Reads no weights.
 
-Shape suffixes: O output rows, I input columns.
+Shape suffixes: E parts that become one tensor, O output rows, I input columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
-from frugal_bonsai.export.architecture import Shape
+from frugal_bonsai.errors import UnsupportedModelError
+from frugal_bonsai.export.shape import Shape
 from frugal_bonsai.model.family import ModelSpec
 
 if TYPE_CHECKING:
-    import numpy
-    import torch
+    from gguf import TensorNameMap
 
 DTYPES = ("f16", "f32", "q8_0")
-_QUANTISED_ROW = 32  # values that share a scale in q8_0: rows are multiples of this
-_CHUNK_VALUES = 2**22
+QUANTISED_ROW = 32  # values that share a scale in q8_0: rows are multiples of this
+# Matrices that llama.cpp wants in f32, as it does all vectors.
+_EXACT = ("ffn_gate_inp", "position_embd", "attn_q_norm", "attn_k_norm")
+# Tensors that llama.cpp holds in one for all experts, or for the norms of all heads.
+_PART = re.compile(r"\.(experts|norms)\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +37,35 @@ class GgufTensor:
 
     Attributes:
         name: llama.cpp's.
-        source: the checkpoint's.
-        shape: as in the checkpoint, outermost first.
+        sources: the checkpoint's; where there are several, ``[E, ...]`` is made of them.
+        shape: outermost first.
         dtype: ``f16``, ``f32`` or ``q8_0``.
+        rows: the part of the source's rows that is taken; None takes all.
         heads: heads whose rows are put in llama.cpp's order; 0 leaves the order.
+        groups: KV groups whose rows lie one group after the other (queries, key, value) and are put
+            kind after kind; 0 leaves the order.
+        head_dim: rows of a head.
+        factor: what values are multiplied by.
+        offset: what is added to them, before that.
     """
 
     name: str
-    source: str
+    sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
-    heads: int
+    rows: slice | None = None
+    heads: int = 0
+    groups: int = 0
+    head_dim: int = 0
+    factor: float = 1.0
+    offset: float = 0.0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape in bytes for q8_0 (34 for 32 values), else in values."""
         if self.dtype != "q8_0":
             return self.shape
-        return (*self.shape[:-1], self.shape[-1] // _QUANTISED_ROW * (_QUANTISED_ROW + 2))
+        return (*self.shape[:-1], self.shape[-1] // QUANTISED_ROW * (QUANTISED_ROW + 2))
 
     @property
     def size_bytes(self) -> int:
@@ -75,87 +91,114 @@ def list_tensors(
 
     architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(architectures[shape.architecture], spec.layers)
-    tensors = []
+    tensors: dict[str, GgufTensor] = {}
+    parts: dict[str, dict[int, str]] = {}
     for source, entry in checkpoint.tensors.items():
         if source.endswith("rotary_emb.inv_freq") or (spec.tied and source == spec.family.head):
             continue
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise UnsupportedModelError(
-                f"{entry.file}: tensor {source!r} has no place in llama.cpp's architecture "
-                f"{shape.architecture!r}"
-            )
-        number = dtype
-        if len(entry.shape) == 1:
-            number = "f32"
-        elif dtype == "q8_0" and entry.shape[-1] % _QUANTISED_ROW:
-            number = "f16"
-        heads = _heads(name, shape) if shape.interleaved else 0
-        tensors.append(
-            GgufTensor(name=name, source=source, shape=entry.shape, dtype=number, heads=heads)
+        own, part = _whole_name(source)
+        for piece, rows in _pieces(own, entry, spec, shape):
+            name = _gguf_name(names, piece, source, entry, shape)
+            extents = entry.shape if rows is None else (rows.stop - rows.start, *entry.shape[1:])
+            tensor = GgufTensor(name=name, sources=(source,), shape=extents, dtype=dtype, rows=rows)
+            if part is not None:
+                parts.setdefault(name, {})[part] = source
+            elif name in tensors:
+                raise UnsupportedModelError(
+                    f"{entry.file}: tensors {tensors[name].sources[0]!r} and {source!r} have one "
+                    f"place in llama.cpp's architecture {shape.architecture!r}, {name}"
+                )
+            tensors.setdefault(name, tensor)
+    for name, sources in parts.items():
+        ordered = tuple(sources[part] for part in sorted(sources))
+        tensors[name] = replace(
+            tensors[name], sources=ordered, shape=(len(ordered), *tensors[name].shape)
         )
-    return tensors
+    if shape.traits.output and spec.tied:
+        tensors["output.weight"] = replace(tensors["token_embd.weight"], name="output.weight")
+    return [_finish(tensor, spec, shape) for tensor in tensors.values()]
 
 
-def _heads(name: str, shape: Shape) -> int:
-    """Heads in the rows of a query or key projection; 0 for other tensors."""
-    parts = name.split(".")
-    counts = {"attn_q": shape.heads, "attn_k": shape.kv_heads}
-    return counts[parts[2]][int(parts[1])] if parts[0] == "blk" and parts[2] in counts else 0
+def _whole_name(source: str) -> tuple[str, int | None]:
+    """What a part's name would be if all parts were in one tensor, and the part's number."""
+    found = _PART.search(source)
+    if found is None:
+        return source, None
+    middle = ".experts." if found[1] == "experts" else "."
+    return source[: found.start()] + middle + source[found.end() :], int(found[2])
 
 
-def read_tensor(checkpoint: Checkpoint, tensor: GgufTensor) -> numpy.ndarray[Any, Any]:
-    """One tensor as it stands in the file.
-
-    Raises:
-        CheckpointError: a failing read, or values that the format cannot hold.
-    """
-    values = checkpoint.read(tensor.source)
-    if tensor.heads:
-        values = interleave(values, tensor.heads)
-    return _convert(tensor, values, str(checkpoint.tensors[tensor.source].file))
-
-
-def interleave(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """Put dimension i of each head's second half behind dimension i of its first.
-
-    Args:
-        values: ``[O, I]`` or ``[O]``, the rows of ``heads`` heads.
-        heads: their number.
-    """
-    halves = values.view(heads, 2, -1, *values.shape[1:])
-    return halves.transpose(1, 2).reshape(values.shape)
+def _pieces(
+    name: str, entry: TensorEntry, spec: ModelSpec, shape: Shape
+) -> Iterator[tuple[str, slice | None]]:
+    """The names and rows of what a fused tensor is taken apart into; or the tensor itself."""
+    module, _, kind = name.rpartition(".")
+    prefix, _, last = module.rpartition(".")
+    if last not in shape.fused:
+        yield name, None
+        return
+    layer = next(at for at in range(spec.layers) if name.startswith(spec.prefix(at)))
+    keys = shape.kv_heads[layer] * spec.head_dim
+    sizes = {"q_proj": shape.heads[layer] * spec.head_dim, "k_proj": keys, "v_proj": keys}
+    start = 0
+    for piece in shape.fused[last]:
+        stop = start + sizes.get(piece, shape.channels[layer])
+        yield f"{prefix}.{piece}.{kind}", slice(start, stop)
+        start = stop
+    assert start == entry.shape[0]
 
 
-def _convert(tensor: GgufTensor, values: torch.Tensor, file: str) -> numpy.ndarray[Any, Any]:
-    """Change the number format some rows at a time, so that fp32 is never held whole for f16."""
-    import gguf
-    import numpy as np
+def _gguf_name(
+    names: TensorNameMap, piece: str, source: str, entry: TensorEntry, shape: Shape
+) -> str:
+    name: str | None = names.get_name(piece, try_suffixes=(".weight", ".bias"))
+    if name is None:
+        raise UnsupportedModelError(
+            f"{entry.file}: tensor {source!r} has no place in llama.cpp's architecture "
+            f"{shape.architecture!r}"
+        )
+    tensor = _kind(name)
+    if name.startswith("blk.") and name.endswith(".bias") and tensor not in shape.traits.biases:
+        raise UnsupportedModelError(
+            f"{entry.file}: the model has {source}, and llama.cpp's architecture "
+            f"{shape.traits.name!r} has no such bias"
+        )
+    return name
 
-    kinds: dict[str, np.dtype[Any]] = {
-        "f16": np.dtype("<f2"),
-        "f32": np.dtype("<f4"),
-        "q8_0": np.dtype(np.uint8),
-    }
-    out: numpy.ndarray[Any, Any] = np.empty(tensor.stored_shape, dtype=kinds[tensor.dtype])
-    rows = len(values)
-    step = max(1, _CHUNK_VALUES * rows // max(1, values.numel()))
-    for start in range(0, rows, step):
-        chunk = values[start : start + step].float().numpy()
-        if not np.isfinite(chunk).all():
-            raise CheckpointError(f"{file}: tensor {tensor.source!r} holds NaN or infinity")
-        part = out[start : start + step]
-        if tensor.dtype == "q8_0":
-            part[...] = gguf.quants.quantize(chunk, gguf.GGMLQuantizationType.Q8_0)
-            continue
-        with np.errstate(over="ignore"):
-            part[...] = chunk
-        if not np.isfinite(part).all():
-            raise CheckpointError(
-                f"{file}: tensor {tensor.source!r} has values beyond 65504, too large for f16; "
-                "take --dtype f32 or q8_0"
-            )
-    return out
+
+def _kind(name: str) -> str:
+    """``attn_q`` of ``blk.3.attn_q.weight``."""
+    return name.split(".")[-2]
+
+
+def _finish(tensor: GgufTensor, spec: ModelSpec, shape: Shape) -> GgufTensor:
+    """Its number format, and what is done to its values."""
+    kind, traits = _kind(tensor.name), shape.traits
+    number = tensor.dtype
+    if len(tensor.shape) == 1 or kind in _EXACT:
+        number = "f32"
+    elif number == "q8_0" and tensor.shape[-1] % QUANTISED_ROW:
+        number = "f16"
+    heads = groups = 0
+    if kind in ("attn_q", "attn_k") and traits.interleaved:
+        layer = int(tensor.name.split(".")[1])
+        heads = (shape.heads if kind == "attn_q" else shape.kv_heads)[layer]
+    if kind == "attn_qkv" and _lies_by_group(spec):
+        groups = spec.kv_heads
+    return replace(
+        tensor,
+        dtype=number,
+        heads=heads,
+        groups=groups,
+        head_dim=spec.head_dim,
+        factor=shape.query_factor if kind == traits.query_tensor else 1.0,
+        offset=traits.norm_offset if kind.endswith("norm") else 0.0,
+    )
+
+
+def _lies_by_group(spec: ModelSpec) -> bool:
+    """Whether a fused tensor of q, k and v has one KV group behind the other."""
+    return any(part.width == "group" for part in spec.family.attention_parts)
 
 
 def formats(tensors: Sequence[GgufTensor]) -> dict[str, int]:

@@ -140,6 +140,8 @@ def _tokens(
     ids = dict(values["model"].get("vocab", {}))
     added = {}
     for token in values.get("added_tokens") or []:
+        if token["id"] >= vocabulary and token["content"] not in ids:
+            continue  # no row of the embedding: an image's place in Gemma 3, for models that see
         ids[token["content"]] = token["id"]
         added[token["content"]] = bool(token.get("special"))
     by_id = {at: text for text, at in ids.items()}
@@ -163,6 +165,10 @@ def _types(
     for at, text in enumerate(tokens):
         if text == unknown:
             types.append(UNKNOWN)
+        elif text in added and bytes_of_their_own and _SPACE in text and not added[text]:
+            # Gemma's runs of spaces, which merges make like other pieces. llama.cpp would look for
+            # a user's token in the text as it stands, and write it as it stands.
+            types.append(NORMAL)
         elif text in added:
             types.append(CONTROL if added[text] else USER_DEFINED)
         elif text == f"[PAD{at}]":
@@ -202,6 +208,8 @@ def _space_prefix(path: Path, values: Mapping[str, Any]) -> bool:
         elif step.get("type") == "Metaspace" and step.get("replacement") == _SPACE:
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space") else None)
             prefix, replaced = scheme in ("always", "first"), True
+        elif step.get("type") == "Split" and step.get("pattern") == {"String": " "} and replaced:
+            continue  # Gemma's: there are no spaces left to split at
         else:
             raise _unsupported(path, f"its normalizer or pre-tokenizer has {step.get('type')!r}")
     if not replaced:
@@ -227,8 +235,8 @@ def _pattern(path: Path, values: Mapping[str, Any]) -> str:
     if byte_level[0].get("use_regex", True):
         patterns.append(_GPT2_PATTERN)
     name = _PATTERNS.get(tuple(patterns))
-    # Qwen normalises to NFC first and llama.cpp does not: text in another form differs.
-    if name is None or normalizers - ({"NFC"} if name == "qwen2" else set()):
+    # Qwen and GPT-NeoX normalise to NFC first, llama.cpp does not: text in another form differs.
+    if name is None or normalizers - {"NFC"}:
         raise _unsupported(path, f"it splits text by {patterns}, normalizers {sorted(normalizers)}")
     return name
 

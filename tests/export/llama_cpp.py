@@ -1,4 +1,7 @@
-"""A real llama.cpp (``xllamacpp``), in a process of its own: its asserts end the process."""
+"""A real llama.cpp (``xllamacpp``), in a process of its own: its asserts end the process.
+
+And transformers beside it, whose tokens and probabilities it has to give.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from frugal_bonsai import load_pruned
 
 # Flash attention off and the KV cache in fp32: the defaults round more than the comparison allows.
 WORKER = """
@@ -66,3 +72,31 @@ def complete(path: Path, jobs: list[tuple[str | list[int], int]]) -> list[Answer
     assert done.returncode == 0 and lines, (done.returncode, done.stderr[-3000:])
     answers: list[dict[str, Any]] = json.loads(lines[0].removeprefix("ANSWERS"))
     return [Answer(a["ids"], a["logprobs"], a["text"], a["prompt"]) for a in answers]
+
+
+@torch.no_grad()
+def assert_same_next_tokens(
+    folder: Path,
+    gguf: Path,
+    *,
+    text: list[int] | None = None,
+    first: int = 259,
+    step: int = 1,
+    within: float = 1e-4,
+) -> None:
+    """Behind beginnings of a text, of 60 random tokens if none is given, as transformers has them.
+
+    Where the next token is ``first`` or up: llama.cpp's server puts tokens that are single bytes
+    together and leaves their parts out.
+    """
+    if text is None:
+        generator = torch.Generator().manual_seed(0)
+        text = [1, *torch.randint(first, 512, (60,), generator=generator).tolist()]
+    logits = load_pruned(folder, dtype=torch.float32)(torch.tensor([text])).logits[0]
+    best = logits.log_softmax(-1).max(-1)
+    compared = [at for at, token in enumerate(best.indices.tolist()) if token >= first][::step]
+    assert len(compared) > 15 // step
+    answers = complete(gguf, [(text[: at + 1], 1) for at in compared])
+    assert [answer.ids for answer in answers] == [[int(best.indices[at])] for at in compared]
+    found = [answer.logprobs[0] for answer in answers]
+    assert found == pytest.approx([float(best.values[at]) for at in compared], abs=within)

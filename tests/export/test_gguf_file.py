@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,52 +11,17 @@ import pytest
 import torch
 from rewrite.models import keep_counts, open_parent, tiny_parent
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_family
+from tiny_models import save_pair_tokenizer, tiny_family
 
-from export.test_llama_cpp import FAMILIES, FULL, export
-from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
-from frugal_bonsai.export.architecture import describe_shape
+from export.test_llama_cpp import export
+from export.test_llama_cpp_families import FULL
+from export.test_refused_models import refused
+from frugal_bonsai.export import values
 from frugal_bonsai.export.gguf_file import write_gguf
-from frugal_bonsai.export.tensors import interleave
-from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.export.values import by_kind, interleave
 from frugal_bonsai.model.layout import PER_LAYER
-from frugal_bonsai.model.units import KeepMask, UnitTable
+from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.companions import write_companions
-
-
-def ragged(spec: ModelSpec) -> ModelSpec:
-    """The same model with a unit less of each kind in its second layer."""
-    groups = [replace(g, count=g.count - g.layer) for g in spec.table.groups]
-    return replace(spec, table=UnitTable(tuple(groups)))
-
-
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
-def test_which_families_are_a_deci_where_layers_differ(tmp_path: Path, family: str) -> None:
-    spec = ragged(tiny_family(tmp_path / "m", family, **FULL, **FAMILIES[family]).spec)
-    if family == "qwen3":
-        with pytest.raises(UnsupportedModelError, match="does not compute this one; prune with"):
-            describe_shape(spec)
-        return
-    shape = describe_shape(spec)
-    assert (shape.architecture, shape.heads, shape.kv_heads) == ("deci", (6, 4), (3, 2))
-    assert shape.interleaved
-
-
-@pytest.mark.parametrize(
-    ("family", "text"),
-    [
-        ("mistral", "sliding_window is 5; llama.cpp computes full attention"),
-        ("qwen2", "sliding_window is 5; llama.cpp computes full attention"),
-        ("qwen3-biases", r"k_proj\.bias, and llama.cpp's architecture 'qwen3' has no such bias"),
-        ("gemma2", "model_type 'gemma2' is not exported to GGUF; exported are: llama, mistral"),
-    ],
-)
-def test_families_that_are_refused(
-    tmp_path: Path, stories260k: Path, family: str, text: str
-) -> None:
-    tiny_family(tmp_path / "dense", family, **FULL)
-    write_companions(stories260k, tmp_path / "dense")
-    refused(tmp_path / "dense", tmp_path, text)
 
 
 def test_rows_in_llama_cpps_order() -> None:
@@ -64,6 +29,14 @@ def test_rows_in_llama_cpps_order() -> None:
     assert interleave(rows, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
     weight = rows[:, None] * torch.ones(1, 3)
     assert torch.equal(interleave(weight, 2)[:, 1], interleave(rows, 2).float())
+
+
+def test_fused_rows_in_llama_cpps_order() -> None:
+    # Two groups of two query heads, a key and a value, two rows each.
+    rows = torch.arange(2 * 8)
+    found = by_kind(rows, 2, 2).tolist()
+    assert found == [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert torch.equal(by_kind(rows[:, None].expand(16, 3), 2, 2)[:, 2], by_kind(rows, 2, 2))
 
 
 def test_what_the_file_says(tmp_path: Path, stories3m: Path) -> None:
@@ -87,13 +60,6 @@ def test_what_the_file_says(tmp_path: Path, stories3m: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     found = torch.from_numpy(tensors["blk.1.ffn_down.weight"].data.copy())
     assert torch.equal(found, source[name].float())
-
-
-def refused(folder: Path, tmp_path: Path, text: str, dtype: str = "f32") -> None:
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises((UnsupportedModelError, CheckpointError), match=text):
-        export(folder, tmp_path / "m.gguf", dtype)
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -139,26 +105,49 @@ def test_values_that_the_format_cannot_hold(
     refused(tmp_path / "dense", tmp_path, text, dtype)
 
 
-def test_one_tensor_is_read_at_a_time(
-    tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_one_source_is_held_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    from gguf import GGUFWriter
+    """Of a layer's experts too: what one became is gone when the next is read."""
+    tiny = tiny_family(tmp_path / "dense", family, **FULL)
+    save_pair_tokenizer(tmp_path / "dense")
+    made: list[weakref.ref[Any]] = []
+    read, convert = tiny.checkpoint.read, values._convert
 
-    events: list[str] = []
-    with open_parent(stories260k) as parent:
-        read, write = parent.checkpoint.read, GGUFWriter.write_tensor_data
+    def spy_read(name: str) -> torch.Tensor:
+        # The loop's own variable holds the last one until it is given the next.
+        assert sum(array() is not None for array in made) <= 1
+        return read(name)
 
-        def spy(self: GGUFWriter, tensor: Any) -> None:
-            events.append("write")
-            write(self, tensor)
+    def spy_convert(*given: Any) -> Any:
+        out = convert(*given)
+        made.append(weakref.ref(out))
+        return out
 
-        monkeypatch.setattr(GGUFWriter, "write_tensor_data", spy)
-        monkeypatch.setattr(
-            parent.checkpoint, "read", lambda name: (events.append("read"), read(name))[1]
-        )
-        write_gguf(parent.checkpoint, parent.spec, tmp_path / "m.gguf", name="m", dtype="f16")
-        count = len(parent.checkpoint.tensors)
-    assert events == ["read", "write"] * count
+    monkeypatch.setattr(tiny.checkpoint, "read", spy_read)
+    monkeypatch.setattr(values, "_convert", spy_convert)
+    write_gguf(tiny.checkpoint, tiny.spec, tmp_path / "m.gguf", name="m", dtype="f16")
+    assert len(made) == len(tiny.checkpoint.tensors)
+
+
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    tiny = tiny_family(tmp_path / "dense", "qwen3-moe", **FULL)
+    save_pair_tokenizer(tmp_path / "dense")
+    export(tmp_path / "dense", tmp_path / "m.gguf", "f16")
+    reader = GGUFReader(tmp_path / "m.gguf")
+    said = {key: field.contents() for key, field in reader.fields.items()}
+    assert said["qwen3moe.expert_count"] == 4 and said["qwen3moe.expert_used_count"] == 2
+    assert said["qwen3moe.expert_feed_forward_length"] == 20
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    found = torch.from_numpy(tensors["blk.1.ffn_down_exps.weight"].copy())
+    assert found.shape == (4, 24, 20)
+    for expert in range(4):
+        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        assert torch.equal(found[expert], tiny.checkpoint.read(name).half())
+    assert tensors["blk.1.ffn_gate_inp.weight"].dtype == "float32"  # llama.cpp wants the router so
 
 
 def test_a_uniform_model_at_a_head_count_that_llamas_config_forbids(

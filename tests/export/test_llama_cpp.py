@@ -8,24 +8,22 @@ from typing import Any
 import pytest
 import torch
 from rewrite.models import greedy, keep_counts, open_parent, random_mask, tiny_parent
-from tiny_models import tiny_family
+from tiny_models import open_tiny
 from transformers import AutoTokenizer
 
-from export.llama_cpp import complete, needs_llama_cpp
+from export.llama_cpp import assert_same_next_tokens, complete, needs_llama_cpp
 from frugal_bonsai import load_pruned
 from frugal_bonsai.export.gguf_file import write_gguf
-from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
-from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM
 from frugal_bonsai.rewrite.companions import write_companions
-from frugal_bonsai.rewrite.shrink import shrink
 
 NEW_TOKENS = 40
 WORDS = ("Once upon a time, there was", "Lily and Tom went to the park. They", "The big dog")
 
 
 def export(folder: Path, out: Path, dtype: str = "f32") -> Any:
-    with open_parent(folder) as opened:
-        return write_gguf(opened.checkpoint, opened.spec, out, name="test", dtype=dtype)
+    opened = open_tiny(folder)
+    return write_gguf(opened.checkpoint, opened.spec, out, name="test", dtype=dtype)
 
 
 @torch.no_grad()
@@ -180,57 +178,3 @@ def test_features(tmp_path: Path, stories260k: Path, feature: str, layout: str) 
     summary = export(tmp_path / "out", tmp_path / "m.gguf")
     assert summary.architecture == ("deci" if layout == PER_LAYER else "llama")
     assert_same_next_tokens(tmp_path / "out", tmp_path / "m.gguf")
-
-
-@torch.no_grad()
-def assert_same_next_tokens(folder: Path, gguf: Path) -> None:
-    """Behind every beginning of a text of 60 random tokens, where the next one is no byte.
-
-    llama.cpp's server puts tokens that are single bytes together and leaves their parts out.
-    """
-    text = [1, *torch.randint(259, 512, (60,), generator=torch.Generator().manual_seed(0)).tolist()]
-    logits = load_pruned(folder, dtype=torch.float32)(torch.tensor([text])).logits[0]
-    best = logits.log_softmax(-1).max(-1)
-    compared = [at for at, token in enumerate(best.indices.tolist()) if token > 258]
-    assert len(compared) > 15
-    answers = complete(gguf, [(text[: at + 1], 1) for at in compared])
-    assert [answer.ids for answer in answers] == [[int(best.indices[at])] for at in compared]
-    found = [answer.logprobs[0] for answer in answers]
-    assert found == pytest.approx([float(best.values[at]) for at in compared], abs=1e-3)
-
-
-# -- other families ------------------------------------------------------------------------------
-FULL = {"vocab_size": 512, "max_position_embeddings": 128}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False, "tie_word_embeddings": True},
-    "qwen3": {},
-    "olmo2": {},
-}
-# Of these, the ones that may differ layer by layer.
-DECI = ("mistral", "qwen2")
-
-
-@needs_llama_cpp
-@pytest.mark.parametrize(
-    ("family", "layout"),
-    [*((f, lay) for f in FAMILIES for lay in ("dense", UNIFORM)), *((f, PER_LAYER) for f in DECI)],
-)
-def test_families(tmp_path: Path, stories260k: Path, family: str, layout: str) -> None:
-    folder = tmp_path / "dense"
-    tiny = tiny_family(folder, family, seed=4, **FULL, **FAMILIES[family])
-    if layout != "dense":
-        mask = KeepMask(tiny.spec.table)
-        for group in tiny.spec.table.groups:
-            if group.removable:
-                mask.of(group)[1 :: 3 if layout == UNIFORM else 2 + group.layer] = False
-        folder = tmp_path / "out"
-        folder.mkdir()
-        rules = layout_rules(tiny.spec, layout, tile=1)
-        shrink(tiny.checkpoint, tiny.spec, mask, folder, rules=rules)
-    write_companions(stories260k, folder)
-    summary = export(folder, tmp_path / "m.gguf")
-    own = {"mistral": "llama", "qwen2": "qwen2" if layout == "dense" else "llama"}
-    expected = "deci" if layout == PER_LAYER else own.get(family, family)
-    assert summary.architecture == expected
-    assert_same_next_tokens(folder, tmp_path / "m.gguf")

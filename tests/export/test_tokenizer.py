@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rewrite.models import tiny_parent
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, GemmaTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
 
 from export.llama_cpp import needs_llama_cpp
 from export.test_llama_cpp import assert_same_split, export, real_texts
@@ -77,6 +78,43 @@ def test_byte_level_patterns_split_as_transformers_does(
     summary = export(tmp_path / "dense", tmp_path / "m.gguf")
     assert summary.tokenizer == f"gpt2 ({split})"
     more = ["In 2024 it cost 12345678 dollars", "a\r\n\r\n  b", "we'Ll   see!!!  (ok)\t\tx"]
+    assert_same_split(tmp_path / "dense", tmp_path / "m.gguf", [*texts, *more])
+
+
+def gemma_tokenizer(texts: list[str]) -> GemmaTokenizer:
+    """Gemma's own class: runs of spaces and line ends are tokens of a user's, bytes behind them."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[^ ]+| +"), "isolated")
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    pieces = sorted(trained.get_vocab(), key=lambda piece: trained.get_vocab()[piece])
+    runs = [*("\u2581" * length for length in range(2, 9)), "\n\n", "\n\n\n"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    content = [*runs, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
+    content += [piece.replace(" ", "\u2581") for piece in pieces]
+    vocabulary = {piece: at for at, piece in enumerate(dict.fromkeys([*special, *content]))}
+    # Runs come first, as SentencePiece's scores have it.
+    merges = generate_merges(vocabulary, {piece: -at for piece, at in vocabulary.items()})
+    made = GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
+    made.add_tokens([AddedToken(run, normalized=False) for run in runs])
+    made.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    return made
+
+
+@needs_llama_cpp
+def test_gemmas_is_split_as_transformers_does(tmp_path: Path, shared: Path) -> None:
+    texts = real_texts(shared)
+    made = gemma_tokenizer(texts)
+    rows = len(made) - 1  # the image's token has none, as in Gemma 3 1B
+    with tiny_parent(tmp_path / "dense", vocab_size=rows, max_position_embeddings=512):
+        pass
+    made.save_pretrained(tmp_path / "dense")
+    summary = export(tmp_path / "dense", tmp_path / "m.gguf")
+    assert summary.tokenizer == "llama (default)"
+    found = read_tokenizer(tmp_path / "dense", rows)
+    assert (found.add_bos, found.add_space_prefix) == (True, False)
+    kinds = dict(zip(found.tokens, found.types, strict=True))
+    assert (kinds["\u2581\u2581"], kinds["\n\n"]) == (NORMAL, USER_DEFINED)
+    more = ["def f():\n\n\n        return  1", "a   b    c         d\n\nq  end"]
     assert_same_split(tmp_path / "dense", tmp_path / "m.gguf", [*texts, *more])
 
 
@@ -172,9 +210,13 @@ def test_more_tokens_than_the_embedding_has_rows(folder: Path) -> None:
         read_tokenizer(folder, 500)
 
 
-def test_nfc_of_qwen_is_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("split", "name"),
+    [(split_by(QWEN2), "qwen2"), (pre_tokenizers.ByteLevel(add_prefix_space=False), "gpt-2")],
+)
+def test_nfc_of_qwen_and_gpt_neox_is_known(tmp_path: Path, split: Any, name: str) -> None:
     made = Tokenizer(models.BPE(vocab={"a": 0, "aa": 1}, merges=[("a", "a")]))
-    made.normalizer, made.pre_tokenizer = normalizers.NFC(), split_by(QWEN2)
+    made.normalizer, made.pre_tokenizer = normalizers.NFC(), split
     made.save(str(tmp_path / "tokenizer.json"))
     found = read_tokenizer(tmp_path, 2)
-    assert (found.pre, found.special_ids, found.add_bos) == ("qwen2", {}, False)
+    assert (found.pre, found.special_ids, found.add_bos) == (name, {}, False)
