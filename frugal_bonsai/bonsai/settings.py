@@ -94,6 +94,8 @@ class PruneSettings:
         refit: which ones: ``outputs`` (o_proj, down_proj) or ``all`` (q, k, v, gate, up too).
         refine: how often the last round's recovery moves the FFN's remaining channels (a linearised
             least-squares problem in gate and up) and refits down_proj again; 0 never.
+        rescale: the last round's recovery scales the final norm, and with it the logits, as what is
+            left of the model needs (logit_scale.py).
         ridge: recovery's lambda as a share of the Gram matrix's mean diagonal; the ``exact`` prior
             is the loss that a refit with this lambda leaves.
         seed: of every random draw.
@@ -124,6 +126,7 @@ class PruneSettings:
     bias: bool = False
     refit: str = "all"
     refine: int = 2
+    rescale: bool = True
     ridge: float = 1e-3
     seed: int = 0
     weights: str = "int8"
