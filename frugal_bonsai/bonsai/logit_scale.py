@@ -102,7 +102,9 @@ def convex_minimum(value: Callable[[float], float]) -> float:
         at = round(at + step, 6)
     below, here, above = look(at - _STEP), look(at), look(at + _STEP)
     bend = below - 2 * here + above
-    return at if bend <= 0 else at + _STEP * (below - above) / (2 * bend)
+    if not here <= min(below, above) or bend <= 0:  # the end of the range, or flat
+        return at
+    return at + _STEP * (below - above) / (2 * bend)
 
 
 def scaled_norm(checkpoint: Checkpoint, spec: ModelSpec, scale: float) -> dict[str, torch.Tensor]:
