@@ -19,14 +19,13 @@ from collections.abc import Callable
 
 import torch
 
+from frugal_bonsai.bonsai.settings import scale_windows
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.hidden import HiddenStates
 
-# Enough for a factor: its error then costs less than a thousandth of a nat.
-SAMPLE_TOKENS = 8192
 _STEP, _LEAST, _MOST = 0.1, 0.3, 2.0
 
 
@@ -49,7 +48,7 @@ def find_logit_scale(
         pruned: the same of the recovered model.
         tokens_NS: the windows; a sample from all over them is used.
     """
-    count = min(len(tokens_NS), max(1, SAMPLE_TOKENS // tokens_NS.shape[1]))
+    count = scale_windows(tokens_NS.shape[1], len(tokens_NS))
     chosen = torch.linspace(0, len(tokens_NS) - 1, count).round().long()
     best = {}
     for name, hidden in (("dense", dense), ("pruned", pruned)):

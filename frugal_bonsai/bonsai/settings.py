@@ -51,6 +51,8 @@ FIRST_STEP, LATER_STEP = 0.25, 0.1
 # A trial recovers each cut on this many: with fewer, cuts that need little data look better than
 # they are after the last recovery, which has all windows.
 TRIAL_TOKENS_PER_COLUMN = 48
+# Enough for one factor: its error then costs less than a thousandth of a nat.
+_SCALE_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +240,11 @@ def round_goals(settings: PruneSettings, done: float = 0.0) -> list[float]:
         done = next_goal(settings, done)
         goals.append(done)
     return goals
+
+
+def scale_windows(window: int, windows: int) -> int:
+    """Windows that the scale of the logits is found on."""
+    return min(windows, max(1, _SCALE_TOKENS // window))
 
 
 def trial_windows(columns: int, window: int, windows: int) -> tuple[int, int]:
