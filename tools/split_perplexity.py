@@ -6,6 +6,8 @@ out paragraphs differently; where a model has not seen a layout its loss at line
 moves at random with any change of the model and hides what a method does to the language.
 
     python tools/split_perplexity.py DENSE PRUNED... --text FILE [--window 256] [--every 2]
+
+`--scales 1,0.9,0.8` measures each model with its logits multiplied by each of these too.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from frugal_bonsai.text.windows import cut_windows, load_tokenizer, tokenise
 _BATCH = 8
 
 
-def losses(model: Any, windows_NS: torch.Tensor) -> torch.Tensor:
+def losses(model: Any, windows_NS: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Loss of tokens 2..S, fp32 ``[N, S-1]``."""
     found = []
     with torch.inference_mode():
         for batch_BS in windows_NS.split(_BATCH):
-            logits_BSV = model(batch_BS).logits[:, :-1].float()
+            logits_BSV = model(batch_BS).logits[:, :-1].float() * scale
             found.append(
                 cross_entropy(logits_BSV.transpose(1, 2), batch_BS[:, 1:], reduction="none")
             )
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--every", type=int, default=2, help="take every so manieth window")
+    parser.add_argument("--scales", default="1", help="of the logits")
     parser.add_argument("--threads", type=int, default=1)
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
@@ -66,13 +69,15 @@ def main() -> None:
     print("| model | perplexity | elsewhere | added elsewhere, nats | added at breaks, nats |")
     print("|---|---|---|---|---|")
     for name, model in ((words.dense, dense), *((p, load_pruned(p)) for p in words.pruned)):
-        after = losses(model, windows_NS)
-        added = after - before
-        print(
-            f"| {Path(name).name} | {after.mean().exp():.3f} | {after[~near].mean().exp():.3f} "
-            f"| {added[~near].mean():.4f} | {added[near].mean():.4f} |",
-            flush=True,
-        )
+        for scale in words.scales.split(","):
+            after = losses(model, windows_NS, float(scale))
+            added = after - before
+            called = Path(name).name + (f" x {scale}" if words.scales != "1" else "")
+            print(
+                f"| {called} | {after.mean().exp():.3f} | {after[~near].mean().exp():.3f} "
+                f"| {added[~near].mean():.4f} | {added[near].mean():.4f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from functools import partial
 import torch
 
 from frugal_bonsai.bonsai.layer_pass import LayerPass, RefitOutput
+from frugal_bonsai.bonsai.logit_scale import find_logit_scale
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder
 from frugal_bonsai.bonsai.recover_experts import refit_experts
 from frugal_bonsai.bonsai.recover_inputs import input_projections, input_rows, refit_inputs
@@ -50,15 +51,19 @@ class Recovered:
 
     Attributes:
         prior: for the next round, from the refit model's own inputs; None where not asked for.
-        losses_NS: the refit model's loss of tokens 2..S of every window, fp32 ``[N, S-1]``.
+        losses_NS: the refit model's loss of tokens 2..S of every window, fp32 ``[N, S-1]``; with
+            its logits scaled, if that was asked for.
         dense_losses_NS: the dense model's; None where they were not asked for.
         residual: share of the dense residual's energy that the refit leaves, per projection.
+        logit_scale: the factor that the refit model's logits need (logit_scale.py); None where it
+            was not asked for.
     """
 
     prior: Prior | None
     losses_NS: torch.Tensor
     dense_losses_NS: torch.Tensor | None
     residual: list[float]
+    logit_scale: float | None = None
 
 
 class Recovery:
@@ -106,6 +111,7 @@ class Recovery:
         *,
         dense_losses: bool = True,
         held_out: int = 0,
+        rescale: bool = False,
     ) -> Recovered:
         """Refit all projections; see the module's text.
 
@@ -118,6 +124,7 @@ class Recovery:
             dense_losses: the head is applied to the dense model too.
             held_out: the last windows, on which the refit model is only evaluated. The dense model
                 does not see them, nor do ``prior`` and refinement.
+            rescale: find the factor that the logits need.
         """
         sweep = self._sweep
         skeleton = sweep.skeleton
@@ -155,11 +162,16 @@ class Recovery:
             unseen_tokens = tokens_NS.numel() - fitted_tokens
             sweep.forward_tokens += round(passes * fitted_tokens)
             sweep.forward_tokens += (1 if self._keep else 2) * unseen_tokens
+            scale = None
+            if rescale:
+                seen_NS = tokens_NS[:fitted]
+                scale = find_logit_scale(sweep, head, hidden_dense, hidden_pruned, seen_NS)
             return Recovered(
                 prior=None if prior is None else prior.build(),
-                losses_NS=head.nll(hidden_pruned, tokens_NS).clone(),
+                losses_NS=head.nll(hidden_pruned, tokens_NS, scale=scale or 1.0).clone(),
                 dense_losses_NS=head.nll(hidden_dense, tokens_NS).clone() if dense_losses else None,
                 residual=residual,
+                logit_scale=scale,
             )
 
     def _refit_layer(

@@ -23,6 +23,7 @@ from frugal_bonsai.bonsai.bias import compensate_by_bias
 from frugal_bonsai.bonsai.depth import drop_layers, measure_influence
 from frugal_bonsai.bonsai.evaluate import Utility
 from frugal_bonsai.bonsai.experts import drop_experts, measure_experts
+from frugal_bonsai.bonsai.logit_scale import scaled_norm
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.bonsai.relevance import JUDGES, RoundInputs, look_ahead
@@ -338,14 +339,19 @@ class Search:
                 windows_NS,
                 None if last else self._builder(state.mask, number),
                 dense_losses=dense_perplexity is None,
+                rescale=last and self._settings.rescale,
             )
         if result.dense_losses_NS is not None:
             dense_perplexity = float(result.dense_losses_NS.mean().exp())
         state.prior, state.refit_mask = result.prior, state.mask
+        if result.logit_scale is not None:
+            norm = scaled_norm(engine.checkpoint, engine.spec, result.logit_scale)
+            self._stores.save_refit(number, None, norm)
         return {
             "perplexity": float(result.losses_NS.mean().exp()),
             "dense_perplexity": dense_perplexity,
             "recovery_residual": sum(result.residual) / len(result.residual),
+            "logit_scale": result.logit_scale,
         }
 
     def _dense_perplexity(self, state: PruneState, windows_NS: torch.Tensor) -> float | None:

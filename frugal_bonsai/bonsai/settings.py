@@ -51,6 +51,8 @@ FIRST_STEP, LATER_STEP = 0.25, 0.1
 # A trial recovers each cut on this many: with fewer, cuts that need little data look better than
 # they are after the last recovery, which has all windows.
 TRIAL_TOKENS_PER_COLUMN = 48
+# Enough for one factor: its error then costs less than a thousandth of a nat.
+_SCALE_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class PruneSettings:
         refit: which ones: ``outputs`` (o_proj, down_proj) or ``all`` (q, k, v, gate, up too).
         refine: how often the last round's recovery moves the FFN's remaining channels (a linearised
             least-squares problem in gate and up) and refits down_proj again; 0 never.
+        rescale: the last round's recovery scales the final norm, and with it the logits, as what is
+            left of the model needs (logit_scale.py).
         ridge: recovery's lambda as a share of the Gram matrix's mean diagonal; the ``exact`` prior
             is the loss that a refit with this lambda leaves.
         seed: of every random draw.
@@ -124,6 +128,7 @@ class PruneSettings:
     bias: bool = False
     refit: str = "all"
     refine: int = 2
+    rescale: bool = True
     ridge: float = 1e-3
     seed: int = 0
     weights: str = "int8"
@@ -235,6 +240,11 @@ def round_goals(settings: PruneSettings, done: float = 0.0) -> list[float]:
         done = next_goal(settings, done)
         goals.append(done)
     return goals
+
+
+def scale_windows(window: int, windows: int) -> int:
+    """Windows that the scale of the logits is found on."""
+    return min(windows, max(1, _SCALE_TOKENS // window))
 
 
 def trial_windows(columns: int, window: int, windows: int) -> tuple[int, int]:

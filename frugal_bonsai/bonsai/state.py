@@ -32,6 +32,7 @@ from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 STATE_FILE = "state.json"
 VERSION = 2
 PRIOR_FILE = "prior.safetensors"
+_NORM_FILE = "refit_norm.safetensors"
 _SCORE = "score"
 _KEYS = ["ahead", "forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
 
@@ -174,14 +175,18 @@ class StateFolder:
     def save_refit(
         self,
         number: int,
-        layer: int,
+        layer: int | None,
         weights: dict[str, torch.Tensor],
         dtypes: dict[str, torch.dtype] | None = None,
     ) -> None:
-        """Keep one layer's refit projections for round ``number``, in these dtypes."""
+        """Keep one layer's refit projections for round ``number``, in these dtypes.
+
+        No layer: the final norm.
+        """
         folder = self.round_folder(number)
         _make_folder(folder)
-        write_tensors(folder / f"refit_{layer:05d}.safetensors", weights, dtypes=dtypes)
+        name = _NORM_FILE if layer is None else f"refit_{layer:05d}.safetensors"
+        write_tensors(folder / name, weights, dtypes=dtypes)
 
     def refits(
         self, number: int, spec: ModelSpec, refit_mask: KeepMask, mask: KeepMask
@@ -208,6 +213,9 @@ class StateFolder:
                 then_K = kept_indices(extent, cuts[name], refit_mask)
                 stay_K = torch.isin(then_K, kept_indices(extent, cuts[name], mask))
                 readers[name] = _RefitReader(path, name, axis, stay_K.nonzero().flatten())
+        norm = self.round_folder(number) / _NORM_FILE
+        if norm.exists():
+            readers |= {name: partial(read_file, norm, name) for name in read_header(norm)[0]}
         return readers
 
 

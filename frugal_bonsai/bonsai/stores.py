@@ -82,8 +82,8 @@ class Stores:
         tensors = self._engine.checkpoint.tensors
         return torch_dtype(tensors[name if name in tensors else weight_of(name)].dtype)
 
-    def save_refit(self, number: int, layer: int, weights: dict[str, torch.Tensor]) -> None:
-        """Keep one layer's refits of round ``number`` in the source's dtype."""
+    def save_refit(self, number: int, layer: int | None, weights: dict[str, torch.Tensor]) -> None:
+        """Keep one layer's refits of round ``number``, or the final norm, in the source's dtype."""
         dtypes = {name: self.saved_dtype(name) for name in weights}
         self._folder.save_refit(number, layer, weights, dtypes)
 

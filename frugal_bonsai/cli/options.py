@@ -177,6 +177,11 @@ search = several(
         default=None,
         help="Recover a cut with and without attention units before it is made.",
     ),
+    click.option(
+        "--rescale/--no-rescale",
+        default=None,
+        help="Scale the recovered model's logits, in its final norm, to how sure it can be.",
+    ),
     click.option("--ridge", type=float, help="Recovery's penalty, a share of the mean diagonal."),
     click.option("--weights", type=click.Choice(["int8", "native"]), help="The working copy."),
     click.option(

@@ -72,6 +72,7 @@ def _prune_options(given: dict[str, Any]) -> Any:
         "refine",
         "compensate",
         "trial",
+        "rescale",
         "ridge",
         "weights",
         "arithmetic",

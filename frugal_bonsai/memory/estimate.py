@@ -73,6 +73,10 @@ def int8_wins(spec: ModelSpec, profile: HardwareProfile) -> bool:
     return int8 < products / profile.products[profile.arithmetic]
 
 
+# Of the dense and of the pruned model together, as convex_minimum (bonsai/logit_scale.py) goes.
+_SCALES_TRIED = 7
+
+
 class _Estimate:
     def __init__(
         self, spec: ModelSpec, work: PruneWork, limits: SweepLimits, profile: HardwareProfile
@@ -150,6 +154,8 @@ class _Estimate:
             # The dense model's losses, unless the first round has measured them on these windows.
             if number == 1 or work.part_windows < work.windows:
                 cost += self._head(windows)
+        if work.rescaled:
+            cost += self._head(work.rescaled) * _SCALES_TRIED
         if work.refine:
             cost += self._refined_layer(w) * self._spec.layers
         return self._phase("recovery", cost)

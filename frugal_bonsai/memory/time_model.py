@@ -33,6 +33,8 @@ class PruneWork:
         batches: the pairs in the batches that a round evaluates one after the other, each of which
             reads the layers; empty is one batch.
         pool: units that have stand-ins, as a multiple of what a round removes; 0 for none.
+        rescaled: windows of which the last recovery computes the head again, to find the logits'
+            scale; 0 for none.
         refine: steps in which the last recovery moves the FFN's channels; 0 never.
         refine_iterations: of conjugate gradients in a step.
         refine_blocks: of channels, one moved after the other.
@@ -62,6 +64,7 @@ class PruneWork:
     trial_cuts: int = 2
     batches: tuple[int, ...] = ()
     pool: float = 0.0
+    rescaled: int = 0
     refine: int = 0
     refine_iterations: int = 0
     refine_blocks: int = 1

@@ -78,6 +78,12 @@ class ModelSpec:
         return self.heads // self.kv_heads
 
     @property
+    def norm_tensors(self) -> tuple[str, ...]:
+        """Names of the final norm's tensors."""
+        prefix = f"{self.family.base_module}.{self.family.norm_module}."
+        return tuple(name for name in self.other_tensors if name.startswith(prefix))
+
+    @property
     def block_parameters(self) -> int:
         """Parameters inside the layers (norms and biases included): what sparsity is a share of."""
         return sum(_size(s) for tensors in self.layer_tensors for s in tensors.values())

@@ -196,6 +196,7 @@ class Family:
     # Norms between an output projection and the residual stream, modules inside the layer.
     attention_norm: str | None = None
     ffn_norm: str | None = None
+    norm_offset: float = 0.0  # what the final norm adds to its weight
     # Keys of factors: of what a sublayer adds to the residual stream, of the logits.
     residual_scale_key: str | None = None
     logits_divisor_key: str | None = None

@@ -252,10 +252,10 @@ def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
 
 
 def _require_sliced(spec: ModelSpec, refit: Refit) -> None:
-    """Only tensors that units own a part of, and output projections' biases, may be replaced."""
+    """Only tensors that units own a part of, output projections' biases and the final norm."""
     names = {*slices_by_tensor(spec.table), *map(output_bias, spec.table.groups)}
     for name in refit:
-        if name not in names:
+        if name not in names and name not in spec.norm_tensors:
             raise OptionError(
                 f"refit tensor {name!r}: is no projection of this model that pruning cuts; "
                 f"expected a name such as {min(names)!r}"

@@ -16,6 +16,7 @@ from frugal_bonsai.bonsai.settings import (
     REFINE_ITERATIONS,
     round_goals,
     round_windows,
+    scale_windows,
     trial_windows,
 )
 from frugal_bonsai.memory.estimate import estimate_time
@@ -99,6 +100,9 @@ def prune_work(
         trial_cuts=4 if settings.level == GROUP else 2,
         batches=() if settings.level == NONE else batches,
         pool=settings.pool if settings.stand_ins(uniform=ready.rules.uniform) else 0.0,
+        rescaled=(
+            scale_windows(ready.window, windows) if settings.recovery and settings.rescale else 0
+        ),
         refine=settings.refine if settings.recovery else 0,
         refine_iterations=REFINE_ITERATIONS,
         refine_blocks=refined_blocks(columns),

@@ -316,6 +316,10 @@ def _rewrite(
         spec = describe_checkpoint(output, source="the pruned config.json", assume=assume)
         engine = make_engine(output, spec, job.memory, ready.device, job.progress)
         masked = CheckpointSource(model.checkpoint, model.spec, mask=found.mask, refit=found.refits)
+        refit_norm = {
+            name: found.refits[name]() for name in model.spec.norm_tensors if name in found.refits
+        }
+        job.engine.skeleton.replace_norm(refit_norm)
         windows_NS = job.calibration.held_out_NS[:_VERIFY_WINDOWS]
         difference = compare_logits(job.engine, masked, engine, windows_NS)
         with engine.native() as stream:

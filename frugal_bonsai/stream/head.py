@@ -59,10 +59,23 @@ class Head:
         """The chunks that the next call reads; None where the head is kept."""
         return self._rows if self._kept is None else None
 
-    def nll(self, hidden: HiddenStates, tokens_BS: torch.Tensor) -> torch.Tensor:
+    def nll(
+        self,
+        hidden: HiddenStates,
+        tokens_BS: torch.Tensor,
+        *,
+        scale: float = 1.0,
+        normed: bool = False,
+    ) -> torch.Tensor:
         """Negative log-likelihood in nats of tokens 2..S of each window, fp32 ``[B, S-1]``, CPU.
 
         The hidden states are normed where they lie: they are of no other use afterwards.
+
+        Args:
+            hidden: the last layer's hidden states.
+            tokens_BS: the windows.
+            scale: of what the final norm gives.
+            normed: an earlier call has normed them.
         """
         windows, window = tokens_BS.shape
         device = self._skeleton.device
@@ -77,7 +90,7 @@ class Head:
                 spread_BS[here].view(-1),
             )
 
-        self._pass_chunks(hidden, sums)
+        self._pass_chunks(hidden, sums, scale=scale, normed=normed)
         return (spread_BS - target_BS).cpu()
 
     def top(
@@ -114,7 +127,12 @@ class Head:
         return values_BSK.sub_(spread_BS[..., None]), ids_BSK
 
     def _pass_chunks(
-        self, hidden: HiddenStates, sums: Callable[[slice, int], _Losses | _Top]
+        self,
+        hidden: HiddenStates,
+        sums: Callable[[slice, int], _Losses | _Top],
+        *,
+        scale: float = 1.0,
+        normed: bool = False,
     ) -> None:
         """Norm the hidden states, then show every chunk's logits to some windows' running sums."""
         windows, window = hidden.windows, hidden.window
@@ -122,13 +140,16 @@ class Head:
         def norm(here: slice) -> None:
             hidden.write(here, self._skeleton.norm(hidden.read(here)))
 
-        self.batches.run(windows, norm, weight=window)
+        if not normed:
+            self.batches.run(windows, norm, weight=window)
         first, room = 0, Scratch(self._skeleton.device)
         for weight_vH in self._chunks():
 
             def add(here: slice, first: int = first, weight_vH: torch.Tensor = weight_vH) -> None:
                 running, most = sums(here, first), tokens_at_once(weight_vH)
                 normed_TH = hidden.read(here)[:, :-1].flatten(0, 1)
+                if scale != 1.0:
+                    normed_TH = normed_TH * scale
                 self.batches.run(
                     len(normed_TH),
                     lambda block: running.add(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -170,6 +170,12 @@ class Skeleton:
                 for name, buffer in module.named_buffers(recurse=False):
                     if not buffer.is_meta:
                         setattr(module, name, buffer.to(self.device))
+
+    def replace_norm(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Compute with another final norm from now on; names as in the checkpoint."""
+        for name, value in tensors.items():
+            parameter = cast(torch.Tensor, getattr(self.norm, name.rpartition(".")[2]))
+            parameter.data = value.to(self.device, self.dtype)
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """The first layer's input for these tokens, ``[B, S, H]`` in the compute dtype.

@@ -15,6 +15,7 @@ from tiny_models import FAMILY_CONFIGS, Tiny, open_tiny, random_windows, relativ
 from transformers import AutoModelForCausalLM
 
 from frugal_bonsai import load_pruned
+from frugal_bonsai.bonsai.logit_scale import scaled_norm
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
@@ -215,6 +216,14 @@ class FamilyContract:
         again.checkpoint.close()
         config = json.loads((out / "config.json").read_text())
         assert config["model_type"] == tiny.checkpoint.config["model_type"]
+
+    def test_a_scaled_norm_scales_what_it_gives(self, tiny: Tiny) -> None:
+        engine = tiny.engine()
+        hidden_BSH = torch.randn(2, 3, tiny.spec.hidden, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            wanted_BSH = 0.7 * engine.skeleton.norm(hidden_BSH)
+            engine.skeleton.replace_norm(scaled_norm(tiny.checkpoint, tiny.spec, 0.7))
+            assert relative(engine.skeleton.norm(hidden_BSH), wanted_BSH) < 1e-6
 
     def test_a_dropped_layer_is_one_that_the_model_skips(
         self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path

@@ -15,6 +15,7 @@ GEMMA2 = replace(
     bias_keys={ATTENTION: "attention_bias"},
     attention_norm="post_attention_layernorm",
     ffn_norm="post_feedforward_layernorm",
+    norm_offset=1.0,
     logits_softcap_key="final_logit_softcapping",
     activation_key="hidden_activation",
     activation="gelu_pytorch_tanh",
