@@ -41,6 +41,7 @@ QUICK: dict[str, Any] = {
     "weights": "native",
 }
 WINDOWS, WINDOW = 12, 16
+NORM = "model.norm.weight"
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,23 @@ def test_levels_and_layouts_reach_the_sparsity(
     elif layout == PER_LAYER or level == "unit":
         assert all(report["observations"] for report in found.rounds)
     cut = {p.tensor for g in tiny.spec.table.groups for p in g.slices if "bias" not in p.tensor}
-    assert set(found.refits) == (cut if recovery else set())
+    assert set(found.refits) == (cut | {NORM} if recovery else set())
+
+
+def test_the_last_round_scales_the_norm_that_is_written(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    found = _search(tiny, tokens, tmp_path / "a", level="none")
+    whole = _search(tiny, tokens, tmp_path / "b", level="none", rescale=False)
+    *before, last = [report["logit_scale"] for report in found.rounds]
+    assert before and set(before) == {None}
+    assert 0.3 < last < 1
+    assert torch.allclose(
+        found.refits[NORM](), last * tiny.checkpoint.read(NORM), rtol=1e-6, atol=0
+    )
+    assert NORM not in whole.refits
+    assert whole.rounds[-1]["logit_scale"] is None
+    assert found.rounds[-1]["perplexity"] < whole.rounds[-1]["perplexity"]
 
 
 @pytest.mark.parametrize(
