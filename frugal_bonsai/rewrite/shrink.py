@@ -96,8 +96,8 @@ def shrink(
         folder: an existing directory, best one from ``staged_directory``: after an error it holds
             an incomplete model.
         rules: the layout and its legal unit counts.
-        refit: name of a projection's weight -> a function that returns what replaces it,
-            floating, kept rows or columns alone; called once, one after the other, at the end.
+        refit: name of a projection's weight, or of the final norm's -> a function that returns what
+            replaces it, floating, kept rows or columns alone; called once, one after the other, at the end.
         max_shard_bytes: tensor bytes of one shard.
 
     Returns:
@@ -257,8 +257,8 @@ def _require_sliced(spec: ModelSpec, refit: Refit) -> None:
     for name in refit:
         if name not in names and name not in spec.norm_tensors:
             raise OptionError(
-                f"refit tensor {name!r}: is no projection of this model that pruning cuts; "
-                f"expected a name such as {min(names)!r}"
+                f"refit tensor {name!r}: is neither the final norm nor a projection of this model "
+                f"that pruning cuts; expected a name such as {min(names)!r}"
             )
 
 

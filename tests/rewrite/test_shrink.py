@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frugal_bonsai import load_pruned
+from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError, OptionError, OutputError
 from frugal_bonsai.model.cut import cut_tensor
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
@@ -265,12 +266,14 @@ def test_count_that_the_rules_forbid(tmp_path: Path) -> None:
 
 
 NAME = "model.layers.1.mlp.down_proj.weight"
+LAYER_NORM = "model.layers.1.input_layernorm.weight"
 
 
 @pytest.mark.parametrize(
     ("name", "tensor", "text"),
     [
-        ("model.norm.weight", torch.zeros(48), "'model.norm.weight': is no projection"),
+        (LAYER_NORM, torch.zeros(48), f"'{LAYER_NORM}': is neither the final norm nor"),
+        ("model.norm.weight", torch.zeros(47), r"norm.weight': found .*\[47\], expected .*\[48\]"),
         (NAME, torch.zeros(48, 20), rf"'{NAME}': found torch.float32 \[48, 20\].*\[48, 9\]"),
         (NAME, torch.zeros(48, 9, dtype=torch.int32), rf"'{NAME}': found torch.int32.*floating"),
         (NAME, torch.full((48, 9), float("nan")), rf"'{NAME}': 432 of 432 values are NaN"),
@@ -283,6 +286,14 @@ def test_unfit_refit_tensor(tmp_path: Path, name: str, tensor: torch.Tensor, tex
         with pytest.raises(OptionError, match=text):
             parent.shrink(mask, tmp_path / "out", UNIFORM, refit={name: lambda: tensor})
         assert not any((tmp_path / "out").glob("*.safetensors*"))
+
+
+def test_a_new_final_norm_is_written(tmp_path: Path) -> None:
+    with tiny_parent(tmp_path / "dense") as parent:
+        mask, norm_H = random_mask(parent.spec, UNIFORM), torch.arange(48.0)
+        parent.shrink(mask, tmp_path / "out", UNIFORM, refit={"model.norm.weight": lambda: norm_H})
+        with Checkpoint.open(tmp_path / "out") as output:
+            assert torch.equal(output.read("model.norm.weight"), norm_H)
 
 
 def test_full_disk_is_noticed_before_any_work(
