@@ -97,7 +97,8 @@ def shrink(
             an incomplete model.
         rules: the layout and its legal unit counts.
         refit: name of a projection's weight, or of the final norm's -> a function that returns what
-            replaces it, floating, kept rows or columns alone; called once, one after the other, at the end.
+            replaces it, floating, kept rows or columns alone; called once, one after the other, at
+            the end.
         max_shard_bytes: tensor bytes of one shard.
 
     Returns:
