@@ -119,7 +119,7 @@ def _say_rounds(summary: Values, sheet: Sheet) -> None:
         sheet.say(f"penalty: {by_round(rounds, 'penalty')}")
         sheet.say(mask_spending(rounds))
     scale = rounds[-1].get("logit_scale") if rounds else None
-    if scale is not None:
+    if scale is not None and round(scale, 2) != 1:
         sheet.say(
             f"logits: times {number(scale)}, in the final norm: what is left of the model is "
             f"{'less' if scale < 1 else 'more'} sure than the whole one was"
