@@ -4,8 +4,8 @@ In: the last layers' hidden states of the dense and of the recovered model. Out:
 logits, to be folded into the final norm's weight. A hidden state that has lost information should
 shrink towards what is always true, as every least-squares refit does; the final norm undoes that,
 and the model stays as sure of itself as the dense one was. The factor is the temperature's inverse
-(Guo et al. 2017, arXiv 1706.04599), without a backward pass: the loss is convex in it, and only the
-head is computed, on a sample of the windows.
+(Guo et al. 2017, arXiv 1706.04599), without a backward pass: the loss is convex in it (but for
+soft-capped logits, where it is nearly so), and only the head is computed, on a sample of windows.
 
 What the text itself asks for is not pruning's to mend: where the dense model is too sure of this
 text as well, its own best factor is divided out. Holds the sample's hidden states.
