@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fresh_process import FreshProcesses
+from fresh_process import FreshProcesses, plain_transformers
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -21,7 +21,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
     """Processes that have imported torch and transformers alone."""
-    processes = FreshProcesses(tmp_path_factory.mktemp("fresh"))
+    processes = plain_transformers(tmp_path_factory.mktemp("fresh"))
     yield processes
     processes.close()
 

@@ -93,12 +93,17 @@ def test_dequantise_into_bf16_rounds_like_bf16() -> None:
     assert not torch.equal(out_OI.float(), expected_OI)
 
 
-def test_without_bitsandbytes_the_torch_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # makes the import fail
     assert not has_bitsandbytes()
-    weight_OI = _weight(5, 8)
-    found, expected = quantise_rows(weight_OI), quantise_rows(weight_OI, use_bitsandbytes=False)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_on_a_cpu_bitsandbytes_is_not_even_imported() -> None:
+    code = (
+        "import sys, torch; from frugal_bonsai.int8 import quantise_rows\n"
+        "quantise_rows(torch.ones(5, 8)); assert 'bitsandbytes' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_asking_for_bitsandbytes_says_nothing() -> None:

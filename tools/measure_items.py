@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
     cpu = torch.device("cpu")
     enforce_host_cap(0, 1)  # blocks go back to the system when they are freed
     with open_model(options.checkpoint) as opened, torch.inference_mode():
-        measured_base_bytes(opened.spec, int8=True)
+        measured_base_bytes(opened.spec)
         todo = Work(
             window=options.window, windows=options.windows, weights=INT8, stand_ins=options.share
         )

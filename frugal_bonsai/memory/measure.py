@@ -34,12 +34,12 @@ class Timer:
     Attributes:
         device: where it computes.
         seconds: how long to repeat it.
-        least: runs at least.
+        least: runs at least, after one that is not counted.
     """
 
     device: torch.device
     seconds: float
-    least: int = 2
+    least: int = 1
 
     def best(self, run: Callable[[], object]) -> float:
         """Seconds of the fastest run; one before it is not counted."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.memory.training import TrainingPlan, plan_training
-from frugal_bonsai.memory.training_items import ADAMW, NATIVE, TrainingWork
+from frugal_bonsai.memory.training_items import ADAMW, TrainingWork
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
 from frugal_bonsai.run.lessons import plan_teacher
@@ -66,8 +66,7 @@ def plan_adaptation(job: Adaptation, options: AdaptOptions) -> Plans:
     from frugal_bonsai.adapt.adapters import LORA
 
     lora = job.settings.method == LORA
-    quantises = (lora and options.weights != NATIVE) or job.optimisers != (ADAMW,)
-    base = measured_base_bytes(job.pruned.spec, int8=quantises)
+    base = measured_base_bytes(job.pruned.spec, training=lora or job.optimisers != (ADAMW,))
     top = 0 if job.asked is None else job.asked.top
     refused: list[BudgetError] = []
 

@@ -76,7 +76,7 @@ def evaluate(
             weights=weights if int8 else None,
             store_copies=int(int8),
         )
-        base = measured_base_bytes(spec, int8=int8)
+        base = measured_base_bytes(spec)
         plan = plan_memory(spec, budget, work, base_bytes=base)
         engine = make_engine(opened.checkpoint, spec, plan, place, progress or Silent())
         if int8:

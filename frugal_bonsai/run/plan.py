@@ -199,7 +199,7 @@ def plan_prune(
     if ready.elsewhere:
         base = NOMINAL_BASE_BYTES[ready.device.type]
     else:
-        base = measured_base_bytes(model.spec, int8=settings.weights == "int8")
+        base = measured_base_bytes(model.spec)
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
 
 

@@ -161,10 +161,14 @@ def make_engine(
     )
 
 
-def measured_base_bytes(spec: ModelSpec, *, int8: bool) -> int:
+def measured_base_bytes(spec: ModelSpec, *, training: bool = False) -> int:
     """What this process holds before the model: everything that will be imported, imported.
 
     The peak counts, because a cap on resident memory counts it too.
+
+    Args:
+        spec: of the model.
+        training: bitsandbytes will be used, or imported by peft.
     """
     import torch
 
@@ -173,7 +177,7 @@ def measured_base_bytes(spec: ModelSpec, *, int8: bool) -> int:
     from frugal_bonsai.stream.skeleton import build_empty_model
 
     build_empty_model(spec)
-    if int8:
+    if training:
         has_bitsandbytes()
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
     return peak_resident_bytes() + LATE_BYTES

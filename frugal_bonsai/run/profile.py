@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _START = (
     "import scipy.optimize, scipy.stats; from frugal_bonsai.run.prepare import *; "
     "from frugal_bonsai.stream.engine import Engine; from frugal_bonsai.bonsai import search\n"
-    "with open_model('example') as model: measured_base_bytes(model.spec, int8=True)"
+    "with open_model('example') as model: measured_base_bytes(model.spec)"
 )
 # Where a second's measuring cannot say: a usual NVMe disk's rates (docs/hardware.md).
 _NOMINAL_DISK = DiskRates(cold=1.5e9, warm=4e9, write=1e9, note="disk rates nominal")

@@ -71,7 +71,7 @@ def load_text(source: str, *, characters: int | None = None) -> Text:
             not reachable, or the ``datasets`` package is missing.
     """
     if source == STDLIB:
-        return _finish(_stdlib_name(), _stdlib(), characters)
+        return _finish(_stdlib_name(), _read_stdlib(characters), characters)
     if source == SELF:
         raise CalibrationError(
             f"source {SELF!r} is written by the model and serves calibration alone; here use one "
@@ -110,11 +110,11 @@ def _stdlib_name() -> str:
     return f"stdlib (Python {sys.version_info[0]}.{sys.version_info[1]} docstrings and topics)"
 
 
-def _stdlib() -> str:
-    """What every Python carries."""
-    from frugal_bonsai.text.stdlib import stdlib_documentation
+def _read_stdlib(characters: int | None) -> str:
+    """What every Python carries; no more modules are parsed than are asked for."""
+    from frugal_bonsai.text.stdlib import documentation_documents
 
-    return stdlib_documentation()
+    return _join(documentation_documents(), characters)
 
 
 def _is_file(path: Path) -> bool:

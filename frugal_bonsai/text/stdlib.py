@@ -4,9 +4,9 @@ In: nothing but the running interpreter's own standard library, read as files. O
 (pydoc topics and docstrings), module sources, and the same two for a handful of held-out modules.
 Nothing is imported from what is read, nothing is downloaded, and the order is that of the sorted
 file paths, so the text is a pure function of the Python version. It is not the same text under
-another Python version. Memory: the documentation is about 3 MB of text; sources come one at a time.
+another Python version. Memory: one document at a time; all of the documentation is about 3 MB.
 
-The embedded example model is trained on `stdlib_documentation` and `stdlib_sources` and judged on
+The embedded example model is trained on `documentation_documents` and `stdlib_sources`, judged on
 `held_out_text`, which is why neither of the first two contains a held-out module.
 """
 
@@ -47,17 +47,10 @@ _EXCLUDED_MODULES = frozenset({"encodings", "html.entities", "pydoc_data", "re._
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def stdlib_documentation() -> str:
-    """Return the standard library's documentation, less that of the held-out modules.
-
-    Returns:
-        The documents of `documentation_documents`, separated by blank lines.
-    """
-    return "\n\n".join(documentation_documents())
-
-
 def documentation_documents() -> Iterator[str]:
-    """Yield the documents of `stdlib_documentation`: one per pydoc topic, then one per module.
+    """Yield the standard library's documentation, less that of the held-out modules.
+
+    One document per pydoc topic, then one per module.
 
     Yields:
         A document, without blank lines around it. A module's document holds the docstrings of the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import os
@@ -12,22 +13,58 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fresh_process import TIMEOUT_SECONDS, TRANSFORMERS, FreshProcesses
+
 from frugal_bonsai.cli import main
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 
+# What a command imports beside this package, which every process imports for itself.
+_LIBRARIES = f"""{TRANSFORMERS}
+import contextlib, logging
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+with contextlib.suppress(ImportError):
+    import bitsandbytes
+logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+"""
+_MAIN = """
+import sys
+from frugal_bonsai.cli import main
+sys.argv[0] = "frugal-bonsai"
+main()
+"""
+_processes = FreshProcesses(_LIBRARIES, ENVIRONMENT)
+atexit.register(_processes.close)
 
-def frugal_bonsai(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
+
+def frugal_bonsai(
+    *words: str | Path, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end, in a process of its own that has torch already.
+
+    Args:
+        words: of the command line.
+        folder: to run in; None stays where the tests run.
+    """
+    return _processes.execute(_MAIN, *words, folder=folder or Path.cwd())
+
+
+def started(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """As ``frugal_bonsai``, from a start of Python on: what it imports and holds is its own."""
     command = [sys.executable, "-m", "frugal_bonsai.cli", *map(str, words)]
     return subprocess.run(
-        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=600, **options
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=TIMEOUT_SECONDS
     )
 
 
-def succeed(*words: str | Path) -> dict[str, Any]:
-    """Run a command with ``--json`` that must succeed; its one JSON object."""
-    done = frugal_bonsai(*words, "--json")
+def succeed(*words: str | Path, run: Any = frugal_bonsai) -> dict[str, Any]:
+    """Run a command with ``--json`` that must succeed; its one JSON object.
+
+    Args:
+        words: of the command line.
+        run: ``frugal_bonsai`` or ``started``.
+    """
+    done = run(*words, "--json")
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -14,7 +14,7 @@ SMALL = ("--window", "64", "--windows", "24", "--batch", "4", "--rank", "8")
 
 
 def test_the_table_itemises_the_training_and_nothing_runs(tmp_path: Path) -> None:
-    done = frugal_bonsai(*WORDS, *SMALL, "--plan-only", "--max-cpu-mem", "3GB", cwd=tmp_path)
+    done = frugal_bonsai(*WORDS, *SMALL, "--plan-only", "--max-cpu-mem", "3GB", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
     lines = [line.split() for line in done.stdout.splitlines()]

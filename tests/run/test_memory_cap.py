@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import frugal_bonsai, succeed
+from commands import started, succeed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -60,10 +60,12 @@ def test_peak_memory_stays_under_the_cap(large: Path, tmp_path: Path) -> None:
         "--step",
         "0.1",
     )
-    free = succeed("plan", *words)
+    free = succeed("plan", *words, run=started)
     base = next(i["size_bytes"] for i in free["items"] if i["name"] == "Python and libraries")
     cap = base + 150_000_000
-    summary = succeed("prune", *words, "--out", tmp_path / "out", "--max-cpu-mem", str(cap))
+    summary = succeed(
+        "prune", *words, "--out", tmp_path / "out", "--max-cpu-mem", str(cap), run=started
+    )
     memory = summary["memory"]
     weights = sum(i["size_bytes"] for i in memory["plan"] if i["name"] in WEIGHT_ITEMS)
     assert summary["before"]["weight_bytes"] > 4 * weights
@@ -78,10 +80,10 @@ def test_a_cap_that_is_too_small_names_one_that_works(large: Path, tmp_path: Pat
     text = tmp_path / "letters.txt"
     text.write_text("thequickbrownfox" * 200, encoding="utf-8")
     words = ("plan", large, "--calibration", text, "--windows", "8", "--window", "64")
-    refused = frugal_bonsai(*words, "--max-cpu-mem", "300MB")
+    refused = started(*words, "--max-cpu-mem", "300MB")
     assert refused.returncode == 2
     smallest = refused.stderr.split("that works is ")[1].split("MiB")[0].replace("\n", "")
     # The process's own size differs a little from one start to the next.
-    enough = frugal_bonsai(*words, "--max-cpu-mem", f"{int(smallest) + 32}MiB", "--json")
+    enough = started(*words, "--max-cpu-mem", f"{int(smallest) + 32}MiB", "--json")
     assert enough.returncode == 0, enough.stderr
     assert json.loads(enough.stdout)["micro_batch"] >= 1

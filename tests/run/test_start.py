@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from commands import frugal_bonsai, python
+from commands import python, started
 
 
 def test_help_names_the_commands_and_imports_no_torch() -> None:
-    done = frugal_bonsai("--help")
+    done = started("--help")
     assert done.returncode == 0
     commands = {"prune", "adapt", "plan", "inspect", "eval", "shrink", "export", "bench"}
     assert commands <= set(done.stdout.split())
@@ -17,19 +17,19 @@ def test_help_names_the_commands_and_imports_no_torch() -> None:
 
 
 def test_every_option_of_prune_is_explained() -> None:
-    done = frugal_bonsai("prune", "--help")
+    done = started("prune", "--help")
     assert done.returncode == 0
     for option in ("--sparsity", "--max-gpu-mem", "--max-cpu-mem", "--calibration", "--resume"):
         assert option in done.stdout
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
-    done = frugal_bonsai("prune", "example", "--no-such-option")
+    done = started("prune", "example", "--no-such-option")
     assert done.returncode == 2
     assert "no-such-option" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_inspect_reads_headers_alone() -> None:
-    done = frugal_bonsai("inspect", "example")
+    done = started("inspect", "example")
     assert done.returncode == 0, done.stderr
     assert "llama" in done.stdout and "module" in done.stdout

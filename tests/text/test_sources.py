@@ -148,12 +148,21 @@ class TestFiles:
 class TestKeywords:
     def test_stdlib(self, monkeypatch: pytest.MonkeyPatch) -> None:
         fake = ModuleType("frugal_bonsai.text.stdlib")
-        fake.stdlib_documentation = lambda: "docstrings"
+        parsed = []
+
+        def documents() -> Iterator[str]:
+            for document in ("topics", "docstrings", "more"):
+                parsed.append(document)
+                yield document
+
+        fake.documentation_documents = documents
         monkeypatch.setitem(sys.modules, "frugal_bonsai.text.stdlib", fake)
-        text = load_text("stdlib", characters=3)
+        text = load_text("stdlib", characters=11)
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         assert text.name == f"stdlib (Python {version} docstrings and topics)"
-        assert text.text == "doc"
+        assert text.text == "topics\n\ndoc"
+        assert parsed == ["topics", "docstrings"]  # no more than was asked for
+        assert load_text("stdlib").text == "topics\n\ndocstrings\n\nmore"
 
     def test_self_needs_the_model(self) -> None:
         with pytest.raises(CalibrationError, match="'self' is written by the model"):
