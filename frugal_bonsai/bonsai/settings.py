@@ -345,4 +345,11 @@ def make_settings(method: str, options: Mapping[str, Any]) -> PruneSettings:
         if name not in known:
             raise OptionError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
     given = {name: value for name, value in options.items() if value is not None}
-    return PruneSettings(**{**METHODS[method], **given})
+    settings = PruneSettings(**{**METHODS[method], **given})
+    for name in ("refine", "rescale"):
+        if given.get(name) and not settings.recovery:
+            raise OptionError(
+                f"--{name}: belongs to recovery, which --no-recovery or --method {method} leaves "
+                "out; add --recovery, or leave it out"
+            )
+    return settings

@@ -167,6 +167,12 @@ def test_shared_design(
     assert {r["observations"] for r in found.rounds} <= {0, 2, 4, 6, 8}
 
 
+def _small_grid(monkeypatch: pytest.MonkeyPatch, **grid: tuple[float, ...]) -> None:
+    """Of the published regression: some of its settings instead of 60."""
+    for name, values in {**grid, "batches": (32,)}.items():
+        monkeypatch.setattr(paper_regression, name.upper(), values)
+
+
 @pytest.mark.parametrize("layout", [PER_LAYER, UNIFORM])
 def test_paper_with_few_masks(
     layout: str,
@@ -175,8 +181,7 @@ def test_paper_with_few_masks(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, values in (("PENALTIES", (1e-4,)), ("RATE_FACTORS", (1.0,)), ("BATCHES", (32,))):
-        monkeypatch.setattr(paper_regression, name, values)
+    _small_grid(monkeypatch, penalties=(1e-4,), rate_factors=(1.0,))
     found = _search(tiny, tokens, tmp_path, method="paper", masks=10, layout=layout)
     _check_target(tiny, found, layout)
     assert found.refits == {}
@@ -539,6 +544,7 @@ def test_golden_masks_and_utilities(
         return seen[-1]
 
     monkeypatch.setattr(round_masks, "evaluate_masks", recorded)
+    _small_grid(monkeypatch, penalties=(1e-4, 0.0), rate_factors=(10.0, 1.0))
     options: dict[str, Any] = {
         "default": {},
         "unit": {"level": "unit"},

@@ -18,6 +18,8 @@ def test_every_method_is_a_valid_bundle_and_options_override_it(method: str) -> 
     for name, value in METHODS[method].items():
         assert getattr(settings, name) == value
     assert make_settings(method, {"ridge": 0.5}).ridge == 0.5
+    without = make_settings("default", {"recovery": False, "refine": 0, "rescale": False})
+    assert not (without.recovery or without.refine or without.rescale)
 
 
 def test_no_two_methods_are_the_same() -> None:
@@ -48,6 +50,8 @@ def test_the_command_line_offers_every_method() -> None:
         ("default", {"prior": "similarity"}, r"--prior similarity: .* take --method depth"),
         ("depth", {"bias": True}, r"take it with --no-recovery and --no-bias"),
         ("paper", {"level": "group"}, r"take --level unit, or --regression ridge"),
+        ("paper", {"rescale": True}, r"--rescale: belongs to recovery, .* or --method paper"),
+        ("default", {"refine": 2, "recovery": False}, r"--refine: .* add --recovery, or leave"),
     ],
 )
 def test_settings_that_cannot_work(method: str, options: dict[str, Any], expected: str) -> None:

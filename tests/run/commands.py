@@ -49,11 +49,15 @@ def frugal_bonsai(
     return _processes.execute(_MAIN, *words, folder=folder or Path.cwd())
 
 
-def started(*words: str | Path) -> subprocess.CompletedProcess[str]:
+def started(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """As ``frugal_bonsai``, from a start of Python on: what it imports and holds is its own."""
-    command = [sys.executable, "-m", "frugal_bonsai.cli", *map(str, words)]
     return subprocess.run(
-        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=TIMEOUT_SECONDS
+        [sys.executable, "-m", "frugal_bonsai.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=TIMEOUT_SECONDS,
+        **options,
     )
 
 

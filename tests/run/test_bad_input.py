@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import fail, frugal_bonsai
+from commands import fail, frugal_bonsai, started
 from safetensors.torch import load_file, save_file
 
 from frugal_bonsai.checkpoint.folder import SINGLE_FILE
@@ -220,7 +220,7 @@ def test_a_disk_that_fills_up_while_the_store_is_written(tmp_path: Path) -> None
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    done = frugal_bonsai(
+    done = started(
         "prune",
         "example",
         "--out",

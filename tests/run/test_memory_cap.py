@@ -11,13 +11,13 @@ from commands import started, succeed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-LAYERS, HIDDEN, FFN = 24, 512, 1536
+LAYERS, HIDDEN, FFN = 16, 512, 1536
 WEIGHT_ITEMS = ("layer buffers", "dequantised layer", "building the store", "head chunk")
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, 300 MB in fp32, with a tokenizer of letters."""
+    """Random weights, 200 MB in fp32, with a tokenizer of letters."""
     folder = tmp_path_factory.mktemp("large") / "model"
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -56,9 +56,7 @@ def test_peak_memory_stays_under_the_cap(large: Path, tmp_path: Path) -> None:
         "--mask-windows",
         "2",
         "--sparsity",
-        "0.1",
-        "--step",
-        "0.1",
+        "0.04",
     )
     free = succeed("plan", *words, run=started)
     base = next(i["size_bytes"] for i in free["items"] if i["name"] == "Python and libraries")
@@ -73,7 +71,7 @@ def test_peak_memory_stays_under_the_cap(large: Path, tmp_path: Path) -> None:
     assert memory["host_peak_bytes"] <= cap
     assert memory["host_predicted_bytes"] == pytest.approx(memory["host_peak_bytes"], rel=0.1)
     assert memory["final_micro_batch"] == memory["planned_micro_batch"]
-    assert summary["sparsity"] == pytest.approx(0.1, abs=0.01)
+    assert summary["sparsity"] == pytest.approx(0.04, abs=0.01)
 
 
 def test_a_cap_that_is_too_small_names_one_that_works(large: Path, tmp_path: Path) -> None:
