@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.bonsai.settings import METHODS
+from frugal_bonsai.bonsai.methods import METHODS
 from frugal_bonsai.model.layout import LAYOUTS, PER_LAYER
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.options import PruneOptions

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from frugal_bonsai.bonsai.settings import scale_windows
+from frugal_bonsai.bonsai.extent import scale_windows
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.forward import Sweep

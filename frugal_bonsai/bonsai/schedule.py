@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from frugal_bonsai.bonsai.extent import LATER_STEP, next_goal
 from frugal_bonsai.bonsai.select import Curve, can_go_nearer, cut
-from frugal_bonsai.bonsai.settings import LATER_STEP, PruneSettings, next_goal
+from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import KeepMask
 

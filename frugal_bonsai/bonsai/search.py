@@ -23,6 +23,7 @@ from frugal_bonsai.bonsai.bias import compensate_by_bias
 from frugal_bonsai.bonsai.depth import drop_layers, measure_influence
 from frugal_bonsai.bonsai.evaluate import Utility
 from frugal_bonsai.bonsai.experts import drop_experts, measure_experts
+from frugal_bonsai.bonsai.extent import round_goals, round_windows, trial_windows
 from frugal_bonsai.bonsai.logit_scale import scaled_norm
 from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
@@ -39,9 +40,6 @@ from frugal_bonsai.bonsai.settings import (
     SIMILARITY,
     WHOLE,
     PruneSettings,
-    round_goals,
-    round_windows,
-    trial_windows,
 )
 from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
 from frugal_bonsai.bonsai.state import PruneState, StateFolder

@@ -1,14 +1,12 @@
 """What a prune is asked to do: one frozen dataclass, checked when it is made.
 
-In: a method's name and the user's options. Out: :class:`PruneSettings`. A method is a bundle of
-settings under one name (:data:`METHODS`): the product's own, the published algorithm, and those
-that both are compared with. An unknown key is an error.
+:mod:`frugal_bonsai.bonsai.methods` makes it of a method's name and the user's options;
+:mod:`frugal_bonsai.bonsai.extent` says how far its rounds go and how much text they use.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +40,6 @@ UTILITIES = ("loss", "perplexity")
 REFITS = ("outputs", "all")
 # Conjugate-gradient steps of one refinement of the FFN's channels (refine.py).
 REFINE_ITERATIONS = 4
-# Rounds before the last take statistics, and recover, on this many tokens for each column of the
-# widest projection (or on all windows, where they have no more): enough to choose units by.
-TOKENS_PER_COLUMN = 24
-# Shares that rounds remove where the user names none. In a whole model the first quarter is chosen
-# as well at once; later, masks foretell small steps better.
-FIRST_STEP, LATER_STEP = 0.25, 0.1
-# A trial recovers each cut on this many: with fewer, cuts that need little data look better than
-# they are after the last recovery, which has all windows.
-TRIAL_TOKENS_PER_COLUMN = 48
-# Enough for one factor: its error then costs less than a thousandth of a nat.
-_SCALE_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +48,8 @@ class PruneSettings:
 
     Attributes:
         sparsity: share of the block parameters to remove, in (0, 1).
-        step: share removed in one round (the paper's p, there 0.05); None is :data:`FIRST_STEP` in
-            the first round and :data:`LATER_STEP` in the others.
+        step: share removed in one round (the paper's p, there 0.05); None is ``FIRST_STEP``
+            of extent.py in the first round and ``LATER_STEP`` in the others.
         level: at which masks speak: ``group`` (masks say how much goes from each layer and kind,
             the prior says which units), ``unit`` (every candidate unit has its own coefficient),
             ``none`` (no masks: the prior alone).
@@ -223,133 +210,3 @@ class PruneSettings:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the state and the card."""
         return dataclasses.asdict(self)
-
-
-def next_goal(settings: PruneSettings, done: float) -> float:
-    """The sparsity that a round aims at which begins at the sparsity ``done``."""
-    step = settings.step or (LATER_STEP if done else FIRST_STEP)
-    goal = min(done + step, settings.sparsity)
-    # The last round removes just what is left: no sliver of a round behind it.
-    return settings.sparsity if settings.sparsity - goal < 0.2 * step else goal
-
-
-def round_goals(settings: PruneSettings, done: float = 0.0) -> list[float]:
-    """The sparsities at which all further rounds end, if each of them reaches its aim."""
-    goals: list[float] = []
-    while done < settings.sparsity:
-        done = next_goal(settings, done)
-        goals.append(done)
-    return goals
-
-
-def scale_windows(window: int, windows: int) -> int:
-    """Windows that the scale of the logits is found on."""
-    return min(windows, max(1, _SCALE_TOKENS // window))
-
-
-def trial_windows(columns: int, window: int, windows: int) -> tuple[int, int]:
-    """How many calibration windows a trial recovers on, and by how many others it is judged.
-
-    Two thirds at most, and a third as many; of one window no others are left. Judged by the windows
-    that it has learnt from, a cut would look as good as it can be learnt by heart.
-
-    Args:
-        columns: of the widest output projection.
-        window: tokens of a window.
-        windows: calibration windows in all.
-    """
-    fitted = min(-(-TRIAL_TOKENS_PER_COLUMN * columns // window), max(1, windows * 2 // 3))
-    return fitted, min(max(1, fitted // 3), windows - fitted)
-
-
-def round_windows(settings: PruneSettings, columns: int, window: int, windows: int) -> int:
-    """How many calibration windows the rounds before the last use.
-
-    Args:
-        settings: of the prune; without recovery, statistics are all there is: all windows.
-        columns: of the widest output projection.
-        window: tokens of a window.
-        windows: calibration windows in all.
-    """
-    if not settings.recovery:
-        return windows
-    return min(windows, -(-TOKENS_PER_COLUMN * columns // window))
-
-
-# What the methods that rank units once by one statistic have in common. They are published without
-# masks, rounds or refits, and give every layer and kind the same share (Wanda-sp as An et al. 2023
-# run it; Li et al. 2017 for norms): scores of one statistic do not compare across layers.
-_RANKED_ONCE: dict[str, Any] = {
-    "level": NONE,
-    "step": 1.0,
-    "allocation": EQUAL,
-    "recovery": False,
-}
-METHODS: dict[str, dict[str, Any]] = {
-    "default": {},
-    # Masks without what the default adds to them: stand-ins and the trial of attention.
-    "group": {"compensate": False, "trial": False},
-    "unit": {"level": UNIT, "step": 0.05, "pool": 2.5, "trial": False},
-    # No masks: equal FFN widths, channels by the exact layerwise loss, attention whole.
-    "local-only": {"level": NONE, "allocation": FFN_ALONE},
-    # The published settings (Bonsai, section 4 and appendix; the published code's defaults).
-    "paper": {
-        "level": UNIT,
-        "step": 0.05,
-        "prior": "wanda",
-        "design": "shared",
-        "draw": "layer",
-        "regression": "paper",
-        "utility": "perplexity",
-        "masks": 200,
-        "certainty": 1.0,
-        "mask_windows": 32,
-        "objective": UNITS,
-        "pool": 2.0,
-        "compensate": False,
-        "trial": False,
-        "recovery": False,
-    },
-    # Ranked over all layers by z-score, a unit like any other, whatever its parameters (AL-AM).
-    "fluctuation": {
-        **_RANKED_ONCE,
-        "prior": "flap",
-        "allocation": GLOBAL,
-        "objective": UNITS,
-        "bias": True,
-    },
-    # Whole layers, those that change the residual stream's direction least (ShortGPT).
-    "depth": {**_RANKED_ONCE, "prior": SIMILARITY, "allocation": LAYERS},
-    # Whole experts, those that add least where they are chosen (REAP); what is left is refitted.
-    "experts": {**_RANKED_ONCE, "prior": REAP, "allocation": EXPERTS, "recovery": True},
-    "wanda": {**_RANKED_ONCE, "prior": "wanda"},
-    "magnitude": {**_RANKED_ONCE, "prior": "magnitude"},
-    "random": {**_RANKED_ONCE, "prior": "random"},
-}
-
-
-def make_settings(method: str, options: Mapping[str, Any]) -> PruneSettings:
-    """A method's settings with the user's own options over them.
-
-    Args:
-        method: one of :data:`METHODS`.
-        options: fields of :class:`PruneSettings`; None means "as the method has it".
-
-    Raises:
-        OptionError: unknown method, unknown field, or a value that cannot work.
-    """
-    if method not in METHODS:
-        raise OptionError(f"--method: {method!r} is not one of {', '.join(METHODS)}")
-    known = {field.name for field in dataclasses.fields(PruneSettings)}
-    for name in options:
-        if name not in known:
-            raise OptionError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = PruneSettings(**{**METHODS[method], **given})
-    for name in ("refine", "rescale"):
-        if given.get(name) and not settings.recovery:
-            raise OptionError(
-                f"--{name}: belongs to recovery, which --no-recovery or --method {method} leaves "
-                "out; add --recovery, or leave it out"
-            )
-    return settings

@@ -16,7 +16,7 @@ class PruneOptions:
     """Everything that a user may say to ``prune`` but MODEL, the output folder and ``--resume``.
 
     Attributes:
-        method: one of ``bonsai.settings.METHODS``.
+        method: one of ``bonsai.methods.METHODS``.
         settings: fields of ``PruneSettings`` that the user names; None is "as the method has it".
         assume_family: the family that an architecture without a table is like.
         layout: ``uniform``, ``per-layer`` or ``padded``.

@@ -11,14 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import (
-    EXPERTS,
-    LATENCY,
-    NONE,
-    PruneSettings,
-    make_settings,
-    round_goals,
-)
+from frugal_bonsai.bonsai.extent import round_goals
+from frugal_bonsai.bonsai.methods import make_settings
+from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, NONE, PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.estimate import estimate_time

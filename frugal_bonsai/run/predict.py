@@ -10,15 +10,8 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.settings import (
-    GROUP,
-    NONE,
-    REFINE_ITERATIONS,
-    round_goals,
-    round_windows,
-    scale_windows,
-    trial_windows,
-)
+from frugal_bonsai.bonsai.extent import round_goals, round_windows, scale_windows, trial_windows
+from frugal_bonsai.bonsai.settings import GROUP, NONE, REFINE_ITERATIONS
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import INT8
 from frugal_bonsai.memory.plan import MemoryPlan

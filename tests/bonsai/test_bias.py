@@ -17,8 +17,8 @@ from tiny_models import (
     zero_units,
 )
 
+from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.search import Found, Search
-from frugal_bonsai.bonsai.settings import make_settings
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.model.biases import output_bias
 from frugal_bonsai.model.layout import PADDED, PER_LAYER, UNIFORM, layout_rules

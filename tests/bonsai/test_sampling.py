@@ -12,6 +12,7 @@ from planted import generator
 
 from frugal_bonsai.bonsai.design import Design, GroupDesign, Pools, UnitDesign, draw_pools
 from frugal_bonsai.bonsai.evaluate import Observations
+from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.questions import GroupQuestion, KindQuestion, UnitQuestion, gone_counts
 from frugal_bonsai.bonsai.sampling import (
     BUDGET,
@@ -25,7 +26,6 @@ from frugal_bonsai.bonsai.sampling import (
     undecided,
 )
 from frugal_bonsai.bonsai.select import Curve, cut
-from frugal_bonsai.bonsai.settings import make_settings
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 

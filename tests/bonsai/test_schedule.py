@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.schedule import Schedule
 from frugal_bonsai.bonsai.select import Curve
-from frugal_bonsai.bonsai.settings import make_settings
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 

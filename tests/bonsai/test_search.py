@@ -20,10 +20,10 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.bonsai import paper_regression, round_masks, settings
+from frugal_bonsai.bonsai import extent, paper_regression, round_masks
 from frugal_bonsai.bonsai.evaluate import Observations, Utility
+from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.search import Found, Search
-from frugal_bonsai.bonsai.settings import make_settings
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.bonsai.trial import WITH_ATTENTION
 from frugal_bonsai.errors import OptionError, StateError
@@ -318,7 +318,7 @@ def test_forward_tokens_are_counted(
 
     Statistics and every recovery but the last see half of the windows.
     """
-    monkeypatch.setattr(settings, "TOKENS_PER_COLUMN", 4)  # times 24 columns: six windows of 16
+    monkeypatch.setattr(extent, "TOKENS_PER_COLUMN", 4)  # times 24 columns: six windows of 16
     found = _search(tiny, tokens, tmp_path, refine=0, rescale=False)
     rounds, half = len(found.rounds), WINDOWS // 2
     windows = half + (rounds - 1) * 2 * half + 2 * WINDOWS
@@ -329,7 +329,7 @@ def test_forward_tokens_are_counted(
         assert masked == 30 or report["stopped"] == "settled"
         # A trial recovers each cut, both models, on two thirds of all windows, and takes the pruned
         # one through some of the others.
-        fitted, judging = settings.trial_windows(24, WINDOW, WINDOWS)
+        fitted, judging = extent.trial_windows(24, WINDOW, WINDOWS)
         windows += masked + len(report.get("trial", ())) * (2 * fitted + judging)
     assert found.forward_tokens == windows * WINDOW
     assert found.rounds[-1]["forward_tokens"] == found.forward_tokens

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from frugal_bonsai.bonsai.extent import trial_windows
 from frugal_bonsai.bonsai.select import Curve, cut
-from frugal_bonsai.bonsai.settings import trial_windows
 from frugal_bonsai.bonsai.trial import WITH_ATTENTION, rival_cuts, try_cuts
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
