@@ -29,9 +29,7 @@ TOKENS, COLUMNS, ROWS = 2 * PRODUCT_TOKENS + 3, 40, 24
 def weights() -> tuple[Int8Weight, torch.Tensor]:
     """The codes of a random matrix, and the matrix that they stand for."""
     generator = torch.Generator().manual_seed(0)
-    codes, scales = quantise_rows(
-        torch.randn(ROWS, COLUMNS, generator=generator), use_bitsandbytes=False
-    )
+    codes, scales = quantise_rows(torch.randn(ROWS, COLUMNS, generator=generator))
     dense = dequantise_into(torch.empty(ROWS, COLUMNS), codes, scales)
     return Int8Weight(codes, scales, Scratch(CPU)), dense
 
