@@ -9,7 +9,8 @@ Figures, each the ratio of the medians of runs that alternate (above 1: ours is 
                   both with everything in the page cache
     offload-cold  the same for a model larger than memory: of what either side reads, nothing is in
                   the page cache when a mask (theirs) or a sweep (ours) begins
-    cold          a plain sequential pread of the same bytes against a sweep of few windows, cold
+    cold          a plain sequential pread of the bytes that a sweep reads (the working store, the
+                  head as it is in the arithmetic) against a sweep of few windows, cold
     utilisation   the masked sweep's arithmetic at the measured rate of matrix products, against
                   the sweep (model FLOP utilisation)
 
@@ -52,6 +53,7 @@ from frugal_bonsai.stream.source import LayerSource
 from frugal_bonsai.stream.store import INT8, build_store
 
 CPU = torch.device("cpu")
+READ_BYTES = 64 * 2**20
 FIGURES = ("streamed", "masked", "int8", "offload", "offload-cold", "cold", "utilisation")
 
 
@@ -96,8 +98,8 @@ def _own(parameters: Parameters) -> Parameters:
     scratch, own = Scratch(device), Parameters()
     for name, value in parameters.items():
         if isinstance(value, Int8Weight):
-            codes_OI = value.as_subclass(torch.Tensor).clone()
-            own[name] = Int8Weight(codes_OI, value.scales_O.clone(), scratch)
+            assert value.scales_O is not None
+            own[name] = Int8Weight(value.stored().clone(), value.scales_O.clone(), scratch)
         else:
             own[name] = value.clone()
     return own
@@ -149,10 +151,13 @@ class Bench:
 
     # -- figures --------------------------------------------------------------------------------
     def streamed(self) -> None:
-        """Streamed against resident."""
+        """Streamed against resident; that is dense where weights are not multiplied as codes."""
         for arithmetic in self.arithmetics:
-            with self.engines[arithmetic].evaluation_stream(self.store) as stream:
+            engine = self.engines[arithmetic]
+            open_stream = engine.dense_stream if arithmetic == FLOAT else engine.evaluation_stream
+            with open_stream(self.store) as stream:
                 resident = Resident(stream)
+            with engine.evaluation_stream(self.store) as stream:
                 self._compare(
                     f"streamed, {arithmetic}",
                     partial(self.sweep, arithmetic, resident),
@@ -203,7 +208,7 @@ class Bench:
         folder = self.work / f"offloaded-{self.given.offload_dtype}"
         model = load_model(self.model.folder, dtype)
         disk_offload(model, str(folder), execution_device=CPU)
-        theirs, mine = list(folder.iterdir()), self._read_by_sweeps()
+        theirs = [Span(file) for file in folder.iterdir()]
         masks = min(self.given.offload_masks, len(self.tokens_NS))
 
         def one_at_a_time() -> None:
@@ -216,7 +221,7 @@ class Bench:
 
         def sweep(arithmetic: str, stream: LayerStream) -> None:
             if cold:
-                drop(mine)
+                drop(self._read_by_sweeps(arithmetic))
             self.sweep(arithmetic, stream)
 
         for arithmetic in self.arithmetics:
@@ -229,31 +234,37 @@ class Bench:
                     shares=(masks, len(self.tokens_NS)),
                 )
 
-    def _read_by_sweeps(self) -> list[Path]:
-        return sorted((self.work / "store").iterdir()) + sorted((self.work / "head").iterdir())
+    def _read_by_sweeps(self, arithmetic: str) -> list[Span]:
+        """The store, and the head: int8 rows of its own, or the checkpoint's tensor."""
+        spans = [Span(file) for file in sorted((self.work / "store").iterdir())]
+        if arithmetic == INT8_PRODUCTS:
+            return spans + [Span(file) for file in sorted((self.work / "head").iterdir())]
+        head = self.model.checkpoint.tensors[self.model.spec.head_tensor]
+        return [*spans, Span(head.file, head.start, head.end)]
 
     def cold(self) -> None:
         """Few windows, nothing in the page cache."""
-        files = self._read_by_sweeps()
-        buffer = bytearray(max(file.stat().st_size for file in files))
+        arithmetic = self.arithmetics[-1]
+        spans = self._read_by_sweeps(arithmetic)
+        buffer = memoryview(bytearray(READ_BYTES))
 
         def plain() -> None:
-            drop(files)
-            for file in files:
-                with file.open("rb", buffering=0) as source:
+            drop(spans)
+            for span in spans:
+                with span.file.open("rb", buffering=0) as source:
                     os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-                    source.readinto(buffer)
+                    for start in range(span.start, span.stop, READ_BYTES):
+                        os.preadv(source.fileno(), [buffer[: span.stop - start]], start)
 
-        arithmetic = self.arithmetics[-1]
         with self.engines[arithmetic].evaluation_stream(self.store) as stream:
 
             def sweep() -> None:
-                drop(files)
+                drop(spans)
                 self.sweep(arithmetic, stream, self.given.cold_windows)
 
             self._compare(
                 f"cold, {arithmetic}, {self.given.cold_windows} windows, "
-                f"{sum(map(size, files)) / 2**30:.2f} GiB",
+                f"{sum(span.stop - span.start for span in spans) / 2**30:.2f} GiB",
                 plain,
                 sweep,
             )
@@ -327,15 +338,18 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def size(file: Path) -> int:
-    """In bytes."""
-    return file.stat().st_size
+class Span:
+    """A part of a file; all of it, if nothing else is said."""
+
+    def __init__(self, file: Path, start: int = 0, stop: int | None = None) -> None:
+        self.file, self.start = file, start
+        self.stop = file.stat().st_size if stop is None else stop
 
 
-def drop(files: list[Path]) -> None:
-    """Out of the page cache with these files."""
-    for file in files:
-        with file.open("rb") as source, suppress(OSError):
+def drop(spans: list[Span]) -> None:
+    """Out of the page cache with the files that these are parts of."""
+    for span in spans:
+        with span.file.open("rb") as source, suppress(OSError):
             os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -133,10 +133,10 @@ def _measure_products(
     """All products of a layer, one after the other: they share their scratch memory."""
     import torch
 
-    from frugal_bonsai.stream.layers import LayerStream
+    from frugal_bonsai.stream.layers import CODES, LayerStream
 
     device = engine.device
-    with LayerStream(store, device=device, dtype=torch.float32, int8_products=True) as stream:
+    with LayerStream(store, device=device, dtype=torch.float32, products=CODES) as stream:
         parameters = next(stream.visit())[1]
         weights = [weight for weight in parameters.values() if weight.dim() == 2]
 

@@ -259,7 +259,7 @@ def _recover(
         keep_refinement=plan.keep_refinement,
     )
     store = _store(opened, work)
-    with engine.stream(store) as dense, engine.stream(store) as pruned:
+    with engine.dense_stream(store) as dense, engine.dense_stream(store) as pruned:
         recovery.run(dense, pruned, engine.head, tokens_NS, prior)
 
 

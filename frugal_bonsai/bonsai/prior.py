@@ -29,6 +29,7 @@ from frugal_bonsai.bonsai.gram import Moments, column_norms, exact_loss_U
 from frugal_bonsai.bonsai.stand_in import StandInWriter
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.stream.layers import Parameters
+from frugal_bonsai.stream.stored_weight import dense_weight
 
 
 @dataclass(frozen=True)
@@ -195,4 +196,5 @@ class PriorTap:
         """Score the layer's groups and let their moments go."""
         for group in list(self._moments):
             moments = self._moments.pop(group)
-            self._builder.add(group, moments, parameters[f"{group.output}.weight"])
+            weight_HC = dense_weight(parameters[f"{group.output}.weight"])
+            self._builder.add(group, moments, weight_HC)

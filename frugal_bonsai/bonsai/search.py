@@ -286,7 +286,7 @@ class Search:
         store = self._stores.working(state, number - 1)
         state.mask = before
         recovery = self._recovery(mask, save=lambda layer, weights: None, name="trial")
-        with self._engine.stream(dense) as parent, self._engine.stream(store) as pruned:
+        with self._engine.dense_stream(dense) as parent, self._engine.dense_stream(store) as pruned:
             result = recovery.run(
                 parent,
                 pruned,
@@ -329,7 +329,7 @@ class Search:
         )
         windows_NS = self._windows_NS if last else self._round_windows(number)
         dense_perplexity = self._dense_perplexity(state, windows_NS)
-        with engine.stream(dense) as parent, engine.stream(store) as pruned:
+        with engine.dense_stream(dense) as parent, engine.dense_stream(store) as pruned:
             result = recovery.run(
                 parent,
                 pruned,

@@ -37,6 +37,7 @@ from frugal_bonsai.memory.hardware import CUDA, FP32, INT8, HardwareProfile
 from frugal_bonsai.memory.time_model import SAMPLING, Phase, PruneWork, TimeEstimate
 from frugal_bonsai.memory.work import SweepLimits
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.row_blocks import multiplied_in_blocks
 
 # Bytes that row-wise quantisation reads and writes an element, beside the source's own: to fp16,
 # compared with zero, absolute, largest, scaled in fp32, rounded, to int8, copied.
@@ -168,7 +169,8 @@ class _Estimate:
         if self._work.refit_inputs:
             layer += refit_inputs_cost(w, tokens)
         cost = layer * self._spec.layers + self._head(windows)
-        return cost + self._layers_read(self._widths, windows) + self._layers_read(w, windows)
+        cost += self._layers_read(self._widths, windows, dense=True)
+        return cost + self._layers_read(w, windows, dense=True)
 
     def _refined_layer(self, w: LayerWidths) -> Cost:
         """The last recovery's refinement: the FFN's inputs taken, moved, and down_proj solved for.
@@ -225,12 +227,12 @@ class _Estimate:
             cost += Cost(products=cost.products) + digits_cost(again, spec.vocabulary, tokens)
         if rows >= spec.vocabulary:
             return cost
-        weights = spec.vocabulary * spec.hidden
-        again = self._waves(windows) * weights
-        cost += Cost(
-            read=again * self._work.source_bytes,
-            traffic=again * (self._work.source_bytes + self._element),
-        )
+        weights, times = spec.vocabulary * spec.hidden, self._waves(windows)
+        again = times * weights
+        cost += Cost(read=again * self._work.source_bytes)
+        if not self._cuda and multiplied_in_blocks((rows, spec.hidden), self._element):
+            times = max(times, math.ceil(tokens / limits.head_tokens))
+        cost += Cost(traffic=times * weights * (self._work.source_bytes + self._element))
         if not self._cuda:
             return cost
         spilled = max(0, windows - limits.resident_windows) * self._work.window * spec.hidden
@@ -238,22 +240,35 @@ class _Estimate:
         return cost + Cost(copy=again * self._element + chunks * spilled * self._element)
 
     def _layers_read(
-        self, w: LayerWidths, windows: int, *, native: bool = False, as_stored: bool = False
+        self,
+        w: LayerWidths,
+        windows: int,
+        *,
+        native: bool = False,
+        as_stored: bool = False,
+        dense: bool = False,
     ) -> Cost:
         """What each wave does once a layer: read, copy, dequantise; hidden states that spill.
+
+        A CPU dequantises large weights for each micro-batch, in blocks.
 
         Args:
             w: the layer.
             windows: in all.
             native: the checkpoint is read, not the store.
             as_stored: int8 products take the codes as they are.
+            dense: weights are made dense whole.
         """
         waves, layers = self._waves(windows), self._spec.layers
         stored = 1 if self._work.int8_store and not native else self._work.source_bytes
         read = waves * layers * w.parameters * stored
         cost = Cost(read=read)
         if not as_stored:
-            cost += dequantise_cost(w, stored, self._element) * (waves * layers)
+            large = multiplied_in_blocks((int(w.ffn), int(w.hidden)), self._element)
+            blocks = large and not dense and not self._cuda
+            times = math.ceil(windows / self._batch(windows).micro_batch) if blocks else waves
+            each = dequantise_cost(w.parameters, stored, self._element, in_blocks=blocks)
+            cost += each * (times * layers)
         if not self._cuda:
             return cost
         in_wave = min(windows, self._limits.windows_in_flight)

@@ -23,11 +23,14 @@ from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.work import GPU, HOST, Choice, PlanItem, Work
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
+from frugal_bonsai.row_blocks import block_bytes, block_rows, multiplied_in_blocks
 from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
 
 HEAD_CHUNKS = "head chunks"
 # A head chunk, or a block of logits, of this many bytes is as good as a larger one.
 HEAD_CHUNK_BYTES = 32 * MIB
+# A block of rows is multiplied with at most so many tokens into memory of its own.
+_BLOCK_TOKENS = 256
 
 
 class SweepItems:
@@ -45,6 +48,7 @@ class SweepItems:
         self._input_rows = max(shape[0] for shape in shapes if len(shape) == 2)
         self._small = sum(math.prod(shape) for shape in shapes if len(shape) == 1)
         self._largest = max(math.prod(shape) for shape in shapes)
+        self._shapes = shapes
         columns = {
             kind: max(g.columns for g in spec.table.groups if g.kind == kind)
             for kind in (ATTENTION, FFN)
@@ -70,17 +74,55 @@ class SweepItems:
         return self.layer_parameters * self._source
 
     def stream(
-        self, choice: Choice, weights: str | None, *, models: int = 1, products: bool = False
+        self, choice: Choice, weights: str | None, *, products: bool = False
     ) -> list[PlanItem]:
-        """The buffers of a stream of layers, and of two streams when two models are walked."""
-        stored = self.stored_bytes(weights)
-        items = self._buffers("layer buffers", choice.buffers * models, stored, "layer as stored")
-        compute = self.layer_parameters * self._compute
+        """The buffers of a stream of layers that are called."""
+        items = self._stream(choice, weights)
         if products:
             widest = max(self._attention, self._ffn, self._spec.hidden)
             items.append(self._products(choice, self._input_rows, widest, self._largest))
         elif weights == "int8" or self._source != self._compute:
-            items.append(self._near("dequantised layer", models * compute, f"{models} x P*c"))
+            items.append(self._dense_rows() or self._dense_layers(1))
+        return items
+
+    def paired_streams(self, choice: Choice, weights: str | None) -> list[PlanItem]:
+        """The buffers of two streams, both models', whose weights are changed and solved for."""
+        items = self._stream(choice, weights, models=2)
+        if weights == "int8" or self._source != self._compute:
+            items.append(self._dense_layers(2))
+        return items
+
+    def _dense_layers(self, models: int) -> PlanItem:
+        size = models * self.layer_parameters * self._compute
+        return self._near("dequantised layer", size, f"{models} x P*c")
+
+    def _dense_rows(self) -> PlanItem | None:
+        """What a CPU holds dense of a layer whose large weights it multiplies block by block."""
+        large = [shape for shape in self._shapes if self._in_blocks(shape)]
+        if not large:
+            return None
+        small = self.layer_parameters - _elements(large)
+        block = max(self._block_bytes(shape) for shape in large)
+        formula = "rows of a weight: 4 MiB, 256 at least, their products; small tensors * c"
+        return self._near("dequantised rows", block + small * self._compute, formula)
+
+    def _in_blocks(self, shape: tuple[int, ...]) -> bool:
+        return not self._cuda and multiplied_in_blocks(shape, self._compute)
+
+    def _block_bytes(self, shape: tuple[int, ...]) -> int:
+        products = block_rows(shape[1], self._compute) * _BLOCK_TOKENS * self._compute
+        return block_bytes(shape, self._compute) + products
+
+    def scored_weight(self) -> PlanItem:
+        """An output projection whose columns a prior looks at; elsewhere it is dense anyway."""
+        shapes = [(self._spec.hidden, columns) for columns in (self._attention, self._ffn)]
+        sizes = [math.prod(shape) * 4 for shape in shapes if self._in_blocks(shape)]
+        return self._near("weight that is scored", max(sizes, default=0), "H*C*4")
+
+    def _stream(self, choice: Choice, weights: str | None, *, models: int = 1) -> list[PlanItem]:
+        """The buffers of a stream of layers as stored, and of two when two models are walked."""
+        stored = self.stored_bytes(weights)
+        items = self._buffers("layer buffers", choice.buffers * models, stored, "layer as stored")
         if weights is None and self._spec.family.transposed:
             items.append(
                 PlanItem(
@@ -213,8 +255,10 @@ class SweepItems:
         if products:
             items.append(self._products(choice, rows, hidden, rows * hidden))
         elif self._source != self._compute:
-            size = rows * hidden * self._compute
-            items.append(self._near("head chunk in the compute dtype", size, "v*H*c"))
+            size, formula = rows * hidden * self._compute, "v*H*c"
+            if self._in_blocks((rows, hidden)):
+                size, formula = self._block_bytes((rows, hidden)), "4 MiB of rows, their products"
+            items.append(self._near("head chunk in the compute dtype", size, formula))
         return items
 
     def kept_head(self, choice: Choice) -> PlanItem | None:
@@ -222,6 +266,8 @@ class SweepItems:
         rows, _ = self.head_sizes(choice)
         if rows < self._spec.vocabulary:
             return None
+        if self._in_blocks((rows, self._spec.hidden)):
+            return self._near("head", rows * self._spec.hidden * self._source, "V*H*source")
         return self._near("head", rows * self._spec.hidden * self._compute, "V*H*c")
 
     def logits(self, choice: Choice, *, products: bool = False) -> PlanItem:

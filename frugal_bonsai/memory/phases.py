@@ -96,7 +96,7 @@ class Phases:
             phases += self._sweep("perplexity", choice, work.native_windows, weights=None)
         if work.weights is not None:
             phases.append(self._phase("building the store", [self._items.building()]))
-        if work.gram:
+        if work.scored:
             phases += self._statistics(choice)
         if work.pairs:
             phases += self._sweep(
@@ -147,16 +147,18 @@ class Phases:
         ]
 
     def _statistics(self, choice: Choice) -> list[Phase]:
-        items = self._items
+        items, gram = self._items, self._work.gram
         held = [
             *items.stream(choice, self._work.weights),
             *items.hidden(choice, self._work.windows),
-            items.gram(),
+            *([items.gram()] if gram else []),
         ]
-        solve = items.solve(stand_ins=self._work.stand_ins)
+        scored = [items.scored_weight()]
+        if gram:
+            scored.append(items.solve(stand_ins=self._work.stand_ins))
         return [
             self._phase("statistics: layers", [*held, items.tapped_activations(choice)]),
-            self._phase("statistics: solve", [*held, solve]),
+            self._phase("statistics: scores", [*held, *scored]),
         ]
 
     def _recovery(self, choice: Choice) -> list[Phase]:
@@ -166,7 +168,7 @@ class Phases:
         states = 2 + int(work.refit_inputs or work.refine > 0) + int(choice.keep_refinement)
         states += int(self._norm_last)
         held = [
-            *items.stream(choice, self._work.weights, models=2),
+            *items.paired_streams(choice, self._work.weights),
             *items.hidden(choice, windows, states=states),
         ]
         layer = [*held, items.refits(), items.gram_of_recovery()]

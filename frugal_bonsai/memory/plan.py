@@ -167,6 +167,6 @@ def _require(build: Phases, choice: Choice, work: Work) -> None:
         if needed <= cap:
             continue
         hint = ""
-        if (work.gram or work.recovery) and work.windows > 1:
+        if (work.scored or work.recovery) and work.windows > 1:
             hint = f"; fewer windows (--windows, now {work.windows}) need less"
         raise refusal(phase, where, cap, option, hint)

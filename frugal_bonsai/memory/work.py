@@ -66,7 +66,8 @@ class Work:
         pairs: (mask, window) pairs of a round, the unmasked windows included; 0 for no masks.
         native_windows: windows whose perplexity the checkpoint itself is measured on; 0 for none.
         windows_per_mask: windows that one mask is evaluated on.
-        gram: Gram matrices are collected.
+        scored: a prior scores the units, from statistics of all windows.
+        gram: Gram matrices are collected for it.
         recovery: dense and pruned model side by side.
         refit_inputs: recovery also refits the projections into a sublayer.
         refine: in how many steps the last recovery also moves the FFN's channels; 0 never.
@@ -85,6 +86,7 @@ class Work:
     pairs: int = 0
     native_windows: int = 0
     windows_per_mask: int = 1
+    scored: bool = False
     gram: bool = False
     recovery: bool = False
     refit_inputs: bool = False

@@ -179,6 +179,7 @@ def plan_prune(
         pairs=pairs,
         native_windows=native_windows,
         windows_per_mask=mask_windows if settings.design == "shared" else 1,
+        scored=True,
         gram=settings.recovery or settings.prior == "exact" or stand_ins > 0,
         recovery=settings.recovery,
         refit_inputs=settings.recovery and settings.refit == "all",

@@ -18,7 +18,7 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.head import Head
-from frugal_bonsai.stream.layers import LayerStream
+from frugal_bonsai.stream.layers import CODES, DENSE, ROWS, LayerStream
 from frugal_bonsai.stream.skeleton import Skeleton
 from frugal_bonsai.stream.source import CheckpointSource, HeadSource, LayerSource
 from frugal_bonsai.stream.store import build_head_store
@@ -63,23 +63,27 @@ class Engine:
         self.skeleton = Skeleton(checkpoint, spec, device=device, dtype=dtype)
         self._limits = limits
         rows = HeadSource(checkpoint, spec, limits.head_rows)
-        self.head = self._head(rows, int8_products=False)
+        self.head = self._head(rows, ROWS)
         self.sweep = Sweep(self.skeleton, limits, progress=self.progress)
 
     def stream(self, source: LayerSource) -> LayerStream:
-        """A stream of a source's layers in the compute dtype; close it after use."""
-        return self._stream(source, int8_products=False)
+        """A stream of a source's layers to be called, in the compute dtype; close it after use."""
+        return self._stream(source, ROWS)
+
+    def dense_stream(self, source: LayerSource) -> LayerStream:
+        """The same with weights that are more than multiplied: read, changed, solved for."""
+        return self._stream(source, DENSE)
 
     def evaluation_stream(self, source: LayerSource) -> LayerStream:
         """A stream of a source's layers in the arithmetic of masked evaluation."""
-        return self._stream(source, int8_products=self.int8_products)
+        return self._stream(source, CODES if self.int8_products else ROWS)
 
-    def _stream(self, source: LayerSource, *, int8_products: bool) -> LayerStream:
+    def _stream(self, source: LayerSource, products: str) -> LayerStream:
         return LayerStream(
             source,
             device=self.device,
             dtype=self.dtype,
-            int8_products=int8_products,
+            products=products,
             buffers=self._limits.layer_buffers,
         )
 
@@ -88,13 +92,13 @@ class Engine:
         if not self.int8_products:
             return self.head
         rows = build_head_store(folder, self.checkpoint, self.spec, rows=self._limits.head_rows)
-        return self._head(rows, int8_products=True)
+        return self._head(rows, CODES)
 
-    def _head(self, rows: LayerSource, *, int8_products: bool) -> Head:
+    def _head(self, rows: LayerSource, products: str) -> Head:
         return Head(
             self.skeleton,
             rows,
-            partial(self._stream, int8_products=int8_products),
+            partial(self._stream, products=products),
             tokens=self._limits.head_tokens,
             progress=self.progress,
         )

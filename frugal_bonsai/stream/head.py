@@ -17,12 +17,13 @@ import torch
 
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.stream.hidden import HiddenStates
-from frugal_bonsai.stream.int8_linear import multiply_into, tokens_at_once
+from frugal_bonsai.stream.int8_linear import tokens_at_once
 from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.micro_batch import MicroBatches
 from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.skeleton import Skeleton
 from frugal_bonsai.stream.source import HEAD_WEIGHT, LayerSource
+from frugal_bonsai.stream.stored_weight import multiply_into
 
 
 class Head:

@@ -12,13 +12,11 @@ Shape suffixes: T tokens, I input columns, O output rows, D the two digits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
-
 import torch
 
 from frugal_bonsai.int8 import PRODUCT_TOKENS, product_tokens
 from frugal_bonsai.stream.scratch import Scratch
+from frugal_bonsai.stream.stored_weight import StoredWeight
 
 # The first digit leaves at most half a step, the second divides that half in 127.
 _SECOND_DIGIT = 254.0
@@ -26,62 +24,19 @@ _SECOND_DIGIT = 254.0
 _LEAST_ROWS, CUDA_MULTIPLE = 32, 8
 
 
-class Int8Weight(torch.Tensor):
-    """Codes int8 ``[O, I]`` that ``torch.nn.functional.linear`` multiplies as they are.
+class Int8Weight(StoredWeight):
+    """Codes int8 ``[O, I]`` that are multiplied as they are."""
 
-    Args:
-        codes_OI: int8, not copied.
-        scales_O: fp32, W ~ codes * scales / 127.
-        scratch: memory for the products.
-    """
-
-    scales_O: torch.Tensor
-    scratch: Scratch
-
-    @staticmethod
-    def __new__(
-        cls, codes_OI: torch.Tensor, scales_O: torch.Tensor, scratch: Scratch
-    ) -> Int8Weight:
-        """A view of the codes that carries its scales."""
-        weight = torch.Tensor._make_subclass(cls, codes_OI)
-        weight.scales_O, weight.scratch = scales_O, scratch
-        return weight
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Products with these codes; everything else sees a plain int8 tensor."""
-        if func is torch.nn.functional.linear:
-            return _linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-
-def _linear(
-    input: torch.Tensor, weight: Int8Weight, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    rows, columns = weight.shape
-    input_TI = input.reshape(-1, columns)
-    output_TO = input.new_empty(len(input_TI), rows)
-    _multiply(input_TI, weight, output_TO)
-    if bias is not None:
-        output_TO += bias
-    return output_TO.view(*input.shape[:-1], rows)
-
-
-def multiply_into(
-    input_TI: torch.Tensor, weight_OI: torch.Tensor, output_TO: torch.Tensor
-) -> torch.Tensor:
-    """``input @ weight.T`` in memory that the caller owns, whatever the weight is made of."""
-    if isinstance(weight_OI, Int8Weight):
-        _multiply(input_TI, weight_OI, output_TO)
-        return output_TO
-    return torch.mm(input_TI, weight_OI.t(), out=output_TO)
+    def multiply_into(self, input_TI: torch.Tensor, output_TO: torch.Tensor) -> None:
+        """Both digits of some tokens at a time."""
+        assert self.scales_O is not None
+        codes_OI = self.stored()
+        scales_O = (self.scales_O / 127.0).to(torch.float32)
+        # A GPU has memory for all at once and nothing to win from blocks.
+        block = PRODUCT_TOKENS if input_TI.device.type == "cpu" else max(1, len(input_TI))
+        for start in range(0, len(input_TI), block):
+            block_TI, out_TO = input_TI[start : start + block], output_TO[start : start + block]
+            _multiply_block(block_TI, codes_OI, scales_O, out_TO, self.scratch)
 
 
 def tokens_at_once(weight_OI: torch.Tensor) -> int | None:
@@ -89,16 +44,6 @@ def tokens_at_once(weight_OI: torch.Tensor) -> int | None:
     if not isinstance(weight_OI, Int8Weight) or weight_OI.device.type != "cpu":
         return None
     return product_tokens(len(weight_OI))
-
-
-def _multiply(input_TI: torch.Tensor, weight: Int8Weight, output_TO: torch.Tensor) -> None:
-    codes_OI, scratch = weight.as_subclass(torch.Tensor), weight.scratch
-    scales_O = (weight.scales_O / 127.0).to(torch.float32)
-    # A GPU has memory for all at once and nothing to win from blocks.
-    block = PRODUCT_TOKENS if input_TI.device.type == "cpu" else max(1, len(input_TI))
-    for start in range(0, len(input_TI), block):
-        block_TI, out_TO = input_TI[start : start + block], output_TO[start : start + block]
-        _multiply_block(block_TI, codes_OI, scales_O, out_TO, scratch)
 
 
 def _multiply_block(

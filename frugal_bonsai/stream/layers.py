@@ -1,8 +1,8 @@
 """One layer after another in two reused buffers, the next one read in the background.
 
 In: a :class:`~frugal_bonsai.stream.source.LayerSource`. Out: for each layer, its parameters in the
-compute dtype, or int8 weights as they are stored where the products take them so. Holds two layers
-as stored and one dequantised (of the int8 products' weights none); allocates nothing in the steady
+compute dtype, or weights as they are stored where the products take them so. Holds two layers as
+stored, and in the compute dtype what the products do not take so; allocates nothing in the steady
 state. On CUDA the stored bytes go through pinned host buffers and a copy stream of their own.
 """
 
@@ -17,12 +17,19 @@ import torch
 
 from frugal_bonsai.checkpoint.reader import torch_dtype
 from frugal_bonsai.int8 import dequantise_into, product_tokens
+from frugal_bonsai.row_blocks import multiplied_in_blocks
 from frugal_bonsai.stream.ahead import ReadAhead
 from frugal_bonsai.stream.int8_linear import CUDA_MULTIPLE, Int8Weight
 from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.source import LayerSource, Record, align
+from frugal_bonsai.stream.stored_weight import RowsWeight
 
 Parameters = dict[str, torch.Tensor]
+
+# What products are made with: weights in the compute dtype; those of a CPU's, where they are large,
+# some rows at a time; int8 codes.
+DENSE, ROWS, CODES = "dense", "rows", "codes"
+_IN_PLACE = "in place"
 
 
 class LayerStream:
@@ -32,7 +39,9 @@ class LayerStream:
         source: where layers come from.
         device: where they are computed.
         dtype: compute dtype; a layer stored in this dtype is used where it lies.
-        int8_products: hand int8 weights out as :class:`Int8Weight` instead of dequantising them.
+        products: ``"dense"`` makes all weights plain tensors. On a CPU ``"rows"`` hands large ones
+            out as :class:`RowsWeight`, and ``"codes"`` int8 ones as :class:`Int8Weight` anywhere:
+            their modules can multiply them, nothing else can use them.
         buffers: layers held as stored; with one alone nothing is read in the background.
 
     Attributes:
@@ -45,11 +54,11 @@ class LayerStream:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        int8_products: bool = False,
+        products: str = DENSE,
         buffers: int = 2,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self._scratch = Scratch(device) if int8_products else None
+        self._products, self._scratch = products, Scratch(device)
         self.tokens_at_once = self._tokens_at_once()
         largest = max(source.layer_bytes(layer) for layer in range(source.layers))
         pinned, slots = device.type == "cuda", min(buffers, source.layers)
@@ -70,10 +79,10 @@ class LayerStream:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
 
     def _tokens_at_once(self) -> int | None:
-        if self._scratch is None or self.device.type != "cpu":
+        if self._products != CODES or self.device.type != "cpu":
             return None
         every = [r for layer in range(self.source.layers) for r in self.source.records(layer)]
-        widths = [max(record.shape) for record in every if self._multiplied_as_stored(record)]
+        widths = [max(record.shape) for record in every if self._form(record) == CODES]
         return product_tokens(max(widths)) if widths else None
 
     def _dense_bytes(self) -> int:
@@ -81,18 +90,21 @@ class LayerStream:
             sum(
                 align(record.elements * self.dtype.itemsize)
                 for record in self.source.records(layer)
-                if not (self._in_place(record) or self._multiplied_as_stored(record))
+                if self._form(record) == DENSE
             )
             for layer in range(self.source.layers)
         )
 
-    def _in_place(self, record: Record) -> bool:
-        return record.scales_start is None and torch_dtype(record.dtype) == self.dtype
-
-    def _multiplied_as_stored(self, record: Record) -> bool:
-        if self._scratch is None or record.scales_start is None:
-            return False
-        return self.device.type != "cuda" or all(n % CUDA_MULTIPLE == 0 for n in record.shape)
+    def _form(self, record: Record) -> str:
+        """What becomes of a stored tensor."""
+        quantised, cpu = record.scales_start is not None, self.device.type == "cpu"
+        if not quantised and torch_dtype(record.dtype) == self.dtype:
+            return _IN_PLACE
+        if self._products == CODES and quantised:
+            whole = all(n % CUDA_MULTIPLE == 0 for n in record.shape)
+            return CODES if cpu or whole else DENSE
+        blocks = cpu and multiplied_in_blocks(record.shape, self.dtype.itemsize)
+        return ROWS if self._products != DENSE and blocks else DENSE
 
     def start(self, then: LayerSource | None = None) -> None:
         """Begin with the first layer while something else is done before :meth:`visit`.
@@ -155,20 +167,22 @@ class LayerStream:
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
         for record in self.source.records(layer):
-            if self._in_place(record):
-                parameters[record.name] = record.view(stored)
+            form, value = self._form(record), record.view(stored)
+            scales_O = None if record.scales_start is None else record.scales(stored)
+            if form == _IN_PLACE:
+                parameters[record.name] = value
                 continue
-            if self._scratch is not None and self._multiplied_as_stored(record):
-                codes_OI, scales_O = record.view(stored), record.scales(stored)
-                parameters[record.name] = Int8Weight(codes_OI, scales_O, self._scratch)
+            if form in (CODES, ROWS):
+                kind = Int8Weight if form == CODES else RowsWeight
+                parameters[record.name] = kind(value, scales_O, self._scratch)
                 continue
             size = math.prod(record.shape) * self.dtype.itemsize
             out = self._dense[offset : offset + size].view(self.dtype).view(record.shape)
             offset = align(offset + size)
-            if record.scales_start is None:
-                out.copy_(record.view(stored))
+            if scales_O is None:
+                out.copy_(value)
             else:
-                dequantise_into(out, record.view(stored), record.scales(stored))
+                dequantise_into(out, value, scales_O)
             parameters[record.name] = out
         return parameters
 
@@ -177,7 +191,7 @@ class LayerStream:
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._host = self._staged = []
         self._dense = torch.empty(0)
-        self._scratch = None
+        self._scratch = Scratch(self.device)
 
     def __enter__(self) -> LayerStream:
         return self

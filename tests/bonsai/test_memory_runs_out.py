@@ -81,7 +81,7 @@ def _recover(
         keep_refinement=keep,
     )
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights=NATIVE, mask=mask)
-    with engine.native() as parent, engine.stream(store) as pruned:
+    with engine.dense_stream(tiny.source()) as parent, engine.dense_stream(store) as pruned:
         tokens = random_windows(WINDOWS, WINDOW)
         return recovery.run(parent, pruned, engine.head, tokens, _builder(mask)), refits
 

@@ -52,7 +52,7 @@ def _recover(
         save=lambda _, given: refits.update({n: w.clone() for n, w in given.items()}),
     )
     builder = PriorBuilder(prior, mask, damping=1e-4, generator=torch.Generator().manual_seed(0))
-    with engine.stream(dense) as parent, engine.stream(store) as pruned:
+    with engine.dense_stream(dense) as parent, engine.dense_stream(store) as pruned:
         result = recovery.run(parent, pruned, engine.head, tokens, builder, held_out=held_out)
     return result, refits, engine.sweep.forward_tokens
 

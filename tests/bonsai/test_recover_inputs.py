@@ -38,7 +38,7 @@ def recover(
     )
     builder = PriorBuilder("exact", mask, damping=ridge, generator=torch.Generator())
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
-    with engine.stream(tiny.source()) as dense, engine.stream(store) as pruned:
+    with engine.dense_stream(tiny.source()) as dense, engine.dense_stream(store) as pruned:
         return recovery.run(dense, pruned, engine.head, tokens_NS, builder), refits
 
 

@@ -48,7 +48,7 @@ def recover(
     )
     builder = PriorBuilder("exact", mask, damping=RIDGE, generator=torch.Generator())
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
-    with engine.stream(tiny.source()) as dense, engine.stream(store) as pruned:
+    with engine.dense_stream(tiny.source()) as dense, engine.dense_stream(store) as pruned:
         result = recovery.run(dense, pruned, engine.head, tokens_NS, builder)
     return result, refits, engine.sweep.forward_tokens
 
@@ -85,7 +85,7 @@ def _problem(
     engine, mask = tiny.engine(micro_batch=7), cut(tiny)
     sweep = engine.sweep
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
-    with engine.stream(tiny.source()) as dense, engine.stream(store) as pruned:
+    with engine.dense_stream(tiny.source()) as dense, engine.dense_stream(store) as pruned:
         theirs, mine = (
             {name: value.clone() for name, value in next(iter(stream.visit()))[1].items()}
             for stream in (dense, pruned)

@@ -354,7 +354,10 @@ class FamilyContract:
             refine=refine,
         )
         tokens_NS = random_windows(64, WINDOW, seed=4, vocabulary=tiny.spec.vocabulary)
-        with engine.stream(stores["dense"]) as dense, engine.stream(stores["pruned"]) as pruned:
+        with (
+            engine.dense_stream(stores["dense"]) as dense,
+            engine.dense_stream(stores["pruned"]) as pruned,
+        ):
             result = recovery.run(dense, pruned, engine.head, tokens_NS)
         for store in stores.values():
             store.close()

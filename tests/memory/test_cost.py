@@ -77,7 +77,10 @@ def test_only_large_blocks_are_new_ones() -> None:
 @pytest.mark.parametrize(("stored", "traffic"), [(4, 0), (2, 128 * 6), (1, 128 * 13)])
 def test_dequantising(stored: int, traffic: int) -> None:
     # As stored: read; int8 written, then scaled in place (read and written again).
-    assert cost.dequantise_cost(SMALL, stored, 4).traffic == traffic
+    assert cost.dequantise_cost(128, stored, 4).traffic == traffic
+    # In blocks what is written stays in the cache.
+    in_blocks = cost.dequantise_cost(128, stored, 4, in_blocks=True).traffic
+    assert in_blocks == (128 * (stored + 4) if stored < 4 else 0)
 
 
 def test_the_head_in_chunks_of_the_vocabulary() -> None:

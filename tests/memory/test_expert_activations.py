@@ -127,7 +127,7 @@ def test_statistics_keep_every_experts_input(family: str, shape: tuple[int, ...]
 @pytest.mark.parametrize("family", ROUTED)
 def test_gram_matrices_of_all_experts_are_planned(family: str) -> None:
     spec = spec_of(family, SHAPES["wide"])
-    work = Work(window=WINDOW, windows=BATCH, gram=True, recovery=True)
+    work = Work(window=WINDOW, windows=BATCH, scored=True, gram=True, recovery=True)
     items = Items(spec, Budget(device="cpu", host_bytes=GIB), work)
     columns = {kind: 0 for kind in (ATTENTION, FFN)}
     for group in spec.table.groups:

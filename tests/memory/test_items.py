@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from plan_shapes import LLAMA_1B, LLAMA_8B
+from plan_shapes import LLAMA_1B, LLAMA_8B, shapes
 
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.items import pinned_bytes
@@ -57,9 +57,27 @@ def test_layer_buffers() -> None:
     assert on_gpu["layer buffers", "host"] == 2 * 2**28
     assert on_gpu["layer buffers", "gpu"] == 2 * STORED
     assert on_gpu["dequantised layer", "gpu"] == 2 * LAYER
-    on_cpu = sizes(far().stream(CHOICE, "int8", models=2))
+    on_cpu = sizes(far().paired_streams(CHOICE, "int8"))
     assert on_cpu["layer buffers", "host"] == 4 * STORED
     assert on_cpu["dequantised layer", "host"] == 2 * 4 * LAYER
+
+
+def test_a_cpu_dequantises_some_rows_at_a_time() -> None:
+    """256 rows of down_proj and their products with 256 tokens; the layer's two norms."""
+    items = sizes(far().stream(CHOICE, "int8"))
+    assert items["layer buffers", "host"] == 2 * STORED
+    block = 256 * FFN * 4 + 256 * 256 * 4
+    assert items["dequantised rows", "host"] == block + 2 * H * 4
+    assert ("dequantised layer", "host") not in items
+    assert far().scored_weight().size_bytes == H * FFN * 4
+    assert near().scored_weight().size_bytes == 0, "a GPU has the dense layer's"
+
+
+def test_a_layer_of_small_weights_is_dequantised_whole() -> None:
+    items = Items(shapes(2, 256, 768, 4096, 2, head_dim=64), CPU, WORK)
+    size = 4 * items.layer_parameters
+    assert sizes(items.stream(CHOICE, "int8"))["dequantised layer", "host"] == size
+    assert items.scored_weight().size_bytes == 0
 
 
 def test_one_buffer_reads_nothing_ahead() -> None:
@@ -71,7 +89,7 @@ def test_one_buffer_reads_nothing_ahead() -> None:
 
 def test_a_layer_in_the_compute_dtype_is_used_where_it_lies() -> None:
     assert ("dequantised layer", "gpu") not in sizes(near().stream(CHOICE, None))
-    assert sizes(far().stream(CHOICE, None))["dequantised layer", "host"] == 4 * LAYER
+    assert ("dequantised rows", "host") in sizes(far().stream(CHOICE, None))
 
 
 def test_int8_products_dequantise_nothing() -> None:
@@ -120,7 +138,7 @@ def test_head() -> None:
     rows = 2**25 // (H * 4)
     items = sizes(far().head_rows(CHOICE))
     assert items["head chunks", "host"] == 2 * rows * H * 2
-    assert items["head chunk in the compute dtype", "host"] == rows * H * 4
+    assert items["head chunk in the compute dtype", "host"] == 256 * (H + 256) * 4
     assert far().logits(CHOICE).size_bytes == 4096 * rows * 4 + 4096 * H * 4
     items = sizes(far().head_rows(CHOICE, products=True))
     assert items["head chunks", "host"] == 2 * rows * (H + 4)

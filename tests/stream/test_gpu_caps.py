@@ -47,6 +47,7 @@ WORK = Work(
     windows=WINDOWS,
     pairs=2 * WINDOWS,
     native_windows=2,
+    scored=True,
     gram=True,
     recovery=True,
     refit_inputs=True,
@@ -155,7 +156,7 @@ def test_peak_stays_under_the_cap(
             saved_dtype=lambda name: torch.bfloat16,
             mask=mask,
         )
-        with engine.stream(store) as dense, engine.stream(store) as pruned:
+        with engine.dense_stream(store) as dense, engine.dense_stream(store) as pruned:
             recovery.run(dense, pruned, engine.head, _tokens(WINDOWS), prior)
         peak = torch.cuda.max_memory_reserved(device) + budget.context_bytes
     finally:

@@ -18,7 +18,7 @@ from frugal_bonsai.int8 import (
 )
 from frugal_bonsai.stream.engine import INT8_PRODUCTS, Engine
 from frugal_bonsai.stream.int8_linear import Int8Weight
-from frugal_bonsai.stream.layers import LayerStream
+from frugal_bonsai.stream.layers import CODES, LayerStream
 from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.store import INT8, build_store
 
@@ -126,7 +126,7 @@ def test_a_window_does_not_see_its_neighbours(tiny: Tiny, tmp_path: Path) -> Non
 
 def test_no_dequantised_layer_is_held(tiny: Tiny, tmp_path: Path) -> None:
     store = build_store(tmp_path, tiny.checkpoint, tiny.spec, weights=INT8)
-    with LayerStream(store, device=CPU, dtype=torch.float32, int8_products=True) as stream:
+    with LayerStream(store, device=CPU, dtype=torch.float32, products=CODES) as stream:
         # Norms and biases alone are stored in another dtype than the compute dtype's.
         small = sum(r.elements for r in store.records(0) if r.scales_start is None)
         assert stream._dense.numel() <= 4 * small + 64 * len(store.records(0))
