@@ -3,6 +3,8 @@
 Figures, each the ratio of the medians of runs that alternate (above 1: ours is faster):
 
     streamed      the same model resident in memory, same sweep and arithmetic, against streamed
+    blocks        the same sweep with every layer made dense as a whole, once a visit, against large
+                  weights made dense some rows at a time for each product (CPU)
     masked        Hugging Face's own forward over the same tokens (fp32) against the masked sweep
     int8          the same forward against the masked sweep with int8 products
     offload       accelerate.disk_offload running the masks one at a time, against the masked sweep,
@@ -54,7 +56,7 @@ from frugal_bonsai.stream.store import INT8, build_store
 
 CPU = torch.device("cpu")
 READ_BYTES = 64 * 2**20
-FIGURES = ("streamed", "masked", "int8", "offload", "offload-cold", "cold", "utilisation")
+FIGURES = ("streamed", "blocks", "masked", "int8", "offload", "offload-cold", "cold", "utilisation")
 
 
 class HalfOff:
@@ -164,6 +166,16 @@ class Bench:
                     partial(self.sweep, arithmetic, stream),
                 )
                 resident.close()
+
+    def blocks(self) -> None:
+        """Layers made dense whole against rows of them; the head is the same."""
+        engine = self.engines[FLOAT]
+        with engine.dense_stream(self.store) as dense, engine.stream(self.store) as rows:
+            self._compare(
+                "blocks, float",
+                partial(self.sweep, FLOAT, dense),
+                partial(self.sweep, FLOAT, rows),
+            )
 
     def masked(self) -> None:
         """Against Hugging Face's forward, fp32."""

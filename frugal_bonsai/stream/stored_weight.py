@@ -83,7 +83,7 @@ class RowsWeight(StoredWeight):
         rows, columns = stored_OI.shape
         block = block_rows(columns, input_TI.element_size())
         tokens, few = len(input_TI), len(input_TI) <= _FEW_TOKENS
-        if few:
+        if few and tokens % _MULTIPLE:
             input_TI = torch.nn.functional.pad(input_TI, (0, 0, 0, -tokens % _MULTIPLE))
         for start in range(0, rows, block):
             here = slice(start, min(start + block, rows))
