@@ -107,8 +107,9 @@ def _measure_layer(
             return visits, next(visits)[1]
 
         size, (visits, parameters) = growth(first_two)
-        predicted = sum(item.size_bytes for item in items.stream(choice, "int8"))
-        yield "layer buffers and dequantised layer", predicted, size
+        planned = {item.name: item.size_bytes for item in items.stream(choice, "int8")}
+        yield "layer buffers", planned["layer buffers"], size
+        yield "dequantised rows", planned["dequantised rows"], _growth_of_products(parameters)
         hooks = {
             group.output: lambda x_BSC: x_BSC.mul_(torch.ones(len(x_BSC), 1, x_BSC.shape[-1]))
             for group in spec.table.of_layer(1)
@@ -138,18 +139,27 @@ def _measure_products(
     device = engine.device
     with LayerStream(store, device=device, dtype=torch.float32, products=CODES) as stream:
         parameters = next(stream.visit())[1]
-        weights = [weight for weight in parameters.values() if weight.dim() == 2]
-
-        def multiply() -> None:
-            for weight_OI in weights:
-                torch.nn.functional.linear(input_TI[:, : weight_OI.shape[1]], weight_OI)
-
-        input_TI = torch.randn(256, max(weight.shape[1] for weight in weights))
-        widest = max(weight.shape[0] for weight in weights)
-        size, _ = growth(multiply)
+        size = _growth_of_products(parameters)
     planned = items.stream(choice, "int8", products=True)
     predicted = next(item.size_bytes for item in planned if item.name == "int8 products")
-    yield "int8 products", predicted, size - 4 * len(input_TI) * widest
+    yield "int8 products", predicted, size
+
+
+def _growth_of_products(parameters: Any) -> int:
+    """All products of a layer with 256 tokens, one after the other: they share their memory."""
+    import torch
+
+    from frugal_bonsai.stream.stored_weight import multiply_into
+
+    weights = [weight for weight in parameters.values() if weight.dim() == 2]
+    inputs = [torch.ones(256, weight.shape[1]) for weight in weights]
+    outputs = [torch.zeros(256, weight.shape[0]).add_(1) for weight in weights]
+
+    def multiply() -> None:
+        for input_TI, weight_OI, output_TO in zip(inputs, weights, outputs, strict=True):
+            multiply_into(input_TI, weight_OI, output_TO)
+
+    return growth(multiply)[0]
 
 
 def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
