@@ -230,7 +230,9 @@ class Skeleton:
 def build_empty_model(spec: ModelSpec) -> nn.Module:
     """Hugging Face's model of this config on the meta device, buffers real.
 
-    Its transposed projections are ordinary ones: weights are streamed as ``[out, in]``.
+    Its transposed projections are ordinary ones: weights are streamed as ``[out, in]``. Those of a
+    class of its own over ``torch.nn.Linear`` (Falcon's) are too: they compute the same by other
+    means than ``torch.nn.functional.linear``, the one product that stored weights know.
 
     Raises:
         CheckpointError: transformers does not accept the config.
@@ -250,5 +252,9 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
             path = spec.prefix(layer) + name
             inner, outer = model.get_parameter(f"{path}.weight").shape
             model.set_submodule(path, nn.Linear(inner, outer, device="meta"))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            sides, bias = (module.in_features, module.out_features), module.bias is not None
+            model.set_submodule(path, nn.Linear(*sides, bias=bias, device="meta"))
     split_experts(model, spec)
     return cast(nn.Module, model.eval())

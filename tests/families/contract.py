@@ -11,17 +11,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tiny_models import FAMILY_CONFIGS, Tiny, open_tiny, random_windows, relative, tiny_family
+from tiny_models import CPU, FAMILY_CONFIGS, Tiny, open_tiny, random_windows, relative, tiny_family
 from transformers import AutoModelForCausalLM
 
-from frugal_bonsai import load_pruned
+from frugal_bonsai import load_pruned, row_blocks
 from frugal_bonsai.bonsai.logit_scale import scaled_norm
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
 from frugal_bonsai.rewrite.shrink import shrink
+from frugal_bonsai.stream.layers import CODES, DENSE, ROWS, LayerStream
 from frugal_bonsai.stream.source import Refit
-from frugal_bonsai.stream.store import build_store
+from frugal_bonsai.stream.store import INT8, build_store
 
 WINDOW = 13
 
@@ -162,6 +163,30 @@ class FamilyContract:
     def test_streamed_logits_are_hugging_faces(self, tiny: Tiny, tokens_NS: torch.Tensor) -> None:
         expected = logits_of(tiny.hugging_face(), tokens_NS)
         assert relative(streamed_logits(tiny, tokens_NS), expected) < 1e-5
+
+    @pytest.mark.parametrize("products", [ROWS, CODES])
+    def test_weights_as_stored_give_what_dense_ones_do(
+        self,
+        tiny: Tiny,
+        tokens_NS: torch.Tensor,
+        products: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Blocks of four rows, or int8 codes, of which the inputs keep 16 bits."""
+        monkeypatch.setattr(row_blocks, "_LEAST_ROWS", 4)
+        monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 1)
+        engine, found = tiny.engine(micro_batch=2), dict[str, torch.Tensor]()
+        store = build_store(tmp_path, tiny.checkpoint, tiny.spec, weights=INT8)
+        for kind in (DENSE, products):
+            with (
+                LayerStream(store, device=CPU, dtype=torch.float32, products=kind) as stream,
+                torch.inference_mode(),
+            ):
+                hidden = engine.sweep.run(stream, tokens_NS)
+                found[kind] = hidden.read(slice(0, len(tokens_NS))).clone()
+        store.close()
+        assert relative(found[products], found[DENSE]) < (1e-5 if products == ROWS else 1e-3)
 
     def test_parameters_are_hugging_faces(self, tiny: Tiny) -> None:
         model, spec = tiny.hugging_face(), tiny.spec
