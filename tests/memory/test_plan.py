@@ -86,6 +86,18 @@ def test_a_place_holds_what_its_fullest_phase_holds() -> None:
     assert not any("Gram" in item.name for item in building.items)
 
 
+def test_scores_without_gram_matrices_are_a_phase_too() -> None:
+    """Wanda's and the like: statistics of all windows, and the weight that is scored."""
+    work = Work(window=256, windows=8, pairs=16, scored=True, weights="int8")
+    budget = Budget(device="cpu", host_bytes=8 * GIB)
+    plan = plan_memory(LLAMA_8B, budget, work, base_bytes=500 * MIB)
+    (scores,) = [phase for phase in plan.phases if phase.name == "statistics: scores"]
+    sizes = {item.name: item.size_bytes for item in scores.items}
+    assert sizes["weight that is scored"] == 4096 * 14336 * 4
+    assert sizes["hidden states"] == 8 * 256 * 4096 * 4
+    assert not any("Gram" in name or "solve" in name for name in sizes)
+
+
 @pytest.mark.parametrize("window", [256, 480])
 def test_a_1b_model_is_planned_under_2_gb_of_host_memory(window: int) -> None:
     """32 windows, the whole prune with recovery of all projections, on a CPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from frugal_bonsai.stream.stored_weight import RowsWeight, dense_weight, multipl
 
 # Three blocks of 512 rows and a part of one.
 ROWS_O, COLUMNS = 3 * 512 + 72, 2048
+_MULTIPLY = RowsWeight.multiply_into
 
 
 def _inputs(*shape: int) -> torch.Tensor:
@@ -141,5 +143,9 @@ def test_losses_are_those_of_dense_layers(
 
     dense = losses()
     request.getfixturevalue("small_blocks")
-    in_blocks = losses()
+    with patch.object(RowsWeight, "multiply_into", autospec=True) as multiply:
+        multiply.side_effect = _MULTIPLY
+        in_blocks = losses()
+    # Three layers of seven projections and three chunks of the head, in three micro-batches each.
+    assert multiply.call_count >= 3 * 3 * 7
     assert relative(in_blocks, dense) < 1e-6
