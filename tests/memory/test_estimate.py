@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from plan_shapes import LLAMA_1B
 from test_cost import example
 
 import profiles
@@ -65,6 +66,30 @@ def test_phases_in_order() -> None:
         *("starting", "sampling text", "perplexity"),
         *("building stores", "statistics", "rewriting"),
     ]
+
+
+def test_large_weights_are_dequantised_for_every_micro_batch_on_a_cpu() -> None:
+    """Small ones once a wave, however many micro-batches it has."""
+    found = {}
+    for name, spec in (("large", LLAMA_1B), ("small", SPEC)):
+        seconds = [
+            phase(
+                estimate_time(
+                    spec,
+                    WORK,
+                    replace(LIMITS, micro_batch=size),
+                    profiles.cpu(**{**ONLY_PRODUCTS, "memory_bytes_per_second": 1e10}),
+                ),
+                "statistics",
+            ).elementwise
+            for size in (4, 8)
+        ]
+        found[name] = seconds[0] - seconds[1]
+    visits = WORK.part_windows // 4 - WORK.part_windows // 8
+    assert visits > 1
+    # int8 is read, fp32 written.
+    assert found["large"] == pytest.approx(visits * LLAMA_1B.block_parameters * 5 / 1e10)
+    assert found["small"] == pytest.approx(0, abs=1e-12)
 
 
 def test_products_of_the_masked_evaluation() -> None:
