@@ -22,8 +22,9 @@ PRODUCT_TOKENS = 256
 # and freed blocks go back to the system, which clears them page by page (measured: 10% of a sweep).
 _PRODUCT_BYTES = 8 * 2**20
 
-# Rows are quantised in blocks, so that the fp32 product never holds more than this.
-_BLOCK_BYTES = 8 * 2**20
+# Rows are quantised in blocks, so that the fp32 product never holds more than this; as many bytes
+# again hold what it is rounded from and to.
+QUANTISED_BLOCK_BYTES, QUANTISED_COPIES = 8 * 2**20, 4
 
 
 def product_scratch_bytes(tokens: int, rows: int, columns: int) -> int:
@@ -76,7 +77,7 @@ def quantise_rows(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = weight_OI.shape
     codes_OI = torch.empty(rows, columns, dtype=torch.int8, device=weight_OI.device)
     scales_O = torch.empty(rows, dtype=torch.float32, device=weight_OI.device)
-    block = max(1, _BLOCK_BYTES // (4 * max(1, columns)))
+    block = max(1, QUANTISED_BLOCK_BYTES // (4 * max(1, columns)))
     for start in range(0, rows, block):
         here = slice(start, start + block)
         codes_OI[here], scales_O[here] = _quantise_block(weight_OI[here].half())

@@ -86,9 +86,12 @@ class Resident(LayerStream):
     def start(self, then: LayerSource | None = None) -> None:
         """Nothing is left to read."""
 
-    def visit(self, then: LayerSource | None = None) -> Iterator[tuple[int, Parameters]]:
+    def visit(
+        self, then: LayerSource | None = None, *, reverse: bool = False
+    ) -> Iterator[tuple[int, Parameters]]:
         """As the stream did."""
-        yield from enumerate(self._layers)
+        layers = list(enumerate(self._layers))
+        yield from reversed(layers) if reverse else layers
 
     def close(self) -> None:
         """Let the layers go."""

@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
         size, store = growth(
             lambda: build_store(work, opened.checkpoint, opened.spec, weights=INT8)
         )
-        yield "building the store", items.building().size_bytes, size
+        yield "building the store", items.building()[0].size_bytes, size
         yield from _measure_layer(engine, store, items, choice, options)
         yield from _measure_products(engine, store, items, choice, options)
         yield from _measure_solve(opened.spec, items)
@@ -184,7 +184,7 @@ def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
     yield "making stand-ins", items.solve(stand_ins=share).size_bytes, size
     loaded = StandIns(lambda group: saved)
     size, _ = growth(lambda: loaded.of(group, torch.randn(1, 1, group.columns)))
-    yield "stand-ins of a group", items.stand_ins().size_bytes, size
+    yield "stand-ins of a group", items.stand_ins()[0].size_bytes, size
 
 
 def _measure_solve(spec: Any, items: Any) -> Any:

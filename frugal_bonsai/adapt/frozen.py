@@ -63,6 +63,14 @@ class FrozenLinear(nn.Linear):
         return result if self.bias is None else result + self.bias
 
 
+class TrainedLinear(nn.Linear):
+    """``torch.nn.Linear`` whose weight is held in fp32 and multiplied in the input's dtype."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Inputs ``[..., I]`` to outputs ``[..., O]``; the weight's gradient is fp32."""
+        return linear(input, self.weight.to(input.dtype), self.bias)
+
+
 class _Product(torch.autograd.Function):
     """input @ weight.T without keeping the dense weight, of which some rows are made at a time."""
 

@@ -78,8 +78,7 @@ class StudentHead:
             if scales_V is None:
                 head_VH[here] = rows_vH.to(self._device)
             else:
-                codes_vH, scales_v = quantise_rows(rows_vH)
-                head_VH[here], scales_V[here] = codes_vH.to(self._device), scales_v
+                head_VH[here], scales_V[here] = quantise_rows(rows_vH.to(self._device))
         self._linear.load(head_VH, scales_V)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -4,39 +4,44 @@ In: a pruned checkpoint. Out: the gradients of a resident student, with one laye
 memory. Each step reads every layer twice, from the first to the last, then in reverse, where its
 activations are computed again from the input that was kept at its boundary; all micro-batches of
 the step pass a layer while it is there. Only adapters can be trained in this way. Holds the largest
-layer and the head as they are stored, and the inputs of all layers for all windows of a step.
+layer (on an accelerator two, and pinned buffers for them: the next one is read and copied
+meanwhile) and the head as they are stored, and the inputs of all layers for all windows of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
+from frugal_bonsai.accelerator import has_streams
 from frugal_bonsai.adapt.frozen import FrozenLinear
 from frugal_bonsai.adapt.head import STORED
 from frugal_bonsai.adapt.student import Student
-from frugal_bonsai.stream.source import align
+from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.stream.layers import LayerStream, Parameters
+from frugal_bonsai.stream.source import CheckpointSource
 
 
 class StreamedStudent(Student):
     """See the module's text; made as a :class:`Student` is, then given :meth:`place_frozen`."""
 
     def place_frozen(self) -> None:
-        """Read what stands beside the projections; leave these empty, and make their buffer."""
+        """Read what stands beside the projections; leave these empty, and make their buffers."""
         self.head.load(STORED)
         for layer in range(self.spec.layers):
             self.place_layer(layer)
-        largest = max(map(self._layer_bytes, range(self.spec.layers)))
-        self._bytes = torch.empty(largest, dtype=torch.uint8)
+        weight = f"{self.spec.prefix(0)}{self.projections[0]}.weight"
+        self._stream = LayerStream(
+            CheckpointSource(self.checkpoint, self.spec),
+            device=self.device,
+            dtype=torch_dtype(self.checkpoint.tensors[weight].dtype),  # as stored: used in place
+            buffers=2 if has_streams(self.device) else 1,
+        )
 
-    def _layer_bytes(self, layer: int) -> int:
-        """Bytes of a layer's projections one behind the other, each aligned."""
-        size = 0
-        for path in self.projections:
-            name = f"{self.spec.prefix(layer)}{path}.weight"
-            size = align(size + self.checkpoint.tensors[name].size_bytes)
-        return size
+    def close(self) -> None:
+        """Stop reading and let the buffers go."""
+        self._stream.close()
 
     def _module(self, layer: int, path: str) -> FrozenLinear:
         module = self.layers[layer].get_submodule(path)
@@ -44,19 +49,15 @@ class StreamedStudent(Student):
         assert isinstance(base, FrozenLinear)
         return base
 
-    def _visit(self, layers: Iterable[int]) -> Iterator[int]:
-        for layer in layers:
-            self._fill(layer)
+    def _visit(self, *, reverse: bool = False) -> Iterator[int]:
+        for layer, parameters in self._stream.visit(reverse=reverse):
+            self._fill(layer, parameters)
             yield layer
             self._empty(layer)
 
-    def _fill(self, layer: int) -> None:
-        offset = 0
+    def _fill(self, layer: int, parameters: Parameters) -> None:
         for path in self.projections:
-            name = f"{self.spec.prefix(layer)}{path}.weight"
-            weight_OI = self.checkpoint.read_into(name, self._bytes[offset:])
-            offset = align(offset + self.checkpoint.tensors[name].size_bytes)
-            self._module(layer, path).load(weight_OI.to(self.device))
+            self._module(layer, path).load(parameters[f"{path}.weight"])
 
     def _empty(self, layer: int) -> None:
         for path in self.projections:

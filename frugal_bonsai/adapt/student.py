@@ -15,7 +15,7 @@ input columns of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from frugal_bonsai.adapt.frozen import FrozenLinear
+from frugal_bonsai.adapt.frozen import FrozenLinear, TrainedLinear
 from frugal_bonsai.adapt.head import DENSE, INT8, StudentHead
 from frugal_bonsai.adapt.objective import Objective, hidden_error
 from frugal_bonsai.adapt.part import Part, Sums
@@ -90,8 +90,7 @@ class Student:
                 module = self.layers[layer].get_submodule(path)
                 assert isinstance(module, FrozenLinear)
                 if int8:
-                    codes_OI, scales_O = quantise_rows(weight_OI)
-                    module.load(codes_OI.to(self.device), scales_O.to(self.device))
+                    module.load(*quantise_rows(weight_OI.to(self.device)))
                 else:
                     module.load(weight_OI.to(self.device))
 
@@ -126,7 +125,7 @@ class Student:
                 frozen = self.layers[layer].get_submodule(path)
                 weight_OI = self.checkpoint.read(f"{self.spec.prefix(layer)}{path}.weight")
                 outputs, inputs = weight_OI.shape
-                whole = nn.Linear(inputs, outputs, bias=False, device="meta")
+                whole = TrainedLinear(inputs, outputs, bias=False, device="meta")
                 whole.weight = nn.Parameter(weight_OI.to(self.device, torch.float32))
                 whole.bias = frozen.bias  # type: ignore[assignment]
                 self.layers[layer].set_submodule(path, whole)
@@ -152,7 +151,7 @@ class Student:
                 walk.part, walk.inputs.pop(), objective, scale
             )
             sums.add(found)
-        for layer in self._visit(reversed(range(self.spec.layers))):
+        for layer in self._visit(reverse=True):
             for walk in walks:
                 sums.hidden += self._layer_gradient(layer, walk, objective, scale)
         return sums
@@ -182,7 +181,7 @@ class Student:
         """All micro-batches to the last layer's output, which is the last of their inputs."""
         walks = [_Walk(part, [self.skeleton.embed(part.tokens_BS).clone()]) for part in parts]
         with torch.no_grad():
-            for layer in self._visit(range(self.spec.layers)):
+            for layer in self._visit():
                 for walk in walks:
                     output_BSH = self._call(layer, walk.inputs[-1])
                     walk.inputs = [*walk.inputs, output_BSH] if keep else [output_BSH]
@@ -213,9 +212,13 @@ class Student:
             return None
         return part.targets.hidden[layer].to(self.device)
 
-    def _visit(self, layers: Iterable[int]) -> Iterator[int]:
-        """Layers in an order, each with its weights in place while it is the current one."""
-        yield from layers
+    def _visit(self, *, reverse: bool = False) -> Iterator[int]:
+        """Layers in order or in reverse, each with its weights in place while it is current."""
+        layers = range(self.spec.layers)
+        yield from reversed(layers) if reverse else layers
+
+    def close(self) -> None:
+        """Let go of what is held beside tensors: nothing here."""
 
     def _call(self, layer: int, hidden_BSH: torch.Tensor) -> torch.Tensor:
         output = self.layers[layer](hidden_BSH, **self._arguments(hidden_BSH.shape[1])[layer])

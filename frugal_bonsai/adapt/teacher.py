@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -195,7 +196,9 @@ def _ask(
     hidden = engine.sweep.run(stream, windows_NS, name="asking the teacher", after_layer=keep)
     with torch.inference_mode():
         values_NSK, ids_NSK = engine.head.top(hidden, settings.top, settings.temperature)
-        rest_NS = (1.0 - values_NSK.exp().sum(-1, dtype=torch.float64)).clamp_(0.0, 1.0)
+        rest_NS = (1.0 - values_NSK.exp().sum(-1, dtype=sum_dtype(values_NSK.device))).clamp_(
+            0.0, 1.0
+        )
         if not bool(values_NSK[..., 0].isfinite().all()):
             raise CheckpointError(
                 f"{engine.checkpoint.folder}: the teacher's probabilities are no numbers in "

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.bonsai.prior import Prior
 from frugal_bonsai.bonsai.settings import SIMILARITY
 from frugal_bonsai.model.units import KeepMask
@@ -60,14 +61,14 @@ class _Visit:
     parameters: Parameters
     kwargs: dict[str, Any]
     hidden: HiddenStates
-    distance: float = 0.0
+    distance: torch.Tensor | float = 0.0
 
     def __call__(self, items: slice) -> None:
         """Counts nothing before all is done: where memory runs out, it is called again."""
         before_BSH = self.hidden.read(items)
         after_BSH = call_layer(self.module, self.parameters, before_BSH, self.kwargs)
         cosine_BS = torch.cosine_similarity(before_BSH.float(), after_BSH.float(), dim=-1)
-        distance = float((1 - cosine_BS.double()).sum())
+        distance = (1 - cosine_BS.to(sum_dtype(cosine_BS.device))).sum()  # nothing waits for it
         self.hidden.write(items, after_BSH)
         self.distance += distance
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.bonsai.prior import Prior
 from frugal_bonsai.bonsai.settings import REAP
 from frugal_bonsai.errors import OptionError
@@ -87,7 +88,7 @@ class _Visit:
             # The router's weight is in the input already.
             given_RH = linear(input_RC, self.parameters[f"{name}.weight"])
             norms[name] = float(
-                torch.linalg.vector_norm(given_RH, dim=1, dtype=torch.float64).sum()
+                torch.linalg.vector_norm(given_RH, dim=1, dtype=sum_dtype(given_RH.device)).sum()
             )
         self.hidden.write(items, seen.result_BSH)
         for name, norm in norms.items():

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.bonsai.gram import Moments, column_norms, exact_loss_U
 from frugal_bonsai.bonsai.stand_in import StandInWriter
 from frugal_bonsai.model.units import KeepMask, UnitGroup
@@ -48,7 +49,7 @@ class _Scored:
 
     @property
     def weight_square_C(self) -> torch.Tensor:
-        return column_norms(self.weight_HC, torch.float64).square()
+        return column_norms(self.weight_HC, sum_dtype(self.weight_HC.device)).square()
 
 
 def _activation(s: _Scored) -> torch.Tensor:
@@ -56,7 +57,7 @@ def _activation(s: _Scored) -> torch.Tensor:
 
 
 def _wanda(s: _Scored) -> torch.Tensor:
-    sum_C = column_norms(s.weight_HC, torch.float64, order=1)
+    sum_C = column_norms(s.weight_HC, sum_dtype(s.weight_HC.device), order=1)
     weight_C = sum_C / len(s.weight_HC)
     return s.per_unit(weight_C * s.moments.mean_square_C.sqrt()).mean(1)
 
@@ -159,11 +160,11 @@ class PriorBuilder:
         scored = _Scored(moments, weight_HC, group, self._damping, self._generator)
         score_U = PRIORS[self.name](scored)
         if self._stand_ins is not None and not moments.empty:
-            self._stand_ins.add(group, moments, score_U.double())
+            self._stand_ins.add(group, moments, score_U)
         if self._means is not None:
             self._means[group.output_weight] = moments.mean_C.float().cpu()
         alive_U = self._mask.of(group)
-        self._score_N[self._mask.table.span(group)][alive_U] = score_U.double().cpu()
+        self._score_N[self._mask.table.span(group)][alive_U] = score_U.cpu().double()
         # (a boolean index of a view writes through to the flat vector)
 
     def build(self) -> Prior:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.bonsai.factor import BLOCK
-from frugal_bonsai.bonsai.gram import Moments, ridge_refit_
+from frugal_bonsai.bonsai.gram import Moments, add_product_, ridge_refit_
 from frugal_bonsai.bonsai.layer_pass import LayerPass
 from frugal_bonsai.model.cut import kept_indices
 from frugal_bonsai.model.family import ModelSpec
@@ -102,7 +103,10 @@ def refit_inputs(
         dense_BSH = _dense_input(work, projections[0], items, first=first)
         batches.run(len(input_BSH), lambda part: moments.add(input_BSH[part]))
         batches.run(
-            len(input_BSH), lambda part: _add_product(cross_HH, dense_BSH[part], input_BSH[part])
+            len(input_BSH),
+            lambda part: add_product_(
+                cross_HH, dense_BSH[part].flatten(0, 1), input_BSH[part].flatten(0, 1)
+            ),
         )
 
     batches.run(windows, add)
@@ -112,7 +116,7 @@ def refit_inputs(
         full = spec.prefix(work.layer) + name
         pieces = [(group, piece) for piece in group.slices if piece.tensor == full]
         dense_RH = work.dense[name]
-        rows = kept_indices(len(dense_RH), pieces, mask).to(device)
+        rows = to_device(kept_indices(len(dense_RH), pieces, mask), device)
         factor = moments.factor(ridge, where=f"recovery of {full}")
         weight_RH = _rows_times(dense_RH, rows, cross_HH)
         ridge_refit_(factor, weight_RH, work.pruned[name])
@@ -129,12 +133,6 @@ def _rows_times(
         some = slice(start, start + BLOCK)
         torch.mm(weight_RH[rows[some]].float(), right_HH, out=product_RH[some])
     return product_RH
-
-
-def _add_product(sum_HH: torch.Tensor, left_BSH: torch.Tensor, right_BSH: torch.Tensor) -> None:
-    """Add L^T R over tokens."""
-    left_TH, right_TH = left_BSH.flatten(0, 1).float(), right_BSH.flatten(0, 1).float()
-    sum_HH.addmm_(left_TH.T, right_TH)
 
 
 def _dense_input(work: LayerPass, projection: str, items: slice, *, first: bool) -> torch.Tensor:

@@ -16,7 +16,8 @@ from functools import partial
 
 import torch
 
-from frugal_bonsai.bonsai.gram import Moments, ridge_refit_
+from frugal_bonsai.accelerator import sum_dtype
+from frugal_bonsai.bonsai.gram import Moments, add_product_, ridge_refit_
 from frugal_bonsai.bonsai.layer_pass import InputsAgain, LayerPass
 from frugal_bonsai.bonsai.prior import PriorBuilder
 from frugal_bonsai.model.units import UnitGroup
@@ -110,11 +111,16 @@ class Cross:
 
     def __init__(self, hidden: int, columns: int, device: torch.device) -> None:
         self.sum_HC = torch.zeros(hidden, columns, device=device)
-        self.energy = 0.0
+        self._energy = torch.zeros((), dtype=sum_dtype(device), device=device)
+
+    @property
+    def energy(self) -> float:
+        """Sum of the targets' squares; waits for the device."""
+        return float(self._energy)
 
     def add(self, input_BSC: torch.Tensor, target_BSH: torch.Tensor) -> None:
         """Add one micro-batch: all of it, or nothing when memory runs out."""
-        target_TH = target_BSH.flatten(0, 1).float()
-        energy = float(torch.linalg.vector_norm(target_TH, dtype=torch.float64)) ** 2
-        self.sum_HC.addmm_(target_TH.T, input_BSC.flatten(0, 1).float())
-        self.energy += energy
+        target_TH = target_BSH.flatten(0, 1)
+        energy = torch.linalg.vector_norm(target_TH, dtype=self._energy.dtype).square()
+        add_product_(self.sum_HC, target_TH, input_BSC.flatten(0, 1))
+        self._energy += energy

@@ -28,7 +28,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from frugal_bonsai.accelerator import sum_dtype, tensor_cores
 from frugal_bonsai.bonsai.factor import DampedFactor
+from frugal_bonsai.bonsai.gram import add_product_
 from frugal_bonsai.bonsai.layer_pass import LayerPass
 from frugal_bonsai.bonsai.recover_inputs import Rows
 from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
@@ -91,8 +93,8 @@ class Refinement:
             inputs.write(items, input_BSH)
             if targets is not None:
                 targets.write(items, work.last_target(group.output, items))
-            input_TH = input_BSH.flatten(0, 1).float()
-            gram_HH.addmm_(input_TH.T, input_TH)
+            input_TH = input_BSH.flatten(0, 1)
+            add_product_(gram_HH, input_TH, input_TH)
 
         self._batches.run(windows, add, weight=self._weight)
         gram_HH.div_(windows * self._window)
@@ -131,7 +133,8 @@ class Refinement:
         pruned.update({name: self._work.borrow(name, pruned[name]) for name in names})
         moved_by_name = {name: pruned[name].float() for name in names}
         for block in self._blocks():
-            moved_KRH = self._improve_rows(weight_HR, block)
+            with tensor_cores(weight_HR.device):
+                moved_KRH = self._improve_rows(weight_HR, block)
             for rows, moved_RH in zip(self._rows, moved_KRH, strict=True):
                 name = f"{rows.projection}.weight"
                 rows.take(moved_by_name[name])[block] = moved_RH
@@ -270,7 +273,8 @@ class Refinement:
         """Phi' with respect to each projection ``[K, T, R]``, from central differences."""
         slope_KTR = before[0].new_empty(len(before), *before[0].shape)
         for at, one_TR in enumerate(before):
-            reach = _DIFFERENCE * float(one_TR.square().mean().sqrt()) + 1e-12
+            size = one_TR.square().mean().sqrt().to(sum_dtype(one_TR.device))
+            reach = size.mul_(_DIFFERENCE).add_(1e-12)  # stays on the device: nothing waits for it
             moved = list(before)
             moved[at] = one_TR + reach
             slope_KTR[at] = self._activation(moved)
@@ -306,7 +310,7 @@ def conjugate_gradients(
         if size == 0.0:
             break
         image = normal(direction)
-        length = size / float((direction * image).sum(dtype=torch.float64))
+        length = size / float((direction * image).sum(dtype=sum_dtype(right.device)))
         solution.add_(direction, alpha=length)
         left.sub_(image, alpha=length)
         before, size = size, _square(left)
@@ -315,7 +319,7 @@ def conjugate_gradients(
 
 
 def _square(value: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
+    return float(torch.linalg.vector_norm(value, dtype=sum_dtype(value.device))) ** 2
 
 
 @contextmanager

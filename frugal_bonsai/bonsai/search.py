@@ -239,7 +239,11 @@ class Search:
     def _masks(self, store: LayerStore, number: int, generator: torch.Generator) -> RoundMasks:
         stand_ins = None
         if self._settings.stand_ins(uniform=self._rules.uniform):
-            stand_ins = StandIns(lambda group: self._folder.stand_in(number - 1, group))
+            stand_ins = StandIns(
+                lambda group: self._folder.stand_in(number - 1, group),
+                self._engine.spec.table.groups,
+                self._engine.device,
+            )
         return RoundMasks(
             self._engine,
             store,

@@ -45,6 +45,7 @@ class Stores:
             self._engine.checkpoint,
             self._engine.spec,
             weights=self._weights,
+            device=self._engine.device,
             check_finite=True,
             progress=self._engine.progress,
         )
@@ -59,6 +60,7 @@ class Stores:
             self._engine.checkpoint,
             self._engine.spec,
             weights=self._weights,
+            device=self._engine.device,
             mask=state.mask,
             refit=self.refits(state, number),
             progress=self._engine.progress,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from frugal_bonsai.accelerator import synchronize
 from frugal_bonsai.errors import BenchError, OptionError
 
 if TYPE_CHECKING:
@@ -66,11 +67,8 @@ class TransformersModel:
 
     def _now(self) -> float:
         """The time when everything that was asked of the device is done."""
-        import torch
-
         device: torch.device = self._model.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter()
 
 

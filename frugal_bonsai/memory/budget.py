@@ -1,8 +1,8 @@
 """Memory caps as the user gives them, and the device that they are for.
 
 In: ``--max-gpu-mem``, ``--max-cpu-mem``. Out: a :class:`Budget` in bytes. A hard cap on a GPU is
-set in torch's allocator with the CUDA context subtracted; near a cap on host memory the C library
-is told to give freed blocks back at once.
+set in torch's allocator with the device's context subtracted; near a cap on host memory the C
+library is told to give freed blocks back at once.
 """
 
 from __future__ import annotations
@@ -13,18 +13,34 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.accelerator import (
+    ACCELERATORS,
+    CPU,
+    CUDA,
+    MPS,
+    XPU,
+    available,
+    cap_allocator,
+    free_and_total_bytes,
+    is_accelerator,
+    reserved_bytes,
+    shares_host_memory,
+    synchronize,
+)
 from frugal_bonsai.errors import BudgetError, OptionError
 from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     import torch
 
-# What the CUDA context and its kernels take outside torch's allocator, where it cannot be measured.
+# What a GPU's context and its kernels take outside torch's allocator, where it cannot be measured.
 NOMINAL_CONTEXT_BYTES = 600 * MIB
 # No context is as large: so much in use outside the allocator is another program's.
 _LARGEST_CONTEXT_BYTES = 2 * GIB
-# Left to the rest of the machine when the user names no cap.
-_LEAVE_HOST_BYTES = GIB
+# Left to the rest of the machine when the user names no cap; on a GPU to what libraries load late
+# and to a desktop that draws on it.
+_LEAVE_HOST_BYTES, _LEAVE_GPU_BYTES = GIB, 384 * MIB
+_NAMES = {CUDA: "CUDA", XPU: "XPU", MPS: "MPS"}
 # glibc keeps freed blocks below a threshold that it raises by itself up to 32 MiB, and places the
 # next ones between them: measured, up to 90 MB more than is in use, another amount in every run.
 # Blocks above a fixed threshold are mapped and unmapped one by one. That costs small models up to
@@ -38,10 +54,11 @@ class Budget:
     """Caps in bytes.
 
     Attributes:
-        device: ``"cpu"`` or ``"cuda"``.
+        device: kind of device: ``"cpu"``, ``"cuda"``, ``"xpu"`` or ``"mps"``.
         host_bytes: cap on this process's resident memory.
-        gpu_bytes: cap on device memory, context included; None without a GPU.
-        context_bytes: what the CUDA context takes of it: measured, else nominal.
+        gpu_bytes: cap on device memory, context included; None without a GPU, and where the
+            device computes in the host's memory.
+        context_bytes: what the device's context takes of it: measured, else nominal.
         notes: what the user should know about the caps.
     """
 
@@ -53,26 +70,36 @@ class Budget:
 
 
 def find_device(device: str | None = None) -> torch.device:
-    """The device to compute on: what the user names, else the GPU if there is one.
+    """The device to compute on, with its number: what the user names, else the accelerator.
+
+    An accelerator becomes torch's current one, so that libraries that name no number mean it too.
 
     Raises:
         OptionError: no name of a device.
-        BudgetError: a GPU was asked for and there is none, or none of that number.
+        BudgetError: an accelerator was asked for and there is none, or none of that number.
     """
     import torch
 
+    here = available()
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if re.fullmatch(r"cpu|cuda(:\d{1,3})?", device, re.ASCII) is None:
-        raise OptionError(f"--device: {device!r} is not cpu, cuda or cuda:N")
-    if device.startswith("cuda"):
-        found, number = torch.cuda.device_count(), torch.device(device).index or 0
-        if number >= found:
-            raise BudgetError(
-                f"--device: {device} was asked for, but torch finds "
-                f"{found or 'no'} CUDA device{'s' * (found > 1)} here"
-            )
-    return torch.device(device)
+        device = CPU if here is None or here.type not in ACCELERATORS else here.type
+    if device == CPU:
+        return torch.device(CPU)
+    kind, _, number = device.partition(":")
+    if kind not in ACCELERATORS or re.fullmatch(r"(:\d{1,3})?", device[len(kind) :], re.A) is None:
+        raise OptionError(
+            f"--device: {device!r} is not cpu or one of {', '.join(ACCELERATORS)}, with or without "
+            f"a number (cuda:1)"
+        )
+    found = torch.accelerator.device_count() if here is not None and here.type == kind else 0
+    index = int(number) if number else torch.accelerator.current_device_index() if found else 0
+    if index >= found:
+        raise BudgetError(
+            f"--device: {device} was asked for, but torch finds {found or 'no'} {_NAMES[kind]} "
+            f"device{'s' * (found > 1)} here"
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(kind, index)
 
 
 def make_budget(
@@ -84,7 +111,6 @@ def make_budget(
         OptionError: a size that is none.
     """
     import psutil
-    import torch
 
     free = int(psutil.virtual_memory().available)
     own = int(psutil.Process().memory_info().rss)
@@ -98,59 +124,90 @@ def make_budget(
                 f"--max-cpu-mem {format_bytes(host)} is more than the {format_bytes(own + free)} "
                 f"that are free now"
             )
-    if device.type != "cuda":
+    if not is_accelerator(device):
         if max_gpu_mem is not None:
             parse_bytes(max_gpu_mem, option="--max-gpu-mem")
             notes.append(
                 "--max-gpu-mem has no effect: there is no GPU; --max-cpu-mem caps this run"
             )
-        return Budget(device="cpu", host_bytes=host, notes=tuple(notes))
+        return Budget(device=CPU, host_bytes=host, notes=tuple(notes))
+    if shares_host_memory(device):
+        return _unified_budget(device, host, max_gpu_mem, notes)
     context = measure_context(device)
     if context > _LARGEST_CONTEXT_BYTES:
         notes.append(
             f"{format_bytes(context)} of the GPU are in use outside this program's tensors, so "
-            f"another program is there; its CUDA context is taken to be "
+            f"another program is there; its own context is taken to be "
             f"{format_bytes(NOMINAL_CONTEXT_BYTES)}"
         )
         context = NOMINAL_CONTEXT_BYTES
-    free_gpu, total_gpu = torch.cuda.mem_get_info(device)
+    free_gpu, total_gpu = free_and_total_bytes(device)
+    ours = free_gpu + context + reserved_bytes(device)
     if max_gpu_mem is None:
-        gpu = free_gpu + context
+        gpu = max(ours - _LEAVE_GPU_BYTES, ours // 2)
     else:
         gpu = parse_bytes(max_gpu_mem, option="--max-gpu-mem")
     if gpu > total_gpu:
         notes.append(f"--max-gpu-mem is more than the GPU's {format_bytes(total_gpu)}")
         gpu = total_gpu
+    if gpu > ours:
+        notes.append(
+            f"--max-gpu-mem {format_bytes(gpu)} is more than the {format_bytes(ours)} that are "
+            f"free on this GPU now: memory may run out below the cap; close other programs or "
+            f"lower it"
+        )
     return Budget(
-        device="cuda", host_bytes=host, gpu_bytes=gpu, context_bytes=context, notes=tuple(notes)
+        device=device.type,
+        host_bytes=host,
+        gpu_bytes=gpu,
+        context_bytes=context,
+        notes=tuple(notes),
     )
+
+
+def _unified_budget(
+    device: torch.device, host: int, max_gpu_mem: str | int | None, notes: list[str]
+) -> Budget:
+    """Caps where the accelerator computes in the host's memory: there is one, the smaller."""
+    if max_gpu_mem is not None:
+        gpu = parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+        notes.append(
+            f"{device.type} computes in the host's memory: the smaller of --max-gpu-mem and "
+            f"--max-cpu-mem caps both together"
+        )
+        host = min(host, gpu)
+    return Budget(device=device.type, host_bytes=host, notes=tuple(notes))
 
 
 def measure_context(device: torch.device) -> int:
     """Device memory in use that torch's allocator does not count: context, kernels, libraries.
 
-    Kernels are loaded at their first use, so one matrix product and one attention run first. The
-    driver counts the whole device: another program on it is counted too.
+    Kernels and libraries are loaded at their first use, so one of each that a run needs comes
+    first: products, attention, a factor, a solve. The driver counts the whole device: another
+    program on it is counted too.
     """
     import torch
 
-    ones = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
-    torch.nn.functional.scaled_dot_product_attention(ones, ones @ ones, ones)
-    torch.cuda.synchronize(device)
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - torch.cuda.memory_reserved(device))
+    with torch.no_grad():
+        ones = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+        torch.nn.functional.scaled_dot_product_attention(ones, ones @ ones, ones)
+        identity = torch.eye(64, device=device)
+        factor = torch.linalg.cholesky_ex(identity).L
+        torch.linalg.solve_triangular(factor, identity, upper=False)
+        torch.cholesky_solve(identity, factor)
+        torch.linalg.solve(identity, identity)
+    synchronize(device)
+    free, total = free_and_total_bytes(device)
+    return max(0, total - free - reserved_bytes(device))
 
 
 def enforce_gpu_cap(device: torch.device, budget: Budget) -> None:
-    """Bound torch's allocator to the cap less the CUDA context.
+    """Bound torch's allocator to the cap less what the device's context takes.
 
     Raises:
         BudgetError: the context alone takes the cap.
     """
-    import torch
-
-    total = int(torch.cuda.get_device_properties(device).total_memory)
-    torch.cuda.set_per_process_memory_fraction(allocator_share(budget, total), device)
+    cap_allocator(device, allocator_share(budget, free_and_total_bytes(device)[1]))
 
 
 def allocator_share(budget: Budget, total_bytes: int) -> float:
@@ -163,9 +220,8 @@ def allocator_share(budget: Budget, total_bytes: int) -> float:
     left = budget.gpu_bytes - budget.context_bytes
     if left <= 0:
         raise BudgetError(
-            f"--max-gpu-mem {format_bytes(budget.gpu_bytes)} is not more than what the CUDA "
-            f"context takes on this device ({format_bytes(budget.context_bytes)}); nothing is left "
-            f"for the model"
+            f"--max-gpu-mem {format_bytes(budget.gpu_bytes)} is not more than what the device's "
+            f"context takes ({format_bytes(budget.context_bytes)}); nothing is left for the model"
         )
     return min(1.0, left / total_bytes)
 

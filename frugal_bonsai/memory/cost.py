@@ -27,7 +27,9 @@ class Cost:
 
     Attributes:
         products: operations of matrix products in the sweep's arithmetic.
-        fp32_products: operations of matrix products that are always fp32 (Gram matrices, refits).
+        fp32_products: operations of matrix products that are always fp32 (refits).
+        gram_products: of those of activations, summed in fp32 (Gram matrices, cross moments).
+        tf32_products: of fp32 products that may round their factors to TF32 (refinement).
         attention: operations of causal attention.
         solves: operations of Cholesky factors, inverses and solves.
         traffic: bytes that elementwise operations read and write.
@@ -40,6 +42,8 @@ class Cost:
 
     products: float = 0.0
     fp32_products: float = 0.0
+    gram_products: float = 0.0
+    tf32_products: float = 0.0
     attention: float = 0.0
     solves: float = 0.0
     traffic: float = 0.0
@@ -297,7 +301,7 @@ def refine_cost(
     products = (blocks + 1 + 2 * iterations) * sublayer + slopes * w.ffn_in
     elements = (16 * slopes + 9 * (iterations + 1)) * inputs + 5 * blocks
     cost = Cost(
-        fp32_products=2 * products * tokens,
+        tf32_products=2 * products * tokens,
         traffic=4 * elements * w.ffn * tokens,
         solves=steps * (2 * iterations + 3) * w.ffn_in * w.hidden + w.hidden**3 / 3,
     )
@@ -306,7 +310,7 @@ def refine_cost(
 
 def gram_cost(columns: float, tokens: float) -> Cost:
     """X x^T of an input with so many columns, added up over tokens, in fp32."""
-    return Cost(fp32_products=2 * columns**2 * tokens)
+    return Cost(gram_products=2 * columns**2 * tokens)
 
 
 def exact_prior_cost(w: LayerWidths, *, factored: bool) -> Cost:
@@ -341,7 +345,8 @@ def refit_output_cost(columns: float, hidden: float, tokens: float) -> Cost:
     """
     square = columns**2 * hidden
     return gram_cost(columns, tokens) + Cost(
-        fp32_products=2 * columns * hidden * tokens + 2 * square,
+        gram_products=2 * columns * hidden * tokens,
+        fp32_products=2 * square,
         solves=columns**3 / 3 + 2 * square,
         traffic=10 * 4 * hidden * tokens,
     )
@@ -355,6 +360,7 @@ def refit_inputs_cost(w: LayerWidths, tokens: float) -> Cost:
     h = w.hidden
     rows = (w.attention_in + w.ffn_in) / h
     return Cost(
-        fp32_products=2 * 2 * 2 * h**2 * tokens + 2 * 2 * h**2 * rows,
+        gram_products=2 * 2 * 2 * h**2 * tokens,
+        fp32_products=2 * 2 * h**2 * rows,
         solves=2 * h**3 / 3 + 2 * h**2 * rows,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache
 from frugal_bonsai.memory.cost import (
     Batch,
@@ -33,7 +34,7 @@ from frugal_bonsai.memory.cost import (
     refit_outputs_cost,
     stand_ins_cost,
 )
-from frugal_bonsai.memory.hardware import CUDA, FP32, INT8, HardwareProfile
+from frugal_bonsai.memory.hardware import FP32, INT8, HardwareProfile
 from frugal_bonsai.memory.time_model import SAMPLING, Phase, PruneWork, TimeEstimate
 from frugal_bonsai.memory.work import SweepLimits
 from frugal_bonsai.model.family import ModelSpec
@@ -83,8 +84,8 @@ class _Estimate:
         self, spec: ModelSpec, work: PruneWork, limits: SweepLimits, profile: HardwareProfile
     ) -> None:
         self._spec, self._work, self._limits, self._profile = spec, work, limits, profile
-        self._cuda = profile.device == CUDA
-        self._element = 2 if self._cuda else 4
+        self._gpu = is_accelerator(profile.device)
+        self._element = 2 if self._gpu else 4
         self._widths = layer_widths(spec)
 
     def phases(self) -> list[Phase]:
@@ -230,10 +231,10 @@ class _Estimate:
         weights, times = spec.vocabulary * spec.hidden, self._waves(windows)
         again = times * weights
         cost += Cost(read=again * self._work.source_bytes)
-        if not self._cuda and multiplied_in_blocks((rows, spec.hidden), self._element):
+        if not self._gpu and multiplied_in_blocks((rows, spec.hidden), self._element):
             times = max(times, math.ceil(tokens / limits.head_tokens))
         cost += Cost(traffic=times * weights * (self._work.source_bytes + self._element))
-        if not self._cuda:
+        if not self._gpu:
             return cost
         spilled = max(0, windows - limits.resident_windows) * self._work.window * spec.hidden
         chunks = math.ceil(spec.vocabulary / rows)
@@ -265,11 +266,11 @@ class _Estimate:
         cost = Cost(read=read)
         if not as_stored:
             large = multiplied_in_blocks((int(w.ffn), int(w.hidden)), self._element)
-            blocks = large and not dense and not self._cuda
+            blocks = large and not dense and not self._gpu
             times = math.ceil(windows / self._batch(windows).micro_batch) if blocks else waves
             each = dequantise_cost(w.parameters, stored, self._element, in_blocks=blocks)
             cost += each * (times * layers)
-        if not self._cuda:
+        if not self._gpu:
             return cost
         in_wave = min(windows, self._limits.windows_in_flight)
         spilled = max(0, in_wave - self._limits.resident_windows) * waves
@@ -288,7 +289,8 @@ class _Estimate:
         for share in shares:
             stored = share * blocks * (1 if work.int8_store else source)
             quantise = share * blocks * (source + _QUANTISE_BYTES) if work.int8_store else 0.0
-            cost += Cost(read=blocks * source, traffic=quantise, write=stored)
+            copied = share * blocks * (source + 1) if self._gpu and work.int8_store else 0.0
+            cost += Cost(read=blocks * source, traffic=quantise, write=stored, copy=copied)
         return self._phase("building stores", cost, overlaps=False)
 
     def _native_sweep(self, share: float, windows: int, tokens: float) -> Cost:
@@ -361,6 +363,8 @@ class _Estimate:
             name=name,
             compute=cost.products / rate
             + cost.fp32_products / profile.products[FP32]
+            + cost.gram_products / profile.gram_rate
+            + cost.tf32_products / profile.tf32_rate
             + cost.attention / profile.attention_flops_per_second
             + cost.solves / profile.solve_flops_per_second
             + cost.calls * profile.call_seconds,

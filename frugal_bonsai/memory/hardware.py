@@ -14,6 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.accelerator import (
+    ACCELERATORS,
+    CPU,
+    CUDA,
+    is_accelerator,
+    name_of,
+    shares_host_memory,
+)
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
@@ -21,14 +29,13 @@ from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
 if TYPE_CHECKING:
     import torch
 
-CPU, CUDA = "cpu", "cuda"
-FP32, BF16, INT8 = "fp32", "bf16", "int8"
-ARITHMETIC = (FP32, BF16, INT8)
+FP32, TF32, BF16, INT8 = "fp32", "tf32", "bf16", "int8"
+ARITHMETIC = (FP32, TF32, BF16, INT8)
 # What sweeps compute in, where the user names nothing else.
-DEFAULT_ARITHMETIC = {CPU: FP32, CUDA: BF16}
+DEFAULT_ARITHMETIC = {CPU: FP32, **dict.fromkeys(ACCELERATORS, BF16)}
 # What a process holds before the model, where it cannot be measured because the machine is another
-# one: Python, torch and transformers; with CUDA also its libraries and the context's host side.
-NOMINAL_BASE_BYTES = {CPU: 600 * MIB, CUDA: 2 * GIB}
+# one: Python, torch and transformers; with a GPU also its libraries and the context's host side.
+NOMINAL_BASE_BYTES = {CPU: 600 * MIB, **dict.fromkeys(ACCELERATORS, 2 * GIB)}
 # Left to the rest of the machine when the user names no cap.
 _LEAVE_HOST_BYTES = GIB
 
@@ -39,25 +46,26 @@ class HardwareProfile:
 
     Attributes:
         name: of the machine, for people.
-        device: ``cpu`` or ``cuda``: where layers are computed.
+        device: ``cpu``, ``cuda``, ``xpu`` or ``mps``: where layers are computed.
         source: measured when and how, or ``nominal`` with where each number comes from.
         host_bytes: of host memory.
-        gpu_bytes: of device memory; None on a CPU.
+        gpu_bytes: of device memory; None where the device computes in the host's memory.
         disk_cold_bytes_per_second: sequential reads of a file that is not in the page cache.
         disk_warm_bytes_per_second: the same of a file that is.
         disk_write_bytes_per_second: sequential writes, fsync included.
-        copy_bytes_per_second: pinned host memory to the device; None on a CPU.
+        copy_bytes_per_second: pinned host memory to the device; None likewise.
         memory_bytes_per_second: elementwise operations on memory that is used again: bytes read
             and written, a second.
         fresh_bytes_per_second: first writes to memory that the system has just given (page faults);
-            None where the allocator keeps what it has, as CUDA's does.
+            None where the allocator keeps what it has, as a GPU's does.
         attention_flops_per_second: causal attention in torch's fused kernel, counted as 2 S H_q
             operations a token.
         solve_flops_per_second: Cholesky factors, inverses and solves in fp32.
         call_seconds: what one call of a layer costs beside its arithmetic.
         start_seconds: a command's start: imports and the model's skeleton.
-        products: operations a second of matrix products in ``fp32``, ``bf16`` and ``int8``
-            (int8 x int8 -> int32); what the device cannot do is absent.
+        products: operations a second of matrix products in ``fp32``, ``tf32`` (fp32 with factors
+            of 10 bits, CUDA's), ``bf16`` and ``int8`` (int8 x int8 -> int32); what the device
+            cannot do is absent.
     """
 
     name: str
@@ -82,8 +90,9 @@ class HardwareProfile:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise OptionError(f"{name} is {value!r}, expected a text")
-        if self.device not in (CPU, CUDA):
-            raise OptionError(f"device is {self.device!r}, expected {CPU} or {CUDA}")
+        kinds = (CPU, *ACCELERATORS)
+        if self.device not in kinds:
+            raise OptionError(f"device is {self.device!r}, expected one of {', '.join(kinds)}")
         optional = ("gpu_bytes", "copy_bytes_per_second", "fresh_bytes_per_second")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -93,8 +102,9 @@ class HardwareProfile:
                 continue
             _require_positive(field.name, value, zero=field.name.endswith("_seconds"))
         for name in ("gpu_bytes", "copy_bytes_per_second"):
-            if (getattr(self, name) is None) is (self.device == CUDA):
-                needs = "needs" if self.device == CUDA else "has no"
+            own = not shares_host_memory(self.device)
+            if (getattr(self, name) is None) is own:
+                needs = "needs" if own else "has no"
                 raise OptionError(f"a {self.device} profile {needs} {name}")
         self._check_products()
 
@@ -110,6 +120,16 @@ class HardwareProfile:
         for name in (FP32, DEFAULT_ARITHMETIC[self.device]):
             if name not in self.products:
                 raise OptionError(f"products.{name} is missing; a {self.device} computes in it")
+
+    @property
+    def gram_rate(self) -> float:
+        """Operations a second of activations' products that are summed in fp32."""
+        return self.products[BF16 if self.device == CUDA else FP32]
+
+    @property
+    def tf32_rate(self) -> float:
+        """Operations a second of fp32 products that may round their factors."""
+        return self.products[TF32 if TF32 in self.products else FP32]
 
     @property
     def arithmetic(self) -> str:
@@ -130,8 +150,8 @@ def device_name(device: torch.device) -> str:
     """The device's name for people."""
     import torch
 
-    if device.type == CUDA:
-        return str(torch.cuda.get_device_name(device))
+    if is_accelerator(device):
+        return name_of(device)
     threads = torch.get_num_threads()
     return f"{_processor()}, {threads} thread{'s' * (threads != 1)}"
 
@@ -165,15 +185,15 @@ def profile_budget(
     if profile.gpu_bytes is None:
         if max_gpu_mem is not None:
             parse_bytes(max_gpu_mem, option="--max-gpu-mem")
-            notes.append("--max-gpu-mem has no effect: the profile's machine has no GPU")
-        return Budget(device=CPU, host_bytes=host, notes=tuple(notes))
+            notes.append("--max-gpu-mem has no effect: the profile's machine has no GPU memory")
+        return Budget(device=profile.device, host_bytes=host, notes=tuple(notes))
     gpu = profile.gpu_bytes
     if max_gpu_mem is not None:
         gpu = parse_bytes(max_gpu_mem, option="--max-gpu-mem")
         if gpu > profile.gpu_bytes:
             notes.append(_more_than("--max-gpu-mem", gpu, profile.gpu_bytes))
             gpu = profile.gpu_bytes
-    return Budget(device=CUDA, host_bytes=host, gpu_bytes=gpu, notes=tuple(notes))
+    return Budget(device=profile.device, host_bytes=host, gpu_bytes=gpu, notes=tuple(notes))
 
 
 def _more_than(option: str, cap_bytes: int, own_bytes: int) -> str:

@@ -15,9 +15,12 @@ their number and k how many of them a token is sent to.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.int8 import PRODUCT_TOKENS, product_scratch_bytes, product_tokens
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.work import GPU, HOST, Choice, PlanItem, Work
@@ -25,6 +28,9 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.row_blocks import block_bytes, block_rows, multiplied_in_blocks
 from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 HEAD_CHUNKS = "head chunks"
 # A head chunk, or a block of logits, of this many bytes is as good as a larger one.
@@ -38,9 +44,10 @@ class SweepItems:
 
     def __init__(self, spec: ModelSpec, budget: Budget, work: Work) -> None:
         self._spec, self._work = spec, work
-        self._cuda = budget.device == "cuda"
-        self.near = GPU if self._cuda else HOST
-        self._compute = 2 if self._cuda else 4
+        self._device, self._gpu = budget.device, is_accelerator(budget.device)
+        self.near = HOST if budget.gpu_bytes is None else GPU
+        self._compute = 2 if self._gpu else 4
+        self._chunk_element = self._compute
         self._source = _source_element_bytes(spec)
         shapes = max((list(t.values()) for t in spec.layer_tensors), key=_elements)
         self.layer_parameters = _elements(shapes)
@@ -59,6 +66,12 @@ class SweepItems:
         self._chosen = max(1, spec.experts_chosen)
         copies = spec.activation_copies
         self._peaks = tuple(peak.with_copies(copies) for peak in spec.family.peaks)
+
+    def in_fp32(self) -> Self:
+        """The items of the same sweep where it computes in fp32; chunks of the head stay."""
+        exact = copy.copy(self)
+        exact._compute = 4
+        return exact
 
     @property
     def source_element_bytes(self) -> int:
@@ -107,7 +120,7 @@ class SweepItems:
         return self._near("dequantised rows", block + small * self._compute, formula)
 
     def _in_blocks(self, shape: tuple[int, ...]) -> bool:
-        return not self._cuda and multiplied_in_blocks(shape, self._compute)
+        return not self._gpu and multiplied_in_blocks(shape, self._compute)
 
     def _block_bytes(self, shape: tuple[int, ...]) -> int:
         products = block_rows(shape[1], self._compute) * _BLOCK_TOKENS * self._compute
@@ -151,16 +164,16 @@ class SweepItems:
 
         On a CPU the kernel packs the weight, of ``packed`` elements, anew at each call.
         """
-        tokens = choice.micro_batch * self._work.window if self._cuda else PRODUCT_TOKENS
+        tokens = choice.micro_batch * self._work.window if self._gpu else PRODUCT_TOKENS
         size = product_scratch_bytes(tokens, rows, columns)
-        if self._cuda:
+        if self._gpu:
             return self._near("int8 products", size, f"{tokens} tokens * (8*rows + 10*columns)")
         formula = f"{tokens} tokens * (8*rows + 10*columns) + largest tensor, packed"
         return self._near("int8 products", size + packed, formula)
 
     def with_products(self, choice: Choice) -> Choice:
         """The micro-batch of int8 products, which are fastest with few tokens on a CPU."""
-        if self._cuda:
+        if self._gpu:
             return choice
         widest = max(self._attention, self._ffn, self._spec.hidden, self._input_rows)
         windows = max(1, product_tokens(widest) // self._work.window)
@@ -169,7 +182,7 @@ class SweepItems:
     def _buffers(self, name: str, count: int, size: int, what: str) -> list[PlanItem]:
         """Buffers of a stream: on the host, pinned for a GPU and there once more."""
         formula = f"{count} x {what} ({format_bytes(size)})"
-        if not self._cuda:
+        if self.near == HOST:
             return [PlanItem(name=name, where=HOST, size_bytes=count * size, formula=formula)]
         pinned = count * pinned_bytes(size)
         return [
@@ -183,7 +196,7 @@ class SweepItems:
     def hidden(self, choice: Choice, windows: int, *, states: int = 1) -> list[PlanItem]:
         """Hidden states of windows in flight: on the host, but for resident ones on a GPU."""
         each = self._work.window * self._spec.hidden * self._compute
-        if not self._cuda:
+        if self.near == HOST:
             size = states * windows * each
             return [self._near("hidden states", size, f"{states} x n*S*H*c")]
         resident = min(choice.resident, windows)
@@ -239,7 +252,8 @@ class SweepItems:
         spec, window = self._spec, self._work.window
         if self._work.full_logits:
             return spec.vocabulary, window
-        rows = min(spec.vocabulary, max(1, HEAD_CHUNK_BYTES // (spec.hidden * self._compute)))
+        rows = max(1, HEAD_CHUNK_BYTES // (spec.hidden * self._chunk_element))
+        rows = min(spec.vocabulary, rows)
         tokens = max(1, HEAD_CHUNK_BYTES // (rows * 4))
         if tokens >= window:
             tokens = min(tokens // window, choice.micro_batch) * window
@@ -275,7 +289,7 @@ class SweepItems:
         rows, tokens = self.head_sizes(choice)
         wide = 4 if self._compute == 4 else 4 + self._compute
         normed = max(tokens, self._work.window) * self._spec.hidden * self._compute
-        if products and not self._cuda:
+        if products and not self._gpu:
             tokens = min(tokens, product_tokens(rows))
         formula = f"tokens*v*{wide} + tokens*H*c"
         return self._near("logits", tokens * rows * wide + normed, formula)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.memory.cost import (
     Batch,
     Cost,
@@ -26,7 +27,7 @@ from frugal_bonsai.memory.cost import (
     layer_widths,
     outputs_cost,
 )
-from frugal_bonsai.memory.hardware import CUDA, HardwareProfile
+from frugal_bonsai.memory.hardware import HardwareProfile
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
 
@@ -89,7 +90,7 @@ class _Times:
     ) -> None:
         self._spec, self._profile = spec, profile
         self._prompt, self._generated = prompt, generated
-        self._element_bytes = 2 if profile.device == CUDA else 4
+        self._element_bytes = 2 if is_accelerator(profile.device) else 4
         self._batch = Batch(window=prompt, micro_batch=1, element_bytes=self._element_bytes)
         self._mean = layer_widths(spec)
         zeros = dict.fromkeys(self._mean.__dataclass_fields__, 0.0)

@@ -12,10 +12,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from frugal_bonsai.memory.hardware import BF16, CUDA, DEFAULT_ARITHMETIC, FP32, INT8
+from frugal_bonsai.accelerator import (
+    CUDA,
+    is_accelerator,
+    shares_host_memory,
+    synchronize,
+    tensor_cores,
+)
+from frugal_bonsai.memory.hardware import BF16, DEFAULT_ARITHMETIC, FP32, INT8, TF32
 from frugal_bonsai.sizes import MIB
 
 if TYPE_CHECKING:
@@ -24,7 +32,7 @@ if TYPE_CHECKING:
 # (hidden, FFN channels) of Llama models of 1B and 8B: gate or up, and down_proj turned round.
 SHAPES = ((2048, 8192), (4096, 14336))
 _QUICK_SHAPES = ((1024, 2048),)
-_TOKENS = {"cpu": 256, "cuda": 4096}
+_CPU_TOKENS, _GPU_TOKENS = 256, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +61,13 @@ class Timer:
     def _clock(self) -> Callable[[], float]:
         import torch
 
-        alone = self.device.type != CUDA and torch.get_num_threads() == 1
+        alone = not is_accelerator(self.device) and torch.get_num_threads() == 1
         return time.thread_time if alone else time.perf_counter
 
     def _timed(self, run: Callable[[], object], clock: Callable[[], float]) -> float:
-        import torch
-
         started = clock()
         run()
-        if self.device.type == CUDA:
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return clock() - started
 
 
@@ -76,8 +81,11 @@ def measure_products(timer: Timer, *, quick: bool = False) -> dict[str, float]:
     Returns:
         All shapes' operations over all shapes' seconds: long products weigh more, as in a model.
     """
-    own = (FP32, BF16, INT8) if timer.device.type == CUDA else (FP32, INT8)
-    kinds = own if quick else (FP32, BF16, INT8)
+    kinds: tuple[str, ...] = (FP32, BF16, INT8)
+    if timer.device.type == CUDA:
+        kinds = (FP32, TF32, BF16, INT8)
+    elif quick and not is_accelerator(timer.device):
+        kinds = (FP32, INT8)
     shapes = _QUICK_SHAPES if quick else SHAPES
     rates = {}
     for kind in kinds:
@@ -91,7 +99,7 @@ def _product_rate(timer: Timer, kind: str, shapes: tuple[tuple[int, int], ...]) 
     """None where the device has no such product."""
     import torch
 
-    tokens = _TOKENS[timer.device.type]
+    tokens = _GPU_TOKENS if is_accelerator(timer.device) else _CPU_TOKENS
     operations, seconds = 0.0, 0.0
     for hidden, ffn in shapes:
         input_TH = _random(timer.device, kind, tokens, hidden)
@@ -100,7 +108,8 @@ def _product_rate(timer: Timer, kind: str, shapes: tuple[tuple[int, int], ...]) 
         def run(left: torch.Tensor = input_TH, right: torch.Tensor = weight_IH) -> torch.Tensor:
             if kind == INT8:
                 return torch._int_mm(left, right.T)
-            return torch.nn.functional.linear(left, right)
+            with tensor_cores(timer.device) if kind == TF32 else nullcontext():
+                return torch.nn.functional.linear(left, right)
 
         try:
             seconds += timer.best(run)
@@ -118,7 +127,7 @@ def _random(device: torch.device, kind: str, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     if kind == INT8:
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator).to(device)
-    dtype = torch.float32 if kind == FP32 else torch.bfloat16
+    dtype = torch.bfloat16 if kind == BF16 else torch.float32
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
@@ -143,7 +152,8 @@ def measure_memory(timer: Timer) -> float:
     """
     import torch
 
-    element, tokens, width = (2, 16384, 4096) if timer.device.type == CUDA else (4, 4096, 1024)
+    large = is_accelerator(timer.device)
+    element, tokens, width = (2, 16384, 4096) if large else (4, 4096, 1024)
     gate = _random(timer.device, DEFAULT_ARITHMETIC[timer.device.type], tokens, width)
     first, second = torch.empty_like(gate), torch.empty_like(gate)
 
@@ -159,20 +169,20 @@ def measure_memory(timer: Timer) -> float:
 
 
 def measure_fresh(timer: Timer) -> float | None:
-    """Bytes a second of first writes to new blocks of 64 MiB; None on CUDA, which keeps its own."""
+    """Bytes a second of first writes to new blocks of 64 MiB; None where blocks are kept."""
     import torch
 
-    if timer.device.type == CUDA:
+    if is_accelerator(timer.device):
         return None
     size = 64 * MIB
     return size / timer.best(lambda: torch.empty(size, dtype=torch.uint8).fill_(1))
 
 
 def measure_copy(timer: Timer) -> float | None:
-    """Bytes a second from pinned host memory to the device; None on a CPU."""
+    """Bytes a second from pinned host memory to the device; None where both are one memory."""
     import torch
 
-    if timer.device.type != CUDA:
+    if shares_host_memory(timer.device):
         return None
     size = 256 * MIB
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True)

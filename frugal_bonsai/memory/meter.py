@@ -6,6 +6,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.accelerator import (
+    available,
+    peak_reserved_bytes,
+    reserved_bytes,
+    shares_host_memory,
+)
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,20 +44,21 @@ def peak_resident_bytes() -> int:
 def reserved_gpu_bytes() -> int:
     """Memory that torch's allocator has reserved now on all GPUs; 0 before torch is there."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    if torch is None or (kind := available()) is None or shares_host_memory(kind):
         return 0
-    return sum(int(torch.cuda.memory_reserved(n)) for n in range(torch.cuda.device_count()))
+    if not torch.get_device_module(kind).is_initialized():
+        return 0
+    count = torch.accelerator.device_count()
+    return sum(reserved_bytes(torch.device(kind.type, n)) for n in range(count))
 
 
 def peak_gpu_bytes(device: torch.device, context_bytes: int) -> int | None:
     """Largest device memory so far: reserved by torch's allocator, and the context beside it.
 
     Args:
-        device: None is returned for a CPU.
-        context_bytes: of the CUDA context, which the allocator does not see.
+        device: None is returned for one that computes in the host's memory.
+        context_bytes: of the device's context, which the allocator does not see.
     """
-    if device.type != "cuda":
+    if shares_host_memory(device):
         return None
-    import torch
-
-    return int(torch.cuda.max_memory_reserved(device)) + context_bytes
+    return peak_reserved_bytes(device) + context_bytes

@@ -48,7 +48,7 @@ class Phases:
         if budget.gpu_bytes is not None:
             self._always.append(
                 PlanItem(
-                    name="CUDA context",
+                    name="device context",
                     where=GPU,
                     size_bytes=budget.context_bytes,
                     formula="measured",
@@ -95,7 +95,7 @@ class Phases:
         if work.native_windows:
             phases += self._sweep("perplexity", choice, work.native_windows, weights=None)
         if work.weights is not None:
-            phases.append(self._phase("building the store", [self._items.building()]))
+            phases.append(self._phase("building the store", self._items.building()))
         if work.scored:
             phases += self._statistics(choice)
         if work.pairs:
@@ -131,7 +131,7 @@ class Phases:
         within = items.with_products(choice) if products else choice
         layers = [items.activations(within, windows)]
         if masked and self._work.stand_ins:
-            layers = [items.stand_ins(), items.masked_activations(within, windows)]
+            layers = [*items.stand_ins(), items.masked_activations(within, windows)]
         head = [
             *items.head_rows(choice, products=products),
             items.logits(choice, products=products),
@@ -203,9 +203,10 @@ class Phases:
         ]
 
     def _rewrite(self, choice: Choice) -> list[Phase]:
-        items = self._items
+        items = self._items.in_fp32()
         layers = [*items.stream(choice, None), items.verified_activations()]
         head = [*items.head_rows(choice), items.verified_logits()]
+        head += items.heads_in_fp32(choice)
         return [
             self._phase("rewriting", [items.rewriting()]),
             self._phase("verifying: layers", layers),

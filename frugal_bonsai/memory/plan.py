@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.phases import Phase, Phases, refusal
 from frugal_bonsai.memory.work import BASE, DISK, GPU, HOST, Choice, PlanItem, SweepLimits, Work
@@ -23,7 +24,7 @@ __all__ = ["MemoryPlan", "PlanItem", "SweepLimits", "Work", "plan_memory"]
 # int8 products lose once a micro-batch has left the cache, fp32 ones gain up to 2,048 tokens (1B
 # shape, seconds of one sweep with 512, 1,024 and 2,048: int8 3.5, 3.6, 3.6; fp32 10.6, 10.2,
 # 10.0), and small layers need many tokens to outweigh the call of a layer.
-_GPU_TOKENS = 16384
+_GPU_TOKENS, _GPU_TOKENS_IN_FLIGHT = 16384, 2**19
 _CPU_TOKENS, _CPU_LEAST_TOKENS, _CPU_MICRO_BATCH_BYTES = 4096, 512, 128 * MIB
 
 
@@ -105,13 +106,14 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
         least, micro_batch=_largest(1, largest, lambda m: build.fits(replace(least, micro_batch=m)))
     )
     # Then as many windows in flight as fit, then residency, then the inputs of a layer.
+    most_in_flight = min(most_pairs, most_windows_in_flight(budget, work))
     choice = replace(
         choice,
         in_flight=_largest(
-            least.in_flight, most_pairs, lambda n: build.fits(replace(choice, in_flight=n))
+            least.in_flight, most_in_flight, lambda n: build.fits(replace(choice, in_flight=n))
         ),
     )
-    if budget.device == "cuda":
+    if budget.gpu_bytes is not None:
         choice = replace(
             choice,
             resident=_largest(
@@ -137,9 +139,20 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
     )
 
 
+def most_windows_in_flight(budget: Budget, work: Work) -> int:
+    """Windows in flight beyond which nothing is gained.
+
+    With so many tokens a layer is computed ten times as long as it is read, and hidden states that
+    spill would pin the host's memory for nothing. A CPU's hidden states are not pinned.
+    """
+    if budget.gpu_bytes is None:
+        return max(work.windows, work.pairs, work.native_windows, 1)
+    return max(work.windows, _GPU_TOKENS_IN_FLIGHT // work.window, 1)
+
+
 def step_tokens(spec: ModelSpec, budget: Budget) -> int:
     """Tokens of a micro-batch beyond which nothing is gained."""
-    return _GPU_TOKENS if budget.device == "cuda" else _cpu_tokens(spec)
+    return _GPU_TOKENS if is_accelerator(budget.device) else _cpu_tokens(spec)
 
 
 def _cpu_tokens(spec: ModelSpec) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 
+from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import SweepItems
+from frugal_bonsai.memory.items import SweepItems, pinned_bytes
 from frugal_bonsai.memory.work import (
     DISK,
     HOST,
@@ -18,12 +19,13 @@ from frugal_bonsai.memory.work import (
     PlanItem,
     Work,
     refined_blocks,
+    refit_rows,
 )
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import FFN, UnitGroup
 
-# Columns of a block of a factor (bonsai/factor.py), rows of a block of a refit (bonsai/gram.py).
-_FACTOR_BLOCK, _REFIT_ROWS = 256, 128
+# Columns of a block of a factor (bonsai/factor.py).
+_FACTOR_BLOCK = 256
 # Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
 _REWRITE_PIECES_BYTES = 4 * 2**21
 # Tokens of a window that the verification looks at, see rewrite/verify.py.
@@ -58,10 +60,14 @@ class Items(SweepItems):
             return item
         return self._near(item.name, loading, "m*S*(2H+C_down)*c + 2*p*C*(1-p)*C")
 
-    def stand_ins(self) -> PlanItem:
-        """The stand-ins of one group as computed with."""
-        size = self._stand_in_widths() * self._compute
-        return self._near("stand-ins of a group", size, "p*C*(1-p)*C*c")
+    def stand_ins(self) -> list[PlanItem]:
+        """The stand-ins of one group as computed with; on the host of a GPU the next one's."""
+        name, widths = "stand-ins of a group", self._stand_in_widths()
+        items = [self._near(name, widths * self._compute, "p*C*(1-p)*C*c")]
+        if self.near != HOST:
+            size, formula = 3 * pinned_bytes(2 * widths), "3 x p*C*(1-p)*C*2: as read, pinned"
+            items.append(PlanItem(name=name, where=HOST, size_bytes=size, formula=formula))
+        return items
 
     def _stand_in_widths(self) -> int:
         """Elements of a group's stand-ins."""
@@ -148,12 +154,13 @@ class Items(SweepItems):
                 and one of the others', three of what these give.
         """
         widest = max(self._attention, self._ffn)
-        size = 4 * widest * max(3 * _FACTOR_BLOCK, _FACTOR_BLOCK + 6 * _REFIT_ROWS)
+        rows = refit_rows(self._device)
+        size = 4 * widest * max(3 * _FACTOR_BLOCK, _FACTOR_BLOCK + 6 * rows)
         pool = math.ceil(stand_ins * widest)
         made = 4 * 2 * pool**2 + 2 * pool * (widest - pool)
         made += 4 * _FACTOR_BLOCK * (2 * widest + 3 * pool)
         if not pool or made <= size:
-            return self._near("blocks of a solve", size, "4*C*(256 + 6*128)")
+            return self._near("blocks of a solve", size, f"4*C*(256 + 6*{rows})")
         return self._near(
             "making stand-ins", made, "8*(p*C)^2 + 2*p*C*(1-p)*C + 4*256*(2*C + 3*p*C)"
         )
@@ -217,16 +224,31 @@ class Items(SweepItems):
             name="refit weights", where=HOST, size_bytes=whole * self._source, formula=formula
         )
 
-    def building(self) -> PlanItem:
+    def building(self) -> list[PlanItem]:
         """A layer's store file is collected; a tensor is read, cut and quantised at a time."""
-        stored = self.stored_bytes(self._work.weights)
-        element = 1 if self._work.weights == "int8" else self._source
-        return PlanItem(
-            name="building the store",
-            where=HOST,
-            size_bytes=stored + self._largest * (2 * self._source - element),
-            formula="layer as stored, its largest tensor twice as in the source instead",
-        )
+        stored, int8 = self.stored_bytes(self._work.weights), self._work.weights == "int8"
+        element = 1 if int8 else self._source
+        items = [
+            PlanItem(
+                name="building the store",
+                where=HOST,
+                size_bytes=stored + self._largest * (2 * self._source - element),
+                formula="layer as stored, its largest tensor twice as in the source instead",
+            )
+        ]
+        if self._gpu and int8:
+            size, formula = self._largest * (self._source + 1), "largest tensor * (source + 1)"
+            items.append(self._near("a tensor that is quantised", size, formula))
+            blocks = QUANTISED_COPIES * QUANTISED_BLOCK_BYTES
+            items.append(self._near("rows that are quantised", blocks, "rows in fp32, 4 x 8 MiB"))
+        return items
+
+    def heads_in_fp32(self, choice: Choice) -> list[PlanItem]:
+        """Of a verification on a GPU, where each of its models keeps a head that is one chunk."""
+        head = self.kept_head(choice)
+        if head is None or not self._gpu:
+            return []
+        return [self._near("heads of the verification", 2 * head.size_bytes, "2 x V*H*4")]
 
     def rewriting(self) -> PlanItem:
         """Pieces of the tensor that is read, cut and written; a refit one is held whole."""

@@ -12,7 +12,12 @@ from dataclasses import dataclass, replace
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.phases import Phase, refusal
 from frugal_bonsai.memory.plan import step_tokens
-from frugal_bonsai.memory.training_items import TrainingChoice, TrainingItems, TrainingWork
+from frugal_bonsai.memory.training_items import (
+    GPU_HEAD_CHUNKS,
+    TrainingChoice,
+    TrainingItems,
+    TrainingWork,
+)
 from frugal_bonsai.memory.work import GPU, HOST, PlanItem
 from frugal_bonsai.model.family import ModelSpec
 
@@ -95,6 +100,11 @@ def plan_training(
     if choice is None:
         _refuse(build, choices)
     assert choice is not None
+    for chunks in GPU_HEAD_CHUNKS if budget.gpu_bytes is not None else ():
+        larger = replace(choice, head_chunks=chunks)
+        if build.fits(larger):
+            choice = larger
+            break
     for micro_batch in _divisors(work.batch, max(1, step_tokens(spec, budget) // work.window)):
         larger = replace(choice, micro_batch=micro_batch)
         if build.fits(larger):
@@ -107,7 +117,7 @@ def plan_training(
         rank=choice.rank,
         optimiser=choice.optimiser,
         micro_batch=choice.micro_batch,
-        head_tokens=build.head_tokens,
+        head_tokens=build.head_tokens(choice),
     )
 
 

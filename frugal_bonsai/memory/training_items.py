@@ -15,8 +15,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import HEAD_CHUNK_BYTES
+from frugal_bonsai.memory.items import HEAD_CHUNK_BYTES, pinned_bytes
 from frugal_bonsai.memory.phases import Phase, with_slack
 from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import BASE, DENSE_BLOCK_BYTES, GPU, HOST, PlanItem, Work
@@ -39,6 +40,9 @@ _EIGHT_BIT_BLOCK = 256
 _STEP_COPIES = {ADAMW: 2, ADAMW_8BIT: 7}
 # Copies of a block's logits: as multiplied, in fp32, probabilities, gradients of both terms.
 _LOGIT_COPIES = 6
+# On a GPU a head that is not dense is made so for every block of tokens: blocks of so many times
+# HEAD_CHUNK_BYTES pay, where they fit.
+GPU_HEAD_CHUNKS = (4, 2)
 # Elements a token that a layer keeps for the way back and holds on it at most, traced in
 # tests/memory/test_training.py: of H, I, C_o, K, with a gated FFN and without.
 _GATED, _PLAIN = (5, 6, 2, 3), (10, 5, 2, 3)
@@ -83,6 +87,7 @@ class TrainingChoice:
     rank: int
     optimiser: str
     micro_batch: int
+    head_chunks: int = 1
 
 
 def training_elements(spec: ModelSpec, window: int) -> int:
@@ -114,12 +119,11 @@ class TrainingItems:
         self._spec, self._budget, self._work = spec, budget, work
         sweep = Work(window=work.window, windows=1)
         self._items = Items(spec, budget, sweep)
-        self._cuda = budget.device == "cuda"
-        self._near, self._compute = (GPU, 2) if self._cuda else (HOST, 4)
+        self._gpu = is_accelerator(budget.device)
+        self._near = HOST if budget.gpu_bytes is None else GPU
+        self._compute = 2 if self._gpu else 4
         one = work.window * spec.hidden * self._compute
         self._state_bytes = one
-        chunk = HEAD_CHUNK_BYTES // (spec.vocabulary * 4)
-        self.head_tokens = max(16, min(chunk, work.window))
         self._always = [
             PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured"),
             self._items.outer(),
@@ -128,7 +132,7 @@ class TrainingItems:
         if budget.gpu_bytes is not None:
             context = budget.context_bytes
             self._always.append(
-                PlanItem(name="CUDA context", where=GPU, size_bytes=context, formula="measured")
+                PlanItem(name="device context", where=GPU, size_bytes=context, formula="measured")
             )
 
     def weights(self) -> Sequence[str]:
@@ -164,15 +168,17 @@ class TrainingItems:
     def phases(self, choice: TrainingChoice) -> list[Phase]:
         """Layers on the way back, and the head."""
         held = [
-            self._weights(choice),
+            *self._weights(choice),
             self._head(choice),
             *self._trained(choice),
             self._states(choice),
         ]
         held += self._targets(choice)
-        layers, head = [self._activations(choice)], [self._logits()]
+        layers, head = [self._activations(choice)], [self._logits(choice)]
         if choice.weights == INT8 or self._source_differs():
             layers.append(self._dense())
+        if not self._work.lora and self._compute != 4:
+            layers.append(self._cast())
         if self._head_element_bytes(choice) != self._compute:
             head.append(self._dense_head())
         return [
@@ -186,7 +192,7 @@ class TrainingItems:
     def _item(self, name: str, size: float, formula: str) -> PlanItem:
         return PlanItem(name=name, where=self._near, size_bytes=int(size), formula=formula)
 
-    def _weights(self, choice: TrainingChoice) -> PlanItem:
+    def _weights(self, choice: TrainingChoice) -> list[PlanItem]:
         spec, small, matrices, rows = self._spec, 0, 0, 0
         for tensors in spec.layer_tensors:
             for shape in tensors.values():
@@ -195,15 +201,26 @@ class TrainingItems:
                 rows += shape[0] if len(shape) == 2 else 0
                 small += size if len(shape) != 2 else 0
         if not self._work.lora:
-            return self._item("weights", 4 * matrices + self._compute * small, "4*P*L")
+            return [self._item("weights", 4 * matrices + self._compute * small, "4*P*L")]
+        beside = self._compute * small
         if choice.weights == INT8:
-            size, formula = matrices + 4 * rows, "(P + 4*rows)*L"
-        elif choice.weights == STREAMED:
+            return [self._item("frozen weights", matrices + 4 * rows + beside, "(P + 4*rows)*L")]
+        if choice.weights == STREAMED:
             size = self._items.layer_parameters * self._items.source_element_bytes
-            size, formula = size * (1 + self._cuda), "a layer as stored"
-        else:
-            size, formula = matrices * self._items.source_element_bytes, "P*source*L"
-        return self._item("frozen weights", size + self._compute * small, formula)
+            if self._near == HOST:
+                return [self._item("frozen weights", size + beside, "a layer as stored")]
+            pinned = 2 * pinned_bytes(size)
+            return [
+                self._item("frozen weights", 2 * size + beside, "2 x a layer as stored"),
+                PlanItem(
+                    name="frozen weights",
+                    where=HOST,
+                    size_bytes=pinned,
+                    formula="2 x a layer as stored, pinned: 2^k",
+                ),
+            ]
+        size = matrices * self._items.source_element_bytes + beside
+        return [self._item("frozen weights", size, "P*source*L")]
 
     def _head_element_bytes(self, choice: TrainingChoice) -> int:
         """Dense, but where the weights are int8 or do not fit even so."""
@@ -240,9 +257,9 @@ class TrainingItems:
     def _step(self, choice: TrainingChoice, sizes: list[int]) -> PlanItem:
         """On a GPU torch's AdamW takes all parameters together, bitsandbytes' kernel none twice."""
         name, largest = "a step of the optimiser", max(sizes, default=0)
-        if self._cuda and choice.optimiser == ADAMW:
+        if self._gpu and choice.optimiser == ADAMW:
             return self._item(name, 4 * sum(sizes), "all parameters in fp32")
-        copies = 1 if self._cuda else _STEP_COPIES[choice.optimiser]
+        copies = 1 if self._gpu else _STEP_COPIES[choice.optimiser]
         return self._item(name, 4 * copies * largest, f"{copies} x largest parameter in fp32")
 
     def _states(self, choice: TrainingChoice) -> PlanItem:
@@ -279,6 +296,12 @@ class TrainingItems:
         )
         return self._dense_rows(largest, "largest of a layer")
 
+    def _cast(self) -> PlanItem:
+        """A trained projection in the compute dtype, and its gradient there."""
+        shapes = [s for tensors in self._spec.layer_tensors for s in tensors.values()]
+        size = 2 * self._compute * max(math.prod(shape) for shape in shapes)
+        return self._item("a weight in the compute dtype", size, "2 x largest of a layer * c")
+
     def _dense_head(self) -> PlanItem:
         return self._dense_rows(self._spec.vocabulary * self._spec.hidden, "head")
 
@@ -287,9 +310,14 @@ class TrainingItems:
         limit = f"{DENSE_BLOCK_BYTES // MIB} MiB"
         return self._item("rows of a weight, dense", size, f"{what} * c, at most {limit}")
 
-    def _logits(self) -> PlanItem:
+    def head_tokens(self, choice: TrainingChoice) -> int:
+        """Tokens of a block of logits."""
+        chunk = choice.head_chunks * HEAD_CHUNK_BYTES // (self._spec.vocabulary * 4)
+        return max(16, min(chunk, self._work.window))
+
+    def _logits(self, choice: TrainingChoice) -> PlanItem:
         followers = self._work.top * 8 * 4
-        size = self.head_tokens * (self._spec.vocabulary * 4 * _LOGIT_COPIES + followers)
+        size = self.head_tokens(choice) * (self._spec.vocabulary * 4 * _LOGIT_COPIES + followers)
         size += 2 * self._state_bytes
         return self._item("logits and their gradients", size, f"t*(V*4*{_LOGIT_COPIES} + 32*k)")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.sizes import MIB
 
 HOST, GPU, DISK = "host", "gpu", "disk"
@@ -14,11 +15,23 @@ BASE = "Python and libraries"
 # Recovery's refinement moves the FFN's channels in blocks of at least so many, at most so many
 # blocks.
 _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
+_CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
 # Of a teacher's cache, windows of at most so much are asked for and written together.
 SHARD_BYTES = 64 * MIB
 # Of a frozen weight, rows of at most so much are dense at the same time (adapt/frozen.py): an int8
 # head of 128,256 tokens is a gigabyte in fp32.
 DENSE_BLOCK_BYTES = 32 * MIB
+
+
+def refit_rows(device: str) -> int:
+    """Rows of a projection that are refitted together: half a dozen of them are held.
+
+    More of them cost memory and save calls: of a GPU a hundred rows are a small part.
+
+    Args:
+        device: kind of device.
+    """
+    return _GPU_REFIT_ROWS if is_accelerator(device) else _CPU_REFIT_ROWS
 
 
 def refined_blocks(channels: int) -> int:

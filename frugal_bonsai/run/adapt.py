@@ -12,7 +12,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,8 @@ from frugal_bonsai.run.lessons import (
     make_lessons,
 )
 from frugal_bonsai.run.options import AdaptOptions
-from frugal_bonsai.run.summary import package_version
 from frugal_bonsai.sizes import parse_bytes
+from frugal_bonsai.version import package_version
 
 if TYPE_CHECKING:
     import torch
@@ -197,21 +197,22 @@ def _train(
         job.progress.note(
             f"--resume: {job.run} holds no training yet, starting with its first step"
         )
-    trainer = Trainer(
-        student,
-        trained.parameters(),
-        lessons,
-        settings,
-        settings.objective(temperature),
-        micro_batch=plan.micro_batch,
-        together=settings.batch // plan.micro_batch if streamed else 1,
-        optimiser=plan.optimiser,
-        folder=folder,
-        progress=job.progress,
-    )
-    done = trainer.run(resume=job.resume and folder.exists)
-    verify_NS = lessons.windows_NS[lessons.trained :][:_VERIFY_WINDOWS, :VERIFY_TOKENS]
-    return done, student.logits(verify_NS).cpu(), scaling, settings
+    with closing(student):
+        trainer = Trainer(
+            student,
+            trained.parameters(),
+            lessons,
+            settings,
+            settings.objective(temperature),
+            micro_batch=plan.micro_batch,
+            together=settings.batch // plan.micro_batch if streamed else 1,
+            optimiser=plan.optimiser,
+            folder=folder,
+            progress=job.progress,
+        )
+        done = trainer.run(resume=job.resume and folder.exists)
+        verify_NS = lessons.windows_NS[lessons.trained :][:_VERIFY_WINDOWS, :VERIFY_TOKENS]
+        return done, student.logits(verify_NS).cpu(), scaling, settings
 
 
 def _enforce(job: Adaptation, plan: TrainingPlan) -> None:

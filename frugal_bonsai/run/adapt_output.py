@@ -24,7 +24,7 @@ from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.report.adapt_card import adapt_card
 from frugal_bonsai.run.adapt_plan import Plans, named_plans
 from frugal_bonsai.run.plan import plan_items
-from frugal_bonsai.run.prepare import Model, make_engine
+from frugal_bonsai.run.prepare import Model, in_fp32, make_engine
 from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE, load_line
 
 if TYPE_CHECKING:
@@ -155,7 +155,9 @@ def write_adapted(
             parent = make_engine(model.checkpoint, model.spec, plan, job.device, job.progress)
             engine = make_engine(output, spec, plan, job.device, job.progress)
             source = CheckpointSource(model.checkpoint, model.spec, mask=everything, refit=merged)
-            difference = compare_logits(parent, source, engine, verify_NS)
+            exact = (in_fp32(parent, plan), source, in_fp32(engine, plan))
+            difference = compare_logits(*exact, verify_NS)
+            del exact
             rounding = _rounding(engine, verify_NS, expected_NSV)
             del parent, engine
             _require_rounding(rounding, output, native=native)

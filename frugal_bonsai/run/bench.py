@@ -23,7 +23,7 @@ from typing import Any
 from frugal_bonsai.errors import BenchError, OptionError
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.bench_worker import LLAMA_CPP, TRANSFORMERS, WorkerOptions
-from frugal_bonsai.run.summary import package_version
+from frugal_bonsai.version import package_version
 
 RUNTIMES = (TRANSFORMERS, LLAMA_CPP)
 GGUF_SUFFIX = ".gguf"

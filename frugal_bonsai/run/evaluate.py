@@ -82,7 +82,9 @@ def evaluate(
         if int8:
             folder = Path(tempfile.mkdtemp(prefix="frugal-bonsai-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            store = build_store(folder, opened.checkpoint, spec, weights=weights, progress=progress)
+            store = build_store(
+                folder, opened.checkpoint, spec, weights=weights, device=place, progress=progress
+            )
             stream = stack.enter_context(engine.stream(store))
         else:
             stream = stack.enter_context(engine.native())

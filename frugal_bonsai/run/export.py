@@ -12,7 +12,7 @@ from typing import Any
 
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.run.prepare import open_model
-from frugal_bonsai.run.summary import package_version
+from frugal_bonsai.version import package_version
 
 
 def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.bonsai.extent import round_goals
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, NONE, PruneSettings
@@ -30,9 +31,10 @@ from frugal_bonsai.run.machine import choose_budget, choose_device, with_arithme
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.predict import describe_phases, forward_tokens, prune_work
 from frugal_bonsai.run.prepare import (
+    CPU_TILE,
     DEFAULT_SOURCE,
-    DEFAULT_TILE,
     EXAMPLE_SOURCE,
+    GPU_TILE,
     Model,
     assumption,
     choose_window,
@@ -109,7 +111,7 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         model.spec,
         options.layout,
         tile=options.tile,
-        default_tile=DEFAULT_TILE[device.type],
+        default_tile=GPU_TILE if is_accelerator(device) else CPU_TILE,
         as_mistral=options.as_mistral,
     )
     if rules.as_mistral and settings.bias:

@@ -26,8 +26,8 @@ CHARACTERS_PER_TOKEN = 8
 DEFAULT_SOURCE, EXAMPLE_SOURCE = "wikitext2", "stdlib"
 DEFAULT_WINDOW = 2048
 FLOATING = ("BF16", "F16", "F32")
-# The FFN tile that each device's matrix products like.
-DEFAULT_TILE = {"cpu": 64, "cuda": 128}
+# The FFN tile that matrix products like.
+CPU_TILE, GPU_TILE = 64, 128
 # What comes after a process's size is measured: scipy's solvers (22 MiB), the search's own modules
 # (3), torch's lazy imports, the pool's threads.
 LATE_BYTES = 28 * MIB
@@ -98,18 +98,35 @@ def _require_floating(checkpoint: Checkpoint) -> None:
 
 
 def choose_window(spec: ModelSpec, window: int | None) -> int:
-    """S: the user's, else 2,048 or what the model's positions allow.
+    """S: the user's, else 2,048 or what the model allows.
+
+    That is its positions, and a sliding window that is a little shorter than 2,048 (Phi-3-mini's
+    has 2,047 tokens): longer windows would need explicit masks, which fused attention is slower
+    with and holds copies of keys for.
 
     Raises:
         OptionError: shorter than two tokens or longer than the model's positions.
     """
     if window is None:
-        return min(DEFAULT_WINDOW, spec.positions)
+        return min(DEFAULT_WINDOW, spec.positions, _sliding_window(spec))
     if not 2 <= window <= spec.positions:
         raise OptionError(
             f"--window: {window} tokens is outside 2..{spec.positions} (the model's positions)"
         )
     return window
+
+
+def _sliding_window(spec: ModelSpec) -> int:
+    """The longest window that a sliding window of all layers leaves without a mask of its own.
+
+    A multiple of 64. One that is shorter than half of what is usual is left to its masks.
+    """
+    sliding = spec.config.get("sliding_window")
+    mixed = "sliding_attention" in (spec.config.get("layer_types") or ())
+    used = spec.config.get("use_sliding_window", True)
+    if not isinstance(sliding, int) or not used or mixed or sliding <= DEFAULT_WINDOW // 2:
+        return DEFAULT_WINDOW
+    return (sliding - 1) // 64 * 64
 
 
 def read_windows(
@@ -142,8 +159,19 @@ def make_engine(
     progress: Any,
     *,
     arithmetic: str = "float",
+    dtype: Any = None,
 ) -> Any:
-    """An engine within a plan's limits; the caps are enforced in the allocators."""
+    """An engine within a plan's limits; the caps are enforced in the allocators.
+
+    Args:
+        checkpoint: the model.
+        spec: its description.
+        plan: the memory plan.
+        device: where it computes.
+        progress: told of each layer visit.
+        arithmetic: of masked evaluation.
+        dtype: compute dtype; None takes the device's own.
+    """
     from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
     from frugal_bonsai.stream.engine import Engine, compute_dtype
 
@@ -154,11 +182,21 @@ def make_engine(
         checkpoint,
         spec,
         device=device,
-        dtype=compute_dtype(device),
+        dtype=compute_dtype(device) if dtype is None else dtype,
         limits=plan.limits,
         arithmetic=arithmetic,
         progress=progress,
     )
+
+
+def in_fp32(engine: Any, plan: Any) -> Any:
+    """The engine itself where it computes in fp32, else another of the same model that does."""
+    import torch
+
+    if engine.dtype == torch.float32:
+        return engine
+    model = engine.checkpoint, engine.spec
+    return make_engine(*model, plan, engine.device, engine.progress, dtype=torch.float32)
 
 
 def measured_base_bytes(spec: ModelSpec, *, training: bool = False) -> int:

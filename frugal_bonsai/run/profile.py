@@ -13,11 +13,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.memory.hardware import CUDA, HardwareProfile, device_name
+from frugal_bonsai.accelerator import free_and_total_bytes, is_accelerator, shares_host_memory
+from frugal_bonsai.memory.hardware import HardwareProfile, device_name
 from frugal_bonsai.memory.measure import (
     Timer,
     measure_attention,
@@ -28,8 +28,10 @@ from frugal_bonsai.memory.measure import (
 )
 from frugal_bonsai.memory.measure_disk import DiskRates, measure_disk
 from frugal_bonsai.memory.profile_file import require_replaceable, write_profile
+from frugal_bonsai.memory.work import refit_rows
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.sizes import GIB, MIB
+from frugal_bonsai.version import package_version
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +46,6 @@ _START = (
 _NOMINAL_DISK = DiskRates(cold=1.5e9, warm=4e9, write=1e9, note="disk rates nominal")
 _NOMINAL_START_SECONDS = 6.0
 _CALLS = 10
-# Right-hand sides that recovery solves for at a time.
-_SOLVED_ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +124,12 @@ def _measured(
     progress.note("measuring matrix products")
     products = measure_products(timer, quick=effort.small)
     progress.note("measuring attention, solves, memory and calls")
-    gpu_bytes = torch.cuda.mem_get_info(device)[1] if device.type == CUDA else None
+    gpu_bytes = None if shares_host_memory(device) else free_and_total_bytes(device)[1]
     return HardwareProfile(
         name=device_name(device),
         device=device.type,
         source=(
-            f"measured {time.strftime('%Y-%m-%d')} by frugal-bonsai {version('frugal-bonsai')}, "
+            f"measured {time.strftime('%Y-%m-%d')} by frugal-bonsai {package_version()}, "
             f"torch {torch.__version__}{', quick' if effort.small else ''}; {disk.note}"
         ),
         host_bytes=int(psutil.virtual_memory().total),
@@ -159,7 +159,7 @@ def _measure_start(device: torch.device) -> float:
         raise RuntimeError(f"a command does not start here:\n{done.stderr}")
     spent = after.children_user + after.children_system
     spent -= before.children_user + before.children_system
-    alone = device.type != CUDA and torch.get_num_threads() == 1
+    alone = not is_accelerator(device) and torch.get_num_threads() == 1
     return spent if alone and spent > 0 else wall  # Windows does not count children
 
 
@@ -170,11 +170,12 @@ def _measure_solves(timer: Timer, columns: int) -> float:
     from frugal_bonsai.bonsai.factor import DampedFactor
 
     identity_CC = torch.eye(columns, device=timer.device)
-    right_RC = torch.ones(_SOLVED_ROWS, columns, device=timer.device)
+    rows = min(refit_rows(timer.device.type), columns // 2)  # that recovery solves for at a time
+    right_RC = torch.ones(rows, columns, device=timer.device)
 
     def run() -> None:
         factor = DampedFactor(identity_CC.clone(), 1e-3, where="measuring")
-        for _ in range(columns // 2 // _SOLVED_ROWS):
+        for _ in range(columns // 2 // rows):
             factor.solve(right_RC)
         factor.inverse_diagonal()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from frugal_bonsai.report.card import model_card
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.run.plan import Prepared, plan_items
 from frugal_bonsai.run.prepare import Model
+from frugal_bonsai.version import package_version
 
 if TYPE_CHECKING:
     import torch
@@ -134,11 +134,6 @@ def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
         removed += sum(g.joint_parameters for g in groups if not mask.kept(g))
         shares.append(removed / parameters)
     return shares
-
-
-def package_version() -> str:
-    """Of this package."""
-    return version("frugal-bonsai")
 
 
 def load_line(out: Path, layout: str) -> str:

@@ -20,22 +20,27 @@ class ReadAhead:
     Args:
         source: the visit's layers.
         then: what is read behind them, if that is known.
+        reverse: from the last layer to the first.
     """
 
-    def __init__(self, source: LayerSource, then: LayerSource | None = None) -> None:
-        sources = [source] if then is None else [source, then]
-        self._coming = [(of, layer) for of in sources for layer in range(of.layers)]
+    def __init__(
+        self, source: LayerSource, then: LayerSource | None = None, *, reverse: bool = False
+    ) -> None:
+        layers = range(source.layers)
+        self._coming = [(source, layer) for layer in (reversed(layers) if reverse else layers)]
+        if then is not None:
+            self._coming += [(then, layer) for layer in range(then.layers)]
         self._told = 0
 
-    def reach(self, layer: int) -> None:
-        """A layer of the visit is about to be read: hint at it and at what follows."""
-        ahead_bytes = sum(self._size(at) for at in range(layer + 1, self._told))
+    def reach(self, place: int) -> None:
+        """The visit's layer at this place is about to be read: hint at it and at what follows."""
+        ahead_bytes = sum(self._size(at) for at in range(place + 1, self._told))
         while self._told < len(self._coming) and (
-            self._told < layer + 2 or ahead_bytes < AHEAD_BYTES
+            self._told < place + 2 or ahead_bytes < AHEAD_BYTES
         ):
             source, number = self._coming[self._told]
             source.announce(number)
-            ahead_bytes += self._size(self._told) if self._told > layer else 0
+            ahead_bytes += self._size(self._told) if self._told > place else 0
             self._told += 1
 
     def _size(self, at: int) -> int:

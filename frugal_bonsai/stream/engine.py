@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.family import ModelSpec
@@ -28,8 +29,8 @@ ARITHMETICS = (FLOAT, INT8_PRODUCTS)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU; fp32 on a CPU, where bf16 products are slower."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """bf16 on an accelerator; fp32 on a CPU, where bf16 products are slower."""
+    return torch.bfloat16 if is_accelerator(device) else torch.float32
 
 
 class Engine:
@@ -91,7 +92,9 @@ class Engine:
         """The head in the arithmetic of masked evaluation; int8 rows are written to ``folder``."""
         if not self.int8_products:
             return self.head
-        rows = build_head_store(folder, self.checkpoint, self.spec, rows=self._limits.head_rows)
+        rows = build_head_store(
+            folder, self.checkpoint, self.spec, rows=self._limits.head_rows, device=self.device
+        )
         return self._head(rows, CODES)
 
     def _head(self, rows: LayerSource, products: str) -> Head:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
+from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.progress import Progress, Silent
@@ -255,7 +256,7 @@ def _hooks(
     def make(group: UnitGroup, keep_BC: torch.Tensor | None) -> InputHook:
         def hook(input_BSC: torch.Tensor) -> torch.Tensor | None:
             if keep_BC is not None and masker is not None:
-                _switch_off(masker, group, keep_BC.to(input_BSC.device), input_BSC)
+                _switch_off(masker, group, to_device(keep_BC, input_BSC.device), input_BSC)
             if tap is not None:
                 seen.append((group, input_BSC))
             return None

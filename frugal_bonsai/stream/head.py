@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.int8_linear import tokens_at_once
@@ -82,7 +83,7 @@ class Head:
         device = self._skeleton.device
         spread_BS = torch.full((windows, window - 1), -torch.inf, device=device)
         target_BS = torch.zeros(windows, window - 1, device=device)
-        following_BS = tokens_BS[:, 1:].to(device).contiguous()
+        following_BS = to_device(tokens_BS[:, 1:].contiguous(), device)
 
         def sums(here: slice, first: int) -> _Losses:
             return _Losses(

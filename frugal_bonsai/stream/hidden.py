@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from frugal_bonsai.accelerator import shares_host_memory
+from frugal_bonsai.stream.micro_batch import memory_for
 from frugal_bonsai.stream.spill import Spill
 
 
@@ -23,7 +25,8 @@ class HiddenStates:
         hidden: H.
         device: where micro-batches are computed.
         dtype: compute dtype.
-        resident: windows kept on the device; the rest spills to the host. A CPU keeps them all.
+        resident: windows kept on the device; the rest spills to the host. All are kept where the
+                device computes in the host's memory.
     """
 
     def __init__(
@@ -37,9 +40,10 @@ class HiddenStates:
         resident: int,
     ) -> None:
         self.windows, self.window, self.device = windows, window, device
-        self._resident = windows if device.type == "cpu" else min(windows, resident)
-        self._near = torch.empty(self._resident, window, hidden, dtype=dtype, device=device)
-        self._far = Spill(windows - self._resident, window, hidden, device=device, dtype=dtype)
+        self._resident = windows if shares_host_memory(device) else min(windows, resident)
+        with memory_for(f"hidden states of {windows} windows"):
+            self._near = torch.empty(self._resident, window, hidden, dtype=dtype, device=device)
+            self._far = Spill(windows - self._resident, window, hidden, device=device, dtype=dtype)
 
     def read(self, items: slice) -> torch.Tensor:
         """``[B, S, H]`` on the device; a view where the windows are resident."""

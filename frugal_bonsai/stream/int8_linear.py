@@ -20,8 +20,8 @@ from frugal_bonsai.stream.stored_weight import StoredWeight
 
 # The first digit leaves at most half a step, the second divides that half in 127.
 _SECOND_DIGIT = 254.0
-# CUDA's kernel wants more than 16 rows, and multiples of 8 in the other sizes.
-_LEAST_ROWS, CUDA_MULTIPLE = 32, 8
+# A GPU's kernel wants more than 16 rows, and multiples of 8 in the other sizes.
+_LEAST_ROWS, GPU_MULTIPLE = 32, 8
 
 
 class Int8Weight(StoredWeight):

@@ -3,7 +3,14 @@
 In: a :class:`~frugal_bonsai.stream.source.LayerSource`. Out: for each layer, its parameters in the
 compute dtype, or weights as they are stored where the products take them so. Holds two layers as
 stored, and in the compute dtype what the products do not take so; allocates nothing in the steady
-state. On CUDA the stored bytes go through pinned host buffers and a copy stream of their own.
+state. On an accelerator the stored bytes go through pinned host buffers and a stream of their own.
+
+Orders that must hold, and what holds them (C: the stream that computes, K: the one that copies):
+- the buffers on the device come from C's memory: K first waits for what C was doing before;
+- a copy into a buffer comes after C has used it (K waits for C's event);
+- computing comes after the copy (C waits for K's event);
+- when the stream is closed, the next user of the buffers' memory comes after the last copy (C waits
+  for K).
 """
 
 from __future__ import annotations
@@ -12,14 +19,22 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
 import torch
 
+from frugal_bonsai.accelerator import (
+    current_stream,
+    empty_host_cache,
+    has_streams,
+    is_accelerator,
+)
 from frugal_bonsai.checkpoint.reader import torch_dtype
 from frugal_bonsai.int8 import dequantise_into, product_tokens
 from frugal_bonsai.row_blocks import multiplied_in_blocks
 from frugal_bonsai.stream.ahead import ReadAhead
-from frugal_bonsai.stream.int8_linear import CUDA_MULTIPLE, Int8Weight
+from frugal_bonsai.stream.int8_linear import GPU_MULTIPLE, Int8Weight
+from frugal_bonsai.stream.micro_batch import memory_for
 from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.source import LayerSource, Record, align
 from frugal_bonsai.stream.stored_weight import RowsWeight
@@ -61,19 +76,18 @@ class LayerStream:
         self._products, self._scratch = products, Scratch(device)
         self.tokens_at_once = self._tokens_at_once()
         largest = max(source.layer_bytes(layer) for layer in range(source.layers))
-        pinned, slots = device.type == "cuda", min(buffers, source.layers)
-        self._host = [
-            torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(slots)
-        ]
-        self._staged = (
-            [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
-            if pinned
-            else self._host
-        )
-        self._copies = torch.cuda.Stream(device) if pinned else None
-        self._arrived: list[torch.cuda.Event | None] = [None, None]
-        self._consumed: list[torch.cuda.Event | None] = [None, None]
-        self._dense = torch.empty(self._dense_bytes(), dtype=torch.uint8, device=device)
+        slots, streams = min(buffers, source.layers), has_streams(device)
+        self._copies = torch.Stream(device) if streams else None
+        self._arrived: list[torch.Event | None] = [None, None]
+        self._consumed: list[torch.Event | None] = [None, None]
+        with memory_for("the buffers of a layer"):
+            self._host = [_bytes(largest, pin_memory=streams) for _ in range(slots)]
+            self._staged = self._host
+            if is_accelerator(device):
+                self._staged = [_bytes(largest, device=device) for _ in range(slots)]
+            self._dense = _bytes(self._dense_bytes(), device=device)
+        if self._copies is not None:
+            self._copies.wait_stream(current_stream(device))
         self._first: Future[None] | None = None
         self._ahead = ReadAhead(source)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-reader")
@@ -101,7 +115,7 @@ class LayerStream:
         if not quantised and torch_dtype(record.dtype) == self.dtype:
             return _IN_PLACE
         if self._products == CODES and quantised:
-            whole = all(n % CUDA_MULTIPLE == 0 for n in record.shape)
+            whole = all(n % GPU_MULTIPLE == 0 for n in record.shape)
             return CODES if cpu or whole else DENSE
         blocks = cpu and multiplied_in_blocks(record.shape, self.dtype.itemsize)
         return ROWS if self._products != DENSE and blocks else DENSE
@@ -114,58 +128,71 @@ class LayerStream:
         """
         if self._first is None:
             self._ahead = ReadAhead(self.source, then)
-            self._first = self._reader.submit(self._fetch, 0)
+            self._first = self._reader.submit(self._fetch, 0, 0)
 
-    def visit(self, then: LayerSource | None = None) -> Iterator[tuple[int, Parameters]]:
+    def visit(
+        self, then: LayerSource | None = None, *, reverse: bool = False
+    ) -> Iterator[tuple[int, Parameters]]:
         """Yield ``(layer, parameters)`` in order; parameters are valid until the next one.
 
         Args:
             then: as in :meth:`start`.
+            reverse: from the last layer to the first; :meth:`start` has not been called.
         """
+        if reverse:
+            assert self._first is None
+            self._ahead = ReadAhead(self.source, then, reverse=True)
+            self._first = self._reader.submit(self._fetch, 0, self.source.layers - 1)
         self.start(then)
         pending, self._first = self._first, None
         assert pending is not None
-        for layer in range(self.source.layers):
+        order = list(range(self.source.layers))
+        if reverse:
+            order.reverse()
+        for place, layer in enumerate(order):
             pending.result()
-            more, ahead = layer + 1 < self.source.layers, len(self._host) > 1
-            if more and ahead:
-                pending = self._reader.submit(self._fetch, layer + 1)
+            following, ahead = order[place + 1 : place + 2], len(self._host) > 1
+            if following and ahead:
+                pending = self._reader.submit(self._fetch, place + 1, *following)
             yield layer, self._parameters(layer)
             if self._copies is not None:
-                self._consumed[self._slot(layer)] = event = torch.cuda.Event()
-                event.record(torch.cuda.current_stream(self.device))
-            if more and not ahead:
-                pending = self._reader.submit(self._fetch, layer + 1)
+                self._consumed[self._slot(layer)] = current_stream(self.device).record_event()
+            if following and not ahead:
+                pending = self._reader.submit(self._fetch, place + 1, *following)
 
     def _slot(self, layer: int) -> int:
         return layer % len(self._host)
 
-    def _fetch(self, layer: int) -> None:
+    # This runs in the reader's thread. Buffers that were made in inference mode, as the head's are,
+    # may be written in inference mode alone, which a thread does not inherit.
+    @torch.inference_mode()
+    def _fetch(self, place: int, layer: int) -> None:
+        """Read the visit's layer at this place into its buffer."""
         slot = self._slot(layer)
-        self._ahead.reach(layer)
+        self._ahead.reach(place)
         if self._copies is None:
             self.source.read(layer, self._host[slot])
+            if self._staged is not self._host:
+                self._staged[slot].copy_(self._host[slot])
             return
         arrived = self._arrived[slot]
         if arrived is not None:
             arrived.synchronize()  # the pinned buffer is still being copied from
         self.source.read(layer, self._host[slot])
         size = self.source.layer_bytes(layer)
-        with torch.cuda.stream(self._copies):
+        with self._copies:
             consumed = self._consumed[slot]
             if consumed is not None:
                 self._copies.wait_event(consumed)
             self._staged[slot][:size].copy_(self._host[slot][:size], non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._copies)
-            self._arrived[slot] = event
+            self._arrived[slot] = self._copies.record_event()
 
     def _parameters(self, layer: int) -> Parameters:
         slot, offset = self._slot(layer), 0
         stored, parameters = self._staged[slot], Parameters()
         arrived = self._arrived[slot]
         if arrived is not None:
-            torch.cuda.current_stream(self.device).wait_event(arrived)
+            current_stream(self.device).wait_event(arrived)
         for record in self.source.records(layer):
             form, value = self._form(record), record.view(stored)
             scales_O = None if record.scales_start is None else record.scales(stored)
@@ -189,7 +216,10 @@ class LayerStream:
     def close(self) -> None:
         """Stop the background reader and let the buffers go."""
         self._reader.shutdown(wait=True, cancel_futures=True)
+        if self._copies is not None:
+            current_stream(self.device).wait_stream(self._copies)
         self._host = self._staged = []
+        empty_host_cache(self.device)
         self._dense = torch.empty(0)
         self._scratch = Scratch(self.device)
 
@@ -203,3 +233,7 @@ class LayerStream:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _bytes(size: int, **where: Any) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, **where)

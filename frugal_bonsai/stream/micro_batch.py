@@ -14,8 +14,16 @@ import torch
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.progress import Progress, Silent
 
-# Beside those that accelerate knows: torch's allocator on Windows, and cuBLAS's own workspace.
-_TEXTS = ("DefaultCPUAllocator: not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Beside those that accelerate knows: torch's allocator on Windows; the driver's own (of pinned
+# memory, of kernels that load late); workspaces of cuBLAS, cuSOLVER, cuDNN and their like; XPU's.
+_TEXTS = (
+    "DefaultCPUAllocator: not enough memory",
+    "error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+    "OUT_OF_DEVICE_MEMORY",
+    "OUT_OF_HOST_MEMORY",
+    "OUT_OF_RESOURCES",
+)
 _WHAT_TO_TRY = (
     "close other programs, lower --max-gpu-mem or --max-cpu-mem below what is really free, use "
     "shorter windows (--window) or fewer of them (--windows)"
@@ -118,7 +126,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return (
-        isinstance(error, torch.cuda.OutOfMemoryError)
+        isinstance(error, torch.OutOfMemoryError)
         or should_reduce_batch_size(error)
         or any(text in str(error) for text in _TEXTS)
     )

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec
@@ -174,8 +175,8 @@ class Skeleton:
     def replace_norm(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Compute with another final norm from now on; names as in the checkpoint."""
         for name, value in tensors.items():
-            parameter = cast(torch.Tensor, getattr(self.norm, name.rpartition(".")[2]))
-            parameter.data = value.to(self.device, self.dtype)
+            parameter = nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)
+            setattr(self.norm, name.rpartition(".")[2], parameter)
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """The first layer's input for these tokens, ``[B, S, H]`` in the compute dtype.
@@ -212,9 +213,9 @@ class Skeleton:
     def _rows(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         distinct, where = torch.unique(tokens_BS.cpu(), return_inverse=True)
         rows = self._checkpoint.gather_rows(self.spec.family.embedding, distinct)
-        weight = {"weight": rows.to(self.device, self.dtype)}
+        weight = {"weight": to_device(rows, self.device).to(self.dtype)}
         # The model's own embedding, which may scale what it looks up, over these rows alone.
-        embedded = functional_call(self._embedding, weight, (where.to(self.device),))
+        embedded = functional_call(self._embedding, weight, (to_device(where, self.device),))
         return cast(torch.Tensor, embedded)
 
     def _run_base(self, embedded_BSH: torch.Tensor, **kwargs: Any) -> torch.Tensor:

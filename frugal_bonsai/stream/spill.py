@@ -1,13 +1,16 @@
 """Hidden states in host memory that come to the device and back without the device waiting.
 
 In: a micro-batch's windows by number. Out: their hidden states on the device; the micro-batch that
-follows is fetched meanwhile, what is written goes back meanwhile, each on a CUDA stream of its own.
+follows is fetched meanwhile, what is written goes back meanwhile, each on a stream of its own.
 Holds the windows in pinned host memory, and on the device one micro-batch ahead and one behind.
 
 Orders that must hold, and what holds them (C: the stream that computes, I and O: those that copy in
-and out): a fetch follows the last write of its windows (I waits for O's event); computing follows
-the fetch (C waits for I's event); writing follows computing (O waits for C's event); a write does
-not overtake a fetch of the same windows (O waits for I's event), and such a fetch is thrown away.
+and out). All memory on the device is C's, so that what is freed is C's to use again:
+- a fetch begins when C has done what it was given before the fetch's memory was taken (I waits for
+  C), and follows the last write of its windows (I waits for O's event);
+- computing follows the fetch (C waits for I's event), also where the fetch is thrown away;
+- writing follows computing (O waits for C), which has waited for any fetch of the same windows;
+- what is being written is held until C waits for that write, one write later.
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 """
@@ -16,18 +19,19 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from frugal_bonsai.accelerator import current_stream, has_streams
+
 
 @dataclass(frozen=True)
-class _Fetch:
-    """Windows on their way to the device."""
+class _Copy:
+    """A micro-batch on its way to the device or back, held until it is there."""
 
     items: slice
     hidden_BSH: torch.Tensor
-    arrived: torch.cuda.Event | None
+    done: torch.Event | None
 
 
 class Spill:
@@ -37,7 +41,7 @@ class Spill:
         windows: how many.
         window: S, tokens of each.
         hidden: H.
-        device: where micro-batches are computed; without CUDA everything is copied at once.
+        device: where micro-batches are computed; without streams everything is copied at once.
         dtype: compute dtype.
     """
 
@@ -45,75 +49,82 @@ class Spill:
         self, windows: int, window: int, hidden: int, *, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._device = device
-        cuda = device.type == "cuda"
+        self._ahead: _Copy | None = None
+        self._behind: _Copy | None = None
+        streams = has_streams(device)
+        self._in = torch.Stream(device) if streams else None
+        self._out = torch.Stream(device) if streams else None
+        self._written: list[torch.Event | None] = [None] * windows
         # One block a window: torch's pinned allocator rounds every block up to a power of two.
         self._host = [
-            torch.empty(window, hidden, dtype=dtype, pin_memory=cuda) for _ in range(windows)
+            torch.empty(window, hidden, dtype=dtype, pin_memory=streams) for _ in range(windows)
         ]
-        self._in: Any = torch.cuda.Stream(device) if cuda else None
-        self._out: Any = torch.cuda.Stream(device) if cuda else None
-        self._written: list[torch.cuda.Event | None] = [None] * windows
-        self._ahead: _Fetch | None = None
 
     def read(self, items: slice) -> torch.Tensor:
         """``[B, S, H]`` on the device; the same number of windows behind them is fetched next."""
         ahead, self._ahead = self._ahead, None
-        fetch = ahead if ahead is not None and ahead.items == items else self._fetch(items)
-        if fetch.arrived is not None:
-            now = torch.cuda.current_stream(self._device)
-            now.wait_event(fetch.arrived)
-            fetch.hidden_BSH.record_stream(now)
+        self._wait_for(ahead)
+        if ahead is None or ahead.items != items:
+            ahead = self._fetch(items)
+            self._wait_for(ahead)
         following = self._following(items)
         if following != items:
             self._ahead = self._fetch(following)
-        return fetch.hidden_BSH
+        return ahead.hidden_BSH
 
     def write(self, items: slice, hidden_BSH: torch.Tensor) -> None:
         """Keep these windows' new hidden states ``[B, S, H]``."""
         ahead = self._ahead
-        overtaken = (
-            ahead is not None and ahead.items.start < items.stop and items.start < ahead.items.stop
-        )
+        if ahead is not None and _overlap(ahead.items, items):
+            self._wait_for(ahead)
+            self._ahead = ahead = None
+        self._wait_for(self._behind)
         if self._out is not None:
-            computed = torch.cuda.Event()
-            computed.record(torch.cuda.current_stream(self._device))
-            self._out.wait_event(computed)
-            if ahead is not None and overtaken:
-                self._out.wait_event(ahead.arrived)
-            hidden_BSH.record_stream(self._out)
+            self._out.wait_stream(current_stream(self._device))
         with _on(self._out):
             for place, hidden_SH in zip(range(items.start, items.stop), hidden_BSH, strict=True):
                 self._host[place].copy_(hidden_SH, non_blocking=True)
-            self._written[items] = [_event(self._out)] * (items.stop - items.start)
-        if overtaken:
-            self._ahead = None
+        self._behind = _Copy(items, hidden_BSH, _event(self._out))
+        self._written[items] = [self._behind.done] * (items.stop - items.start)
 
-    def _fetch(self, items: slice) -> _Fetch:
+    def _fetch(self, items: slice) -> _Copy:
         first = self._host[items.start]
-        with _on(self._in):
+        hidden_BSH = torch.empty(
+            items.stop - items.start, *first.shape, dtype=first.dtype, device=self._device
+        )
+        if self._in is not None:
+            self._in.wait_stream(current_stream(self._device))
             for written in {event for event in self._written[items] if event is not None}:
                 self._in.wait_event(written)
-            hidden_BSH = torch.empty(
-                items.stop - items.start, *first.shape, dtype=first.dtype, device=self._device
-            )
+        with _on(self._in):
             for place, hidden_SH in zip(range(items.start, items.stop), hidden_BSH, strict=True):
                 hidden_SH.copy_(self._host[place], non_blocking=True)
-            return _Fetch(items, hidden_BSH, _event(self._in))
+        return _Copy(items, hidden_BSH, _event(self._in))
+
+    def _wait_for(self, copy: _Copy | None) -> None:
+        """What is computed from now on comes after the copy, and so does who gets its memory."""
+        if copy is not None and copy.done is not None:
+            current_stream(self._device).wait_event(copy.done)
 
     def _following(self, items: slice) -> slice:
         """The next micro-batch; behind the last one the first of the next layer."""
         start = items.stop if items.stop < len(self._host) else 0
         return slice(start, min(start + items.stop - items.start, len(self._host)))
 
+    def __del__(self) -> None:
+        """Copies may be on their way when the last user lets go; their memory is freed after."""
+        self._wait_for(self._ahead)
+        self._wait_for(self._behind)
 
-def _on(stream: Any) -> AbstractContextManager[Any]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+def _overlap(one: slice, other: slice) -> bool:
+    return bool(one.start < other.stop and other.start < one.stop)
 
 
-def _event(stream: Any) -> torch.cuda.Event | None:
+def _on(stream: torch.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else stream
+
+
+def _event(stream: torch.Stream | None) -> torch.Event | None:
     """An event behind everything that the stream has been given."""
-    if stream is None:
-        return None
-    event = torch.cuda.Event()
-    event.record(stream)
-    return event
+    return None if stream is None else stream.record_event()

@@ -3,8 +3,8 @@
 In: a checkpoint, a keep mask and the refit output projections. Out: files of which each is one
 sequential read. Dead units are left out, so that later rounds read and compute less. A store is
 derived: it can be built again from checkpoint, mask and refits at any time. Building holds one
-tensor at a time, reading holds nothing. A store that fits into free memory stays in the page cache,
-one that does not is dropped behind the reader.
+tensor at a time (on an accelerator too, where that quantises), reading holds nothing. A store that
+fits into free memory stays in the page cache, one that does not is dropped behind the reader.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def build_store(
     weights: str,
     mask: KeepMask | None = None,
     refit: Refit | None = None,
+    device: torch.device | None = None,
     check_finite: bool = False,
     progress: Progress | None = None,
 ) -> LayerStore:
@@ -109,6 +110,7 @@ def build_store(
         weights: ``"int8"`` or ``"native"``.
         mask: units that are left out.
         refit: what recovery has changed, kept rows or columns alone; biases that are new.
+        device: where weights are quantised, to the same codes everywhere; None is the CPU.
         check_finite: refuse NaN and infinity in the source.
         progress: told of each layer.
 
@@ -143,6 +145,7 @@ def build_store(
                 ),
                 NATIVE if name == router else weights,
                 torch_dtype(checkpoint.tensors[full].dtype),
+                device,
             )
         for full in added:
             if full.startswith(prefix) and full in refit:
@@ -159,19 +162,45 @@ def build_store(
 
 
 def _as_stored(
-    name: str, value: torch.Tensor, weights: str, dtype: torch.dtype
+    name: str,
+    value: torch.Tensor,
+    weights: str,
+    dtype: torch.dtype,
+    device: torch.device | None,
 ) -> dict[str, torch.Tensor]:
     """A tensor's entries in a layer's file."""
     if weights == INT8 and value.dim() == 2:
-        codes, scales = quantise_rows(value)
+        codes, scales = _quantise(value, device)
         return {name: codes, name + _SCALES: scales}
     return {name: value.to(dtype)}
 
 
+def _quantise(
+    weight_OI: torch.Tensor, device: torch.device | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales on the CPU, made on a device."""
+    if device is None:
+        return quantise_rows(weight_OI)
+    codes_OI, scales_O = quantise_rows(weight_OI.to(device))
+    return codes_OI.cpu(), scales_O.cpu()
+
+
 def build_head_store(
-    folder: Path, checkpoint: Checkpoint, spec: ModelSpec, *, rows: int
+    folder: Path,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    *,
+    rows: int,
+    device: torch.device | None = None,
 ) -> LayerStore:
     """Write the head as int8, one file a chunk of ``rows`` rows, and open it.
+
+    Args:
+        folder: created if need be.
+        checkpoint: the dense model.
+        spec: its description.
+        rows: of a chunk.
+        device: where rows are quantised; None is the CPU.
 
     Raises:
         CheckpointError: the head cannot be read.
@@ -180,7 +209,8 @@ def build_head_store(
     folder.mkdir(parents=True, exist_ok=True)
     spans = head_spans(spec, rows)
     for chunk, (first, last) in enumerate(spans):
-        codes, scales = quantise_rows(checkpoint.read_rows(spec.head_tensor, first, last))
+        rows_vH = checkpoint.read_rows(spec.head_tensor, first, last)
+        codes, scales = _quantise(rows_vH, device)
         # Wide elements first, as in a layer's file.
         tensors = {HEAD_WEIGHT + _SCALES: scales, HEAD_WEIGHT: codes}
         write_tensors(_layer_file(folder, chunk), tensors)

@@ -549,7 +549,8 @@ def test_golden_masks_and_utilities(
         "default": {},
         "unit": {"level": "unit"},
         "none": {"level": "none"},
-        "paper": {"method": "paper", "masks": 10},
+        # With 10 masks two units tie so nearly that the processor decides.
+        "paper": {"method": "paper", "masks": 12},
     }[name]
     found = _search(tiny, tokens, tmp_path, **options)
     last = found.rounds[-1].get("perplexity")

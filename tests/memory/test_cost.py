@@ -97,7 +97,7 @@ def test_the_head_in_chunks_of_the_vocabulary() -> None:
 
 
 def test_gram_matrices_and_the_exact_prior() -> None:
-    assert cost.gram_cost(6, 20).fp32_products == 2 * 36 * 20
+    assert cost.gram_cost(6, 20).gram_products == 2 * 36 * 20
     # Factor and inverse of 4 x 4 and 6 x 6; the one KV group's block of 4 with 4 right sides.
     block = 2 * 64 / 3 + 2 * 16 * 4
     alone = cost.exact_prior_cost(SMALL, factored=False)
@@ -109,13 +109,12 @@ def test_gram_matrices_and_the_exact_prior() -> None:
 
 def test_refits() -> None:
     outputs = cost.refit_outputs_cost(SMALL, 20)
-    assert outputs.fp32_products == sum(
-        2 * c * c * 20 + 2 * c * 4 * 20 + 2 * c * c * 4 for c in (4, 6)
-    )
+    assert outputs.gram_products == sum(2 * c * c * 20 + 2 * c * 4 * 20 for c in (4, 6))
+    assert outputs.fp32_products == sum(2 * c * c * 4 for c in (4, 6))
     assert outputs.solves == pytest.approx(sum(c**3 / 3 + 2 * c * c * 4 for c in (4, 6)))
     inputs = cost.refit_inputs_cost(SMALL, 20)
     rows = 4 + 2 + 2 + 6 + 6
-    assert inputs.fp32_products == 8 * 16 * 20 + 4 * 16 * rows
+    assert (inputs.gram_products, inputs.fp32_products) == (8 * 16 * 20, 4 * 16 * rows)
     assert inputs.solves == pytest.approx(2 * 64 / 3 + 2 * 16 * rows)
 
 
@@ -137,12 +136,13 @@ def test_refinement() -> None:
     kept = cost.refine_cost(SMALL, 20, keep=True, **given)
     # The sublayer's 72 weights once for the residual, seven times for pulls and iterations, gate
     # and up once for the slopes; the Gram matrix of its inputs.
-    assert kept.fp32_products == 2 * (8 * 72 + 48) * 20 + 2 * 16 * 20
+    assert kept.tf32_products == 2 * (8 * 72 + 48) * 20
+    assert (kept.gram_products, kept.fp32_products) == (2 * 16 * 20, 0)
     # Two projections: 16 elements for slopes, 9 for each pull; 5 for the activation.
     assert kept.traffic == 4 * (2 * (16 + 9 * 4) + 5) * 6 * 20
     assert kept.solves == pytest.approx(2 * 9 * 48 * 4 + 64 / 3)
     again = cost.refine_cost(SMALL, 20, keep=False, **given)
-    assert again.fp32_products - kept.fp32_products == 2 * 3 * 48 * 20
+    assert again.tf32_products - kept.tf32_products == 2 * 3 * 48 * 20
     assert again.traffic - kept.traffic == 4 * 3 * 16 * 2 * 6 * 20
 
 

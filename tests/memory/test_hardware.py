@@ -18,7 +18,7 @@ from frugal_bonsai.sizes import GIB
     [
         ({"name": ""}, "name is ''"),
         ({"source": 3}, "source is 3"),
-        ({"device": "tpu"}, "device is 'tpu', expected cpu or cuda"),
+        ({"device": "tpu"}, "device is 'tpu', expected one of cpu, cuda, xpu, mps"),
         ({"host_bytes": 0}, "host_bytes is 0"),
         ({"host_bytes": 1.5e9}, "expected a positive whole number"),
         ({"disk_cold_bytes_per_second": -1.0}, "disk_cold_bytes_per_second is -1.0"),

@@ -12,7 +12,7 @@ from frugal_bonsai.memory.items import pinned_bytes
 from frugal_bonsai.memory.prune_items import Items
 from frugal_bonsai.memory.work import Choice, PlanItem, Work
 from frugal_bonsai.rewrite.cut_stream import PIECE_BYTES
-from frugal_bonsai.sizes import GIB
+from frugal_bonsai.sizes import GIB, MIB
 
 H, FFN, VOCABULARY = 4096, 14336, 128256
 LAYER = 218_112_000  # parameters of one layer, its two norms included
@@ -161,7 +161,8 @@ def test_a_custom_utility_needs_all_logits() -> None:
 def test_gram_matrices() -> None:
     assert near().gram().size_bytes == 4 * (4096**2 + FFN**2)
     assert near().gram_of_recovery().size_bytes == 4 * (FFN**2 + FFN * H)
-    assert near().solve().size_bytes == 4 * FFN * (256 + 6 * 128)
+    assert near().solve().size_bytes == 4 * FFN * (256 + 6 * 1024)
+    assert far().solve().size_bytes == 4 * FFN * (256 + 6 * 128)
     narrow = Items(LLAMA_1B, CPU, replace(WORK, refit_inputs=False))
     assert narrow.gram_of_recovery().size_bytes == 4 * (8192**2 + 8192 * 2048)
 
@@ -197,10 +198,15 @@ def test_refinement() -> None:
 def test_stand_ins() -> None:
     work = replace(WORK, stand_ins=0.25)
     pool, core = FFN // 4, FFN - FFN // 4
-    assert near(work).stand_ins().size_bytes == pool * core * 2
-    assert far(work).stand_ins().size_bytes == pool * core * 4
+    assert near(work).stand_ins()[0].size_bytes == pool * core * 2
+    assert far(work).stand_ins()[0].size_bytes == pool * core * 4
     made = 8 * pool**2 + 2 * pool * core + 4 * 256 * (2 * FFN + 3 * pool)
-    assert near(work).solve(stand_ins=0.25).size_bytes == made
+    assert far(work).solve(stand_ins=0.25).size_bytes == made
+    # As read, the next group's as read, and one that is being pinned; in powers of two.
+    on_host = near(work).stand_ins()[1]
+    assert on_host.where == "host"
+    assert on_host.size_bytes == 3 * pinned_bytes(2 * pool * core)
+    assert len(far(work).stand_ins()) == 1
     assert near(work).solve(stand_ins=0.01) == near(work).solve()
     # Up to half of a group there is room beside what a layer holds at its peak.
     plain, masked = near().activations(CHOICE, 20), near(work).masked_activations(CHOICE, 20)
@@ -210,11 +216,15 @@ def test_stand_ins() -> None:
     assert few.size_bytes == 128 * (2 * H + FFN) * 2 + 2 * pool * core
     most = near(replace(WORK, stand_ins=1.0)).masked_activations(CHOICE, 20)
     assert most.size_bytes == plain.size_bytes + 3 * 2048 * FFN * 2
-    assert near(replace(WORK, stand_ins=0.9)).stand_ins().size_bytes == FFN**2 // 4 * 2
+    assert near(replace(WORK, stand_ins=0.9)).stand_ins()[0].size_bytes == FFN**2 // 4 * 2
 
 
 def test_files() -> None:
-    assert near().building().size_bytes == H * FFN * (2 * 2 - 1) + STORED
+    (alone,) = far().building()
+    host, tensor, rows = near().building()
+    assert alone.size_bytes == host.size_bytes == H * FFN * (2 * 2 - 1) + STORED
+    assert (tensor.where, tensor.size_bytes) == ("gpu", H * FFN * (2 + 1))
+    assert (rows.where, rows.size_bytes) == ("gpu", 4 * 8 * MIB)
     assert near(replace(WORK, recovery=True)).rewriting().size_bytes == 2 * H * FFN * 2
     alone = near(replace(WORK, recovery=False)).rewriting()
     assert alone.size_bytes == 4 * PIECE_BYTES
@@ -225,4 +235,10 @@ def test_files() -> None:
 def test_verification() -> None:
     token = 2 * H + 3 * FFN + 3 * H
     assert near().verified_activations().size_bytes == 2 * 64 * token * 2
+    exact = near().in_fp32()
+    assert exact.verified_activations().size_bytes == 2 * 64 * token * 4
+    assert exact.head_sizes(CHOICE) == near().head_sizes(CHOICE)
+    dense = [item for item in exact.stream(CHOICE, None) if item.name == "dequantised layer"]
+    assert [item.size_bytes for item in dense] == [4 * near().layer_parameters]
+    assert near().stream(CHOICE, None)[-1].name == "layer buffers"
     assert near().verified_logits().size_bytes == 3 * 64 * VOCABULARY * 4
