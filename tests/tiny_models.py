@@ -70,12 +70,13 @@ class Tiny:
         dtype: torch.dtype = torch.float32,
         arithmetic: str = FLOAT,
         progress: Any = None,
+        device: torch.device = CPU,
         **limits: int,
     ) -> Engine:
         return Engine(
             self.checkpoint,
             self.spec,
-            device=CPU,
+            device=device,
             dtype=dtype,
             limits=sweep_limits(**limits),
             arithmetic=arithmetic,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from frugal_bonsai import (
 )
 from frugal_bonsai.adapt import frozen, student
 from frugal_bonsai.progress import Silent
+from frugal_bonsai.run import plan as plans
 
 PROFILE = Path(__file__).parents[2] / "profiles" / "rtx-12gb.toml"
-WINDOW = 32
+WINDOW, WEIGHTS = 16, "model.safetensors"
 # bf16 against fp32: rounding moves a perplexity, and with it a cut where two are nearly as good.
 ROUNDING, CUTS = 0.02, 0.1
 
 
 def options(**given: Any) -> PruneOptions:
-    """A small prune of everything: masks, stand-ins, trials, recovery, refinement."""
-    settings = {"sparsity": 0.3, "step": 0.2, "masks": 4, "mask_windows": 4}
+    """A small prune: masks, stand-ins, trials, recovery and refinement."""
+    settings = {"sparsity": 0.3, "step": 0.3, "masks": 2, "mask_windows": 2}
     return PruneOptions(
         window=WINDOW,
         windows=8,
@@ -49,14 +51,17 @@ class Watched(Silent):
         self.notes.append(text)
 
 
-@pytest.mark.parametrize("layout", ["uniform", "per-layer", "padded"])
-def test_prune(layout: str, machine: Machine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layout", "method"),
+    [("uniform", "default"), ("per-layer", "default"), ("padded", "local-only")],
+)
+def test_prune(layout: str, method: str, machine: Machine, tmp_path: Path) -> None:
     plans: list[Any] = []
     watched = Watched(machine)
     summary = prune(
         "example",
         tmp_path / "out",
-        options(layout=layout),
+        options(layout=layout, method=method, settings={"step": 0.2}),
         progress=watched,
         on_plan=plans.append,
     )
@@ -74,7 +79,10 @@ def test_prune(layout: str, machine: Machine, tmp_path: Path) -> None:
     peak = machine.memory.max_reserved + CONTEXT_BYTES
     assert peak == summary["memory"]["gpu_peak_bytes"] <= plan.total_bytes("gpu")
     dense, pruned = (summary[at]["perplexity"] for at in ("before", "after"))
-    assert 1 < dense < pruned < 3 * dense
+    assert 0.9 * dense < pruned < 2 * dense
+    load = load_pruned if layout == "per-layer" else AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path / "out")
+    assert all(value.device.type == "cpu" for value in model.parameters())
 
 
 def test_the_same_prune_on_a_cpu(tmp_path: Path) -> None:
@@ -92,35 +100,29 @@ def test_the_same_prune_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_prune_that_spills(machine: Machine, tmp_path: Path, monkeypatch: Any) -> None:
-    """Windows in host memory give the masks and bytes of windows on the device."""
-    from dataclasses import replace
-
-    from frugal_bonsai.run import plan as plans
-
-    given = options(method="local-only", layout="per-layer")
-    prune("example", tmp_path / "resident", given)
+    """Windows in host memory give the bytes of windows on the device."""
     planned = plans.plan_memory
+    for resident in (1000, 0):
 
-    def without_residents(*args: Any, **kwargs: Any) -> Any:
-        found = planned(*args, **kwargs)
-        limits = replace(found.limits, resident_windows=0, micro_batch=3)
-        return replace(found, limits=limits)
+        def cut(*args: Any, resident: int = resident, **kwargs: Any) -> Any:
+            found = planned(*args, **kwargs)
+            limits = replace(found.limits, resident_windows=resident, micro_batch=3)
+            return replace(found, limits=limits)
 
-    monkeypatch.setattr(plans, "plan_memory", without_residents)
-    prune("example", tmp_path / "spilled", given)
+        monkeypatch.setattr(plans, "plan_memory", cut)
+        given = options(method="local-only", layout="per-layer", settings={"refine": 0})
+        prune("example", tmp_path / str(resident), given)
     assert machine.order.races == []
-    for name in ("model.safetensors", "frugal_bonsai_mask.json"):
-        one, other = (tmp_path / where / name for where in ("resident", "spilled"))
-        if one.exists():
-            assert one.read_bytes() == other.read_bytes(), name
-    assert (tmp_path / "spilled" / "model.safetensors").exists()
+    resident, spilled = (tmp_path / name / WEIGHTS for name in ("1000", "0"))
+    assert resident.read_bytes() == spilled.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["xpu", "mps"])
 def test_prune_on_another_accelerator(kind: str, tmp_path: Path) -> None:
     """Untested on the hardware itself; here nothing of CUDA's is asked for, nor fp64 of MPS."""
     with installed(kind) as machine:
-        summary = prune("example", tmp_path / "out", options(profile=None, layout="per-layer"))
+        given = options(profile=None, layout="per-layer", method="local-only")
+        summary = prune("example", tmp_path / "out", given)
     assert summary["verify"]["max_relative_difference"] < 1e-5
     assert machine.memory.max_reserved > 0 and machine.order.races == []
     assert (summary["memory"]["gpu_cap_bytes"] is None) is (kind == "mps")
@@ -145,7 +147,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapted(pruned: Path, out: Path, **given: Any) -> dict[str, Any]:
-    settings = {"steps": 5, "batch": 2, **given.pop("settings", {})}
+    settings = {"tokens": 5 * 2 * WINDOW, "batch": 2, "evaluations": 1, **given.pop("settings", {})}
     given = {"device": "cuda", "teacher": "example", "settings": settings, **given}
     return adapt_pruned(
         str(pruned), out, AdaptOptions(window=WINDOW, windows=8, data=("stdlib",), **given)
@@ -173,13 +175,3 @@ def test_full_training_without_a_cast(
     with pytest.raises(RuntimeError, match=r"same dtype|BFloat16"):
         adapted(pruned, tmp_path / "out", settings={"method": "full"})
     assert frozen.TrainedLinear is not torch.nn.Linear
-
-
-def test_the_output_is_a_model_like_any_other(machine: Machine, tmp_path: Path) -> None:
-    for layout in ("uniform", "per-layer"):
-        out = tmp_path / layout
-        prune("example", out, options(layout=layout, method="local-only"))
-        load = AutoModelForCausalLM.from_pretrained if layout == "uniform" else load_pruned
-        model = load(out)
-        assert all(value.device.type == "cpu" for value in model.parameters())
-        assert torch.isfinite(model(torch.arange(8)[None]).logits).all()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from stand_in_device import Machine, RaceError
-from tiny_models import Tiny, random_mask, random_windows, sweep_limits, tiny_llama
+from tiny_models import Tiny, random_mask, random_windows, relative, sweep_limits, tiny_llama
 
 from frugal_bonsai.bonsai.stand_in import StandIns, Tensors
 from frugal_bonsai.model.units import UnitGroup
@@ -97,6 +97,24 @@ def test_losses_are_those_of_the_same_arithmetic_on_a_cpu(
         found = _losses(engine, store, Masks(tiny, machine.device))
         assert found.device == cpu
         assert torch.allclose(found, expected, rtol=2e-2, atol=2e-2)
+    assert machine.order.races == []
+
+
+def test_int8_codes_are_multiplied_as_stored(
+    tiny: Tiny, store: LayerStore, machine: Machine
+) -> None:
+    """The inputs keep 16 bits; projections whose sizes are no multiples of 8 are made dense."""
+    expected = _losses(_engine(tiny, machine.device, resident_windows=WINDOWS), store)
+    engine = tiny.engine(
+        device=machine.device, dtype=BF16, arithmetic="int8", resident_windows=3, micro_batch=3
+    )
+    with engine.evaluation_stream(store) as stream:
+        forms = {type(value).__name__ for _, layer in stream.visit() for value in layer.values()}
+        tokens_NS = random_windows(WINDOWS, WINDOW)
+        found = engine.sweep.losses(stream, engine.head, tokens_NS)
+    assert "Int8Weight" in forms and len(forms) > 1
+    # Dense weights are rounded to bf16, codes are not.
+    assert relative(found, expected) < 3e-2
     assert machine.order.races == []
 
 

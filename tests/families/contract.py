@@ -11,11 +11,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from stand_in_device import installed
 from tiny_models import CPU, FAMILY_CONFIGS, Tiny, open_tiny, random_windows, relative, tiny_family
 from transformers import AutoModelForCausalLM
 
 from frugal_bonsai import load_pruned, row_blocks
 from frugal_bonsai.bonsai.logit_scale import scaled_norm
+from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
@@ -353,6 +355,59 @@ class FamilyContract:
             found = engine.head.logits(hidden.read(slice(0, len(tokens_NS))))
         store.close()
         assert relative(found, streamed_logits(tiny, tokens_NS, mask=mask)) < 1e-5
+
+    def test_an_accelerator_computes_it_in_bf16(self, tmp_path: Path) -> None:
+        """Statistics, masked losses, recovery with refinement, as on a CPU in the same arithmetic.
+
+        On the stand-in device: no tensors of two devices meet, and no access lacks its order.
+        """
+        tiny = tiny_family(tmp_path / "m", self.name, dtype=torch.bfloat16)
+        mask, whole = self._sparse_mask(tiny), KeepMask(tiny.spec.table)
+        tokens_NS = random_windows(10, WINDOW, seed=4, vocabulary=tiny.spec.vocabulary)
+        parts = {"whole": whole, "pruned": mask}
+        stores = {
+            name: build_store(tmp_path / name, tiny.checkpoint, tiny.spec, weights=INT8, mask=kept)
+            for name, kept in parts.items()
+        }
+
+        def measure(device: torch.device) -> dict[str, torch.Tensor]:
+            engine = tiny.engine(
+                dtype=torch.bfloat16, device=device, micro_batch=3, resident_windows=4, head_rows=20
+            )
+            prior = PriorBuilder("exact", whole, damping=1e-2, generator=torch.Generator())
+            with engine.stream(stores["whole"]) as stream:
+                engine.sweep.run(stream, tokens_NS, tap=PriorTap(prior, device))
+            native = tiny.source(mask=mask)
+            recovery = Recovery(
+                engine.sweep,
+                ridge=1e-1,
+                keep_inputs=True,
+                save=lambda layer, weights: None,
+                mask=mask,
+                refine=1,
+            )
+            with (
+                engine.stream(native) as stream,
+                engine.dense_stream(stores["whole"]) as dense,
+                engine.dense_stream(stores["pruned"]) as pruned,
+            ):
+                masked = engine.losses(stream, tokens_NS, "masked")
+                left = recovery.run(dense, pruned, engine.head, tokens_NS).residual
+            return {
+                "scores": prior.build().score_N,
+                "masked": masked,
+                "left": torch.tensor(left),
+            }
+
+        expected = measure(CPU)
+        with installed() as machine:
+            found = measure(machine.device)
+        for store in stores.values():
+            store.close()
+        assert machine.order.races == [] and machine.memory.max_reserved > 0
+        assert relative(found["masked"], expected["masked"]) < 2e-2
+        assert relative(found["scores"], expected["scores"]) < 5e-2
+        assert torch.allclose(found["left"], expected["left"], atol=0.1)
 
     def _recover(
         self, tiny: Tiny, mask: KeepMask, folder: Path, *, inputs: bool = False, refine: int = 0

@@ -9,6 +9,7 @@ reserved beyond a cap. Nothing is said about speed.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 import types
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import torch
 
 from stand_in_device.allocator import DeviceAllocator
 from stand_in_device.streams import RaceError, default_stream, make_classes
-from stand_in_device.tensor import Machine, MixedDevicesError, StandInTensor, modes
+from stand_in_device.tensor import Machine, MixedDevicesError, StandInTensor, modes, subclass_maker
 
 __all__ = ["Machine", "MixedDevicesError", "RaceError", "StandInTensor", "installed"]
 
@@ -35,6 +36,9 @@ def installed(kind: str = "cuda", total_bytes: int = 16 * GIB) -> Iterator[Machi
         kind: ``cuda``, ``xpu`` or ``mps`` (no streams, no fp64, memory shared with the host).
         total_bytes: of its memory.
     """
+    for package in ("bitsandbytes", "peft"):  # they look for a device's libraries as they load
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
     machine = Machine(torch.device(kind, 0), DeviceAllocator(total_bytes), doubles=kind != "mps")
     with contextlib.ExitStack() as stack:
         for target, name, value in _patches(machine, kind):
@@ -113,6 +117,7 @@ def _patches(machine: Machine, kind: str) -> list[tuple[Any, str, Any]]:
     }
     # Made in C++ on the device itself, past every dispatch.
     patches: list[tuple[Any, str, Any]] = [(torch, "tensor", tensor)]
+    patches += [(torch.Tensor, "_make_subclass", subclass_maker(torch.Tensor._make_subclass))]
     if kind == "mps":
         module |= {
             "driver_allocated_memory": lambda *_: memory.reserved,

@@ -139,6 +139,9 @@ def make_classes(order: Order) -> tuple[type, type]:
             event.record(self)
             return event
 
+        def is_capturing(self) -> bool:
+            return False
+
         def synchronize(self) -> None:
             order.syncs.all_streams_wait_for_stream(self.stream_id)
 

@@ -8,6 +8,7 @@ refused; what waits for the device or copies from pageable memory is counted wit
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import weakref
@@ -52,18 +53,20 @@ _SCALARS = (
     torch.Tensor.item,
     torch.Tensor.tolist,
 )
-# These ask torch's C++ for the device's guard, or its kernel, before they are dispatched.
+# torch's C++ reads memory here, or makes views that inference mode does not allow of this class,
+# before anything is dispatched. Where gradients flow only the first is so.
 _GUARDED = {
     *_INDEXED,
     *_SCALARS,
     torch.Tensor.numpy,
     torch.Tensor.contiguous,
     torch.Tensor.copy_,
-    torch.Tensor.nonzero,
-    torch.nonzero,
     torch.nn.functional.scaled_dot_product_attention,
 }
-_CONTIGUOUS = torch.contiguous_format
+# Frames between an operation's dispatch and what has called it.
+_DISPATCHING = ("run", "__torch_dispatch__", "_fn", "inner", "_op_dk")
+_WITHIN_TORCH = ("_engine_run_backward", "decompose", "__torch_function__")
+_CONTIGUOUS, _META = torch.contiguous_format, torch.device("meta")
 _UP, _DOWN = "host to device", "device to host"
 
 
@@ -132,6 +135,16 @@ class Machine:
             if func in (aten._pin_memory.default, aten.pin_memory.default):
                 return self.pin(args[0].clone())
             return func(*args, **kwargs)
+        if kwargs.get("device") == _META and _asked_by_torch_itself():
+            # It takes a tensor's device for what lies under it here.
+            kwargs["device"] = self.device
+        asked = kwargs.get("device")
+        target = None if asked is None else torch.device(asked)
+        here = target is not None and target.type == self.device.type
+        if not mine and not here:
+            pinned = kwargs.pop("pin_memory", None)
+            result = func(*args, **kwargs)
+            return self.pin(result) if pinned else result
         implicit = torch._C.DispatchKey.CompositeImplicitAutograd
         if torch.is_inference_mode_enabled() and func.has_kernel_for_dispatch_key(implicit):
             with Mode(self):
@@ -143,13 +156,6 @@ class Machine:
             for leaf in leaves
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, StandInTensor)
         ]
-        asked = kwargs.get("device")
-        target = None if asked is None else torch.device(asked)
-        here = target is not None and target.type == self.device.type
-        if not mine and not here:
-            pinned = kwargs.pop("pin_memory", None)
-            result = func(*args, **kwargs)
-            return self.pin(result) if pinned else result
         self._refuse_mixed(func, args, mine, others)
         self._count(func, args, kwargs, mine, others, target)
         if func is aten._to_copy.default and mine and _same(args[0], kwargs, here):
@@ -168,35 +174,68 @@ class Machine:
 
     def guarded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation of :data:`_GUARDED`."""
-        own = isinstance(args[0], StandInTensor)
-        if func is torch.Tensor.__getitem__ and own:
-            return self.take(*args)
-        if func is torch.Tensor.__setitem__ and own:
-            return self.put(*args)
-        plain = not any(isinstance(one, torch.Tensor) for one in _leaves(args[1:2]))
-        if func is torch.Tensor.__setitem__ and plain:  # a copy between devices
-            return self.run(aten.copy_.default, (args[0][args[1]], args[2]), {})
-        if func in _INDEXED:
-            value = args[2] if func is torch.Tensor.__setitem__ else None
-            self._check_index(args[0], args[1], value)
-            raise AssertionError("an index on the device of a tensor on the host passed the check")
         if func in _SCALARS:
             self.waits[func.__name__, line_of_the_package()] += 1
             self.order.wait_for_stream()
             return func(args[0].inner.detach())
         if func is torch.Tensor.numpy:
             raise TypeError(f"numpy of a tensor on {self.device} at {line_of_the_package()}")
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attention(args, kwargs)
+        if func in _INDEXED:
+            args = self._checked_index(func, args)
+        if any(_has_gradient(one) for one in _leaves(args)):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if func is torch.Tensor.contiguous:
             if args[0].inner.is_contiguous():
                 return args[0]
             return self.run(aten.clone.default, args[:1], {"memory_format": _CONTIGUOUS})
         if func is torch.Tensor.copy_:
             return self.run(aten.copy_.default, args, kwargs)
-        if func in (torch.nonzero, torch.Tensor.nonzero):
-            found = self.run(aten.nonzero.default, args[:1], {})
-            return found.unbind(1) if kwargs.get("as_tuple") else found
-        assert func is torch.nn.functional.scaled_dot_product_attention
-        return self._attention(args, kwargs)
+        return self._take(*args) if func is torch.Tensor.__getitem__ else self._put(*args)
+
+    def _checked_index(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Refuse or count what a device would; indices of the host go to the device."""
+        tensor, at, *value = args
+        own, where = isinstance(tensor, StandInTensor), line_of_the_package()
+        indices = [one for one in _leaves(at) if isinstance(one, torch.Tensor)]
+        foreign = bool(value) and _has_size(value[0]) and isinstance(value[0], StandInTensor) != own
+        if (foreign and indices) or (
+            not own and any(isinstance(one, StandInTensor) for one in indices)
+        ):
+            raise MixedDevicesError(f"indexing at {where}: tensors of two devices")
+        if any(one.dtype == torch.bool for one in indices):
+            self.waits["index by bool", where] += 1
+            self.order.wait_for_stream()
+
+        def move(one: Any) -> Any:
+            if not isinstance(one, torch.Tensor) or isinstance(one, StandInTensor):
+                return one
+            self.pageable["index to the device", where] += int(one.dim() > 0)
+            return self.wrap(one)
+
+        return (tensor, _map(move, at) if own else at, *value)
+
+    def _take(self, source: Any, at: Any) -> Any:
+        """``source[at]``."""
+        result = source.inner[_map(_inner, at)]
+        made = self._back(result, [source], True)
+        if made.holder is not source.holder:
+            self._touch([*self._ranges(source, at), *self._range(made, True)], "getitem")
+        return made
+
+    def _put(self, target: Any, at: Any, value: Any) -> None:
+        """``target[at] = value``."""
+        if not any(isinstance(one, torch.Tensor) for one in _leaves(at)):
+            view = target[at]
+            if _has_size(value):
+                self.run(aten.copy_.default, (view, value), {})
+            else:
+                self.run(aten.fill_.Scalar, (view, float(_inner(value))), {})
+            return
+        target.inner[_map(_inner, at)] = _inner(value)
+        self._touch([*self._ranges(value, at), *self._range(target, True)], "setitem")
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Fused attention, as one operation."""
@@ -205,50 +244,46 @@ class Machine:
         tensors = [one for one in given.values() if isinstance(one, torch.Tensor)]
         if not all(isinstance(one, StandInTensor) for one in tensors):
             raise MixedDevicesError(f"attention at {line_of_the_package()}: tensors of two devices")
+        if any(_has_gradient(one) for one in tensors):
+            return _attention_in_parts(**given)
         attend = torch.nn.functional.scaled_dot_product_attention
-        if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                with torch._C.DisableTorchFunctionSubclass():
-                    return attend(**given)
         out = self.wrap(attend(**{name: _inner(value) for name, value in given.items()}))
         self._touch([*self._ranges(*tensors), *self._range(out, True)], "attention")
         return out
 
-    def take(self, source: torch.Tensor, at: Any) -> torch.Tensor:
+    def _take(self, source: Any, at: Any) -> Any:
         """``source[at]``."""
-        self._check_index(source, at, None)
         result = source.inner[_map(_inner, at)]
         made = self._back(result, [source], True)
         if made.holder is not source.holder:
             self._touch([*self._ranges(source, at), *self._range(made, True)], "getitem")
         return made
 
-    def put(self, target: torch.Tensor, at: Any, value: Any) -> None:
+    def _put(self, target: Any, at: Any, value: Any) -> None:
         """``target[at] = value``."""
         if not any(isinstance(one, torch.Tensor) for one in _leaves(at)):
             view = target[at]
-            if isinstance(value, torch.Tensor) and value.dim():
+            if _has_size(value):
                 self.run(aten.copy_.default, (view, value), {})
             else:
                 self.run(aten.fill_.Scalar, (view, float(_inner(value))), {})
             return
-        self._check_index(target, at, value)
         target.inner[_map(_inner, at)] = _inner(value)
         self._touch([*self._ranges(value, at), *self._range(target, True)], "setitem")
 
-    def _check_index(self, tensor: torch.Tensor, at: Any, value: Any) -> None:
-        """As a device checks an indexing operation."""
-        leaves = [one for one in _leaves(at) if isinstance(one, torch.Tensor)]
-        where, own = line_of_the_package(), isinstance(tensor, StandInTensor)
-        if any(isinstance(one, StandInTensor) != own for one in (value,) if _has_size(value)) or (
-            not own and any(isinstance(one, StandInTensor) for one in leaves)
-        ):
-            raise MixedDevicesError(f"indexing at {where}: tensors of two devices")
-        if any(one.dtype == torch.bool for one in leaves):
-            self.waits["index by bool", where] += 1
-            self.order.wait_for_stream()
-        if any(not isinstance(one, StandInTensor) and one.dim() for one in leaves):
-            self.pageable["index to the device", where] += 1
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Fused attention, as one operation."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        tensors = [one for one in given.values() if isinstance(one, torch.Tensor)]
+        if not all(isinstance(one, StandInTensor) for one in tensors):
+            raise MixedDevicesError(f"attention at {line_of_the_package()}: tensors of two devices")
+        if any(_has_gradient(one) for one in tensors):
+            return _attention_in_parts(**given)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        out = self.wrap(attend(**{name: _inner(value) for name, value in given.items()}))
+        self._touch([*self._ranges(*tensors), *self._range(out, True)], "attention")
+        return out
 
     def _ranges(self, *values: Any) -> list[tuple[int, int, int, bool]]:
         return [one for value in _leaves(values) for one in self._range(value, False)]
@@ -414,6 +449,10 @@ class StandInTensor(torch.Tensor):
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def is_meta(self) -> bool:
+        return False
+
     def __repr__(self, **_: Any) -> str:
         return f"StandInTensor({self.inner})"
 
@@ -439,6 +478,35 @@ class StandInTensor(torch.Tensor):
             if isinstance(leaf, StandInTensor)
         }.values()
         return machine.run(func, args, dict(kwargs or {}))
+
+
+def subclass_maker(make: Any) -> Any:
+    """``torch.Tensor._make_subclass`` for classes over tensors of this device too."""
+
+    def make_subclass(cls: type, data: torch.Tensor, *given: Any, **kwargs: Any) -> Any:
+        if not isinstance(data, StandInTensor):
+            return make(cls, data, *given, **kwargs)
+        return StandInTensor.__new__(_over_stand_in(cls), data.inner, data.holder)
+
+    return staticmethod(make_subclass)
+
+
+@functools.cache
+def _over_stand_in(cls: Any) -> type:
+    """The same class over tensors of this device."""
+
+    def torch_function(
+        own: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            return cls.__torch_function__.__func__(own, func, types, args, kwargs)
+        if func is torch.Tensor.as_subclass:
+            return StandInTensor(args[0].inner, args[0].holder)
+        return StandInTensor.__torch_function__.__func__(StandInTensor, func, types, args, kwargs)
+
+    return type(
+        cls.__name__, (cls, StandInTensor), {"__torch_function__": classmethod(torch_function)}
+    )
 
 
 class Mode(TorchDispatchMode):
@@ -473,6 +541,43 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _map(change, one) for key, one in value.items()}
     return change(value)
+
+
+def _asked_by_torch_itself() -> bool:
+    """Whether torch's C++ asks, in a gradient or in parts of an operation, and nobody's Python."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in _DISPATCHING:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_name in _WITHIN_TORCH
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+def _attention_in_parts(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention that gradients flow through: torch's C++ would make its mask on another device."""
+    assert not dropout_p
+    if enable_gqa:
+        times = query.shape[1] // key.shape[1]
+        key, value = (one.repeat_interleave(times, dim=1) for one in (key, value))
+    scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril().to(query.device)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ value
 
 
 def _has_size(value: Any) -> bool:
