@@ -9,9 +9,9 @@ and a step that cannot end in the time that is left does not start. Each figure 
 printed as soon as it is known and appended to ``OUT/gpu_check.jsonl``; a step that fails is a line
 too. The lines make the page ``OUT/gpu_<card>_<date>.md``, which is written anew after each step.
 
-``--dry-run`` runs the same code with tiny shapes on a CPU, all steps in one process: its figures
-mean nothing, but it shows that no step ends in a typing error. With ``--device cuda`` a stand-in
-for a GPU takes the CPU's place.
+``--dry-run`` runs the same code with tiny shapes on a stand-in for a GPU (tests/stand_in_device),
+all steps in one process: its figures mean nothing, but it shows that no step ends in a typing
+error. ``--dry-run --device cpu`` does without the stand-in.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from gpu_checks.processes import child_environment, run_child  # noqa: E402
 from gpu_checks.steps import STEPS, Step  # noqa: E402
 
 LINES = "gpu_check.jsonl"
-# Of a dry run; "cuda" takes the stand-in of tests/stand_in_device.
-DRY_DEVICE = "cpu"
+# Of a dry run: the stand-in of tests/stand_in_device.
+DRY_DEVICE = "cuda"
 # The facts of the machine are asked by a process of their own: this one never touches the device.
 _FACTS = Step(name=MACHINE, home="", about="", limit_seconds=90, needs_seconds=0)
 
@@ -184,8 +184,7 @@ def run_step(
 
     if options.dry_run:
         torch.set_num_threads(1)
-    name = "cpu" if options.dry_run and not step.stands_in else options.device
-    with computing_device(name, dry=options.dry_run) as device:
+    with computing_device(options.device, dry=options.dry_run) as device:
         check = Check(
             step.name,
             device=device,

@@ -90,7 +90,9 @@ class Check:
 
     @property
     def full_device(self) -> torch.device:
-        """The device; in a dry run the CPU, because a stand-in for a GPU knows no gradients."""
+        """The device; in a dry run the CPU: a stand-in draws no random numbers, and others' code
+        may look for what it does not have.
+        """
         import torch
 
         return torch.device("cpu") if self.dry else self.device

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
+from frugal_bonsai.accelerator import tensor_cores
 from frugal_bonsai.bonsai.factor import DampedFactor
+from frugal_bonsai.bonsai.gram import add_product_
 from gpu_checks.check import Check
 from gpu_checks.machine import best_seconds, synchronise
 
@@ -41,7 +43,8 @@ def _products(check: Check, input_TC: torch.Tensor) -> None:
         return gram_CC.addmm_(wide_TC.T, wide_TC)
 
     def summed_in_fp32() -> torch.Tensor:
-        return torch.addmm(gram_CC, input_TC.T, input_TC, out_dtype=torch.float32)
+        add_product_(gram_CC, input_TC, input_TC)  # what a prune does
+        return gram_CC
 
     def narrow() -> torch.Tensor:
         return gram_CC.add_(input_TC.T @ input_TC)
@@ -53,10 +56,7 @@ def _products(check: Check, input_TC: torch.Tensor) -> None:
         ("bf16 inputs, bf16 results", False, narrow),
     ]
     for name, tensor_float, run in kinds:
-        if run is summed_in_fp32 and (check.dry or not check.on_gpu):
-            check.skip(name, "torch has this product for CUDA alone")
-            continue
-        with check.part(name), _tensor_float(tensor_float):
+        with check.part(name), tensor_cores(check.device) if tensor_float else nullcontext():
             gram_CC.zero_()
             found_BB = run()[:_BLOCK, :_BLOCK].double()
             error = (found_BB - exact_BB).norm() / exact_BB.norm()
@@ -70,17 +70,6 @@ def _products(check: Check, input_TC: torch.Tensor) -> None:
                 teraflops=2 * len(input_TC) * columns**2 / seconds / 1e12,
                 relative_error=float(error),
             )
-
-
-@contextmanager
-def _tensor_float(allowed: bool) -> Iterator[None]:
-    """Let fp32 products round their inputs to TF32, or not."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _solves(check: Check, input_TC: torch.Tensor, rows: int) -> None:

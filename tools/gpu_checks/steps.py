@@ -20,7 +20,6 @@ class Step:
         about: what its tables show, for the page.
         limit_seconds: after which it is ended.
         needs_seconds: it does not start with less.
-        stands_in: a dry run may give it a stand-in for a GPU, which knows no gradients.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Step:
     about: str
     limit_seconds: float
     needs_seconds: float
-    stands_in: bool = True
 
     def run(self, check: Check, variant: str | None = None) -> None:
         """Do it here; what fails becomes a line."""
@@ -133,6 +131,5 @@ STEPS = (
         about="The student is trained for five steps in each way that `adapt` can hold it.",
         limit_seconds=75,
         needs_seconds=20,
-        stands_in=False,
     ),
 )
