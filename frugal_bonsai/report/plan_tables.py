@@ -35,6 +35,8 @@ def render_plan(plan: Values, console: Console) -> None:
         console: where to.
     """
     plan, sheet = all_printable(plan, console.encoding), Sheet(console)
+    if plan.get("advice"):
+        sheet.say(plan["advice"])
     sheet.heading(
         f"{plan['model']} ({plan['family']}, {_count(plan['parameters'])} parameters) on "
         f"{plan['device_name']}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.accelerator import CPU
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
@@ -19,6 +20,9 @@ from frugal_bonsai.run.options import PruneOptions
 
 if TYPE_CHECKING:
     import torch
+
+# Memory of a card in GB -> the profile of such a machine, a file in profiles/.
+NOMINAL_PROFILES = {8: "rtx-8gb", 12: "rtx-12gb", 24: "rtx-24gb", 48: "a6000-48gb", 141: "h200"}
 
 
 def with_arithmetic(
@@ -68,6 +72,21 @@ def _other_device(found: str, options: PruneOptions, profile: HardwareProfile) -
     return (
         f"--profile {options.profile}: is of a {profile.device} ({profile.name}), but {found}; "
         f"leave --device out for plan, measure this machine with `frugal-bonsai profile` for prune"
+    )
+
+
+def no_gpu_advice(options: PruneOptions, device: torch.device) -> str | None:
+    """What to type where a plan under a GPU's cap is asked for on a machine without a GPU."""
+    from frugal_bonsai.sizes import parse_bytes
+
+    if options.max_gpu_mem is None or options.profile is not None or device.type != CPU:
+        return None
+    cap = parse_bytes(options.max_gpu_mem, option="--max-gpu-mem")
+    fitting = [size for size in NOMINAL_PROFILES if size * 10**9 >= cap]
+    name = NOMINAL_PROFILES[min(fitting, default=max(NOMINAL_PROFILES))]
+    return (
+        f"There is no GPU here, so this is a plan for the CPU. For a GPU under --max-gpu-mem "
+        f"{options.max_gpu_mem} add --profile profiles/{name}.toml"
     )
 
 

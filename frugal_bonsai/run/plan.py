@@ -27,7 +27,12 @@ from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
 from frugal_bonsai.run.applies import require_layout, settings_that_apply
-from frugal_bonsai.run.machine import choose_budget, choose_device, with_arithmetic
+from frugal_bonsai.run.machine import (
+    choose_budget,
+    choose_device,
+    no_gpu_advice,
+    with_arithmetic,
+)
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.predict import describe_phases, forward_tokens, prune_work
 from frugal_bonsai.run.prepare import (
@@ -219,7 +224,8 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
     with open_model(model, headers_only=True, assume_family=options.assume_family) as opened:
         ready = prepare(opened, options, elsewhere=options.profile is not None)
         memory = plan_prune(opened, ready, ready.windows)
-        return describe_plan(opened, ready, memory, ready.windows)
+        values = describe_plan(opened, ready, memory, ready.windows)
+        return {"advice": no_gpu_advice(options, ready.device), **values}
 
 
 def describe_plan(

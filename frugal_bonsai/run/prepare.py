@@ -122,9 +122,11 @@ def _sliding_window(spec: ModelSpec) -> int:
     A multiple of 64. One that is shorter than half of what is usual is left to its masks.
     """
     sliding = spec.config.get("sliding_window")
-    mixed = "sliding_attention" in (spec.config.get("layer_types") or ())
-    used = spec.config.get("use_sliding_window", True)
-    if not isinstance(sliding, int) or not used or mixed or sliding <= DEFAULT_WINDOW // 2:
+    everywhere = {"sliding_attention"} == {
+        *(spec.config.get("layer_types") or ["sliding_attention"])
+    }
+    used = everywhere and spec.config.get("use_sliding_window", True)
+    if not isinstance(sliding, int) or not used or sliding <= DEFAULT_WINDOW // 2:
         return DEFAULT_WINDOW
     return (sliding - 1) // 64 * 64
 

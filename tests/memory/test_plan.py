@@ -148,6 +148,34 @@ def test_recovery_needs_all_its_windows_in_flight() -> None:
     assert plan.limits.windows_in_flight >= WORK.windows
 
 
+def test_no_more_windows_are_in_flight_than_pay() -> None:
+    """The published settings have 6,432 pairs: all of them would pin 100 GiB of host memory."""
+    work = replace(WORK, pairs=6432, windows_per_mask=32)
+    plan = plan_memory(LLAMA_8B, cuda(24, host_gib=500), work, base_bytes=500 * MIB)
+    assert plan.limits.windows_in_flight == 2**19 // 2048
+    many = replace(work, windows=300)
+    plan = plan_memory(LLAMA_8B, cuda(24, host_gib=500), many, base_bytes=500 * MIB)
+    assert plan.limits.windows_in_flight == 300
+    cpu = Budget(device="cpu", host_bytes=500 * GIB)
+    assert plan_memory(LLAMA_8B, cpu, work, base_bytes=500 * MIB).limits.windows_in_flight == 6432
+
+
+@pytest.mark.parametrize("kind", ["mps"])
+def test_where_a_gpu_computes_in_host_memory_everything_is_there(kind: str) -> None:
+    plan = plan_memory(
+        LLAMA_1B, Budget(device=kind, host_bytes=16 * GIB), WORK, base_bytes=500 * MIB
+    )
+    assert plan.total_bytes("gpu") == 0
+    names = [item.name for item in plan.items if item.where == "host"]
+    assert "hidden states" in names and "layer buffers" in names
+    on_cpu = plan_memory(
+        LLAMA_1B, Budget(device="cpu", host_bytes=16 * GIB), WORK, base_bytes=500 * MIB
+    )
+    # bf16 instead of fp32.
+    states = [item(plan, "hidden states", "host") for plan in (plan, on_cpu)]
+    assert states[1] == 2 * states[0]
+
+
 def test_masks_share_a_wave() -> None:
     work = replace(WORK, pairs=200 * 32, windows_per_mask=32, recovery=False, gram=False)
     plan = plan_memory(LLAMA_8B, cuda(24, host_gib=8), work, base_bytes=500 * MIB)

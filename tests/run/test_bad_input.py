@@ -168,7 +168,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         (("--max-cpu-mem", "lots"), "--max-cpu-mem"),
         (("--max-cpu-mem", "100MB"), "smallest --max-cpu-mem that works"),
         (("--device", "cuda"), "CUDA"),
-        (("--device", "tpu"), "'tpu' is not cpu, cuda or cuda:N"),
+        (("--device", "tpu"), "'tpu' is not cpu or one of cuda, xpu, mps"),
         (("--max-shard-size", "0"), "--max-shard-size"),
         (("--calibration", "no/such:thing"), "stdlib"),
     ],

@@ -10,6 +10,7 @@ import torch
 from commands import fail, frugal_bonsai, python, succeed
 
 from frugal_bonsai.memory.profile_file import read_profile
+from frugal_bonsai.run.machine import NOMINAL_PROFILES
 
 PROFILES = Path(__file__).parents[2] / "profiles"
 SMALL = (
@@ -48,7 +49,7 @@ def test_plan_for_a_card_that_is_not_here() -> None:
     assert (plan["device"], plan["device_name"]) == ("cuda", "GeForce RTX 3060 12 GB, nominal")
     assert plan["caps"]["gpu"] == int(11.6 * 2**30) and plan["caps"]["host"] == 31 * 2**30
     assert plan["profile"].startswith("nominal")
-    assert any(item["name"] == "CUDA context" for item in plan["items"])
+    assert any(item["name"] == "device context" for item in plan["items"])
     base = next(item for item in plan["items"] if item["name"] == "Python and libraries")
     assert (base["size_bytes"], base["formula"]) == (2 * 2**30, "nominal")
     assert plan["seconds"] == pytest.approx(sum(phase["seconds"] for phase in plan["phases"]))
@@ -57,6 +58,27 @@ def test_plan_for_a_card_that_is_not_here() -> None:
         "plan", "example", "--profile", PROFILES / "rtx-12gb.toml", "--max-gpu-mem", "4GB"
     )
     assert smaller["caps"]["gpu"] == 4 * 10**9
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(
+    ("cap", "name"), [("8GB", "rtx-8gb"), ("20GiB", "rtx-24gb"), ("200GB", "h200")]
+)
+def test_a_plan_for_a_gpu_that_is_not_here_says_so_first(cap: str, name: str) -> None:
+    shown = frugal_bonsai("plan", "example", "--max-gpu-mem", cap).stdout
+    first = " ".join(shown.partition("\n\n")[0].split())
+    assert first.startswith("There is no GPU here, so this is a plan for the CPU.")
+    assert first.endswith(f"--max-gpu-mem {cap} add --profile profiles/{name}.toml")
+    assert (PROFILES / f"{name}.toml").is_file()
+    assert succeed("plan", "example", "--max-gpu-mem", cap)["advice"] == first
+    assert succeed("plan", "example")["advice"] is None
+
+
+def test_the_profiles_that_are_named_have_the_memory_that_is_said() -> None:
+    for gigabytes, name in NOMINAL_PROFILES.items():
+        found = read_profile(PROFILES / f"{name}.toml")
+        assert found.gpu_bytes is not None
+        assert 0.9 < found.gpu_bytes / (gigabytes * 2**30) <= 1.0
 
 
 def test_planning_for_a_card_never_touches_cuda() -> None:

@@ -27,7 +27,14 @@ ERRORS: dict[str, Callable[[], Exception]] = {
     "cuda": lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": lambda: RuntimeError(CPU_TEXT),
     "python": MemoryError,
+    "driver": lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+    "hip": lambda: RuntimeError("HIP error: out of memory"),
+    "cusolver": lambda: RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling"),
+    "cudnn": lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "xpu": lambda: RuntimeError("level_zero backend failed: UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
+    "mps": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)."),
 }
+OTHERS = ("CUDA error: an illegal memory access was encountered", "CUSOLVER_STATUS_NOT_INITIALIZED")
 
 
 class Listener(Silent):
@@ -53,6 +60,11 @@ class FailAt:
 @pytest.mark.parametrize("make", ERRORS.values(), ids=ERRORS)
 def test_errors_that_say_memory_ran_out(make: Callable[[], Exception]) -> None:
     assert is_out_of_memory(make())
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_errors_that_do_not(text: str) -> None:
+    assert not is_out_of_memory(RuntimeError(text))
 
 
 def test_fewer_than_planned_where_these_are_faster() -> None:
