@@ -50,7 +50,9 @@ def test_rows_of_zeros_come_out_as_zeros() -> None:
 def test_row_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI = _weight(29, 40)
     whole = quantise_rows(weight_OI)
-    monkeypatch.setattr(int8, "QUANTISED_BLOCK_BYTES", 4 * 40 * 3)  # three rows a block, the last has two
+    monkeypatch.setattr(
+        int8, "QUANTISED_BLOCK_BYTES", 4 * 40 * 3
+    )  # three rows a block, the last has two
     blocks = quantise_rows(weight_OI)
     assert torch.equal(whole[0], blocks[0]) and torch.equal(whole[1], blocks[1])
 

@@ -9,8 +9,8 @@ Orders that must hold, and what holds them (C: the stream that computes, K: the 
 - the buffers on the device come from C's memory: K first waits for what C was doing before;
 - a copy into a buffer comes after C has used it (K waits for C's event);
 - computing comes after the copy (C waits for K's event);
-- when the stream is closed, the next user of the buffers' memory comes after the last copy (C waits
-  for K).
+- when the stream is closed, the next user of the buffers' memory comes after the last copy (the
+  host waits for K, whose pinned buffers it gives back then).
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class LayerStream:
         """Stop the background reader and let the buffers go."""
         self._reader.shutdown(wait=True, cancel_futures=True)
         if self._copies is not None:
-            current_stream(self.device).wait_stream(self._copies)
+            self._copies.synchronize()
         self._host = self._staged = []
         empty_host_cache(self.device)
         self._dense = torch.empty(0)

@@ -14,7 +14,7 @@ from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import ShardedWriter
-from frugal_bonsai.memory.budget import Budget, enforce_gpu_cap, make_budget
+from frugal_bonsai.memory.budget import Budget, enforce_gpu_cap, find_device, make_budget
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import KeepMask, UnitGroup
@@ -120,14 +120,14 @@ def _engine(model: tuple[Checkpoint, ModelSpec], plan: MemoryPlan, **limits: int
     return Engine(
         checkpoint,
         spec,
-        device=torch.device("cuda"),
+        device=find_device("cuda"),
         dtype=torch.bfloat16,
         limits=replace(plan.limits, **limits),
     )
 
 
 def _plan(spec: ModelSpec, cap: str) -> tuple[Budget, MemoryPlan]:
-    budget = make_budget(torch.device("cuda"), cap, None)
+    budget = make_budget(find_device("cuda"), cap, None)
     return budget, plan_memory(spec, budget, WORK, base_bytes=1000 * MIB)
 
 
@@ -135,7 +135,7 @@ def _plan(spec: ModelSpec, cap: str) -> tuple[Budget, MemoryPlan]:
 def test_peak_stays_under_the_cap(
     cap: str, model: tuple[Checkpoint, ModelSpec], store: LayerStore
 ) -> None:
-    spec, device = model[1], torch.device("cuda")
+    spec, device = model[1], find_device("cuda")
     torch.cuda.empty_cache()
     budget, plan = _plan(spec, cap)
     assert budget.gpu_bytes is not None
