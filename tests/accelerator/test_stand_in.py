@@ -170,3 +170,15 @@ def test_mps_has_no_fp64_and_no_streams() -> None:
         with pytest.raises(TypeError, match="no float64"):
             there.double()
     assert not torch.accelerator.is_available()
+
+
+def test_nothing_is_left_behind() -> None:
+    """Libraries remember which devices they have found; other tests run in the same process."""
+    from transformers import masking_utils
+    from transformers.utils import is_torch_xpu_available
+
+    with installed("xpu"):
+        assert is_torch_xpu_available()
+    assert not is_torch_xpu_available() and not masking_utils._is_torch_xpu_available
+    assert not torch.accelerator.is_available() and not torch.cuda.is_available()
+    assert torch.tensor([1.0]).device.type == "cpu" and torch.Stream.__module__ == "torch"

@@ -26,6 +26,15 @@ __all__ = ["Machine", "MixedDevicesError", "RaceError", "StandInTensor", "instal
 
 GIB = 2**30
 CONTEXT_BYTES = 400 * 2**20
+# They ask for a device, or its libraries, as they are loaded, and keep the answer.
+_LOADED_BEFORE = (
+    "bitsandbytes",
+    "peft",
+    "accelerate",
+    "transformers.masking_utils",
+    "transformers.integrations.sdpa_attention",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 @contextlib.contextmanager
@@ -36,15 +45,25 @@ def installed(kind: str = "cuda", total_bytes: int = 16 * GIB) -> Iterator[Machi
         kind: ``cuda``, ``xpu`` or ``mps`` (no streams, no fp64, memory shared with the host).
         total_bytes: of its memory.
     """
-    for package in ("bitsandbytes", "peft"):  # they look for a device's libraries as they load
+    for module in _LOADED_BEFORE:
         with contextlib.suppress(ImportError):
-            importlib.import_module(package)
+            importlib.import_module(module)
     machine = Machine(torch.device(kind, 0), DeviceAllocator(total_bytes), doubles=kind != "mps")
     with contextlib.ExitStack() as stack:
+        _forget_devices()
+        stack.callback(_forget_devices)
         for target, name, value in _patches(machine, kind):
             stack.enter_context(mock.patch.object(target, name, value, create=True))
         stack.enter_context(_in_all_threads(machine))
         yield machine
+
+
+def _forget_devices() -> None:
+    """What libraries remember of the devices that they have found."""
+    for name in ("transformers.utils.import_utils", "accelerate.utils.imports"):
+        for value in vars(importlib.import_module(name)).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 @contextlib.contextmanager

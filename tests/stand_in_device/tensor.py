@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,53 +20,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stand_in_device.allocator import Block, DeviceAllocator, PinnedAllocator
+from stand_in_device.operators import (
+    CONTIGUOUS,
+    COPIES,
+    DOWN,
+    GUARDED,
+    INDEXED,
+    INDEXING,
+    META,
+    SCALARS,
+    UP,
+    WAITING,
+    asked_by_torch_itself,
+    aten,
+    attention_in_parts,
+    compute,
+    has_gradient,
+    has_size,
+    is_there,
+    leaves_of,
+    line_of_the_package,
+    mapped,
+)
 from stand_in_device.streams import Order
-
-aten = torch.ops.aten
-_COPIES = (aten.copy_.default, aten._to_copy.default)
-_INDEXING = (
-    aten.index.Tensor,
-    aten.index_put_.default,
-    aten.index_put.default,
-    aten._index_put_impl_.default,
-    aten._unsafe_index.Tensor,
-)
-# What a device answers only once it has done all work before.
-_WAITING = (
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.is_nonzero.default,
-    aten.equal.default,
-    aten.masked_select.default,
-    aten._unique2.default,
-    aten.unique_dim.default,
-)
-
-
-_INDEXED = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
-_SCALARS = (
-    torch.Tensor.__float__,
-    torch.Tensor.__int__,
-    torch.Tensor.__bool__,
-    torch.Tensor.__index__,
-    torch.Tensor.item,
-    torch.Tensor.tolist,
-)
-# torch's C++ reads memory here, or makes views that inference mode does not allow of this class,
-# before anything is dispatched. Where gradients flow only the first is so.
-_GUARDED = {
-    *_INDEXED,
-    *_SCALARS,
-    torch.Tensor.numpy,
-    torch.Tensor.contiguous,
-    torch.Tensor.copy_,
-    torch.nn.functional.scaled_dot_product_attention,
-}
-# Frames between an operation's dispatch and what has called it.
-_DISPATCHING = ("run", "__torch_dispatch__", "_fn", "inner", "_op_dk")
-_WITHIN_TORCH = ("_engine_run_backward", "decompose", "__torch_function__")
-_CONTIGUOUS, _META = torch.contiguous_format, torch.device("meta")
-_UP, _DOWN = "host to device", "device to host"
 
 
 class MixedDevicesError(RuntimeError):
@@ -129,13 +104,13 @@ class Machine:
         if func is torch.ops.prim.device.default:
             own = isinstance(args[0], StandInTensor)
             return self.device if own else args[0].device
-        leaves = _leaves((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         mine = [leaf for leaf in leaves if isinstance(leaf, StandInTensor)]
         if not mine and "device" not in kwargs and "pin_memory" not in kwargs:
             if func in (aten._pin_memory.default, aten.pin_memory.default):
                 return self.pin(args[0].clone())
             return func(*args, **kwargs)
-        if kwargs.get("device") == _META and _asked_by_torch_itself():
+        if kwargs.get("device") == META and asked_by_torch_itself():
             # It takes a tensor's device for what lies under it here.
             kwargs["device"] = self.device
         asked = kwargs.get("device")
@@ -158,13 +133,13 @@ class Machine:
         ]
         self._refuse_mixed(func, args, mine, others)
         self._count(func, args, kwargs, mine, others, target)
-        if func is aten._to_copy.default and mine and _same(args[0], kwargs, here):
+        if func is aten._to_copy.default and mine and is_there(args[0], kwargs, here):
             return StandInTensor(args[0].inner, args[0].holder)
         plain = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
-        plain = _map(_inner, plain)
+        plain = mapped(_inner, plain)
         if target is not None:
             plain["device"] = torch.device("cpu")
-        result = _compute(func, _map(_inner, args), plain)
+        result = compute(func, mapped(_inner, args), plain)
         on_device = here if target is not None else bool(mine)
         if func is aten.copy_.default:
             on_device = isinstance(args[0], StandInTensor)
@@ -173,8 +148,8 @@ class Machine:
         return result
 
     def guarded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operation of :data:`_GUARDED`."""
-        if func in _SCALARS:
+        """An operation of :data:`GUARDED`."""
+        if func in SCALARS:
             self.waits[func.__name__, line_of_the_package()] += 1
             self.order.wait_for_stream()
             return func(args[0].inner.detach())
@@ -182,15 +157,15 @@ class Machine:
             raise TypeError(f"numpy of a tensor on {self.device} at {line_of_the_package()}")
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._attention(args, kwargs)
-        if func in _INDEXED:
+        if func in INDEXED:
             args = self._checked_index(func, args)
-        if any(_has_gradient(one) for one in _leaves(args)):
+        if any(has_gradient(one) for one in leaves_of(args)):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is torch.Tensor.contiguous:
             if args[0].inner.is_contiguous():
                 return args[0]
-            return self.run(aten.clone.default, args[:1], {"memory_format": _CONTIGUOUS})
+            return self.run(aten.clone.default, args[:1], {"memory_format": CONTIGUOUS})
         if func is torch.Tensor.copy_:
             return self.run(aten.copy_.default, args, kwargs)
         return self._take(*args) if func is torch.Tensor.__getitem__ else self._put(*args)
@@ -199,8 +174,8 @@ class Machine:
         """Refuse or count what a device would; indices of the host go to the device."""
         tensor, at, *value = args
         own, where = isinstance(tensor, StandInTensor), line_of_the_package()
-        indices = [one for one in _leaves(at) if isinstance(one, torch.Tensor)]
-        foreign = bool(value) and _has_size(value[0]) and isinstance(value[0], StandInTensor) != own
+        indices = [one for one in leaves_of(at) if isinstance(one, torch.Tensor)]
+        foreign = bool(value) and has_size(value[0]) and isinstance(value[0], StandInTensor) != own
         if (foreign and indices) or (
             not own and any(isinstance(one, StandInTensor) for one in indices)
         ):
@@ -215,11 +190,11 @@ class Machine:
             self.pageable["index to the device", where] += int(one.dim() > 0)
             return self.wrap(one)
 
-        return (tensor, _map(move, at) if own else at, *value)
+        return (tensor, mapped(move, at) if own else at, *value)
 
     def _take(self, source: Any, at: Any) -> Any:
         """``source[at]``."""
-        result = source.inner[_map(_inner, at)]
+        result = source.inner[mapped(_inner, at)]
         made = self._back(result, [source], True)
         if made.holder is not source.holder:
             self._touch([*self._ranges(source, at), *self._range(made, True)], "getitem")
@@ -227,14 +202,14 @@ class Machine:
 
     def _put(self, target: Any, at: Any, value: Any) -> None:
         """``target[at] = value``."""
-        if not any(isinstance(one, torch.Tensor) for one in _leaves(at)):
+        if not any(isinstance(one, torch.Tensor) for one in leaves_of(at)):
             view = target[at]
-            if _has_size(value):
+            if has_size(value):
                 self.run(aten.copy_.default, (view, value), {})
             else:
                 self.run(aten.fill_.Scalar, (view, float(_inner(value))), {})
             return
-        target.inner[_map(_inner, at)] = _inner(value)
+        target.inner[mapped(_inner, at)] = _inner(value)
         self._touch([*self._ranges(value, at), *self._range(target, True)], "setitem")
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -244,49 +219,15 @@ class Machine:
         tensors = [one for one in given.values() if isinstance(one, torch.Tensor)]
         if not all(isinstance(one, StandInTensor) for one in tensors):
             raise MixedDevicesError(f"attention at {line_of_the_package()}: tensors of two devices")
-        if any(_has_gradient(one) for one in tensors):
-            return _attention_in_parts(**given)
-        attend = torch.nn.functional.scaled_dot_product_attention
-        out = self.wrap(attend(**{name: _inner(value) for name, value in given.items()}))
-        self._touch([*self._ranges(*tensors), *self._range(out, True)], "attention")
-        return out
-
-    def _take(self, source: Any, at: Any) -> Any:
-        """``source[at]``."""
-        result = source.inner[_map(_inner, at)]
-        made = self._back(result, [source], True)
-        if made.holder is not source.holder:
-            self._touch([*self._ranges(source, at), *self._range(made, True)], "getitem")
-        return made
-
-    def _put(self, target: Any, at: Any, value: Any) -> None:
-        """``target[at] = value``."""
-        if not any(isinstance(one, torch.Tensor) for one in _leaves(at)):
-            view = target[at]
-            if _has_size(value):
-                self.run(aten.copy_.default, (view, value), {})
-            else:
-                self.run(aten.fill_.Scalar, (view, float(_inner(value))), {})
-            return
-        target.inner[_map(_inner, at)] = _inner(value)
-        self._touch([*self._ranges(value, at), *self._range(target, True)], "setitem")
-
-    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Fused attention, as one operation."""
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        tensors = [one for one in given.values() if isinstance(one, torch.Tensor)]
-        if not all(isinstance(one, StandInTensor) for one in tensors):
-            raise MixedDevicesError(f"attention at {line_of_the_package()}: tensors of two devices")
-        if any(_has_gradient(one) for one in tensors):
-            return _attention_in_parts(**given)
+        if any(has_gradient(one) for one in tensors):
+            return attention_in_parts(**given)
         attend = torch.nn.functional.scaled_dot_product_attention
         out = self.wrap(attend(**{name: _inner(value) for name, value in given.items()}))
         self._touch([*self._ranges(*tensors), *self._range(out, True)], "attention")
         return out
 
     def _ranges(self, *values: Any) -> list[tuple[int, int, int, bool]]:
-        return [one for value in _leaves(values) for one in self._range(value, False)]
+        return [one for value in leaves_of(values) for one in self._range(value, False)]
 
     def _touch(self, uses: list[tuple[int, int, int, bool]], operator: str) -> None:
         if uses:
@@ -311,7 +252,7 @@ class Machine:
                 return self.wrap(value)
             return StandInTensor(value, holder)
 
-        return _map(back, result)
+        return mapped(back, result)
 
     def _refuse_mixed(
         self,
@@ -320,10 +261,10 @@ class Machine:
         mine: list[StandInTensor],
         others: list[torch.Tensor],
     ) -> None:
-        if not mine or func in _COPIES:
+        if not mine or func in COPIES:
             return
         wrong = [other for other in others if other.dim() > 0]
-        if func in _INDEXING and isinstance(args[0], StandInTensor):
+        if func in INDEXING and isinstance(args[0], StandInTensor):
             value = args[2] if len(args) > 2 else None
             if not any(other is value for other in wrong):
                 if wrong:
@@ -347,21 +288,21 @@ class Machine:
     ) -> None:
         """What waits for the device, what is copied from or to pageable memory."""
         where = line_of_the_package()
-        boolean = func in _INDEXING and any(
-            isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in _leaves(args[1])
+        boolean = func in INDEXING and any(
+            isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in leaves_of(args[1])
         )
-        if (func in _WAITING and mine) or boolean:
+        if (func in WAITING and mine) or boolean:
             self.waits[func.name(), where] += 1
             self.order.wait_for_stream()
         host: torch.Tensor | None = None  # None is memory of its own, which is pageable
         if func is aten._to_copy.default and target is not None:
-            direction = _DOWN if mine and target.type == "cpu" else _UP if not mine else ""
+            direction = DOWN if mine and target.type == "cpu" else UP if not mine else ""
             host = None if mine else args[0]
         elif func is aten.copy_.default and len(mine) == 1 and others:
-            direction, host = _UP if isinstance(args[0], StandInTensor) else _DOWN, others[0]
+            direction, host = UP if isinstance(args[0], StandInTensor) else DOWN, others[0]
         else:
             direction = ""
-        number = host is not None and host.dim() == 0 and direction == _UP
+        number = host is not None and host.dim() == 0 and direction == UP
         if not direction or not args[0].numel() or number:
             return
         at_once = bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
@@ -383,11 +324,11 @@ class Machine:
             if alias is not None and not alias.is_write:
                 metadata = True
                 continue
-            for one in _leaves(value):
+            for one in leaves_of(value):
                 uses += self._range(one, alias is not None)
         if not metadata:
-            known = {id(value) for value in _leaves((args, kwargs))}
-            for one in _leaves(out):
+            known = {id(value) for value in leaves_of((args, kwargs))}
+            for one in leaves_of(out):
                 if id(one) not in known:
                     uses += self._range(one, True)
         self._touch(uses, func.name())
@@ -460,11 +401,11 @@ class StandInTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func not in _GUARDED:
+        if func not in GUARDED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         [machine, *_] = [
-            leaf.holder._machine for leaf in _leaves((args, kwargs)) if isinstance(leaf, cls)
+            leaf.holder._machine for leaf in leaves_of((args, kwargs)) if isinstance(leaf, cls)
         ]
         return machine.guarded(func, args, dict(kwargs or {}))
 
@@ -474,7 +415,7 @@ class StandInTensor(torch.Tensor):
     ) -> Any:
         [machine] = {
             id(leaf.holder._machine): leaf.holder._machine
-            for leaf in _leaves((args, kwargs))
+            for leaf in leaves_of((args, kwargs))
             if isinstance(leaf, StandInTensor)
         }.values()
         return machine.run(func, args, dict(kwargs or {}))
@@ -522,102 +463,8 @@ class Mode(TorchDispatchMode):
         return self._machine.run(func, args, dict(kwargs or {}))
 
 
-def _leaves(value: Any) -> list[Any]:
-    """What lists, tuples and dictionaries hold, in order."""
-    if isinstance(value, (list, tuple)):
-        return [leaf for one in value for leaf in _leaves(one)]
-    if isinstance(value, dict):
-        return [leaf for one in value.values() for leaf in _leaves(one)]
-    return [value]
-
-
-def _map(change: Callable[[Any], Any], value: Any) -> Any:
-    """The same with every leaf changed."""
-    if isinstance(value, tuple):
-        changed = [_map(change, one) for one in value]
-        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
-    if isinstance(value, list):
-        return [_map(change, one) for one in value]
-    if isinstance(value, dict):
-        return {key: _map(change, one) for key, one in value.items()}
-    return change(value)
-
-
-def _asked_by_torch_itself() -> bool:
-    """Whether torch's C++ asks, in a gradient or in parts of an operation, and nobody's Python."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_name in _DISPATCHING:
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None and frame.f_code.co_name in _WITHIN_TORCH
-
-
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled()
-
-
-def _attention_in_parts(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """Attention that gradients flow through: torch's C++ would make its mask on another device."""
-    assert not dropout_p
-    if enable_gqa:
-        times = query.shape[1] // key.shape[1]
-        key, value = (one.repeat_interleave(times, dim=1) for one in (key, value))
-    scores = query @ key.transpose(-2, -1) * (scale or query.shape[-1] ** -0.5)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril().to(query.device)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return scores.softmax(-1) @ value
-
-
-def _has_size(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
 def _inner(value: Any) -> Any:
     return value.inner if isinstance(value, StandInTensor) else value
-
-
-def _same(tensor: Any, kwargs: dict[str, Any], here: bool) -> bool:
-    """``to`` of what is there already gives the tensor itself."""
-    dtype = kwargs.get("dtype")
-    stays = kwargs.get("device") is None or here
-    return stays and dtype in (None, tensor.dtype) and kwargs.get("memory_format") is None
-
-
-def _compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operation on the CPU, also where the CPU lacks it."""
-    if func in (aten.addmm.dtype, aten.addmm.dtype_out):
-        added, left, right, dtype, *_ = (*args, *([kwargs["out_dtype"]] if len(args) < 4 else []))
-        result = torch.addmm(added.to(dtype), left.to(dtype), right.to(dtype))
-        return kwargs["out"].copy_(result) if "out" in kwargs else result
-    if func is aten._int_mm.default and (
-        len(args[0]) <= 16 or args[0].shape[1] % 8 or args[1].shape[1] % 8
-    ):
-        raise RuntimeError(f"_int_mm of {[tuple(a.shape) for a in args]}: not on this device")
-    return func(*args, **kwargs)
-
-
-def line_of_the_package() -> str:
-    """The innermost line of frugal_bonsai that is being run: ``stream/head.py:93 nll``."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename.replace("\\", "/")
-        if "/frugal_bonsai/" in name:
-            inside = name.rpartition("/frugal_bonsai/")[2]
-            return f"{inside}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "outside the package"
 
 
 @contextlib.contextmanager
