@@ -56,7 +56,7 @@ def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:
     metavar="DIR",
     help="On the disk to measure.  [default: here]",
 )
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, xpu, mps.  [default: GPU if any]")
+@options.device
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]")
 @click.option("--quick", is_flag=True, help="Rougher, in a few seconds; for a first look.")
 @options.json_output

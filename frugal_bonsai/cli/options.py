@@ -19,10 +19,13 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+device = click.option(
+    "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, xpu, mps.  [default: GPU if any]"
+)
 caps = several(
     click.option("--max-gpu-mem", metavar="SIZE", help="Hard cap on GPU memory, such as 24GB."),
     click.option("--max-cpu-mem", metavar="SIZE", help="Hard cap on this process's memory."),
-    click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, xpu, mps.  [default: GPU if any]"),
+    device,
     click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
 )
 profile = click.option(

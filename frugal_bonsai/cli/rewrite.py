@@ -63,7 +63,7 @@ def export_command(kind: str, as_json: bool, **given: Any) -> None:
 @click.option("--new-tokens", type=int, default=64, show_default=True)
 @click.option("--repeat", type=int, default=5, show_default=True, help="Counted runs of each.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's]")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, xpu, mps.  [default: GPU if any]")
+@options.device
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
