@@ -90,9 +90,7 @@ class Check:
 
     @property
     def full_device(self) -> torch.device:
-        """The device; in a dry run the CPU: a stand-in draws no random numbers, and others' code
-        may look for what it does not have.
-        """
+        """The device; in a dry run the CPU, because a stand-in draws no random numbers."""
         import torch
 
         return torch.device("cpu") if self.dry else self.device
