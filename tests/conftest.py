@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh_process import FreshProcesses, plain_transformers
+from stand_in_device import Machine, installed
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -24,6 +25,13 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcesses]:
     processes = plain_transformers(tmp_path_factory.mktemp("fresh"))
     yield processes
     processes.close()
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """A CUDA device that computes on the CPU."""
+    with installed() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.forward import Masker
 from frugal_bonsai.stream.head import Head
+from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import LayerStream
 
 # (logits fp32 [S, V], tokens int64 [S]) -> a number, higher is better; need not be differentiable.
@@ -190,15 +191,35 @@ def _scores(
         return -losses_IS.double().mean(1)
     scores: list[float] = []
     for wave, hidden in engine.sweep.hidden_waves(stream, tokens_IS, masker=masker, name=name):
-        with torch.inference_mode():
-            for item in range(wave.stop - wave.start):
-                logits_SV = head.logits(hidden.read(slice(item, item + 1)))[0]
-                score = float(utility(logits_SV, tokens_IS[wave.start + item]))
-                if not math.isfinite(score):
-                    raise OptionError(
-                        f"utility: returned {score} for a masked sub-model, expected a finite "
-                        "number, higher is better; return a very low one where it is undefined"
-                    )
-                scores.append(score)
+        scores += window_utilities(head, hidden, tokens_IS[wave], utility)
         del hidden  # not held while the next wave runs
     return torch.tensor(scores, dtype=torch.float64)
+
+
+def window_utilities(
+    head: Head, hidden: HiddenStates, tokens_NS: torch.Tensor, utility: Utility, *, first: int = 0
+) -> list[float]:
+    """A user's utility of each window from the first one on.
+
+    Args:
+        head: gives the logits.
+        hidden: behind the last layer, before the norm.
+        tokens_NS: the windows.
+        utility: the user's.
+        first: the windows before this one are left out.
+
+    Raises:
+        OptionError: it is no finite number.
+    """
+    scores: list[float] = []
+    with torch.inference_mode():
+        for item in range(first, len(tokens_NS)):
+            logits_SV = head.logits(hidden.read(slice(item, item + 1)))[0]
+            score = float(utility(logits_SV, tokens_NS[item]))
+            if not math.isfinite(score):
+                raise OptionError(
+                    f"utility: returned {score} for a pruned model, expected a finite number, "
+                    "higher is better; return a very low one where it is undefined"
+                )
+            scores.append(score)
+    return scores

@@ -19,6 +19,8 @@ FIRST_STEP, LATER_STEP = 0.25, 0.1
 TRIAL_TOKENS_PER_COLUMN = 48
 # Enough for one factor: its error then costs less than a thousandth of a nat.
 _SCALE_TOKENS = 8192
+# Factors that the scale of the logits tries at most, of both models (logit_scale.py: 0.9 to 2.1).
+MOST_SCALES = 2 * 13
 
 
 def next_goal(settings: PruneSettings, done: float) -> float:

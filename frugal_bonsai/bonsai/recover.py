@@ -57,6 +57,7 @@ class Recovered:
         residual: share of the dense residual's energy that the refit leaves, per projection.
         logit_scale: the factor that the refit model's logits need (logit_scale.py); None where it
             was not asked for.
+        judged: what ``judge`` gave; None without one.
     """
 
     prior: Prior | None
@@ -64,6 +65,7 @@ class Recovered:
     dense_losses_NS: torch.Tensor | None
     residual: list[float]
     logit_scale: float | None = None
+    judged: list[float] | None = None
 
 
 class Recovery:
@@ -112,6 +114,7 @@ class Recovery:
         dense_losses: bool = True,
         held_out: int = 0,
         rescale: bool = False,
+        judge: Callable[[HiddenStates], list[float]] | None = None,
     ) -> Recovered:
         """Refit all projections; see the module's text.
 
@@ -125,6 +128,7 @@ class Recovery:
             held_out: the last windows, on which the refit model is only evaluated. The dense model
                 does not see them, nor do ``prior`` and refinement.
             rescale: find the factor that the logits need.
+            judge: is shown the refit model's hidden states behind the last layer.
         """
         sweep = self._sweep
         skeleton = sweep.skeleton
@@ -166,8 +170,10 @@ class Recovery:
             if rescale:
                 seen_NS = tokens_NS[:fitted]
                 scale = find_logit_scale(sweep, head, hidden_dense, hidden_pruned, seen_NS)
+            judged = None if judge is None else judge(hidden_pruned)  # nll norms them in place
             return Recovered(
                 prior=None if prior is None else prior.build(),
+                judged=judged,
                 losses_NS=head.nll(hidden_pruned, tokens_NS, scale=scale or 1.0).clone(),
                 dense_losses_NS=head.nll(hidden_dense, tokens_NS).clone() if dense_losses else None,
                 residual=residual,

@@ -21,7 +21,7 @@ import torch
 
 from frugal_bonsai.bonsai.bias import compensate_by_bias
 from frugal_bonsai.bonsai.depth import drop_layers, measure_influence
-from frugal_bonsai.bonsai.evaluate import Utility
+from frugal_bonsai.bonsai.evaluate import Utility, window_utilities
 from frugal_bonsai.bonsai.experts import drop_experts, measure_experts
 from frugal_bonsai.bonsai.extent import round_goals, round_windows, trial_windows
 from frugal_bonsai.bonsai.logit_scale import scaled_norm
@@ -48,6 +48,7 @@ from frugal_bonsai.bonsai.trial import rival_cuts, try_cuts
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.store import LayerStore
 
 
@@ -229,7 +230,10 @@ class Search:
             if rivals:
                 recovered = partial(self._recovered_losses, state, number, dense)
                 taken = (target - mask.removed_parameters()) / self._blocks
-                cut_mask, report["trial"] = try_cuts(cut_mask, rivals, recovered, share=taken)
+                own = self._utility is not None
+                cut_mask, report["trial"] = try_cuts(
+                    cut_mask, rivals, recovered, share=taken, in_nats=not own
+                )
         state.mask, state.ahead = cut_mask, look_ahead(judgement, mask, cut_mask)
         return report | {
             "sparsity": cut_mask.removed_parameters() / self._blocks,
@@ -280,7 +284,10 @@ class Search:
     def _recovered_losses(
         self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
     ) -> torch.Tensor:
-        """Losses ``[N]`` of a mask's model after recovery, of windows that it did not see."""
+        """Losses ``[N]`` of a mask's model after recovery, of windows that it did not see.
+
+        With a user's utility its negative.
+        """
         windows, window = self._windows_NS.shape
         fitted, held_out = trial_windows(self._columns, window, windows)
         # Both from all over the text: neighbouring windows are alike.
@@ -290,6 +297,13 @@ class Search:
         store = self._stores.working(state, number - 1)
         state.mask = before
         recovery = self._recovery(mask, save=lambda layer, weights: None, name="trial")
+        first = fitted if held_out else 0
+
+        def judge(hidden: HiddenStates) -> list[float]:
+            assert self._utility is not None
+            head = self._engine.head
+            return window_utilities(head, hidden, windows_NS, self._utility, first=first)
+
         with self._engine.dense_stream(dense) as parent, self._engine.dense_stream(store) as pruned:
             result = recovery.run(
                 parent,
@@ -298,8 +312,11 @@ class Search:
                 windows_NS,
                 dense_losses=False,
                 held_out=held_out,
+                judge=None if self._utility is None else judge,
             )
-        return result.losses_NS[fitted if held_out else 0 :].mean(1)
+        if result.judged is not None:
+            return -torch.tensor(result.judged, dtype=torch.float64)
+        return result.losses_NS[first:].mean(1)
 
     def _leave_means(self, state: PruneState, number: int, *, before: KeepMask) -> None:
         """Save the biases that stand for what this round's cut has taken."""

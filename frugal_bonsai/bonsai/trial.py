@@ -27,6 +27,8 @@ from frugal_bonsai.model.units import ATTENTION, KeepMask
 CUT, SPARED, EVEN = "cut", "attention_spared", "even"
 # Even cuts that take attention too: so many times the round's share of its units.
 WITH_ATTENTION = {"even_attention": 1, "even_attention_x2": 2, "even_attention_x3": 3}
+# Cuts that a trial may try: the round's own and its rivals.
+MOST_CUTS, MOST_CUTS_SPARED = 2 + len(WITH_ATTENTION), 2
 # A cut must be better than the one that stands without evidence by so many standard errors of the
 # difference, window by window, and by this many nats for all of the blocks, a tenth of that where a
 # round takes a tenth: by so much have the refinement that follows the last cut, and the text that
@@ -57,6 +59,7 @@ def rival_cuts(
 
     Returns:
         By name, the one that stands without evidence first, then by what they take of attention.
+        The first one may be the round's own cut; none where all of them would be.
     """
     alone = withhold(curves, ATTENTION)
     rivals = {}
@@ -72,9 +75,11 @@ def rival_cuts(
     fewest = chosen.removed_parameters() - channel
     different: dict[str, KeepMask] = {}
     for name, rival in rivals.items():
-        if rival.removed_parameters() >= fewest and rival not in (chosen, *different.values()):
+        # The round's own cut stays where it is the first: it stands without evidence then.
+        known = (chosen, *different.values()) if different else ()
+        if rival.removed_parameters() >= fewest and rival not in known:
             different[name] = rival
-    return different
+    return {} if list(different.values()) == [chosen] else different
 
 
 def _share(before: KeepMask, target_parameters: int) -> float:
@@ -121,6 +126,7 @@ def try_cuts(
     recovered_losses: Callable[[KeepMask], torch.Tensor],
     *,
     share: float,
+    in_nats: bool = True,
 ) -> tuple[KeepMask, dict[str, float]]:
     """The cut that stands, and all mean losses by name.
 
@@ -129,8 +135,12 @@ def try_cuts(
         rivals: see :func:`rival_cuts`; the first one stands unless another is clearly better.
         recovered_losses: of a cut's model after recovery ``[N]``, the same windows for all.
         share: of the block parameters that the cuts remove.
+        in_nats: the losses are mean NLL; a user's utility has units of its own, and no margin in
+            nats beyond its error.
     """
-    cuts = {CUT: chosen, **rivals}
+    # One that is the round's own cut is not tried twice.
+    others = {name: mask for name, mask in rivals.items() if mask != chosen}
+    cuts = {CUT: chosen, **others}
     losses: dict[str, torch.Tensor] = {}
     before = math.inf
     for name, mask in cuts.items():
@@ -138,9 +148,11 @@ def try_cuts(
         if name in WITH_ATTENTION and float(losses[name].mean()) >= before:
             break  # the next one would take still more
         before = float(losses[name].mean())
-    stands = next(iter(rivals))
+    first = next(iter(rivals))
+    stands = first if first in others else CUT
     best = min(losses, key=lambda name: float(losses[name].mean()))
-    if _clearly_better(losses[best], losses[stands], _BIAS_NATS * share):
+    bias = _BIAS_NATS * share if in_nats else 0.0
+    if _clearly_better(losses[best], losses[stands], bias):
         stands = best
     return cuts[stands], {name: float(loss_N.mean()) for name, loss_N in losses.items()}
 

@@ -181,9 +181,12 @@ class Phases:
         ]
         if work.refine:
             phases += self._refinement(choice, held)
+        head = [*items.head_rows(choice), items.logits(choice)]
+        if work.full_logits:  # a trial judges by the user's utility
+            head.append(items.all_logits())
         return [
             *phases,
-            self._phase("recovery: head", [*held, *items.head_rows(choice), items.logits(choice)]),
+            self._phase("recovery: head", [*held, *head]),
         ]
 
     def _refinement(self, choice: Choice, held: list[PlanItem]) -> list[Phase]:

@@ -80,7 +80,7 @@ def measure(
     what: str,
 ) -> Measured:
     """Perplexities of a model, streamed, on the held-out windows and on the user's text."""
-    from frugal_bonsai.evaluate.perplexity import measure_perplexity
+    from frugal_bonsai.evaluation.perplexity import measure_perplexity
 
     if held_out_NS is None and job.eval_NS is None:
         return Measured(held_out=None, on_text=None)

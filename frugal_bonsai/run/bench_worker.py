@@ -63,7 +63,7 @@ def _serve(options: WorkerOptions, channel: TextIO) -> None:
     from frugal_bonsai.memory.meter import peak_resident_bytes
 
     if options.runtime == LLAMA_CPP:
-        from frugal_bonsai.evaluate.latency import LlamaCppModel
+        from frugal_bonsai.evaluation.latency import LlamaCppModel
 
         timed: Any = LlamaCppModel(
             Path(options.model), len(options.prompt) + options.new_tokens + 8, options.threads
@@ -83,7 +83,7 @@ def _load(options: WorkerOptions) -> tuple[Any, dict[str, Any], Any]:
     """The model in transformers, what it is, and its device."""
     import torch
 
-    from frugal_bonsai.evaluate.latency import TransformersModel
+    from frugal_bonsai.evaluation.latency import TransformersModel
     from frugal_bonsai.memory.budget import find_device
     from frugal_bonsai.rewrite.load import load_pruned
     from frugal_bonsai.run.prepare import open_model

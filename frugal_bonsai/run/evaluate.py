@@ -51,7 +51,7 @@ def evaluate(
     Raises:
         FrugalBonsaiError: anything that the user can mend.
     """
-    from frugal_bonsai.evaluate.perplexity import measure_perplexity
+    from frugal_bonsai.evaluation.perplexity import measure_perplexity
     from frugal_bonsai.memory.budget import find_device, make_budget
     from frugal_bonsai.memory.plan import Work, plan_memory
     from frugal_bonsai.rewrite.shrink import require_tied_head

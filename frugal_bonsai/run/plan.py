@@ -253,7 +253,7 @@ def describe_plan(
         "windows_in_flight": memory.limits.windows_in_flight,
         "concurrent_masks": memory.concurrent_masks,
         "rounds": work.rounds,
-        "forward_tokens": forward_tokens(work),
+        "forward_tokens": forward_tokens(model.spec, work),
         "phases": describe_phases(estimate),
         "seconds": estimate.total_seconds,
         "binds": estimate.binds,

@@ -10,13 +10,20 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.extent import round_goals, round_windows, scale_windows, trial_windows
+from frugal_bonsai.bonsai.extent import (
+    MOST_SCALES,
+    round_goals,
+    round_windows,
+    scale_windows,
+    trial_windows,
+)
 from frugal_bonsai.bonsai.settings import GROUP, NONE, REFINE_ITERATIONS
 from frugal_bonsai.memory.estimate import estimate_time
 from frugal_bonsai.memory.hardware import INT8
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.time_model import PruneWork, TimeEstimate
 from frugal_bonsai.memory.work import refined_blocks, refining_passes
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.run.prepare import Model
 
 if TYPE_CHECKING:
@@ -58,6 +65,7 @@ def prune_work(
     """
     from frugal_bonsai.bonsai.calibration import held_out_count
     from frugal_bonsai.bonsai.sampling import batch_ends
+    from frugal_bonsai.bonsai.trial import MOST_CUTS, MOST_CUTS_SPARED
 
     settings = ready.settings
     removed = [0.0, *round_goals(settings)]
@@ -90,7 +98,7 @@ def prune_work(
         arithmetic=INT8 if settings.arithmetic == "int8" else None,
         part=part,
         trial=trial,
-        trial_cuts=4 if settings.level == GROUP else 2,
+        trial_cuts=MOST_CUTS if settings.level == GROUP else MOST_CUTS_SPARED,
         batches=() if settings.level == NONE else batches,
         pool=settings.pool if settings.stand_ins(uniform=ready.rules.uniform) else 0.0,
         rescaled=(
@@ -119,10 +127,11 @@ def predict(
     }
 
 
-def forward_tokens(work: PruneWork) -> int:
+def forward_tokens(spec: ModelSpec, work: PruneWork) -> int:
     """Tokens through the whole model that a prune's search spends at most.
 
-    Every round may spend all masks, and try two to four cuts. Refinement passes through a part of
+    Every round may spend all masks, and try all cuts of its trial. The scale of the logits takes
+    passes of the head, counted by its share of the model. Refinement passes through a part of
     what is left of the model, counted as all of it: in each step there and back and for a solve,
     and once at the end.
     """
@@ -139,4 +148,7 @@ def forward_tokens(work: PruneWork) -> int:
             work.refine_blocks, keep=work.keep_refinement, iterations=work.refine_iterations
         )
         refined = (passes + work.refine + 1) * work.shares[-1]
-    return masked + part + again * (recovered + tried) + math.ceil(refined * calibration)
+    head = spec.vocabulary * spec.hidden
+    scaled = MOST_SCALES * work.rescaled * work.window * head / (head + spec.block_parameters)
+    searched = masked + part + again * (recovered + tried)
+    return searched + math.ceil(refined * calibration + scaled)

@@ -245,7 +245,7 @@ def _calibrate(
 def _perplexities(
     engine: Engine, stream: Any, calibration: Calibration, texts: Texts, what: str
 ) -> dict[str, float | None]:
-    from frugal_bonsai.evaluate.perplexity import measure_perplexity
+    from frugal_bonsai.evaluation.perplexity import measure_perplexity
 
     held_out = measure_perplexity(
         engine, stream, calibration.held_out_NS, name=f"{what}: held-out perplexity"

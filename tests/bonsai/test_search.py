@@ -380,6 +380,26 @@ def test_seed_decides_and_only_the_seed(tiny: Tiny, tokens: torch.Tensor, tmp_pa
     assert masks[0] == masks[1] and masks[0] != masks[2]
 
 
+def test_a_trial_judges_by_the_users_utility(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """-NLL is what trials judge by anyway; with +NLL the opposite cuts stand."""
+
+    def nll(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
+        return float(torch.nn.functional.cross_entropy(logits_SV[:-1], tokens_S[1:]))
+
+    found = {}
+    for name, sign in (("default", None), ("minus", -1.0), ("plus", 1.0)):
+        utility = None if sign is None else lambda a, b, sign=sign: sign * nll(a, b)
+        found[name] = _search(tiny, tokens, tmp_path / name, level="none", utility=utility)
+    trials = {name: one.rounds[0]["trial"] for name, one in found.items()}
+    assert trials["minus"].keys() == trials["default"].keys()
+    for name, loss in trials["default"].items():
+        assert trials["minus"][name] == pytest.approx(loss, rel=1e-4)
+        assert trials["plus"][name] == pytest.approx(-loss, rel=1e-4)
+    assert found["plus"].mask != found["minus"].mask
+
+
 def test_custom_utility_decides_what_goes(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
     """A utility that sees nothing but the first logit of the last token."""
     calls = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,7 +84,8 @@ def test_rivals_that_are_the_same_or_cannot_be_filled_are_left_out() -> None:
         "even_attention_x2",
     ]
     assert list(_rivals([1, 9, 99, 1, 99, 2], pool=12)) == ["even_attention", "even_attention_x2"]
-    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=9)) == ["even_attention_x2"]
+    # The round's own cut is the first that can be filled: it stands without evidence.
+    assert list(_rivals([1, 9, 99, 1, 99, 2], pool=9)) == ["even_attention", "even_attention_x2"]
     assert list(_rivals([1, 9, 99, 1, 99, 2], pool=2)) == []
 
 
@@ -142,6 +145,55 @@ def test_more_attention_is_tried_as_long_as_it_helps() -> None:
         )
         assert len(seen) == tried
         assert stands == cuts[best]
+
+
+def test_the_even_cut_stands_without_evidence_where_it_is_the_rounds_own() -> None:
+    """It was left out as its own rival, and the one that takes a KV group stood for it."""
+    mask = KeepMask(_table())
+    curves = _curves(mask, [99, 1, 99, 1, 99, 1])
+    first = rival_cuts(mask, mask, curves, TARGET, RULES, even=True)["even"]
+    rivals = rival_cuts(mask, first, curves, TARGET, RULES, even=True)
+    assert next(iter(rivals.items())) == ("even", first) and len(rivals) > 1
+    tried: list[KeepMask] = []
+
+    def recovered_losses(mask: KeepMask) -> torch.Tensor:
+        tried.append(mask)
+        return torch.tensor([2.0, 3.0]) + (0.0 if mask == first else 0.03)
+
+    stands, losses = try_cuts(first, rivals, recovered_losses, share=0.2)
+    assert stands == first and list(losses) == ["cut", "even_attention"]
+    assert tried.count(first) == 1, "it is not tried twice"
+    # Better by 0.03 nats, which is less than what a trial cannot know.
+    worse = {**rivals, "even_attention": rivals["even_attention"]}
+    stands, _ = try_cuts(
+        first,
+        worse,
+        lambda mask: torch.tensor([2.0, 3.0]) - (0.0 if mask == first else 0.03),
+        share=0.2,
+    )
+    assert stands == first
+
+
+def test_a_round_without_other_cuts_has_no_trial() -> None:
+    mask, rules = KeepMask(_table()), replace(RULES, attention_counts=(2,))
+    curves = _curves(mask, [99, 1, 99, 1, 99, 1])
+    first = rival_cuts(mask, mask, curves, TARGET, rules, even=True)["even"]
+    assert rival_cuts(mask, first, curves, TARGET, rules, even=True) == {}
+
+
+def test_a_users_utility_has_no_margin_in_nats() -> None:
+    mask = KeepMask(_table())
+    cuts = [mask.without(torch.tensor([at])) for at in range(2)]
+    losses = {0: [0.40, 0.50, 0.60], 1: [0.41, 0.51, 0.61]}
+    for in_nats, expected in ((True, cuts[1]), (False, cuts[0])):
+        stands, _ = try_cuts(
+            cuts[0],
+            {"even": cuts[1]},
+            lambda mask: torch.tensor(losses[int((~mask.keep_N).nonzero())]),
+            share=0.2,
+            in_nats=in_nats,
+        )
+        assert stands == expected
 
 
 def test_one_window_has_no_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from commands import python, started
 
 
@@ -14,6 +15,24 @@ def test_help_names_the_commands_and_imports_no_torch() -> None:
         "import sys, frugal_bonsai, frugal_bonsai.cli; print(' '.join(sys.modules))"
     ).split()
     assert not {"torch", "transformers", "numpy", "rich", "scipy", "peft"} & set(loaded)
+
+
+@pytest.mark.parametrize("first", ["frugal_bonsai", "frugal_bonsai.evaluation.perplexity"])
+def test_every_public_name_is_what_it_is_whatever_was_imported_before(first: str) -> None:
+    """A folder of the package would take the place of a function of its name."""
+    code = (
+        "import importlib, pkgutil, sys, types\n"
+        f"import {first}, frugal_bonsai\n"
+        "for module in pkgutil.walk_packages(frugal_bonsai.__path__, 'frugal_bonsai.'):\n"
+        "    if 'modeling_' not in module.name and not module.name.endswith('__main__'):\n"
+        "        importlib.import_module(module.name)\n"
+        "for _ in range(2):\n"
+        "    values = [getattr(frugal_bonsai, name) for name in frugal_bonsai.__all__]\n"
+        "    wrong = [v for v in values if isinstance(v, types.ModuleType) or not callable(v)]\n"
+        "    assert not wrong, wrong\n"
+        "print('all callable')"
+    )
+    assert python(code) == "all callable\n"
 
 
 def test_every_option_of_prune_is_explained() -> None:

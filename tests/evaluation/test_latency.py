@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_llama
 
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.evaluate.latency import LlamaCppModel, TransformersModel
+from frugal_bonsai.evaluation.latency import LlamaCppModel, TransformersModel
 
 
 def test_a_prompt_is_read_once_and_tokens_are_made_one_by_one(tmp_path: Path) -> None:
