@@ -42,10 +42,10 @@ def options(**given: Any) -> PruneOptions:
 
 
 class Watched(Silent):
-    """What pinned and device memory is at the end of each layer visit."""
+    """Keeps what is noted."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine, self.notes = machine, list[str]()
+    def __init__(self) -> None:
+        self.notes: list[str] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -55,16 +55,17 @@ class Watched(Silent):
     ("layout", "method"),
     [("uniform", "default"), ("per-layer", "default"), ("padded", "local-only")],
 )
-def test_prune(layout: str, method: str, machine: Machine, tmp_path: Path) -> None:
+def test_prune(layout: str, method: str, tmp_path: Path) -> None:
     plans: list[Any] = []
-    watched = Watched(machine)
-    summary = prune(
-        "example",
-        tmp_path / "out",
-        options(layout=layout, method=method, settings={"step": 0.2}),
-        progress=watched,
-        on_plan=plans.append,
-    )
+    watched = Watched()
+    with installed() as machine:
+        summary = prune(
+            "example",
+            tmp_path / "out",
+            options(layout=layout, method=method, settings={"step": 0.2}),
+            progress=watched,
+            on_plan=plans.append,
+        )
     assert machine.order.races == [] and not any("ran out" in note for note in watched.notes)
     assert summary["sparsity"] == pytest.approx(0.3, abs=0.03)
     # Verified in fp32, whatever the sweeps compute in.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,6 +43,9 @@ class StopsAt(Silent):
         self._left -= 1
         if self._left == 0:
             raise StoppedError
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_adapt.json"
 
 
 @pytest.fixture
@@ -95,6 +100,24 @@ def test_training_comes_nearer_to_the_teacher(tiny: Tiny, lessons: Lessons, tmp_
     assert done.after["perplexity"] == min(row["perplexity"] for row in done.history)
     assert made.measure_held_out()["perplexity"] == pytest.approx(done.after["perplexity"])
     assert float(parameters["model.layers.0.mlp.up_proj.lora_B.weight"].detach().abs().max()) > 0
+
+
+def test_golden_training(tiny: Tiny, lessons: Lessons, tmp_path: Path) -> None:
+    """Unchanged training keeps its numbers; tests/golden/README.md says how to renew them."""
+    made, parameters = trainer(tiny, lessons, tmp_path / "run")
+    rows = made.run().history
+    mine = {
+        "history": [
+            [row["step"], round(row["kl"], 4), round(row["perplexity"], 3)] for row in rows
+        ],
+        "norms": {name: round(float(p.detach().norm()), 3) for name, p in parameters.items()},
+    }
+    if os.environ.get("REGENERATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(mine, indent=1) + "\n")
+    expected = json.loads(GOLDEN.read_text())
+    for own, known in zip(mine["history"], expected["history"], strict=True):
+        assert own == pytest.approx(known, rel=1e-3)
+    assert mine["norms"] == pytest.approx(expected["norms"], rel=5e-3)
 
 
 def test_the_held_out_perplexity_is_hugging_faces(

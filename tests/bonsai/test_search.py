@@ -550,7 +550,9 @@ def test_resume_with_other_settings_names_the_setting(
 
 
 # -- golden -----------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["default", "unit", "none", "paper"])
+@pytest.mark.parametrize(
+    "name", ["default", "unit", "none", "paper", "uniform", "local-only", "trial"]
+)
 def test_golden_masks_and_utilities(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,6 +573,9 @@ def test_golden_masks_and_utilities(
         "none": {"level": "none"},
         # With 10 masks two units tie so nearly that the processor decides.
         "paper": {"method": "paper", "masks": 12},
+        "uniform": {"layout": UNIFORM},
+        "local-only": {"method": "local-only"},
+        "trial": {"level": "none", "step": 0.3, "ridge": 1e-2},
     }[name]
     found = _search(tiny, tokens, tmp_path, **options)
     last = found.rounds[-1].get("perplexity")
@@ -582,6 +587,10 @@ def test_golden_masks_and_utilities(
             for s in seen
         ],
         "final_loss": None if last is None else round(math.log(last), 4),
+        "trials": [
+            {cut: round(loss, 4) for cut, loss in report.get("trial", {}).items()}
+            for report in found.rounds
+        ],
     }
     if os.environ.get("REGENERATE_GOLDEN"):
         golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
@@ -593,6 +602,9 @@ def test_golden_masks_and_utilities(
     for ours, theirs in zip(mine["utilities"], expected["utilities"], strict=True):
         assert ours["base"] == pytest.approx(theirs["base"], abs=2e-4)
         assert ours["lost"] == pytest.approx(theirs["lost"], abs=2e-4)
+    assert any(mine["trials"]) is (name in ("default", "unit", "none", "trial"))
+    for own, known in zip(mine["trials"], expected["trials"], strict=True):
+        assert own == pytest.approx(known, abs=2e-4)
     if last is None:
         assert expected["final_loss"] is None
     else:
