@@ -41,6 +41,9 @@ _LOADED_BEFORE = (
 def installed(kind: str = "cuda", total_bytes: int = 16 * GIB) -> Iterator[Machine]:
     """Within it torch has an accelerator of this kind.
 
+    No model may be loaded with ``from_pretrained`` for the first time within it: Hugging Face then
+    leaves the rotary frequencies of all models that the process loads later uninitialised.
+
     Args:
         kind: ``cuda``, ``xpu`` or ``mps`` (no streams, no fp64, memory shared with the host).
         total_bytes: of its memory.
