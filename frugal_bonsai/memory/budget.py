@@ -133,6 +133,13 @@ def make_budget(
         return Budget(device=CPU, host_bytes=host, notes=tuple(notes))
     if shares_host_memory(device):
         return _unified_budget(device, host, max_gpu_mem, notes)
+    return _gpu_budget(device, host, max_gpu_mem, notes)
+
+
+def _gpu_budget(
+    device: torch.device, host: int, max_gpu_mem: str | int | None, notes: list[str]
+) -> Budget:
+    """Caps where the accelerator has memory of its own."""
     context = measure_context(device)
     if context > _LARGEST_CONTEXT_BYTES:
         notes.append(
