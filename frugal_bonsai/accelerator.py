@@ -21,18 +21,18 @@ _UNIFIED, _NO_DOUBLES, _NO_STREAMS = (MPS,), (MPS,), (MPS,)
 
 
 def is_accelerator(device: torch.device | str) -> bool:
-    """Whether a device (or a kind of device) is anything but the CPU."""
+    """True for every device, or kind of device, but the CPU."""
     return (device if isinstance(device, str) else device.type) != CPU
 
 
 def shares_host_memory(device: torch.device | str) -> bool:
-    """Whether tensors on a device (or a kind of device) lie in the host's memory."""
+    """True where a device, or kind of device, keeps its tensors in the host's memory."""
     kind = device if isinstance(device, str) else device.type
     return kind == CPU or kind in _UNIFIED
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether copies can run beside computation: streams, events and pinned host memory."""
+    """True where copies can run during computation: streams, events and pinned host memory."""
     return is_accelerator(device) and device.type not in _NO_STREAMS
 
 

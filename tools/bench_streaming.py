@@ -329,7 +329,7 @@ def masked(model: Any, opened: Model, window: int) -> Iterator[None]:
         module = model.model.layers[group.layer].get_submodule(group.output)
 
         def hook(_: Any, args: tuple[torch.Tensor], keep_C: torch.Tensor = keep_C) -> Any:
-            return (args[0] * keep_C,)
+            return (args[0] * keep_C.to(args[0].device),)
 
         handles.append(module.register_forward_pre_hook(hook))
     try:

@@ -146,7 +146,7 @@ def start(
 
 
 def _together(options: argparse.Namespace) -> bool:
-    """Whether all steps share this process."""
+    """True if all steps run in this process."""
     return bool(options.dry_run and not options.processes)
 
 

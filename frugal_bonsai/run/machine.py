@@ -76,7 +76,7 @@ def _other_device(found: str, options: PruneOptions, profile: HardwareProfile) -
 
 
 def no_gpu_advice(options: PruneOptions, device: torch.device) -> str | None:
-    """What to type where a plan under a GPU's cap is asked for on a machine without a GPU."""
+    """The option that plans for a GPU, for users who give a GPU's cap on a machine without one."""
     from frugal_bonsai.sizes import parse_bytes
 
     if options.max_gpu_mem is None or options.profile is not None or device.type != CPU:

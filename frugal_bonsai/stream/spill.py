@@ -102,7 +102,7 @@ class Spill:
         return _Copy(items, hidden_BSH, _event(self._in))
 
     def _wait_for(self, copy: _Copy | None) -> None:
-        """What is computed from now on comes after the copy, and so does who gets its memory."""
+        """Make later work wait for the copy, whatever reuses its memory included."""
         if copy is not None and copy.done is not None:
             current_stream(self._device).wait_event(copy.done)
 

@@ -1,4 +1,4 @@
-"""What an accelerator computes otherwise than a CPU, to the same numbers."""
+"""Operations for which an accelerator has code of its own give the CPU's numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def operators(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often each operation ran on the device."""
+    """Count the calls of each operation on the device."""
     seen: Counter[str] = Counter()
     run = type(machine).run
 

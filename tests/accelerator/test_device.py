@@ -1,4 +1,4 @@
-"""Which device is taken, what its memory is, and caps that hold."""
+"""The choice of a device, its memory, and its caps."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def installed(kind: str = "cuda", total_bytes: int = 16 * GIB) -> Iterator[Machi
 
 
 def _forget_devices() -> None:
-    """What libraries remember of the devices that they have found."""
+    """Clear the libraries' caches of the devices that they have found."""
     for name in ("transformers.utils.import_utils", "accelerate.utils.imports"):
         for value in vars(importlib.import_module(name)).values():
             if hasattr(value, "cache_clear"):

@@ -17,7 +17,7 @@ _MIN_LARGE, _ROUND_LARGE = 10 * MIB, 2 * MIB
 
 @dataclass(eq=False)
 class Segment:
-    """What one cudaMalloc gave: of one stream's pool, of small or of large blocks."""
+    """The memory of one cudaMalloc; it belongs to one stream's pool of small or large blocks."""
 
     address: int
     size: int

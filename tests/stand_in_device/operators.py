@@ -91,7 +91,7 @@ def line_of_the_package() -> str:
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """What lists, tuples and dictionaries hold, in order."""
+    """The values in nested lists, tuples and dictionaries, in order."""
     if isinstance(value, (list, tuple)):
         return [leaf for one in value for leaf in leaves_of(one)]
     if isinstance(value, dict):
@@ -112,7 +112,7 @@ def mapped(change: Callable[[Any], Any], value: Any) -> Any:
 
 
 def asked_by_torch_itself() -> bool:
-    """Whether torch's C++ asks, in a gradient or in parts of an operation, and nobody's Python."""
+    """True where torch's C++ made the call: in a gradient or in a part of another operation."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_code.co_name in _DISPATCHING:
         frame = frame.f_back  # type: ignore[assignment]

@@ -36,7 +36,7 @@ Ranges = dict[tuple[int, int, bool], Access]
 
 
 class Order:
-    """Which work is ordered after which; what has been read and written by whom."""
+    """The order of streams' work, and the reads and writes of each stream."""
 
     def __init__(self) -> None:
         self.syncs = StreamSynchronizations()

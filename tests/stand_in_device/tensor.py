@@ -94,7 +94,7 @@ class Machine:
         return inner
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
-        """Whether a CPU tensor lies in pinned memory."""
+        """True if a CPU tensor lies in pinned memory."""
         address = tensor.untyped_storage().data_ptr()
         return address != 0 and address in self._pinned_at
 
@@ -286,7 +286,7 @@ class Machine:
         others: list[torch.Tensor],
         target: torch.device | None,
     ) -> None:
-        """What waits for the device, what is copied from or to pageable memory."""
+        """Count waits for the device, and copies from or to pageable memory."""
         where = line_of_the_package()
         boolean = func in INDEXING and any(
             isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in leaves_of(args[1])

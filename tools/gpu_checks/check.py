@@ -1,4 +1,4 @@
-"""What a step of the check is given, and the JSON lines that it leaves.
+"""The input of a step of the check, and the JSON lines that it writes.
 
 A line is one JSON object. Its ``kind`` is ``machine`` (the first one), ``figure``, ``failure``,
 ``skipped`` or ``done``; its ``step`` names the step. A figure also names the ``table`` that it is a
@@ -85,7 +85,7 @@ class Check:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the device is a GPU or stands in for one."""
+        """True on a GPU and on the stand-in for one."""
         return self.device.type != "cpu"
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -12,7 +11,7 @@ from frugal_bonsai.accelerator import tensor_cores
 from frugal_bonsai.bonsai.factor import DampedFactor
 from frugal_bonsai.bonsai.gram import add_product_
 from gpu_checks.check import Check
-from gpu_checks.machine import best_seconds, synchronise
+from gpu_checks.machine import best_seconds, once
 
 _BLOCK = 256
 
@@ -77,11 +76,7 @@ def _solves(check: Check, input_TC: torch.Tensor, rows: int) -> None:
     gram_CC = wide_TC.T @ wide_TC
     del wide_TC
     kept_CC, columns = gram_CC.clone(), len(gram_CC)
-    synchronise(check.device)
-    started = time.perf_counter()
-    factor = DampedFactor(gram_CC, 1e-3, where="gpu_check")
-    synchronise(check.device)
-    seconds = time.perf_counter() - started
+    seconds, factor = once(check.device, lambda: DampedFactor(gram_CC, 1e-3, where="gpu_check"))
     check.figure(
         "a factor and its solves",
         what="factor",
@@ -106,11 +101,7 @@ def _solves(check: Check, input_TC: torch.Tensor, rows: int) -> None:
             teraflops=2 * rows * columns**2 / seconds / 1e12,
             relative_residual=float(left_C.norm() / columns**0.5),
         )
-    synchronise(check.device)
-    started = time.perf_counter()
-    factor.inverse_diagonal()
-    synchronise(check.device)
-    seconds = time.perf_counter() - started
+    seconds, _ = once(check.device, factor.inverse_diagonal)
     check.figure(
         "a factor and its solves",
         what="inverse",

@@ -17,14 +17,16 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from frugal_bonsai.accelerator import synchronize
 from frugal_bonsai.int8 import has_bitsandbytes
 from gpu_checks.check import MACHINE, ROOT, Line
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes")
+T = TypeVar("T")
 _MIB = 2**20
 
 
@@ -133,27 +135,23 @@ class CardWatch:
 
 
 def card_used_bytes() -> int | None:
-    """What nvidia-smi counts on the first card now."""
+    """Memory of the first card that is in use now, by nvidia-smi."""
     found = _smi("memory.used")
     return int(found) * _MIB if found is not None and found.isdigit() else None
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def best_seconds(device: torch.device, run: Callable[[], object], *, repeat: int = 3) -> float:
     """Seconds of the fastest of several runs; one before them is not counted."""
-    times = []
-    for _ in range(repeat + 1):
-        synchronise(device)
-        started = time.perf_counter()
-        run()
-        synchronise(device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return min([once(device, run)[0] for _ in range(repeat + 1)][1:])
+
+
+def once(device: torch.device, run: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of one run, the device's work included, and its result."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return time.perf_counter() - started, result
 
 
 def reset_peaks(device: torch.device) -> None:

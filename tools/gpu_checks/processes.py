@@ -22,7 +22,7 @@ SCRIPT = ROOT / "tools" / "gpu_check.py"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended.
+    """The end of a child process.
 
     Attributes:
         failed: it wrote a line of a failure itself.
@@ -107,5 +107,5 @@ def _kill(process: subprocess.Popen[str], *, own_group: bool) -> None:
 
 
 def _how(code: int) -> str:
-    """How a process ended that said nothing itself."""
+    """The end of a process that wrote no error, in words."""
     return f"killed by signal {-code}" if code < 0 else f"ended with code {code}"

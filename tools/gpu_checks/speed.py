@@ -1,20 +1,18 @@
-"""How fast a masked sweep is: against a product, a model in memory, and masks one at a time."""
+"""Speed of a masked sweep: against a product, a model in memory, and masks one at a time."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_streaming import HalfOff, load_model
+from bench_streaming import HalfOff, load_model, masked
 
 from frugal_bonsai.run.prepare import Model
 from frugal_bonsai.stream.engine import compute_dtype
 from frugal_bonsai.stream.store import LayerStore
 from gpu_checks.check import Check
-from gpu_checks.machine import best_seconds, synchronise
+from gpu_checks.machine import best_seconds, once
 from gpu_checks.models import Shape, int8_store, large, make_engine, opened, random_tokens
 
 
@@ -138,18 +136,15 @@ def _against_offload(
     def one(window: int) -> Callable[[], None]:
         def run() -> None:
             tokens_1S = tokens_NS[window : window + 1].to(check.full_device)
-            with _masked(theirs, model, window), torch.inference_mode():
+            with masked(theirs, model, window), torch.inference_mode():
                 theirs(input_ids=tokens_1S, labels=tokens_1S, use_cache=False)
 
         return run
 
     one(0)()  # its files are in the page cache, as ours are
-    synchronise(check.full_device)
-    started, masks = time.perf_counter(), 2
-    for window in range(masks):
-        one(window)()
-    synchronise(check.full_device)
-    each = (time.perf_counter() - started) / masks
+    masks = 2
+    both_seconds, _ = once(check.full_device, lambda: [one(window)() for window in range(masks)])
+    each = both_seconds / masks
     check.figure(
         "masks one at a time",
         masks=masks,
@@ -157,22 +152,3 @@ def _against_offload(
         ours_seconds_a_mask=our_seconds,
         ratio=each / our_seconds,
     )
-
-
-@contextmanager
-def _masked(theirs: Any, model: Model, window: int) -> Iterator[None]:
-    """The mask of one window as hooks on Hugging Face's modules."""
-    handles, masker = [], HalfOff()
-    for group in model.spec.table.groups:
-        keep_C = masker.columns(group, slice(window, window + 1))[0]
-        module = theirs.model.layers[group.layer].get_submodule(group.output)
-
-        def hook(_: Any, args: tuple[torch.Tensor], keep_C: torch.Tensor = keep_C) -> Any:
-            return (args[0] * keep_C.to(args[0].device),)
-
-        handles.append(module.register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

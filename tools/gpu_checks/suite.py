@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from bench_streaming import HalfOff
 
+from frugal_bonsai.accelerator import synchronize
 from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.recover import Recovery
 from frugal_bonsai.memory.budget import make_budget
@@ -26,7 +27,6 @@ from gpu_checks.machine import (
     card_used_bytes,
     pinned_peak_bytes,
     reset_peaks,
-    synchronise,
 )
 from gpu_checks.models import int8_store, large, opened, random_tokens
 from gpu_checks.processes import child_environment
@@ -109,7 +109,7 @@ def _under_cap(
         try:
             engine = make_engine(model.checkpoint, model.spec, plan, device, None)
             _sweep_and_recover(engine, store, plan, work)
-            synchronise(device)
+            synchronize(device)
             seconds = time.perf_counter() - started
         finally:
             if device.type == "cuda":
@@ -133,7 +133,7 @@ def _under_cap(
 
 
 def _sweep_and_recover(engine: Engine, store: LayerStore, plan: MemoryPlan, work: Work) -> None:
-    """What a round of a prune does between two stores."""
+    """The sweeps of a round: prior, masked losses, recovery."""
     mask, some = KeepMask(engine.spec.table), random_tokens(engine.spec, work.windows, work.window)
     prior = PriorBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
     with engine.stream(store) as stream:
