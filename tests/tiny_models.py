@@ -20,7 +20,7 @@ from transformers import (
 
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.memory.plan import SweepLimits
-from frugal_bonsai.model.arrange import describe_checkpoint
+from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.cut import slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask

@@ -24,13 +24,13 @@ from typing import Any, cast
 
 import torch
 
-from frugal_bonsai.adapt.lessons import Lessons
 from frugal_bonsai.adapt.objective import Objective
 from frugal_bonsai.adapt.part import Part, Sums
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.state import TrainingFolder
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.train import Trainer
+from frugal_bonsai.adapt.training_data import Lessons
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.memory.meter import peak_resident_bytes
 from frugal_bonsai.memory.work import BASE
@@ -158,7 +158,7 @@ def prepare(words: list[str], summary: dict[str, Any], dtype: str, path: Path) -
     from frugal_bonsai.cli.adapt import _adapt_options, adapt_command
     from frugal_bonsai.run.adapt_plan import plan_adaptation
     from frugal_bonsai.run.adaptation import prepare_adaptation
-    from frugal_bonsai.run.lessons import make_lessons
+    from frugal_bonsai.run.training_data import make_lessons
 
     given = adapt_command.make_context("adapt", list(words)).params
     pruned = given.pop("model")

@@ -39,10 +39,10 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.memory.cost import layer_widths
-from frugal_bonsai.memory.estimate import int8_wins
-from frugal_bonsai.memory.hardware import BF16, FP32
-from frugal_bonsai.memory.measure import Timer, measure_products
+from frugal_bonsai.hardware.cost import layer_widths
+from frugal_bonsai.hardware.estimate import int8_wins
+from frugal_bonsai.hardware.measure import Timer, measure_products
+from frugal_bonsai.hardware.profile import BF16, FP32
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.run.prepare import Model, open_model

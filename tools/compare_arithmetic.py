@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from scipy.stats import kendalltau
 
-from frugal_bonsai.bonsai.design import Design
-from frugal_bonsai.bonsai.evaluate import Observations
-from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.regress import Fit
-from frugal_bonsai.bonsai.relevance import JUDGES, RoundInputs
-from frugal_bonsai.bonsai.round_masks import RoundMasks
-from frugal_bonsai.bonsai.schedule import Schedule
+from frugal_bonsai.bonsai.importance.imputation import StandIns, StandInWriter, Tensors
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.masks.design import Design
+from frugal_bonsai.bonsai.masks.estimate import JUDGES, RoundInputs
+from frugal_bonsai.bonsai.masks.evaluate import Observations
+from frugal_bonsai.bonsai.masks.regression import Fit
+from frugal_bonsai.bonsai.masks.round_masks import RoundMasks
+from frugal_bonsai.bonsai.selection.schedule import Schedule
 from frugal_bonsai.bonsai.settings import PruneSettings
-from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter, Tensors
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.layout import PER_LAYER, layout_rules
 from frugal_bonsai.model.units import KeepMask

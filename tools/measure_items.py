@@ -166,8 +166,8 @@ def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
     """Made from a group's Gram matrix, saved, and loaded with as few inputs as can be."""
     import torch
 
-    from frugal_bonsai.bonsai.gram import Moments
-    from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
+    from frugal_bonsai.bonsai.importance.gram import Moments
+    from frugal_bonsai.bonsai.importance.imputation import StandIns, StandInWriter
     from frugal_bonsai.model.layout import PER_LAYER, layout_rules
 
     group = spec.table.of_layer(0)[-1]
@@ -190,7 +190,7 @@ def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
 def _measure_solve(spec: Any, items: Any) -> Any:
     import torch
 
-    from frugal_bonsai.bonsai.gram import Moments, exact_loss_U, ridge_refit_
+    from frugal_bonsai.bonsai.importance.gram import Moments, exact_loss_U, ridge_refit_
 
     groups = spec.table.of_layer(0)
     cpu = torch.device("cpu")

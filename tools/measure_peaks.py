@@ -171,7 +171,7 @@ def run_statistics(
     """It makes the masks' stand-ins, too."""
     import torch
 
-    from frugal_bonsai.bonsai.prior import PriorTap
+    from frugal_bonsai.bonsai.importance.scores import PriorTap
 
     builder = _prior(opened, ready, work)
     with engine.stream(_store(opened, work)) as stream:
@@ -182,9 +182,9 @@ def run_statistics(
 def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
     import torch
 
-    from frugal_bonsai.bonsai.design import draw_group_masks, draw_pools
-    from frugal_bonsai.bonsai.evaluate import evaluate_masks
-    from frugal_bonsai.bonsai.stand_in import StandIns
+    from frugal_bonsai.bonsai.importance.imputation import StandIns
+    from frugal_bonsai.bonsai.masks.design import draw_group_masks, draw_pools
+    from frugal_bonsai.bonsai.masks.evaluate import evaluate_masks
     from frugal_bonsai.bonsai.state import StateFolder
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.plan import stand_in_share
@@ -236,7 +236,7 @@ def _recover(
     prior: Any,
     refine: int,
 ) -> None:
-    from frugal_bonsai.bonsai.recover import Recovery
+    from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
     from frugal_bonsai.checkpoint.reader import torch_dtype
     from frugal_bonsai.checkpoint.writer import write_tensors
     from frugal_bonsai.model.units import KeepMask
@@ -275,7 +275,7 @@ def run_rewrite(
 
 def run_verify(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
     from frugal_bonsai.checkpoint.reader import Checkpoint
-    from frugal_bonsai.model.arrange import describe_checkpoint
+    from frugal_bonsai.model.canonical_names import describe_checkpoint
     from frugal_bonsai.rewrite.verify import compare_logits
     from frugal_bonsai.run.prepare import make_engine
     from frugal_bonsai.stream.source import CheckpointSource
@@ -308,8 +308,8 @@ def _prior(opened: Any, ready: Any, work: Path) -> Any:
     """With the stand-ins of the next round."""
     import torch
 
-    from frugal_bonsai.bonsai.prior import PriorBuilder
-    from frugal_bonsai.bonsai.stand_in import StandInWriter
+    from frugal_bonsai.bonsai.importance.imputation import StandInWriter
+    from frugal_bonsai.bonsai.importance.scores import PriorBuilder
     from frugal_bonsai.bonsai.state import StateFolder
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.plan import stand_in_share

@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from frugal_bonsai.adapt.lessons import Lessons
 from frugal_bonsai.adapt.objective import Objective
 from frugal_bonsai.adapt.optimiser import make_optimiser
 from frugal_bonsai.adapt.part import Part, Sums
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.state import TrainingFolder, TrainingState
 from frugal_bonsai.adapt.student import Student
+from frugal_bonsai.adapt.training_data import Lessons
 from frugal_bonsai.errors import BudgetError, CheckpointError
 from frugal_bonsai.memory.training_items import ADAMW
 from frugal_bonsai.progress import Progress

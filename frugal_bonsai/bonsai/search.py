@@ -19,19 +19,21 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.bias import compensate_by_bias
-from frugal_bonsai.bonsai.depth import drop_layers, measure_influence
-from frugal_bonsai.bonsai.evaluate import Utility, window_utilities
-from frugal_bonsai.bonsai.experts import drop_experts, measure_experts
-from frugal_bonsai.bonsai.extent import round_goals, round_windows, trial_windows
-from frugal_bonsai.bonsai.logit_scale import scaled_norm
-from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.recover import Recovery
-from frugal_bonsai.bonsai.relevance import JUDGES, RoundInputs, look_ahead
-from frugal_bonsai.bonsai.round_masks import RoundMasks
-from frugal_bonsai.bonsai.sampling import Judgement
-from frugal_bonsai.bonsai.schedule import Schedule
-from frugal_bonsai.bonsai.select import check_reachable
+from frugal_bonsai.bonsai.importance.experts import drop_experts, measure_experts
+from frugal_bonsai.bonsai.importance.imputation import StandIns, StandInWriter
+from frugal_bonsai.bonsai.importance.layers import drop_layers, measure_influence
+from frugal_bonsai.bonsai.importance.scores import Prior, PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.masks.estimate import JUDGES, RoundInputs, look_ahead
+from frugal_bonsai.bonsai.masks.evaluate import Utility, window_utilities
+from frugal_bonsai.bonsai.masks.round_masks import RoundMasks
+from frugal_bonsai.bonsai.masks.sampling import Judgement
+from frugal_bonsai.bonsai.reconstruction.bias import compensate_by_bias
+from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+from frugal_bonsai.bonsai.selection.candidates import rival_cuts, try_cuts
+from frugal_bonsai.bonsai.selection.cut import check_reachable
+from frugal_bonsai.bonsai.selection.extent import round_goals, round_windows, trial_windows
+from frugal_bonsai.bonsai.selection.schedule import Schedule
 from frugal_bonsai.bonsai.settings import (
     EXPERTS,
     GROUP,
@@ -41,10 +43,8 @@ from frugal_bonsai.bonsai.settings import (
     WHOLE,
     PruneSettings,
 )
-from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.bonsai.stores import Refits, Stores
-from frugal_bonsai.bonsai.trial import rival_cuts, try_cuts
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine

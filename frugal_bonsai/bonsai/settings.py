@@ -1,7 +1,7 @@
 """What a prune is asked to do: one frozen dataclass, checked when it is made.
 
 :mod:`frugal_bonsai.bonsai.methods` makes it of a method's name and the user's options;
-:mod:`frugal_bonsai.bonsai.extent` says how far its rounds go and how much text they use.
+:mod:`frugal_bonsai.bonsai.selection.extent` says how far its rounds go and how much text they use.
 """
 
 from __future__ import annotations

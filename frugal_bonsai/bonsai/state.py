@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.beliefs import Ahead
-from frugal_bonsai.bonsai.prior import Prior
+from frugal_bonsai.bonsai.importance.scores import Prior
+from frugal_bonsai.bonsai.masks.curve_priors import Ahead
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint

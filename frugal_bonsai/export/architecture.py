@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from frugal_bonsai.model.table import Condition
+from frugal_bonsai.model.family_schema import Condition
 
 PER_LAYER_ARCHITECTURE = "deci"
 # llama.cpp's one gelu is the approximation by a tanh, of whichever gelu a config speaks.

@@ -20,8 +20,8 @@ from frugal_bonsai.export.architecture import (
     Architecture,
 )
 from frugal_bonsai.export.rope import Rope, describe_rope
+from frugal_bonsai.model.default_config import plain_values
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.plain import plain_values
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 
 

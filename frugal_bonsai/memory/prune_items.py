@@ -24,7 +24,7 @@ from frugal_bonsai.memory.work import (
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import FFN, UnitGroup
 
-# Columns of a block of a factor (bonsai/factor.py).
+# Columns of a block of a factor (bonsai/importance/factor.py).
 _FACTOR_BLOCK = 256
 # Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
 _REWRITE_PIECES_BYTES = 4 * 2**21

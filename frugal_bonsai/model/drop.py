@@ -10,8 +10,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from frugal_bonsai.model.default_config import plain_values
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.plain import plain_values
 from frugal_bonsai.model.units import KeepMask
 
 # Config keys of transformers that hold one entry a layer.

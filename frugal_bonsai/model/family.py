@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
-from frugal_bonsai.model.find import find_family
+from frugal_bonsai.model.family_lookup import find_family
+from frugal_bonsai.model.family_schema import ACTIVATION_COPIES, HEAD_DIM, Family
 from frugal_bonsai.model.groups import (
     LayerCounts,
     Shapes,
@@ -25,7 +26,6 @@ from frugal_bonsai.model.groups import (
     shape_of,
     split_by_layer,
 )
-from frugal_bonsai.model.table import ACTIVATION_COPIES, HEAD_DIM, Family
 from frugal_bonsai.model.units import ATTENTION, UnitGroup, UnitTable
 
 

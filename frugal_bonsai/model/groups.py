@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.model.table import Experts, Family
+from frugal_bonsai.model.family_schema import Experts, Family
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -26,21 +26,21 @@ from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.adapt_output import Measured, measure, write_adapted
 from frugal_bonsai.run.adapt_plan import plan_adaptation
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
-from frugal_bonsai.run.lessons import (
+from frugal_bonsai.run.options import AdaptOptions
+from frugal_bonsai.run.training_data import (
     describe_lessons,
     make_lessons,
 )
-from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.version import package_version
 
 if TYPE_CHECKING:
     import torch
 
-    from frugal_bonsai.adapt.lessons import Lessons
     from frugal_bonsai.adapt.settings import AdaptSettings
     from frugal_bonsai.adapt.teacher import TeacherSettings
     from frugal_bonsai.adapt.train import Trained
+    from frugal_bonsai.adapt.training_data import Lessons
 
 # Windows whose logits the verification compares.
 _VERIFY_WINDOWS = 2

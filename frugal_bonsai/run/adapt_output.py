@@ -18,7 +18,7 @@ from frugal_bonsai.checkpoint.commit import output_errors, write_bytes, write_js
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import VerifyError
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.model.arrange import describe_checkpoint
+from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.report.adapt_card import adapt_card

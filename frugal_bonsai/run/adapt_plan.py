@@ -16,10 +16,10 @@ from frugal_bonsai.memory.training import TrainingPlan, plan_training
 from frugal_bonsai.memory.training_items import ADAMW, TrainingWork
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
-from frugal_bonsai.run.lessons import plan_teacher
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.plan import plan_items, plan_phases
 from frugal_bonsai.run.prepare import measured_base_bytes
+from frugal_bonsai.run.training_data import plan_teacher
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.progress import Progress
-from frugal_bonsai.run.lessons import Sources, read_sources
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.prepare import (
     Model,
@@ -22,6 +21,7 @@ from frugal_bonsai.run.prepare import (
     open_model,
     read_windows,
 )
+from frugal_bonsai.run.training_data import Sources, read_sources
 from frugal_bonsai.text.sources import SELF
 
 if TYPE_CHECKING:

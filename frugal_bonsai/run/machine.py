@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.accelerator import CPU
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.hardware.estimate import int8_wins
+from frugal_bonsai.hardware.profile import INT8, HardwareProfile, profile_budget
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.estimate import int8_wins
-from frugal_bonsai.memory.hardware import INT8, HardwareProfile, profile_budget
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.run.options import PruneOptions
 

@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.accelerator import is_accelerator
-from frugal_bonsai.bonsai.extent import round_goals
 from frugal_bonsai.bonsai.methods import make_settings
+from frugal_bonsai.bonsai.selection.extent import round_goals
 from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, NONE, PruneSettings
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.hardware.estimate import estimate_time
+from frugal_bonsai.hardware.latency import LatencyModel, model_latency
+from frugal_bonsai.hardware.profile import NOMINAL_BASE_BYTES, HardwareProfile
+from frugal_bonsai.hardware.profile_file import read_profile
+from frugal_bonsai.hardware.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.estimate import estimate_time
-from frugal_bonsai.memory.hardware import NOMINAL_BASE_BYTES, HardwareProfile
-from frugal_bonsai.memory.latency import LatencyModel, model_latency
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
-from frugal_bonsai.memory.profile_file import read_profile
-from frugal_bonsai.memory.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
-from frugal_bonsai.run.applies import require_layout, settings_that_apply
+from frugal_bonsai.run.compatibility import require_layout, settings_that_apply
 from frugal_bonsai.run.machine import (
     choose_budget,
     choose_device,
@@ -97,8 +97,8 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         FrugalBonsaiError: an option that cannot work.
     """
     from frugal_bonsai.bonsai.calibration import window_count
-    from frugal_bonsai.bonsai.experts import check_experts
-    from frugal_bonsai.bonsai.select import check_reachable
+    from frugal_bonsai.bonsai.importance.experts import check_experts
+    from frugal_bonsai.bonsai.selection.cut import check_reachable
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.profile import quick_profile
 

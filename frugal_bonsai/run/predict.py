@@ -10,7 +10,7 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.bonsai.extent import (
+from frugal_bonsai.bonsai.selection.extent import (
     MOST_SCALES,
     round_goals,
     round_windows,
@@ -18,10 +18,10 @@ from frugal_bonsai.bonsai.extent import (
     trial_windows,
 )
 from frugal_bonsai.bonsai.settings import GROUP, NONE, REFINE_ITERATIONS
-from frugal_bonsai.memory.estimate import estimate_time
-from frugal_bonsai.memory.hardware import INT8
+from frugal_bonsai.hardware.estimate import estimate_time
+from frugal_bonsai.hardware.profile import INT8
+from frugal_bonsai.hardware.time_model import PruneWork, TimeEstimate
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.memory.time_model import PruneWork, TimeEstimate
 from frugal_bonsai.memory.work import refined_blocks, refining_passes
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.run.prepare import Model
@@ -64,8 +64,8 @@ def prune_work(
         eval_windows: of the text that the user names with ``--eval-text``.
     """
     from frugal_bonsai.bonsai.calibration import held_out_count
-    from frugal_bonsai.bonsai.sampling import batch_ends
-    from frugal_bonsai.bonsai.trial import MOST_CUTS, MOST_CUTS_SPARED
+    from frugal_bonsai.bonsai.masks.sampling import batch_ends
+    from frugal_bonsai.bonsai.selection.candidates import MOST_CUTS, MOST_CUTS_SPARED
 
     settings = ready.settings
     removed = [0.0, *round_goals(settings)]

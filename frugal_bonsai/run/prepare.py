@@ -16,7 +16,7 @@ from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.errors import CheckpointError, OptionError
-from frugal_bonsai.model.arrange import describe_checkpoint
+from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.sizes import MIB

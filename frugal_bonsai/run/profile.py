@@ -2,7 +2,7 @@
 
 In: a device, a folder on the disk to measure. Out: a :class:`HardwareProfile`, as a TOML file or
 plain values. Also the second's worth of measuring that ``plan`` does when no profile is given.
-Holds what memory/measure.py holds.
+Holds what hardware/measure.py holds.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.accelerator import free_and_total_bytes, is_accelerator, shares_host_memory
-from frugal_bonsai.memory.hardware import HardwareProfile, device_name
-from frugal_bonsai.memory.measure import (
+from frugal_bonsai.hardware.measure import (
     Timer,
     measure_attention,
     measure_copy,
@@ -26,8 +25,9 @@ from frugal_bonsai.memory.measure import (
     measure_memory,
     measure_products,
 )
-from frugal_bonsai.memory.measure_disk import DiskRates, measure_disk
-from frugal_bonsai.memory.profile_file import require_replaceable, write_profile
+from frugal_bonsai.hardware.measure_disk import DiskRates, measure_disk
+from frugal_bonsai.hardware.profile import HardwareProfile, device_name
+from frugal_bonsai.hardware.profile_file import require_replaceable, write_profile
 from frugal_bonsai.memory.work import refit_rows
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.sizes import GIB, MIB
@@ -167,7 +167,7 @@ def _measure_solves(timer: Timer, columns: int) -> float:
     """Operations a second of a factor, a solve with it and its inverse, as recovery makes them."""
     import torch
 
-    from frugal_bonsai.bonsai.factor import DampedFactor
+    from frugal_bonsai.bonsai.importance.factor import DampedFactor
 
     identity_CC = torch.eye(columns, device=timer.device)
     rows = min(refit_rows(timer.device.type), columns // 2)  # that recovery solves for at a time

@@ -25,7 +25,7 @@ from frugal_bonsai.checkpoint.finite import require_finite_on_disk
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.model.arrange import describe_checkpoint
+from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.words import duration
 from frugal_bonsai.run.options import PruneOptions
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     import torch
 
     from frugal_bonsai.bonsai.calibration import Calibration
-    from frugal_bonsai.bonsai.evaluate import Utility
+    from frugal_bonsai.bonsai.masks.evaluate import Utility
     from frugal_bonsai.bonsai.search import Found
     from frugal_bonsai.stream.engine import Engine
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory, write_bytes
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.model.arrange import describe_checkpoint
+from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
-from frugal_bonsai.memory.latency import describe_latency
+from frugal_bonsai.hardware.latency import describe_latency
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PER_LAYER

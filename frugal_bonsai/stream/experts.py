@@ -25,7 +25,7 @@ from torch import nn
 from torch.func import functional_call
 
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.table import Experts
+from frugal_bonsai.model.family_schema import Experts
 
 
 class RoutedLinear(nn.Linear):

@@ -23,8 +23,8 @@ from torch.func import functional_call
 from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.model.default_config import plain_values
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.plain import plain_values
 from frugal_bonsai.stream.experts import split_experts
 
 

@@ -12,10 +12,10 @@ import torch
 from stand_in_device import Machine, installed
 from tiny_models import relative, tiny_llama
 
-from frugal_bonsai.bonsai.factor import DampedFactor
-from frugal_bonsai.bonsai.gram import Moments, add_product_, ridge_refit_
-from frugal_bonsai.bonsai.recover_outputs import Cross
-from frugal_bonsai.bonsai.stand_in import StandIns
+from frugal_bonsai.bonsai.importance.factor import DampedFactor
+from frugal_bonsai.bonsai.importance.gram import Moments, add_product_, ridge_refit_
+from frugal_bonsai.bonsai.importance.imputation import StandIns
+from frugal_bonsai.bonsai.reconstruction.outputs import Cross
 from frugal_bonsai.stream.store import INT8, build_head_store, build_store
 
 BF16 = torch.bfloat16

@@ -11,7 +11,7 @@ import torch
 from stand_in_device import Machine, RaceError
 from tiny_models import Tiny, random_mask, random_windows, relative, sweep_limits, tiny_llama
 
-from frugal_bonsai.bonsai.stand_in import StandIns, Tensors
+from frugal_bonsai.bonsai.importance.imputation import StandIns, Tensors
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.stream import forward, layers

@@ -16,7 +16,6 @@ import torch
 from tiny_models import CPU, Tiny, random_windows, relative, sampled_windows, tiny_llama
 
 from frugal_bonsai.adapt.adapters import Adapters
-from frugal_bonsai.adapt.lessons import Lessons
 from frugal_bonsai.adapt.objective import Objective
 from frugal_bonsai.adapt.optimiser import allowed_optimisers
 from frugal_bonsai.adapt.settings import AdaptSettings
@@ -24,6 +23,7 @@ from frugal_bonsai.adapt.state import BEST_FILE, STATE_FILE, TrainingFolder
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.teacher import TeacherSettings, build_teacher, identify
 from frugal_bonsai.adapt.train import Trainer
+from frugal_bonsai.adapt.training_data import Lessons
 from frugal_bonsai.errors import BudgetError, CheckpointError, OptionError, StateError
 from frugal_bonsai.progress import Silent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal_bonsai.bonsai.beliefs import (
+from frugal_bonsai.bonsai.masks.curve_priors import (
     Expected,
     behind_cut,
     by_statistic,

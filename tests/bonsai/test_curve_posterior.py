@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import amounts, generator, noise, pairs
 
-from frugal_bonsai.bonsai.beliefs import Expected
-from frugal_bonsai.bonsai.curve_posterior import fit_curves
-from frugal_bonsai.bonsai.regress import Fit
+from frugal_bonsai.bonsai.masks.curve_posterior import fit_curves
+from frugal_bonsai.bonsai.masks.curve_priors import Expected
+from frugal_bonsai.bonsai.masks.regression import Fit
 
 A = torch.tensor([0, 1, 2, 0.5, 0, 3]).double()
 B = torch.tensor([2, 0, 1, 0.5, 0, 0]).double()

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_mask, tiny_llama
 
-from frugal_bonsai.bonsai.design import (
+from frugal_bonsai.bonsai.masks.design import (
     Pools,
     draw_group_masks,
     draw_pools,
     draw_uniform_masks,
     draw_unit_masks,
 )
-from frugal_bonsai.bonsai.evaluate import DesignMasker
+from frugal_bonsai.bonsai.masks.evaluate import DesignMasker
 from frugal_bonsai.model.layout import PADDED, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 

@@ -16,14 +16,14 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.bonsai.design import (
+from frugal_bonsai.bonsai.masks.design import (
     Design,
     GroupDesign,
     draw_group_masks,
     draw_pools,
     draw_unit_masks,
 )
-from frugal_bonsai.bonsai.evaluate import Observations, Utility, evaluate_masks
+from frugal_bonsai.bonsai.masks.evaluate import Observations, Utility, evaluate_masks
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import NATIVE, build_store

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Tiny, open_tiny, random_windows, tiny_family
 from torch.nn.functional import linear
 
-from frugal_bonsai.bonsai.design import draw_pools
-from frugal_bonsai.bonsai.experts import check_experts, drop_experts, measure_experts
-from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.questions import GroupQuestion
-from frugal_bonsai.bonsai.recover import Recovery
-from frugal_bonsai.bonsai.select import Curve, cut
+from frugal_bonsai.bonsai.importance.experts import check_experts, drop_experts, measure_experts
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.masks.design import draw_pools
+from frugal_bonsai.bonsai.masks.estimators import GroupQuestion
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+from frugal_bonsai.bonsai.selection.cut import Curve, cut
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import PADDED, PER_LAYER, LayoutRules, layout_rules
 from frugal_bonsai.model.units import FFN, KeepMask

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal_bonsai.bonsai import factor as module
-from frugal_bonsai.bonsai.factor import DampedFactor
+from frugal_bonsai.bonsai.importance import factor as module
+from frugal_bonsai.bonsai.importance.factor import DampedFactor
 from frugal_bonsai.errors import CheckpointError
 
 

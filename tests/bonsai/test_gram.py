@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugal_bonsai.bonsai.factor import DampedFactor
-from frugal_bonsai.bonsai.gram import Moments, exact_loss_U, ridge_refit_
+from frugal_bonsai.bonsai.importance.factor import DampedFactor
+from frugal_bonsai.bonsai.importance.gram import Moments, exact_loss_U, ridge_refit_
 
 CPU = torch.device("cpu")
 TOKENS, COLUMNS, HIDDEN = 400, 12, 7

@@ -8,7 +8,11 @@ import pytest
 import torch
 from tiny_models import Tiny, random_windows, sampled_windows, tiny_llama
 
-from frugal_bonsai.bonsai.logit_scale import convex_minimum, find_logit_scale, scaled_norm
+from frugal_bonsai.bonsai.reconstruction.logit_scale import (
+    convex_minimum,
+    find_logit_scale,
+    scaled_norm,
+)
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.hidden import HiddenStates
 

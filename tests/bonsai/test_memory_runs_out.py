@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_models import Tiny, random_mask, random_windows, tiny_llama
 
-from frugal_bonsai.bonsai import recover_outputs
-from frugal_bonsai.bonsai.gram import Moments
-from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.recover import Recovered, Recovery
-from frugal_bonsai.bonsai.refine import Refinement
+from frugal_bonsai.bonsai.importance.gram import Moments
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.reconstruction import outputs as recover_outputs
+from frugal_bonsai.bonsai.reconstruction.channels import Refinement
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
-from frugal_bonsai.bonsai import paper_regression
-from frugal_bonsai.bonsai.paper_regression import fit_paper
+from frugal_bonsai.bonsai.masks import paper as paper_regression
+from frugal_bonsai.bonsai.masks.paper import fit_paper
 
 # As imported, before the fixture cuts the grid down.
 PUBLISHED = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import BIASES, Tiny, random_mask, random_windows, tiny_llama
 
-from frugal_bonsai.bonsai.prior import PRIORS, Prior, PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.importance.scores import PRIORS, Prior, PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.settings import PRIOR_NAMES, REAP, SIMILARITY
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.stream.store import NATIVE, build_store

@@ -20,8 +20,8 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.bonsai.prior import PriorBuilder
-from frugal_bonsai.bonsai.recover import Recovered, Recovery
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import INT8, NATIVE, build_store
 
@@ -236,7 +236,7 @@ def test_micro_batches_do_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["exact", "fluctuation"])
 def test_next_prior_is_that_of_the_refit_model(name: str, tmp_path: Path) -> None:
     """For free from the recovery sweep: what an own sweep over the refit model would measure."""
-    from frugal_bonsai.bonsai.prior import PriorTap
+    from frugal_bonsai.bonsai.importance.scores import PriorTap
 
     tiny, tokens = tiny_llama(tmp_path / "m", **BIASES), random_windows(20, 12)
     mask = random_mask(tiny.spec)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import BIASES, Tiny, sampled_windows, tiny_llama
 
-from frugal_bonsai.bonsai.prior import PriorBuilder
-from frugal_bonsai.bonsai.recover import Recovered, Recovery
-from frugal_bonsai.bonsai.recover_inputs import input_projections
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder
+from frugal_bonsai.bonsai.reconstruction.inputs import input_projections
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store
 

@@ -10,12 +10,12 @@ import torch
 from tiny_models import BIASES, Tiny, relative, sampled_windows, tiny_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from frugal_bonsai.bonsai import refine
-from frugal_bonsai.bonsai.layer_pass import LayerPass
-from frugal_bonsai.bonsai.prior import PriorBuilder
-from frugal_bonsai.bonsai.recover import Recovered, Recovery
-from frugal_bonsai.bonsai.recover_inputs import input_rows
-from frugal_bonsai.bonsai.refine import Refinement, conjugate_gradients
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder
+from frugal_bonsai.bonsai.reconstruction import channels as refine
+from frugal_bonsai.bonsai.reconstruction.channels import Refinement, conjugate_gradients
+from frugal_bonsai.bonsai.reconstruction.inputs import input_rows
+from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
 from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store

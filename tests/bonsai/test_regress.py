@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import generator, noise
 
-from frugal_bonsai.bonsai.regress import (
+from frugal_bonsai.bonsai.masks.regression import (
     FOLDS,
     Predicted,
     clearly_likelier,

@@ -10,11 +10,15 @@ import pytest
 import torch
 from planted import generator
 
-from frugal_bonsai.bonsai.design import Design, GroupDesign, Pools, UnitDesign, draw_pools
-from frugal_bonsai.bonsai.evaluate import Observations
-from frugal_bonsai.bonsai.methods import make_settings
-from frugal_bonsai.bonsai.questions import GroupQuestion, KindQuestion, UnitQuestion, gone_counts
-from frugal_bonsai.bonsai.sampling import (
+from frugal_bonsai.bonsai.masks.design import Design, GroupDesign, Pools, UnitDesign, draw_pools
+from frugal_bonsai.bonsai.masks.estimators import (
+    GroupQuestion,
+    KindQuestion,
+    UnitQuestion,
+    gone_counts,
+)
+from frugal_bonsai.bonsai.masks.evaluate import Observations
+from frugal_bonsai.bonsai.masks.sampling import (
     BUDGET,
     FIXED,
     SETTLED,
@@ -25,7 +29,8 @@ from frugal_bonsai.bonsai.sampling import (
     taken_share,
     undecided,
 )
-from frugal_bonsai.bonsai.select import Curve, cut
+from frugal_bonsai.bonsai.methods import make_settings
+from frugal_bonsai.bonsai.selection.cut import Curve, cut
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from frugal_bonsai.bonsai.methods import make_settings
-from frugal_bonsai.bonsai.schedule import Schedule
-from frugal_bonsai.bonsai.select import Curve
+from frugal_bonsai.bonsai.selection.cut import Curve
+from frugal_bonsai.bonsai.selection.schedule import Schedule
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 

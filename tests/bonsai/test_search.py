@@ -20,12 +20,14 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.bonsai import extent, paper_regression, round_masks
-from frugal_bonsai.bonsai.evaluate import Observations, Utility
+from frugal_bonsai.bonsai.masks import paper as paper_regression
+from frugal_bonsai.bonsai.masks import round_masks
+from frugal_bonsai.bonsai.masks.evaluate import Observations, Utility
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.search import Found, Search
+from frugal_bonsai.bonsai.selection import extent
+from frugal_bonsai.bonsai.selection.candidates import WITH_ATTENTION
 from frugal_bonsai.bonsai.state import StateFolder
-from frugal_bonsai.bonsai.trial import WITH_ATTENTION
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask

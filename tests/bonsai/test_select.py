@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugal_bonsai.bonsai.select import (
+from frugal_bonsai.bonsai.selection.cut import (
     Curve,
     can_go_nearer,
     check_reachable,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from frugal_bonsai.bonsai.extent import round_goals
 from frugal_bonsai.bonsai.methods import METHODS, make_settings
+from frugal_bonsai.bonsai.selection.extent import round_goals
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.cli import prune_command
 from frugal_bonsai.errors import OptionError

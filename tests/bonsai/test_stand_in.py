@@ -13,12 +13,12 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.bonsai.design import GroupDesign, draw_pools
-from frugal_bonsai.bonsai.evaluate import evaluate_masks
-from frugal_bonsai.bonsai.factor import DampedFactor
-from frugal_bonsai.bonsai.gram import Moments
-from frugal_bonsai.bonsai.prior import Prior, PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.stand_in import StandIns, StandInWriter, Tensors
+from frugal_bonsai.bonsai.importance.factor import DampedFactor
+from frugal_bonsai.bonsai.importance.gram import Moments
+from frugal_bonsai.bonsai.importance.imputation import StandIns, StandInWriter, Tensors
+from frugal_bonsai.bonsai.importance.scores import Prior, PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.masks.design import GroupDesign, draw_pools
+from frugal_bonsai.bonsai.masks.evaluate import evaluate_masks
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import Tiny, random_mask, tiny_llama
 
-from frugal_bonsai.bonsai.beliefs import Ahead
-from frugal_bonsai.bonsai.prior import Prior
+from frugal_bonsai.bonsai.importance.scores import Prior
+from frugal_bonsai.bonsai.masks.curve_priors import Ahead
 from frugal_bonsai.bonsai.state import (
     PruneState,
     StateFolder,

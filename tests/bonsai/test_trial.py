@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from frugal_bonsai.bonsai.extent import trial_windows
-from frugal_bonsai.bonsai.select import Curve, cut
-from frugal_bonsai.bonsai.trial import WITH_ATTENTION, rival_cuts, try_cuts
+from frugal_bonsai.bonsai.selection.candidates import WITH_ATTENTION, rival_cuts, try_cuts
+from frugal_bonsai.bonsai.selection.cut import Curve, cut
+from frugal_bonsai.bonsai.selection.extent import trial_windows
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 

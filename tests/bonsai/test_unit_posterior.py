@@ -8,8 +8,8 @@ import pytest
 import torch
 from planted import correlation, generator, mask_pairs, noise, pairs, planted_units
 
-from frugal_bonsai.bonsai.regress import Fit
-from frugal_bonsai.bonsai.unit_posterior import _condition, _kernels, fit_units
+from frugal_bonsai.bonsai.masks.regression import Fit
+from frugal_bonsai.bonsai.masks.unit_posterior import _condition, _kernels, fit_units
 
 
 def _fit(off: torch.Tensor, loss: torch.Tensor, prior: torch.Tensor, **more: torch.Tensor) -> Fit:
@@ -89,7 +89,7 @@ def test_dual_equals_primal(observations: int, units: int, penalty: float) -> No
 
 
 def _mean_and_variance(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
-    from frugal_bonsai.bonsai.unit_posterior import _coefficients
+    from frugal_bonsai.bonsai.masks.unit_posterior import _coefficients
 
     return _coefficients(*args)  # type: ignore[arg-type]
 

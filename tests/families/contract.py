@@ -16,9 +16,9 @@ from tiny_models import CPU, FAMILY_CONFIGS, Tiny, open_tiny, random_windows, re
 from transformers import AutoModelForCausalLM
 
 from frugal_bonsai import load_pruned, row_blocks
-from frugal_bonsai.bonsai.logit_scale import scaled_norm
-from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.recover import Recovery
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
 from frugal_bonsai.rewrite.shrink import shrink

@@ -10,7 +10,7 @@ from tiny_models import BIASES, GQA, MHA, TIED, VARIANTS, Tiny, tiny_family, tin
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.model.family import describe_model
-from frugal_bonsai.model.find import find_family
+from frugal_bonsai.model.family_lookup import find_family
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN
 

@@ -11,7 +11,7 @@ from tiny_models import EXPERTS_PRUNED, save_byte_tokenizer, tiny_family
 
 import frugal_bonsai
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.model.arrange import describe_checkpoint
+from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.layouts.bundled import FILE
 from frugal_bonsai.rewrite.mask_file import write_mask

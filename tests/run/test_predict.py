@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from frugal_bonsai import PruneOptions, plan, prune
-from frugal_bonsai.memory.time_model import PruneWork
+from frugal_bonsai.hardware.time_model import PruneWork
 from frugal_bonsai.run.predict import forward_tokens
 from frugal_bonsai.run.prepare import open_model
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import random_mask
 
-from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.recover import Recovery
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import ShardedWriter
 from frugal_bonsai.memory.budget import Budget, enforce_gpu_cap, find_device, make_budget

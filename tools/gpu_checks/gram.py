@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import torch
 
 from frugal_bonsai.accelerator import tensor_cores
-from frugal_bonsai.bonsai.factor import DampedFactor
-from frugal_bonsai.bonsai.gram import add_product_
+from frugal_bonsai.bonsai.importance.factor import DampedFactor
+from frugal_bonsai.bonsai.importance.gram import add_product_
 from gpu_checks.check import Check
 from gpu_checks.machine import best_seconds, once
 

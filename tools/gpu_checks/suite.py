@@ -12,8 +12,8 @@ import torch
 from bench_streaming import HalfOff
 
 from frugal_bonsai.accelerator import synchronize
-from frugal_bonsai.bonsai.prior import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.recover import Recovery
+from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
 from frugal_bonsai.memory.budget import make_budget
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.llama import LLAMA
-from frugal_bonsai.model.table import Peak
+from frugal_bonsai.model.family_schema import Peak
 from frugal_bonsai.model.units import ATTENTION
 
 GEMMA2 = replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.gemma2 import GEMMA2
-from frugal_bonsai.model.table import GATED_PEAKS, Peak
+from frugal_bonsai.model.family_schema import GATED_PEAKS, Peak
 
 GEMMA3 = replace(
     GEMMA2,

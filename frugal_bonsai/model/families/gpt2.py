@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from frugal_bonsai.model.table import Condition, Family, Part, Peak
+from frugal_bonsai.model.family_schema import Condition, Family, Part, Peak
 
 GPT2 = Family(
     model_type="gpt2",

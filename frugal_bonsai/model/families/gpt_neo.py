@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from frugal_bonsai.model.table import Family, Part, Peak
+from frugal_bonsai.model.family_schema import Family, Part, Peak
 
 GPT_NEO = Family(
     model_type="gpt_neo",

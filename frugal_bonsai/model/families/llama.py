@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from frugal_bonsai.model.table import Family, Part
+from frugal_bonsai.model.family_schema import Family, Part
 from frugal_bonsai.model.units import ATTENTION, FFN
 
 LLAMA = Family(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.mistral import MISTRAL
-from frugal_bonsai.model.table import GATED_PEAKS, Experts, Part, Peak
+from frugal_bonsai.model.family_schema import GATED_PEAKS, Experts, Part, Peak
 
 # Older checkpoints and transformers' own writer call an expert's projections so.
 _STORED = {

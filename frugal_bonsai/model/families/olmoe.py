@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from frugal_bonsai.model.families.llama import LLAMA
 from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS, EXPERT_PEAKS
-from frugal_bonsai.model.table import Condition, Experts
+from frugal_bonsai.model.family_schema import Condition, Experts
 from frugal_bonsai.model.units import ATTENTION
 
 OLMOE = replace(

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS, EXPERT_PEAKS
 from frugal_bonsai.model.families.qwen3 import QWEN3
-from frugal_bonsai.model.table import Condition, Experts, Peak
+from frugal_bonsai.model.family_schema import Condition, Experts, Peak
 
 QWEN3_MOE = replace(
     QWEN3,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.llama import LLAMA
-from frugal_bonsai.model.table import Condition, Peak
+from frugal_bonsai.model.family_schema import Condition, Peak
 
 STABLELM = replace(
     LLAMA,

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.default_config import plain_values
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.plain import plain_values
 
 # Keys of both config classes that shape the function; where the source leaves one out, what
 # LlamaConfig takes is written down, for MistralConfig may take something else.

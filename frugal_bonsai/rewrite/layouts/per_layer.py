@@ -13,8 +13,8 @@ from pathlib import Path
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.checkpoint.writer import write_bytes, write_json
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.family_schema import HEAD_DIM
 from frugal_bonsai.model.layout import LayoutRules, heads_fit
-from frugal_bonsai.model.table import HEAD_DIM
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.layouts.bundled import FILE, find_bundled, read_bundled
 from frugal_bonsai.rewrite.layouts.widths import layer_widths, plain_config

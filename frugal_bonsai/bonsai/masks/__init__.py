@@ -1,0 +1,1 @@
+"""Masked sub-models: drawn, evaluated, and what their utilities say about the units."""

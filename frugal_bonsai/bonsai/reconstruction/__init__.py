@@ -1,0 +1,1 @@
+"""What is left of a layer, refitted to the dense model without gradients."""

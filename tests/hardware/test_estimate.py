@@ -1,0 +1,316 @@
+"""Phases of a prune: which there are, what binds them, and totals computed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from plan_shapes import LLAMA_1B
+from test_cost import example
+
+import profiles
+from frugal_bonsai.hardware.estimate import estimate_time, int8_wins
+from frugal_bonsai.hardware.profile import HardwareProfile
+from frugal_bonsai.hardware.time_model import Phase, PruneWork, TimeEstimate
+from frugal_bonsai.memory.work import SweepLimits
+
+SPEC = example()
+LAYERS, P, BLOCKS = 6, 192 * (512 + 256) + 3 * 192 * 512, 2_656_512
+LIMITS = SweepLimits(
+    micro_batch=4, windows_in_flight=100, resident_windows=0, head_rows=4096, head_tokens=1024
+)
+WORK = PruneWork(
+    window=256,
+    windows=32,
+    reported=4,
+    shares=(1.0, 0.75, 0.5),
+    pairs=104,
+    exact_prior=True,
+    recovery=True,
+    refit_inputs=True,
+    keep_inputs=True,
+    int8_store=True,
+    source_bytes=2,
+)
+# Everything but matrix products takes no time.
+ONLY_PRODUCTS: dict[str, Any] = {
+    "disk_cold_bytes_per_second": 1e30,
+    "disk_warm_bytes_per_second": 1e30,
+    "disk_write_bytes_per_second": 1e30,
+    "memory_bytes_per_second": 1e30,
+    "fresh_bytes_per_second": 1e30,
+    "attention_flops_per_second": 1e30,
+    "solve_flops_per_second": 1e30,
+    "call_seconds": 0.0,
+    "start_seconds": 0.0,
+}
+
+
+def estimate(profile: HardwareProfile, **changes: Any) -> TimeEstimate:
+    return estimate_time(SPEC, replace(WORK, **changes), LIMITS, profile)
+
+
+def phase(found: TimeEstimate, name: str) -> Phase:
+    return next(phase for phase in found.phases if phase.name == name)
+
+
+def test_phases_in_order() -> None:
+    names = [phase.name for phase in estimate(profiles.cpu()).phases]
+    assert names == [
+        *("starting", "perplexity", "building stores", "statistics"),
+        *("masked evaluation", "recovery", "rewriting"),
+    ]
+    without = estimate(profiles.cpu(), pairs=0, recovery=False, sampled_tokens=255)
+    assert [phase.name for phase in without.phases] == [
+        *("starting", "sampling text", "perplexity"),
+        *("building stores", "statistics", "rewriting"),
+    ]
+
+
+def test_large_weights_are_dequantised_for_every_micro_batch_on_a_cpu() -> None:
+    """Small ones once a wave, however many micro-batches it has."""
+    found = {}
+    for name, spec in (("large", LLAMA_1B), ("small", SPEC)):
+        seconds = [
+            phase(
+                estimate_time(
+                    spec,
+                    WORK,
+                    replace(LIMITS, micro_batch=size),
+                    profiles.cpu(**{**ONLY_PRODUCTS, "memory_bytes_per_second": 1e10}),
+                ),
+                "statistics",
+            ).elementwise
+            for size in (4, 8)
+        ]
+        found[name] = seconds[0] - seconds[1]
+    visits = WORK.part_windows // 4 - WORK.part_windows // 8
+    assert visits > 1
+    # int8 is read, fp32 written.
+    assert found["large"] == pytest.approx(visits * LLAMA_1B.block_parameters * 5 / 1e10)
+    assert found["small"] == pytest.approx(0, abs=1e-12)
+
+
+def test_products_of_the_masked_evaluation() -> None:
+    found = phase(estimate(profiles.cpu(**ONLY_PRODUCTS)), "masked evaluation")
+    tokens = 104 * 256
+    layers = 2 * P * LAYERS * tokens * (1.0 + 0.75)
+    head = 2 * 192 * 4096 * tokens * 2
+    assert found.compute == pytest.approx((layers + head) / 1e11)
+    assert found.seconds == pytest.approx(found.compute)
+
+
+def test_int8_speeds_the_masked_evaluation_up_and_nothing_else() -> None:
+    fp32 = estimate(profiles.cpu(**ONLY_PRODUCTS))
+    int8 = estimate(profiles.cpu(**ONLY_PRODUCTS), arithmetic="int8")
+    before, after = (phase(found, "masked evaluation").seconds for found in (fp32, int8))
+    # Both digits of each input are multiplied.
+    assert after == pytest.approx(2 * before / 8)
+    assert phase(int8, "recovery").seconds == phase(fp32, "recovery").seconds
+    # Codes are multiplied as they are stored, but inputs are rounded and sums scaled.
+    traffic = profiles.cpu(**{**ONLY_PRODUCTS, "memory_bytes_per_second": 2e10})
+    more = [phase(estimate(traffic, arithmetic=a), "masked evaluation") for a in ("fp32", "int8")]
+    assert more[1].elementwise > more[0].elementwise
+
+
+def test_products_of_statistics_and_recovery() -> None:
+    found = estimate(profiles.cpu(**ONLY_PRODUCTS))
+    tokens = 32 * 256
+    gram = 2 * (256**2 + 512**2)
+    blocks = 256**2 * 64
+    assert phase(found, "statistics").compute == pytest.approx(
+        LAYERS * (tokens * (2 * P + gram) + blocks) / 1e11
+    )
+    expected = 0.0
+    for share in (0.75, 0.5):
+        query, ffn = 256 * share, 512 * share
+        projections, o_proj = P * share, 192 * query
+        # The pruned layer once, and o_proj three times more: FFN's refit, its inputs, its target.
+        expected += 2 * (P + projections + 3 * o_proj) * tokens * LAYERS
+        each = query**2 + ffn**2 + 192 * (query + ffn) + 4 * 192**2
+        expected += 2 * each * tokens * LAYERS
+        rows = projections / 192 - query - ffn
+        expected += 192 * (2 * query**2 + 2 * ffn**2 + 4 * 192 * rows) * LAYERS
+        if share == 0.75:  # the last round needs no prior for a next one
+            expected += query**2 * 64 * LAYERS
+        expected += 2 * 192 * 4096 * tokens
+    expected += 2 * 192 * 4096 * tokens  # the dense model's losses, once
+    assert phase(found, "recovery").compute == pytest.approx(expected / 1e11)
+
+
+def test_rounds_before_the_last_take_a_part_and_trials_a_part_of_it() -> None:
+    only = profiles.cpu(**ONLY_PRODUCTS)
+    names = ("statistics", "recovery")
+    whole, part, tried = (
+        {name: phase(estimate(only, exact_prior=False, **changes), name) for name in names}
+        for changes in ({}, {"part": 8}, {"part": 8, "trial": 4})
+    )
+    assert part["statistics"].compute == pytest.approx(whole["statistics"].compute / 4)
+    first, last = (
+        phase(estimate(only, exact_prior=False, **changes), "recovery").compute
+        for changes in ({"shares": (1.0, 0.75)}, {"shares": (1.0, 0.5)})
+    )
+    head = 2 * 192 * 4096 * 32 * 256 / 1e11  # each of the two with the dense model's losses
+    assert whole["recovery"].compute == pytest.approx(first + last - head)
+    solves = sum(
+        192 * 2 * ((256 * 0.75) ** 2 + (512 * 0.75) ** 2) + 192 * 4 * 192 * rows
+        for rows in (P * 0.75 / 192 - 768 * 0.75,)
+    )
+    solves *= LAYERS / 1e11
+    # A quarter of the windows, but the same solves; the dense losses on both rounds' windows.
+    assert part["recovery"].compute == pytest.approx((first - solves) / 4 + solves + last)
+    more = tried["recovery"].compute - part["recovery"].compute
+    assert more > (first - solves - head) / 8  # both cuts of both rounds, on an eighth
+
+
+def test_trials_build_two_more_stores_a_round() -> None:
+    profile = profiles.cpu(memory_bytes_per_second=1e30)
+    found = phase(estimate(profile, trial=4), "building stores")
+    read, written = 8 * BLOCKS * 2, (1 + 4 * 0.75 + 3 * 0.5) * BLOCKS
+    assert found.disk == pytest.approx(read / 4e9 + written / 5e8)
+
+
+def test_a_third_cut_costs_half_as_much_again_as_two() -> None:
+    profile = profiles.cpu(memory_bytes_per_second=1e30)
+    for name in ("recovery", "building stores"):
+        none, two, three = (
+            phase(estimate(profile, **changes), name).seconds
+            for changes in ({}, {"trial": 4}, {"trial": 4, "trial_cuts": 3})
+        )
+        assert three - two == pytest.approx((two - none) / 2)
+
+
+def test_every_batch_of_masks_reads_the_layers() -> None:
+    profile = profiles.cpu()
+    one, three = (
+        phase(estimate(profile, **changes), "masked evaluation")
+        for changes in ({}, {"batches": (40, 32, 32)})
+    )
+    # 104 pairs at once are two waves, 40, 32 and 32 one after the other three.
+    assert three.disk == pytest.approx(1.5 * one.disk) and one.disk > 0
+    assert three.compute == pytest.approx(one.compute)
+
+
+def test_stand_ins_are_a_multiple_of_what_a_round_takes() -> None:
+    work = replace(WORK, pool=2.5)
+    assert work.stand_ins(0) == pytest.approx(2.5 * 0.25)
+    assert work.stand_ins(1) == pytest.approx(2.5 / 3)
+    only = profiles.cpu(**ONLY_PRODUCTS)
+    plain, guessed = (
+        phase(estimate(only, pool=pool), "masked evaluation").compute for pool in (0.0, 2.5)
+    )
+    tokens, expected = 104 * 256, 0.0
+    for share, left in ((0.625, 1.0), (2.5 / 3, 0.75)):
+        expected += 2 * share * (1 - share) * (256**2 + 512**2) * left**2 * tokens * LAYERS
+    assert guessed - plain == pytest.approx(expected / 1e11)
+
+
+def test_refinement_is_the_last_rounds() -> None:
+    only = profiles.cpu(**ONLY_PRODUCTS)
+    given = {"refine": 2, "refine_iterations": 4, "refine_blocks": 1}
+    plain, refined = (phase(estimate(only, **g), "recovery").compute for g in ({}, given))
+    tokens, ffn = 32 * 256, 256  # half of the channels are left
+    weights = 3 * 192 * ffn
+    # Refining, and each step's solve with its inputs; o_proj's output five times, inputs at the
+    # end.
+    expected = 2 * ((2 + 8) * weights + 2 * 192 * ffn) * tokens + 2 * 192**2 * tokens
+    expected += 2 * (2 * (ffn**2 + ffn * 192) * tokens + 2 * ffn**2 * 192 + 4 * 192 * ffn * tokens)
+    expected += 5 * 2 * 192 * 128 * tokens + 4 * 192 * ffn * tokens
+    assert refined - plain == pytest.approx(LAYERS * expected / 1e11)
+    for changes in ({"keep_refinement": False}, {"keep_inputs": False}):
+        more = phase(estimate(only, **given, **changes), "recovery").compute
+        assert more > refined
+
+
+def test_inputs_that_are_not_kept_cost_more() -> None:
+    kept, again = (
+        phase(estimate(profiles.cpu(), keep_inputs=keep), "recovery").seconds
+        for keep in (True, False)
+    )
+    assert again > 1.2 * kept
+
+
+def test_stores_are_read_quantised_and_written_one_after_another() -> None:
+    profile = profiles.cpu(memory_bytes_per_second=1e30)
+    found = phase(estimate(profile), "building stores")
+    # Dense; after round one, twice; after the last, once.
+    read, written = 4 * BLOCKS * 2, (1 + 2 * 0.75 + 0.5) * BLOCKS
+    assert found.disk == pytest.approx(read / 4e9 + written / 5e8)
+    assert found.seconds == pytest.approx(found.disk + found.elementwise)
+
+
+def test_stores_that_the_page_cache_cannot_hold_are_read_cold() -> None:
+    warm = phase(estimate(profiles.cpu()), "statistics")
+    # Both stores in 0.8 of what is free.
+    enough = -(-2 * BLOCKS * 10 // 8)
+    assert phase(estimate(profiles.cpu(host_bytes=enough)), "statistics").disk == warm.disk
+    cold = phase(estimate(profiles.cpu(host_bytes=enough - 2)), "statistics")
+    assert cold.disk == pytest.approx(4 * warm.disk)
+    # What the plan holds is not the page cache's.
+    full = estimate(profiles.cpu(), planned_bytes=16 * 2**30)
+    assert phase(full, "statistics").disk == pytest.approx(cold.disk)
+
+
+def test_with_one_layer_buffer_nothing_overlaps() -> None:
+    slow = profiles.cpu(disk_warm_bytes_per_second=1e6)
+    two = phase(estimate_time(SPEC, WORK, LIMITS, slow), "statistics")
+    one = phase(estimate_time(SPEC, WORK, replace(LIMITS, layer_buffers=1), slow), "statistics")
+    assert two.seconds == max(two.disk, two.compute + two.elementwise)
+    assert one.seconds == pytest.approx(one.disk + one.compute + one.elementwise)
+
+
+def test_a_slow_disk_binds_and_sweeps_overlap_it() -> None:
+    found = estimate(profiles.cpu(disk_warm_bytes_per_second=1e3))
+    masked = phase(found, "masked evaluation")
+    # Two waves of 104 pairs with 100 in flight, each through all layers, dense and at 0.75.
+    layer = P + 2 * 192
+    assert masked.disk == pytest.approx(2 * LAYERS * layer * 1.75 / 1e3)
+    assert (masked.binds, masked.seconds, found.binds) == ("disk", masked.disk, "disk")
+
+
+def test_a_gpu_copies_layers_and_hidden_states() -> None:
+    found = estimate(profiles.cuda(copy_bytes_per_second=1e6))
+    statistics = phase(found, "statistics")
+    layers = LAYERS * (P + 2 * 192)
+    hidden = 2 * LAYERS * 32 * 256 * 192 * 2
+    assert statistics.copy == pytest.approx((layers + hidden) / 1e6)
+    assert (statistics.binds, found.binds) == ("copy", "copy")
+    near = replace(LIMITS, resident_windows=32)
+    found = estimate_time(SPEC, WORK, near, profiles.cuda(copy_bytes_per_second=1e6))
+    assert phase(found, "statistics").copy == pytest.approx(layers / 1e6)
+
+
+def test_what_binds_most_of_the_time_binds() -> None:
+    phases = (
+        Phase(name="a", compute=5.0, elementwise=1.0, disk=2.0),
+        Phase(name="b", disk=4.0, copy=3.0),
+        Phase(name="c", compute=1.0, disk=1.5, overlaps=False),
+    )
+    assert [p.binds for p in phases] == ["compute", "disk", "disk"]
+    assert [p.seconds for p in phases] == [6.0, 4.0, 2.5]
+    found = TimeEstimate(phases=phases)
+    assert (found.total_seconds, found.binds) == (12.5, "disk")
+
+
+def test_overheads() -> None:
+    none, some = (
+        estimate(profiles.cpu(**{**ONLY_PRODUCTS, "call_seconds": each})) for each in (0.0, 0.5)
+    )
+    # 104 pairs in micro-batches of 4, six layers, two rounds.
+    more = phase(some, "masked evaluation").seconds - phase(none, "masked evaluation").seconds
+    assert more == pytest.approx(26 * LAYERS * 2 * 0.5)
+    assert phase(estimate(profiles.cpu(start_seconds=9.0)), "starting").seconds == 9.0
+
+
+def test_int8_wins_where_both_digits_and_their_making_cost_less() -> None:
+    def wins(int8: float, memory: float) -> bool:
+        products = {"fp32": 1e11, "int8": int8}
+        return int8_wins(SPEC, profiles.cpu(products=products, memory_bytes_per_second=memory))
+
+    # A token of a layer: 2 P operations twice over, 66 bytes an input and 36 a result.
+    digits = 66 * (5 * 192 + 256 + 512) + 36 * (256 + 2 * 128 + 2 * 192 + 2 * 512)
+    enough = digits / (2 * P / 1e11 - 4 * P / 8e11)
+    assert wins(8e11, 1.01 * enough) and not wins(8e11, 0.99 * enough)
+    assert not wins(2e11, 1e30)
+    assert not int8_wins(SPEC, profiles.cpu(products={"fp32": 1e11}))
