@@ -29,25 +29,6 @@ _UNITS = {
     "tib": 2**40,
 }
 
-# Bytes per element of the dtypes of the safetensors format (its own names).
-DTYPE_BYTES = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "I64": 8,
-    "U64": 8,
-    "F64": 8,
-}
-
 
 def parse_bytes(text: str | int, *, option: str = "size") -> int:
     """Read a size such as ``24GB``, ``1.5 GiB``, ``800MiB`` or a plain count of bytes.

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from frugal_bonsai.checkpoint.reader import TORCH_NAMES, torch_dtype
+from frugal_bonsai.dtypes import DTYPE_BYTES, TORCH_NAMES, torch_dtype
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.sizes import DTYPE_BYTES, GIB, format_bytes, parse_bytes
+from frugal_bonsai.sizes import GIB, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

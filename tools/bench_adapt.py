@@ -32,6 +32,7 @@ from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.train import Trainer
 from frugal_bonsai.adapt.training_data import Lessons
 from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.dtypes import TORCH_NAMES
 from frugal_bonsai.memory.meter import peak_resident_bytes
 from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.progress import Silent
@@ -181,7 +182,6 @@ def prepare(words: list[str], summary: dict[str, Any], dtype: str, path: Path) -
             progress=Silent(),
         )
         stored = {entry.dtype for entry in job.pruned.checkpoint.tensors.values()}
-        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
         torch.save(
             {
                 "pruned": str(find_model(pruned)),
@@ -193,7 +193,7 @@ def prepare(words: list[str], summary: dict[str, Any], dtype: str, path: Path) -
                 "eval_NS": job.eval_NS,
                 "micro_batch": summary["training"]["micro_batch"],
                 "dtype": dtype,
-                "stored": names[min(stored)],
+                "stored": TORCH_NAMES[min(stored)],
             },
             path,
         )

@@ -237,8 +237,8 @@ def _recover(
     refine: int,
 ) -> None:
     from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
-    from frugal_bonsai.checkpoint.reader import torch_dtype
     from frugal_bonsai.checkpoint.writer import write_tensors
+    from frugal_bonsai.dtypes import torch_dtype
     from frugal_bonsai.model.units import KeepMask
 
     def dtype(name: str) -> Any:

@@ -25,7 +25,8 @@ from frugal_bonsai.adapt.objective import (
     negative_log_likelihood,
 )
 from frugal_bonsai.adapt.part import Part, Sums
-from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.int8 import quantise_rows
 from frugal_bonsai.memory.work import DENSE_BLOCK_BYTES
 from frugal_bonsai.model.family import ModelSpec

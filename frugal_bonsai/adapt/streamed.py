@@ -18,7 +18,7 @@ from frugal_bonsai.accelerator import has_streams
 from frugal_bonsai.adapt.frozen import FrozenLinear
 from frugal_bonsai.adapt.head import STORED
 from frugal_bonsai.adapt.student import Student
-from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.stream.layers import LayerStream, Parameters
 from frugal_bonsai.stream.source import CheckpointSource
 

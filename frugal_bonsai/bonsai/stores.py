@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
-from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.model.biases import weight_of
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.head import Head

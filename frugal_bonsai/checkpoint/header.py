@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from frugal_bonsai.dtypes import DTYPE_BYTES
 from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.sizes import DTYPE_BYTES
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000

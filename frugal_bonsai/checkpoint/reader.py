@@ -21,51 +21,11 @@ from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.checkpoint.folder import find_tensors, read_config
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
+from frugal_bonsai.dtypes import DTYPE_BYTES, torch_dtype
 from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.sizes import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
-
-# The format's dtype names -> torch's attribute names; text, so that torch is imported at first use.
-TORCH_NAMES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-}
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name (``"BF16"``)."""
-    import torch
-
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
-    return dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The safetensors name of a torch dtype.
-
-    Raises:
-        ValueError: the format has no name for it.
-    """
-    wanted = str(dtype).removeprefix("torch.")
-    for name, torch_name in TORCH_NAMES.items():
-        if torch_name == wanted:
-            return name
-    raise ValueError(f"safetensors has no dtype for {dtype}")
 
 
 class Checkpoint:

@@ -30,7 +30,7 @@ from frugal_bonsai.checkpoint.commit import (
 from frugal_bonsai.checkpoint.files import copy_range, tensor_bytes
 from frugal_bonsai.checkpoint.folder import INDEX_FILE, SINGLE_FILE
 from frugal_bonsai.checkpoint.header import TensorEntry, build_header, entry_width
-from frugal_bonsai.checkpoint.reader import dtype_name
+from frugal_bonsai.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import torch

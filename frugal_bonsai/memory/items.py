@@ -21,13 +21,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from frugal_bonsai.accelerator import is_accelerator
+from frugal_bonsai.dtypes import DTYPE_BYTES, FLOATING, TORCH_NAMES
 from frugal_bonsai.int8 import PRODUCT_TOKENS, product_scratch_bytes, product_tokens
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.work import GPU, HOST, Choice, PlanItem, Work
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.row_blocks import block_bytes, block_rows, multiplied_in_blocks
-from frugal_bonsai.sizes import DTYPE_BYTES, MIB, format_bytes
+from frugal_bonsai.sizes import MIB, format_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -311,5 +312,5 @@ def _elements(shapes: list[tuple[int, ...]]) -> int:
 
 def _source_element_bytes(spec: ModelSpec) -> int:
     name = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "float32")
-    by_name = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-    return DTYPE_BYTES[by_name.get(name.removeprefix("torch."), "F32")]
+    sizes = {TORCH_NAMES[stored]: DTYPE_BYTES[stored] for stored in FLOATING}
+    return sizes.get(name.removeprefix("torch."), DTYPE_BYTES["F32"])

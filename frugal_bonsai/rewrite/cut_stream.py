@@ -19,7 +19,8 @@ import numpy
 import torch
 
 from frugal_bonsai.checkpoint.header import TensorEntry
-from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.dtypes import torch_dtype
 
 PIECE_BYTES = 2**21  # measured: larger ones do not stay in the cache from reading to writing
 _BUFFERS = 2  # one is read while the other is cut and written

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
+from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
+from frugal_bonsai.dtypes import DTYPE_BYTES, torch_dtype
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.model.biases import added_biases, output_bias, weight_of, with_bias_keys
 from frugal_bonsai.model.cut import cut_shape, padded_indices, slices_by_tensor
@@ -29,7 +30,6 @@ from frugal_bonsai.rewrite.cut_stream import TensorCut, stream_cuts
 from frugal_bonsai.rewrite.layouts import WRITE_CONFIG
 from frugal_bonsai.rewrite.layouts.padded import padded_counts
 from frugal_bonsai.rewrite.layouts.widths import require_units
-from frugal_bonsai.sizes import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch

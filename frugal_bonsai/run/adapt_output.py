@@ -205,7 +205,7 @@ def _rounding(engine: Any, verify_NS: torch.Tensor, expected_NSV: torch.Tensor) 
 
 def _require_rounding(rounding: float, output: Checkpoint, *, native: bool) -> None:
     """A student of native weights must be what was written, but for the stored dtype's rounding."""
-    from frugal_bonsai.checkpoint.reader import torch_dtype
+    from frugal_bonsai.dtypes import torch_dtype
     from frugal_bonsai.rewrite.verify import TOLERANCE
 
     stored = {torch_dtype(entry.dtype) for entry in output.tensors.values()}

@@ -15,6 +15,7 @@ from typing import Any
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.remote import open_headers
+from frugal_bonsai.dtypes import FLOATING
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.family import ModelSpec
@@ -25,7 +26,6 @@ from frugal_bonsai.sizes import MIB
 CHARACTERS_PER_TOKEN = 8
 DEFAULT_SOURCE, EXAMPLE_SOURCE = "wikitext2", "stdlib"
 DEFAULT_WINDOW = 2048
-FLOATING = ("BF16", "F16", "F32")
 # The FFN tile that matrix products like.
 CPU_TILE, GPU_TILE = 64, 128
 # What comes after a process's size is measured: scipy's solvers (22 MiB), the search's own modules

@@ -29,7 +29,7 @@ from frugal_bonsai.accelerator import (
     has_streams,
     is_accelerator,
 )
-from frugal_bonsai.checkpoint.reader import torch_dtype
+from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.int8 import dequantise_into, product_tokens
 from frugal_bonsai.row_blocks import multiplied_in_blocks
 from frugal_bonsai.stream.ahead import ReadAhead

@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from frugal_bonsai.checkpoint.reader import Checkpoint, torch_dtype
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.dtypes import DTYPE_BYTES, torch_dtype
 from frugal_bonsai.model.biases import added_biases, output_bias, weight_of
 from frugal_bonsai.model.cut import cut_shape, cut_tensor, kept_indices, slices_by_tensor
 from frugal_bonsai.model.drop import gone_tensors
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.sizes import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch

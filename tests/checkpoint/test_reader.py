@@ -14,9 +14,9 @@ from hostile.folders import FOLDERS, GOOD_FOLDER, INDEX, ONE, TWO, files
 from safetensors.torch import load_file, save_file
 
 from frugal_bonsai.checkpoint import files as reading
-from frugal_bonsai.checkpoint.reader import TORCH_NAMES, Checkpoint, dtype_name, torch_dtype
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.dtypes import DTYPE_BYTES, TORCH_NAMES, dtype_name, torch_dtype
 from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.sizes import DTYPE_BYTES
 
 TENSORS = {
     "rows": torch.arange(60, dtype=torch.float32).view(10, 2, 3),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from frugal_bonsai.checkpoint import commit, files, writer
 from frugal_bonsai.checkpoint.header import read_header
-from frugal_bonsai.checkpoint.reader import Checkpoint, dtype_name
+from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import (
     ShardedWriter,
     require_free_space,
@@ -23,6 +23,7 @@ from frugal_bonsai.checkpoint.writer import (
     write_json,
     write_tensors,
 )
+from frugal_bonsai.dtypes import dtype_name
 from frugal_bonsai.errors import OutputError
 
 TENSORS = {
