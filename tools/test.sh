@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# The test suite in .venv.   bash tools/test.sh [pytest's arguments]
-# All of it in as many processes as TEST_PROCESSES says (two unless said); what is named, in one.
+# Runs the tests in .venv, which it makes if it is not there.
+#   bash tools/test.sh             all tests, in TEST_PROCESSES processes (two by default)
+#   bash tools/test.sh --fast      the same without the tests marked slow
+#   bash tools/test.sh ARGUMENTS   pytest with these arguments, in one process
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" ".[test]"
-# A process has one thread: two with two threads each crawl.
+# One thread a process: two processes with two threads each slow each other down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+processes=(-n "${TEST_PROCESSES:-2}" --dist worksteal)
 if [ $# -eq 0 ]; then
-    set -- -n "${TEST_PROCESSES:-2}" --dist worksteal
+    set -- "${processes[@]}"
+elif [ "$1" = --fast ]; then
+    shift
+    set -- "${processes[@]}" -m "not slow" "$@"
 fi
 "$bin/python" -m pytest -q "$@"
