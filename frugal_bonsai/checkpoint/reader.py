@@ -35,7 +35,7 @@ class Checkpoint:
         folder: where it lies.
         config: ``config.json``.
         tensors: entry of every tensor, in the order of the files and of the data in them. Keys are
-            the files' own names until :meth:`rearrange` replaces them.
+            the files' own names until :meth:`rename_tensors` replaces them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Checkpoint:
         folder = Path(folder)
         return cls(folder, read_config(folder), find_tensors(folder))
 
-    def rearrange(self, tensors: dict[str, TensorEntry]) -> None:
+    def rename_tensors(self, tensors: dict[str, TensorEntry]) -> None:
         """See the same files under other names, or turned.
 
         Args:

@@ -1,8 +1,9 @@
-"""Biases that a model gets because what is removed from it leaves its mean behind (FLAP).
+"""Biases that the pruned model has and its source lacks.
 
-In: a :class:`ModelSpec` and names of tensors. Out: which tensors and config keys the pruned model
-has more than its source. An architecture gives a bias to all projections of a kind in every layer
-or to none: those that nothing is known for are zero. Holds names.
+A bias can replace the mean of what pruning removes (FLAP, arXiv 2312.11983). In: a
+:class:`ModelSpec` and names of replaced tensors. Out: the names of the biases to add, and the
+config keys that ask for them. An architecture has a bias at all projections of a kind in every
+layer or at none, so the projections without a computed bias get one of zeros. Holds names.
 """
 
 from __future__ import annotations
@@ -17,21 +18,27 @@ from frugal_bonsai.model.units import UnitGroup
 WEIGHT, BIAS = ".weight", ".bias"
 
 
-def output_bias(group: UnitGroup) -> str:
-    """Full name of the bias of a group's output projection."""
-    return group.output_weight.removesuffix(WEIGHT) + BIAS
+def bias_of(weight: str) -> str:
+    """Return the name of the bias beside a weight."""
+    return weight.removesuffix(WEIGHT) + BIAS
 
 
 def weight_of(bias: str) -> str:
-    """Name of the weight beside a bias."""
+    """Return the name of the weight beside a bias."""
     return bias.removesuffix(BIAS) + WEIGHT
+
+
+def output_bias(group: UnitGroup) -> str:
+    """Return the full name of the bias of a group's output projection."""
+    return bias_of(group.output_weight)
 
 
 def require_output_biases(spec: ModelSpec) -> None:
     """Check that every output projection has a bias or can get one.
 
     Raises:
-        OptionError: the architecture has no room for them.
+        OptionError: a projection has none, and the architecture has no config key that asks for
+            one.
     """
     for group in spec.table.groups:
         has = f"{group.output}{BIAS}" in spec.layer_tensors[group.layer]
@@ -43,11 +50,11 @@ def require_output_biases(spec: ModelSpec) -> None:
 
 
 def added_biases(spec: ModelSpec, refit: Iterable[str]) -> tuple[str, ...]:
-    """Full names of the biases that the source lacks and a model with these tensors has.
+    """Return the full names of the biases that the source lacks and the output has.
 
     Args:
         spec: the source.
-        refit: names of replaced tensors.
+        refit: full names of the tensors that the output replaces or adds.
     """
     refit = set(refit)
     kinds = {g.kind for g in spec.table.groups if output_bias(g) in refit}
@@ -57,15 +64,13 @@ def added_biases(spec: ModelSpec, refit: Iterable[str]) -> tuple[str, ...]:
             continue
         prefix, tensors = spec.prefix(group.layer), spec.layer_tensors[group.layer]
         weights = [p.tensor for p in group.slices if p.tensor.endswith(WEIGHT) and not p.joint]
-        for weight in weights:
-            bias = weight.removesuffix(WEIGHT) + BIAS
-            if bias.removeprefix(prefix) not in tensors:
-                names.append(bias)
+        biases = [bias_of(weight) for weight in weights]
+        names += [bias for bias in biases if bias.removeprefix(prefix) not in tensors]
     return tuple(names)
 
 
 def with_bias_keys(spec: ModelSpec, added: Iterable[str]) -> ModelSpec:
-    """The model with a config that asks for the biases of these kinds."""
+    """Return the model with a config that asks for the added biases."""
     added = set(added)
     kinds = {g.kind for g in spec.table.groups if output_bias(g) in added}
     keys = {spec.family.bias_keys[kind]: True for kind in sorted(kinds)}

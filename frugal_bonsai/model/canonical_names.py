@@ -1,9 +1,10 @@
-"""One order of names and axes for all checkpoints of a family.
+"""Canonical tensor names and axes for all checkpoints of a family.
 
-In: a checkpoint's tensors as its files have them. Out: the same under the names that Hugging Face's
-causal model gives its parameters, weights as ``[out, in]``. Checkpoints differ: the base model's
-have no prefix, older ones hold buffers that nothing reads, GPT-2 stores its weights the other way
-round. What is written again takes the files' own names and axes. Reads nothing.
+In: the tensors of a checkpoint as its files name and orient them. Out: the same tensors under the
+parameter names of Hugging Face's causal language model, weights as ``[out, in]``; and, for the
+rewriter, the way back to the files' names. Checkpoints of one family differ: a base model's names
+lack the prefix, old ones hold buffers that no model reads, and GPT-2 stores its weights as
+``[in, out]``. This module reads no tensor data.
 """
 
 from __future__ import annotations
@@ -21,35 +22,54 @@ from frugal_bonsai.model.family_schema import Family
 def describe_checkpoint(
     checkpoint: Checkpoint, *, source: str = "config.json", assume: str | None = None
 ) -> ModelSpec:
-    """Arrange an open checkpoint's tensors and describe the model.
+    """Give an open checkpoint's tensors their canonical names and describe the model.
 
     Args:
-        checkpoint: its ``tensors`` are the arranged ones from then on.
+        checkpoint: an open checkpoint; its ``tensors`` are replaced by the canonical ones.
         source: file name for error texts.
-        assume: the family that an architecture without a table is like, as the user says.
+        assume: name of the family whose table to use for an architecture without one, as the user
+            says.
 
     Raises:
-        UnsupportedModelError: unknown ``model_type``, or a kind of it that is not supported.
-        CheckpointError: a tensor is missing or has another shape than the config says.
+        UnsupportedModelError: unknown ``model_type``, or a variant of it that is not supported.
+        CheckpointError: a tensor is missing, or its shape contradicts the config.
     """
     family = find_family(checkpoint.config, source=source, assume=assume)
-    checkpoint.rearrange(arrange(family, checkpoint.tensors))
+    checkpoint.rename_tensors(canonical_tensors(family, checkpoint.tensors))
     return describe_model(checkpoint.config, checkpoint.shapes, source=source, assume=assume)
 
 
-def arrange(family: Family, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The tensors by the model's own names; see the module's text."""
+def canonical_tensors(family: Family, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the tensors under their canonical names, without those that no model reads."""
     base = family.embedding.split(".")[0] + "."
     bare = family.embedding not in tensors and family.embedding.removeprefix(base) in tensors
-    own_names = {stored: own for own, stored in family.stored_as.items()}
-    arranged = {}
+    canonical = {stored: own for own, stored in family.stored_as.items()}
+    renamed = {}
     for stored, entry in tensors.items():
         if stored.endswith(family.unread):
             continue
-        name = own_names.get(stored, family.own_name(stored))
+        name = canonical.get(stored, family.own_name(stored))
         if bare and name != family.head:
             name = base + name
-        arranged[name] = entry
+        renamed[name] = entry
         if name.endswith(family.transposed) and len(entry.shape) == 2:
-            arranged[name] = replace(entry, shape=entry.shape[::-1], transposed=True)
-    return arranged
+            renamed[name] = replace(entry, shape=entry.shape[::-1], transposed=True)
+    return renamed
+
+
+def name_in_file(family: Family, entry: TensorEntry, name: str, new_name: str) -> str:
+    """Return the name under which an output file stores a tensor, in the style of the source.
+
+    Args:
+        family: the model's family.
+        entry: the tensor's place in the source; its ``name`` is the name in the file.
+        name: canonical name in the source.
+        new_name: canonical name in the output. It differs from ``name`` where layers or experts are
+            renumbered.
+    """
+    if not name.endswith(entry.name):  # the files use other words inside the layers
+        name, new_name = family.file_name(name), family.file_name(new_name)
+    if not name.endswith(entry.name):  # another name altogether, outside the layers
+        return entry.name
+    # The files may omit the base model's prefix.
+    return new_name[len(name) - len(entry.name) :]

@@ -78,7 +78,7 @@ def prepare_adaptation(
     from frugal_bonsai.adapt.settings import AdaptSettings
     from frugal_bonsai.adapt.teacher import TeacherSettings
     from frugal_bonsai.memory.budget import find_device, make_budget
-    from frugal_bonsai.rewrite.shrink import require_tied_head
+    from frugal_bonsai.model.tied_head import require_tied_head
 
     given = {name: value for name, value in options.settings.items() if value is not None}
     settings = AdaptSettings(**given)

@@ -54,7 +54,7 @@ def evaluate(
     from frugal_bonsai.evaluation.perplexity import measure_perplexity
     from frugal_bonsai.memory.budget import find_device, make_budget
     from frugal_bonsai.memory.plan import Work, plan_memory
-    from frugal_bonsai.rewrite.shrink import require_tied_head
+    from frugal_bonsai.model.tied_head import require_tied_head
     from frugal_bonsai.stream.store import INT8, build_store
 
     started = time.monotonic()

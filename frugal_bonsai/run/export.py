@@ -30,7 +30,7 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
         FrugalBonsaiError: anything that the user can mend; no half-written file is left.
     """
     from frugal_bonsai.export.gguf_file import write_gguf
-    from frugal_bonsai.rewrite.shrink import require_tied_head
+    from frugal_bonsai.model.tied_head import require_tied_head
 
     out, started = Path(out), time.monotonic()
     with open_model(model) as opened:

@@ -95,7 +95,7 @@ def prune(
     Raises:
         FrugalBonsaiError: anything that the user can mend; no half-written output is left.
     """
-    from frugal_bonsai.rewrite.shrink import require_tied_head
+    from frugal_bonsai.model.tied_head import require_tied_head
 
     out, options, progress = Path(out), options or PruneOptions(), progress or Silent()
     started = time.monotonic()

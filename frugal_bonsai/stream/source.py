@@ -12,14 +12,14 @@ Holds no weights; reads with pread into the buffer that it is given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.dtypes import DTYPE_BYTES, torch_dtype
 from frugal_bonsai.model.biases import added_biases, output_bias, weight_of
-from frugal_bonsai.model.cut import cut_shape, cut_tensor, kept_indices, slices_by_tensor
+from frugal_bonsai.model.cut import Refit, cut_shape, cut_tensor, kept_indices, slices_by_tensor
 from frugal_bonsai.model.drop import gone_tensors
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT_BYTES = 64
-
-# Projection's weight -> a function that reads what recovery made of it, kept units alone.
-Refit = Mapping[str, "Callable[[], torch.Tensor]"]
 
 
 @dataclass(frozen=True, kw_only=True)

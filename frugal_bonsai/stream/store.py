@@ -22,12 +22,12 @@ from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.int8 import quantise_rows
 from frugal_bonsai.model.biases import added_biases
-from frugal_bonsai.model.cut import cut_tensor, slices_by_tensor
+from frugal_bonsai.model.cut import Refit, cut_tensor, slices_by_tensor
 from frugal_bonsai.model.drop import gone_tensors
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
-from frugal_bonsai.stream.source import HEAD_WEIGHT, Record, Refit, head_spans
+from frugal_bonsai.stream.source import HEAD_WEIGHT, Record, head_spans
 
 if TYPE_CHECKING:
     import torch

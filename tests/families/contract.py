@@ -19,11 +19,11 @@ from frugal_bonsai import load_pruned, row_blocks
 from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+from frugal_bonsai.model.cut import Refit
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
 from frugal_bonsai.rewrite.shrink import shrink
 from frugal_bonsai.stream.layers import CODES, DENSE, ROWS, LayerStream
-from frugal_bonsai.stream.source import Refit
 from frugal_bonsai.stream.store import INT8, build_store
 
 WINDOW = 13

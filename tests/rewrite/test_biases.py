@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from fresh_process import FreshProcesses
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from frugal_bonsai import load_pruned
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.biases import added_biases, output_bias, require_output_biases
+from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.family import describe_model
 from frugal_bonsai.model.layout import LAYOUTS, UNIFORM
 from frugal_bonsai.model.units import ATTENTION, FFN
@@ -105,3 +106,37 @@ def test_an_architecture_without_room_for_biases_is_refused(tmp_path: Path) -> N
         require_output_biases(spec)
     with tiny_parent(tmp_path / "own", attention_bias=True, mlp_bias=True) as parent:
         require_output_biases(replace(parent.spec, family=spec.family))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropped_layers_get_no_biases(tmp_path: Path, layout: str) -> None:
+    with tiny_parent(tmp_path / "dense", num_hidden_layers=4) as parent:
+        mask = random_mask(parent.spec, layout).without_layers((0, 2))
+        biases = _random_biases(parent, (FFN,))
+        kept = {n: b for n, b in biases.items() if ".1." in n or ".3." in n}
+        summary = parent.shrink(mask, tmp_path / "out", layout, refit=thunks(kept))
+        with pytest.raises(OptionError, match=r"layers\.0\.mlp\.down_proj\.bias.*mask removes"):
+            parent.shrink(mask, tmp_path / "refused", layout, refit=thunks(biases))
+    found = load_pruned(tmp_path / "out")
+    assert summary.parameters_after == found.num_parameters()
+    for layer, source in enumerate((1, 3)):
+        bias = found.model.layers[layer].mlp.down_proj.bias
+        assert torch.equal(bias, biases[f"model.layers.{source}.mlp.down_proj.bias"])
+
+
+def test_added_biases_are_named_as_the_source_names_its_tensors(tmp_path: Path) -> None:
+    """A base model's file has no prefix; a bias that had one would be another module's."""
+    tiny_parent(tmp_path / "dense", tie_word_embeddings=True).checkpoint.close()
+    path = tmp_path / "dense" / "model.safetensors"
+    bare = {name.removeprefix("model."): value for name, value in load_file(path).items()}
+    save_file(bare, path, metadata={"format": "pt"})
+    with Checkpoint.open(tmp_path / "dense") as checkpoint:
+        spec = describe_checkpoint(checkpoint)
+        parent = Parent(tmp_path / "dense", checkpoint, spec)
+        biases = _random_biases(parent, (FFN,))
+        parent.shrink(random_mask(spec, UNIFORM), tmp_path / "out", UNIFORM, refit=thunks(biases))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(
+        written["layers.1.mlp.down_proj.bias"], biases["model.layers.1.mlp.down_proj.bias"]
+    )
+    assert not any(name.startswith("model.") for name in written)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from frugal_bonsai.rewrite.shrink import write_companions
+from frugal_bonsai.rewrite.companions import write_companions
 
 
 def test_companions(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from frugal_bonsai import load_pruned, load_tokenizer
 from frugal_bonsai.checkpoint.writer import staged_directory
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.rewrite.shrink import shrink, write_companions
+from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.shrink import shrink
 from rewrite.models import (
     GQA,
     MHA,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from frugal_bonsai import load_pruned
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError, OptionError, OutputError
+from frugal_bonsai.model import tied_head
 from frugal_bonsai.model.cut import cut_tensor
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitSlice, UnitTable
@@ -201,7 +202,7 @@ def test_second_copy_of_a_tied_head_is_dropped(
 ) -> None:
     save_llama(tmp_path / "dense", tie_word_embeddings=True)
     duplicate_head(tmp_path / "dense")
-    monkeypatch.setattr(shrink_module, "_COMPARE_BYTES", 1000)  # several steps, the last one short
+    monkeypatch.setattr(tied_head, "COMPARE_BYTES", 1000)  # several steps, the last one short
     with open_parent(tmp_path / "dense") as parent:
         summary = parent.shrink(random_mask(parent.spec, UNIFORM), tmp_path / "out", UNIFORM)
     assert "lm_head.weight" not in load_file(tmp_path / "out" / WEIGHTS)
