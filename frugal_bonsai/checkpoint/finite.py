@@ -1,7 +1,8 @@
-"""Refusing NaN and infinity, a chunk at a time.
+"""Refuse tensors of a checkpoint that hold NaN or infinity.
 
-In: a tensor, or names of tensors in an open checkpoint. Out: nothing, or an error that names file
-and tensor. Holds one chunk; of a tensor on disk some of its rows.
+In: an open checkpoint and names of its tensors. Out: the tensor or nothing, or an error that names
+file, tensor and number of bad values. Holds the tensor that is read; when nothing is returned, only
+a few megabytes of its rows.
 """
 
 from __future__ import annotations
@@ -11,41 +12,37 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from frugal_bonsai.checkpoint.header import TensorEntry
+from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-    from frugal_bonsai.checkpoint.reader import Checkpoint
-
-_CHUNK_ELEMENTS = 2**20  # looked at together
+_CHUNK_ELEMENTS = 2**20  # elements that are checked together
 
 
-def require_finite(entry: TensorEntry, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that holds NaN or infinity.
-
-    Args:
-        entry: where it is from, for the error text.
-        tensor: its values.
+def read_finite(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Read one whole tensor, as ``Checkpoint.read`` does, and check its values.
 
     Raises:
-        CheckpointError: naming file and tensor, and how many values are bad.
+        CheckpointError: a failing read, or a value is NaN or infinite.
     """
-    _refuse(entry, _count_bad(tensor))
+    tensor = checkpoint.read(name)
+    _refuse(checkpoint.tensors[name], _count_bad(tensor))
+    return tensor
 
 
-def require_finite_on_disk(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Refuse tensors of a checkpoint that hold NaN or infinity, such as a large embedding.
-
-    Args:
-        checkpoint: where they lie.
-        names: tensors of one dimension or more.
+def require_finite(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Check the values of tensors without holding a whole one, such as a large embedding.
 
     Raises:
-        CheckpointError: as above, or a failing read.
+        CheckpointError: a failing read, or a value is NaN or infinite.
     """
     for name in names:
         entry = checkpoint.tensors[name]
+        if not entry.shape:
+            read_finite(checkpoint, name)
+            continue
         step = max(1, _CHUNK_ELEMENTS // max(1, math.prod(entry.stored_shape[1:])))
         bad, rows = 0, entry.stored_shape[0]
         for start in range(0, rows, step):
@@ -55,6 +52,7 @@ def require_finite_on_disk(checkpoint: Checkpoint, names: Iterable[str]) -> None
 
 
 def _count_bad(tensor: torch.Tensor) -> int:
+    """Count the values that are NaN or infinite, one chunk at a time."""
     if not tensor.dtype.is_floating_point:
         return 0
     bad, flat = 0, tensor.view(-1)
@@ -67,6 +65,7 @@ def _count_bad(tensor: torch.Tensor) -> int:
 
 
 def _refuse(entry: TensorEntry, bad: int) -> None:
+    """Raise the error of a tensor that has bad values."""
     if bad:
         raise CheckpointError(
             f"{entry.file}: tensor {entry.name!r}: {bad} of {math.prod(entry.shape)} values are "

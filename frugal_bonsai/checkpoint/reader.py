@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
-from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.checkpoint.folder import find_tensors, read_config
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
@@ -77,23 +76,16 @@ class Checkpoint:
         """Bytes of all tensors on disk."""
         return sum(entry.size_bytes for entry in self.tensors.values())
 
-    def read(self, name: str, *, check_finite: bool = False) -> torch.Tensor:
-        """One whole tensor in memory of its own, in the source's dtype.
-
-        Args:
-            name: the tensor.
-            check_finite: refuse NaN and infinity.
+    def read(self, name: str) -> torch.Tensor:
+        """Read one whole tensor into new memory, in the source's dtype.
 
         Raises:
-            CheckpointError: no such tensor, a failing read, or values that are not finite.
+            CheckpointError: no such tensor or a failing read.
         """
         import torch
 
-        entry = self._entry(name)
-        tensor = self.read_into(name, torch.empty(entry.size_bytes, dtype=torch.uint8))
-        if check_finite:
-            require_finite(entry, tensor)
-        return tensor
+        size_bytes = self._entry(name).size_bytes
+        return self.read_into(name, torch.empty(size_bytes, dtype=torch.uint8))
 
     def read_into(self, name: str, buffer_uint8: torch.Tensor) -> torch.Tensor:
         """One whole tensor, read straight into a buffer.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.checkpoint.finite import require_finite_on_disk
+from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.layers import LayerStream
@@ -49,7 +49,7 @@ def measure_perplexity(
     losses_NS = engine.losses(stream, windows_NS, name)
     nll = float(losses_NS.double().mean())
     if not math.isfinite(nll):
-        require_finite_on_disk(engine.checkpoint, engine.checkpoint.tensors)
+        require_finite(engine.checkpoint, engine.checkpoint.tensors)
         raise CheckpointError(
             f"{engine.checkpoint.folder}: {name}: the mean loss is {nll}, though all weights are "
             f"finite: the model overflows in {engine.dtype}; use another checkpoint"

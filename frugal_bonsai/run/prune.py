@@ -21,7 +21,7 @@ from frugal_bonsai.checkpoint.commit import (
     require_no_output,
     staged_directory,
 )
-from frugal_bonsai.checkpoint.finite import require_finite_on_disk
+from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.memory.plan import MemoryPlan
@@ -131,7 +131,7 @@ def prune(
             progress.note(f"predicted: about {duration(predicted['seconds'])}")
         require_free_space(out.parent, memory.total_bytes("disk"), "the working stores")
         # Those of the layers are checked as the working store is written.
-        require_finite_on_disk(opened.checkpoint, opened.spec.other_tensors)
+        require_finite(opened.checkpoint, opened.spec.other_tensors)
         engine = make_engine(
             opened.checkpoint,
             opened.spec,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
+from frugal_bonsai.checkpoint.finite import read_finite
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -125,6 +126,7 @@ def build_store(
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     mask, refit = mask or KeepMask(spec.table), refit or {}
+    read = read_finite if check_finite else Checkpoint.read
     cuts, added = slices_by_tensor(spec.table), added_biases(spec, refit)
     # Small differences decide which experts a token is sent to: a router keeps its precision.
     router = None if spec.family.experts is None else spec.family.experts.router
@@ -141,9 +143,7 @@ def build_store(
                 name,
                 refit[full]()
                 if full in refit
-                else cut_tensor(
-                    checkpoint.read(full, check_finite=check_finite), cuts.get(full, []), mask
-                ),
+                else cut_tensor(read(checkpoint, full), cuts.get(full, []), mask),
                 NATIVE if name == router else weights,
                 torch_dtype(checkpoint.tensors[full].dtype),
                 device,

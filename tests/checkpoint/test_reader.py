@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from hostile.folders import FOLDERS, GOOD_FOLDER, INDEX, ONE, TWO, files
 from safetensors.torch import load_file, save_file
 
 from frugal_bonsai.checkpoint import files as reading
+from frugal_bonsai.checkpoint.finite import read_finite, require_finite
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.dtypes import DTYPE_BYTES, TORCH_NAMES, dtype_name, torch_dtype
 from frugal_bonsai.errors import CheckpointError
@@ -57,7 +59,7 @@ def test_opens_from_headers_alone(folder: Path) -> None:
 @pytest.mark.parametrize("name", TENSORS)
 def test_reads_what_the_package_reads(folder: Path, platform: str, name: str) -> None:
     with Checkpoint.open(folder) as checkpoint:
-        read = checkpoint.read(name, check_finite=True)
+        read = read_finite(checkpoint, name)
     assert read.dtype == TENSORS[name].dtype
     assert read.shape == TENSORS[name].shape
     assert torch.equal(read, load_file(folder / "model.safetensors")[name])
@@ -215,10 +217,25 @@ def test_values_that_are_not_finite(tmp_path: Path, dtype: str) -> None:
 
     with Checkpoint.open(tmp_path) as checkpoint:
         checkpoint.read("w")
-        with pytest.raises(
-            CheckpointError, match=rf"model.safetensors: tensor 'w': {bad} of 12 values are NaN or"
-        ):
-            checkpoint.read("w", check_finite=True)
+        text = rf"model.safetensors: tensor 'w': {bad} of 12 values are NaN or"
+        with pytest.raises(CheckpointError, match=text):
+            read_finite(checkpoint, "w")
+        with pytest.raises(CheckpointError, match=text):
+            require_finite(checkpoint, ["w"])
+
+
+def test_values_of_all_shapes_are_checked(tmp_path: Path) -> None:
+    tensors = {"scalar": torch.tensor(2.0), "empty": torch.ones(0, 3), "row": torch.ones(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        require_finite(checkpoint, tensors)
+    save_file({"scalar": torch.tensor(math.nan)}, tmp_path / "model.safetensors")
+    with (
+        Checkpoint.open(tmp_path) as checkpoint,
+        pytest.raises(CheckpointError, match=r"'scalar': 1 of 1 values"),
+    ):
+        require_finite(checkpoint, ["scalar"])
 
 
 def test_dtype_names_go_both_ways() -> None:
@@ -357,5 +374,5 @@ def test_real_models(shared: Path) -> None:
         with Checkpoint.open(folder) as checkpoint:
             assert checkpoint.tensors.keys() == expected.keys()
             for name, value in expected.items():
-                assert torch.equal(checkpoint.read(name, check_finite=True), value)
+                assert torch.equal(read_finite(checkpoint, name), value)
             assert INDEX not in {entry.file.name for entry in checkpoint.tensors.values()}
