@@ -28,7 +28,6 @@ from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.layout import PER_LAYER, layout_rules
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.run.plan import stand_in_share
 from frugal_bonsai.run.prepare import open_model, read_windows
 from frugal_bonsai.stream.engine import ARITHMETICS, Engine
 from frugal_bonsai.stream.store import INT8, LayerStore, build_store
@@ -102,7 +101,7 @@ def judge(
     generator = torch.Generator().manual_seed(settings.seed)
     compensates = settings.stand_ins(uniform=rules.uniform)
     writer = StandInWriter(
-        share=stand_in_share(settings, uniform=rules.uniform),
+        share=settings.pool * schedule.share(mask),
         rules=rules,
         damping=settings.ridge,
         save=lambda group, tensors: stand_ins.update({group.name: tensors}),

@@ -50,8 +50,8 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
     import torch
 
     from frugal_bonsai.memory.budget import Budget, enforce_host_cap
-    from frugal_bonsai.memory.prune_items import Items
-    from frugal_bonsai.memory.work import Choice, SweepLimits, Work
+    from frugal_bonsai.memory.prune_items import PruneItems
+    from frugal_bonsai.memory.work import Choice, PruneWorkload, SweepLimits
     from frugal_bonsai.run.prepare import measured_base_bytes, open_model
     from frugal_bonsai.stream.engine import Engine
     from frugal_bonsai.stream.store import INT8, build_store
@@ -60,10 +60,16 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
     enforce_host_cap(0, 1)  # blocks go back to the system when they are freed
     with open_model(options.checkpoint) as opened, torch.inference_mode():
         measured_base_bytes(opened.spec)
-        todo = Work(
-            window=options.window, windows=options.windows, weights=INT8, stand_ins=options.share
+        todo = PruneWorkload(
+            window=options.window,
+            windows=options.windows,
+            weights=INT8,
+            source_bytes=2,
+            goals=(0.49,),
+            part_windows=options.windows,
+            imputation_pool=2 * options.share,
         )
-        items = Items(opened.spec, Budget(device="cpu", host_bytes=0), todo)
+        items = PruneItems(opened.spec, Budget(device="cpu", host_bytes=0), todo)
         choice = Choice(
             micro_batch=options.windows, in_flight=options.windows, resident=0, keep_inputs=False
         )
@@ -85,7 +91,7 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
         yield from _measure_layer(engine, store, items, choice, options)
         yield from _measure_products(engine, store, items, choice, options)
         yield from _measure_solve(opened.spec, items)
-        yield from _measure_stand_ins(opened.spec, items, todo.stand_ins)
+        yield from _measure_stand_ins(opened.spec, items, todo.imputed_share)
 
 
 def _measure_layer(

@@ -90,6 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from frugal_bonsai.run.options import PruneOptions
     from frugal_bonsai.run.plan import plan_prune, prepare
     from frugal_bonsai.run.prepare import make_engine, open_model
+    from frugal_bonsai.run.workload import prune_workload
 
     with open_model(options.checkpoint) as opened:
         ready = prepare(
@@ -110,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 },
             ),
         )
-        plan = plan_prune(opened, ready, options.windows)
+        plan = plan_prune(opened, ready, prune_workload(opened, ready, options.windows))
         engine = make_engine(
             opened.checkpoint,
             opened.spec,
@@ -187,14 +188,14 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
     from frugal_bonsai.bonsai.masks.evaluate import evaluate_masks
     from frugal_bonsai.bonsai.state import StateFolder
     from frugal_bonsai.model.units import KeepMask
-    from frugal_bonsai.run.plan import stand_in_share
+    from frugal_bonsai.run.workload import prune_workload
 
     folder = StateFolder(work / "state", {})
     mask, settings = KeepMask(opened.spec.table), ready.settings
     windows_WS = tokens_NS[: settings.mask_windows]
     generator = torch.Generator().manual_seed(0)
     # The pools that the stand-ins were made for.
-    share = stand_in_share(settings, uniform=ready.rules.uniform) or 0.1
+    share = prune_workload(opened, ready, len(tokens_NS)).imputed_share or 0.1
     pools = draw_pools(mask, torch.load(work / "score.pt"), share)
     pairs = settings.masks * len(windows_WS) // 2
     design = draw_group_masks(pools, pairs, 0.1, generator)
@@ -312,11 +313,11 @@ def _prior(opened: Any, ready: Any, work: Path) -> Any:
     from frugal_bonsai.bonsai.importance.scores import PriorBuilder
     from frugal_bonsai.bonsai.state import StateFolder
     from frugal_bonsai.model.units import KeepMask
-    from frugal_bonsai.run.plan import stand_in_share
+    from frugal_bonsai.run.workload import prune_workload
 
     folder, settings = StateFolder(work / "state", {}), ready.settings
     writer = StandInWriter(
-        share=stand_in_share(settings, uniform=ready.rules.uniform),
+        share=prune_workload(opened, ready, ready.windows).imputed_share,
         rules=ready.rules,
         damping=settings.ridge,
         save=lambda group, tensors: folder.save_stand_in(0, group, tensors),

@@ -38,8 +38,6 @@ DESIGNS = ("per-window", "shared")
 REGRESSIONS = ("ridge", "paper")
 UTILITIES = ("loss", "perplexity")
 REFITS = ("outputs", "all")
-# Conjugate-gradient steps of one refinement of the FFN's channels (refine.py).
-REFINE_ITERATIONS = 4
 
 
 @dataclass(frozen=True, kw_only=True)

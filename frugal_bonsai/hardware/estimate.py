@@ -1,6 +1,6 @@
 """The phases of a prune, each from its formulas: shapes and a profile in, seconds out.
 
-In: shapes, a :class:`~frugal_bonsai.hardware.time_model.PruneWork`, the plan's sizes, a
+In: shapes, a :class:`~frugal_bonsai.memory.work.PruneWorkload`, its memory plan, a
 :class:`~frugal_bonsai.hardware.profile.HardwareProfile`. Out: a
 :class:`~frugal_bonsai.hardware.time_model.TimeEstimate`. Pure: it measures and fits nothing;
 operations and bytes come from cost.py, rates from the profile.
@@ -35,9 +35,11 @@ from frugal_bonsai.hardware.cost import (
     stand_ins_cost,
 )
 from frugal_bonsai.hardware.profile import FP32, INT8, HardwareProfile
-from frugal_bonsai.hardware.time_model import SAMPLING, Phase, PruneWork, TimeEstimate
-from frugal_bonsai.memory.work import SweepLimits
+from frugal_bonsai.hardware.time_model import SAMPLING, Phase, TimeEstimate
+from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.memory.work import HOST, REFINE_ITERATIONS, PruneWorkload, refined_blocks
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import FFN
 from frugal_bonsai.row_blocks import multiplied_in_blocks
 
 # Bytes that row-wise quantisation reads and writes an element, beside the source's own: to fp16,
@@ -46,17 +48,17 @@ _QUANTISE_BYTES = 33
 
 
 def estimate_time(
-    spec: ModelSpec, work: PruneWork, limits: SweepLimits, profile: HardwareProfile
+    spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan, profile: HardwareProfile
 ) -> TimeEstimate:
     """Predict a prune's time.
 
     Args:
         spec: shapes.
         work: what is done.
-        limits: the memory plan's.
+        plan: its memory.
         profile: the machine.
     """
-    return TimeEstimate(phases=tuple(_Estimate(spec, work, limits, profile).phases()))
+    return TimeEstimate(phases=tuple(_Estimate(spec, work, plan, profile).phases()))
 
 
 def int8_wins(spec: ModelSpec, profile: HardwareProfile) -> bool:
@@ -81,9 +83,11 @@ _SCALES_TRIED = 7
 
 class _Estimate:
     def __init__(
-        self, spec: ModelSpec, work: PruneWork, limits: SweepLimits, profile: HardwareProfile
+        self, spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan, profile: HardwareProfile
     ) -> None:
-        self._spec, self._work, self._limits, self._profile = spec, work, limits, profile
+        self._spec, self._work, self._plan, self._profile = spec, work, plan, profile
+        self._limits = plan.limits
+        self._int8_store = work.weights == INT8
         self._gpu = is_accelerator(profile.device)
         self._element = 2 if self._gpu else 4
         self._widths = layer_widths(spec)
@@ -92,12 +96,12 @@ class _Estimate:
         """All phases of a prune, in order of appearance."""
         work = self._work
         phases = [Phase(name="starting", compute=self._profile.start_seconds)]
-        if work.sampled_tokens:
+        if work.sampled:
             phases.append(self._sampling())
         phases += [self._reporting(), self._stores(), self._statistics()]
         if work.pairs:
             phases.append(self._masked())
-        if work.recovery:
+        if work.reconstruction:
             phases.append(self._recovery())
         return [*phases, self._rewriting()]
 
@@ -106,10 +110,10 @@ class _Estimate:
         work, cost = self._work, Cost()
         windows = work.part_windows
         tokens = windows * work.window
-        for number in range(1 if work.recovery else work.rounds):
-            w = self._widths.kept(work.shares[number])
+        for number in range(1 if work.reconstruction else work.rounds):
+            w = self._widths.kept(work.remaining[number])
             layer = layer_cost(w, self._batch(windows), tokens)
-            if work.exact_prior or work.pool:
+            if work.exact_importance or work.imputation_pool:
                 layer += gram_cost(w.query, tokens) + gram_cost(w.ffn, tokens)
             layer += self._prior(w, number, factored=False)
             cost += layer * self._spec.layers + self._layers_read(w, windows)
@@ -118,47 +122,47 @@ class _Estimate:
     def _prior(self, w: LayerWidths, number: int, *, factored: bool) -> Cost:
         """What a layer's prior and stand-ins for a round (from 0) take, from its Gram matrices."""
         cost = Cost()
-        if self._work.exact_prior or self._work.pool:  # both need the inverse
+        if self._work.exact_importance or self._work.imputation_pool:  # both need the inverse
             cost += exact_prior_cost(w, factored=factored)
-        if self._work.pool:
-            cost += make_stand_ins_cost(w, self._work.stand_ins(number))
+        if self._work.imputation_pool:
+            cost += make_stand_ins_cost(w, self._work.round_imputed_share(number))
         return cost
 
     def _masked(self) -> Phase:
         """Every round's masks, with the layers that the rounds before have left."""
         pairs, cost = self._work.pairs, Cost()
-        arithmetic = self._work.arithmetic or self._profile.arithmetic
+        arithmetic = INT8 if self._work.int8_arithmetic else self._profile.arithmetic
         tokens = pairs * self._work.window
-        for number, share in enumerate(self._work.shares[:-1]):
+        for number, share in enumerate(self._work.remaining[:-1]):
             w, batch = self._widths.kept(share), self._batch(pairs)
             layer = layer_cost(w, batch, tokens, masked=True)
-            if self._work.pool:
-                stand_ins = self._work.stand_ins(number)
+            if self._work.imputation_pool:
+                stand_ins = self._work.round_imputed_share(number)
                 layer += stand_ins_cost(w, stand_ins, tokens, self._element)
             if arithmetic == INT8:
                 layer += int8_cost(w, tokens)
             cost += layer * self._spec.layers + self._head(pairs, int8=arithmetic == INT8)
-            for sweep in self._work.batches or (pairs,):
+            for sweep in self._work.pair_batches:
                 cost += self._layers_read(w, sweep, as_stored=arithmetic == INT8)
         return self._phase("masked evaluation", cost, arithmetic)
 
     def _recovery(self) -> Phase:
         """After each round, the dense and the pruned model side by side; trials before them."""
         work, cost = self._work, Cost()
-        for number, share in enumerate(work.shares[1:], start=1):
+        for number, share in enumerate(work.remaining[1:], start=1):
             w, last = self._widths.kept(share), number == work.rounds
             windows = work.windows if last else work.part_windows
             cost += self._paired_sweep(w, windows)
-            if work.trial:
-                cost += self._paired_sweep(w, work.trial) * work.trial_cuts
+            if work.trial_windows:
+                cost += self._paired_sweep(w, work.trial_windows) * work.candidates
             if not last:
                 cost += self._prior(w, number, factored=True) * self._spec.layers
             # The dense model's losses, unless the first round has measured them on these windows.
             if number == 1 or work.part_windows < work.windows:
                 cost += self._head(windows)
-        if work.rescaled:
-            cost += self._head(work.rescaled) * _SCALES_TRIED
-        if work.refine:
+        if work.scale_windows:
+            cost += self._head(work.scale_windows) * _SCALES_TRIED
+        if work.channel_updates:
             cost += self._refined_layer(w) * self._spec.layers
         return self._phase("recovery", cost)
 
@@ -182,23 +186,25 @@ class _Estimate:
         """
         work = self._work
         tokens, batch = work.windows * work.window, self._batch(work.windows)
+        channels = max(group.columns for group in self._spec.table.groups if group.kind == FFN)
+        blocks = refined_blocks(channels)
         cost = refine_cost(
             w,
             tokens,
-            steps=work.refine,
-            blocks=work.refine_blocks,
-            iterations=work.refine_iterations,
-            keep=work.keep_refinement,
+            steps=work.channel_updates,
+            blocks=blocks,
+            iterations=REFINE_ITERATIONS,
+            keep=self._plan.keep_refinement,
         )
         before = Cost(products=2 * w.attention_out * tokens)
-        if not work.keep_inputs:
+        if not self._plan.keep_inputs:
             before += attention_cost(w, batch, tokens)
         # To begin with: inputs and targets; for each step: inputs; targets, also of each block.
-        uses = 2 + work.refine + 1
-        if not work.keep_refinement:
-            uses += work.refine + work.refine_blocks - 1
+        uses = 2 + work.channel_updates + 1
+        if not self._plan.keep_refinement:
+            uses += work.channel_updates + blocks - 1
         solves = refit_output_cost(w.ffn, w.hidden, tokens) + ffn_cost(w, batch, tokens)
-        return cost + before * uses + solves * work.refine + ffn_cost(w, batch, tokens)
+        return cost + before * uses + solves * work.channel_updates + ffn_cost(w, batch, tokens)
 
     def _pruned_layer(self, w: LayerWidths, batch: Batch, tokens: float) -> Cost:
         """The pruned model's layer while its projections are refitted in turn.
@@ -210,7 +216,7 @@ class _Estimate:
         uses = 3 + int(self._work.refit_inputs)
         attention, ffn = attention_cost(w, batch, tokens), ffn_cost(w, batch, tokens)
         first = Cost(products=2 * w.attention_out * tokens)
-        if not self._work.keep_inputs:
+        if not self._plan.keep_inputs:
             # At the end down_proj's inputs are computed again, and for them o_proj's output.
             attention, ffn, uses = attention * (2 + uses), ffn * 2, uses + 1
         cost = attention + ffn + first * (uses - 1) + outputs_cost(w, batch, tokens)
@@ -261,7 +267,7 @@ class _Estimate:
             dense: weights are made dense whole.
         """
         waves, layers = self._waves(windows), self._spec.layers
-        stored = 1 if self._work.int8_store and not native else self._work.source_bytes
+        stored = 1 if self._int8_store and not native else self._work.source_bytes
         read = waves * layers * w.parameters * stored
         cost = Cost(read=read)
         if not as_stored:
@@ -280,16 +286,18 @@ class _Estimate:
     def _stores(self) -> Phase:
         """The dense store; after each round one to recover from, one with the refits, trials'."""
         work, source = self._work, self._work.source_bytes
-        shares = [work.shares[0]]
-        for at, share in enumerate(work.shares[1:], start=1):
+        shares = [work.remaining[0]]
+        for at, share in enumerate(work.remaining[1:], start=1):
             last = at == work.rounds
-            shares += [share] * (int(work.recovery or not last) + int(work.recovery and not last))
-            shares += [share] * work.trial_cuts if work.trial else []
+            shares += [share] * (
+                int(work.reconstruction or not last) + int(work.reconstruction and not last)
+            )
+            shares += [share] * work.candidates if work.trial_windows else []
         blocks, cost = self._spec.block_parameters, Cost()
         for share in shares:
-            stored = share * blocks * (1 if work.int8_store else source)
-            quantise = share * blocks * (source + _QUANTISE_BYTES) if work.int8_store else 0.0
-            copied = share * blocks * (source + 1) if self._gpu and work.int8_store else 0.0
+            stored = share * blocks * (1 if self._int8_store else source)
+            quantise = share * blocks * (source + _QUANTISE_BYTES) if self._int8_store else 0.0
+            copied = share * blocks * (source + 1) if self._gpu and self._int8_store else 0.0
             cost += Cost(read=blocks * source, traffic=quantise, write=stored, copy=copied)
         return self._phase("building stores", cost, overlaps=False)
 
@@ -301,8 +309,8 @@ class _Estimate:
 
     def _reporting(self) -> Phase:
         """Perplexity on held-out windows and on the user's text, dense and pruned."""
-        windows, cost = self._work.reported, Cost()
-        for share in (self._work.shares[0], self._work.shares[-1]):
+        windows, cost = sum(self._work.measured), Cost()
+        for share in (self._work.remaining[0], self._work.remaining[-1]):
             cost += self._native_sweep(share, windows, windows * self._work.window)
             cost += self._head(windows)
         return self._phase("perplexity", cost, cold=True)
@@ -311,19 +319,19 @@ class _Estimate:
         """The checkpoint read and its kept part written; both models swept over a few tokens."""
         work, spec = self._work, self._spec
         after = (
-            spec.parameters - (1 - work.shares[-1]) * spec.block_parameters
+            spec.parameters - (1 - work.remaining[-1]) * spec.block_parameters
         ) * work.source_bytes
-        verify = self._native_sweep(1.0, 1, 0) + self._native_sweep(work.shares[-1], 1, 0)
+        verify = self._native_sweep(1.0, 1, 0) + self._native_sweep(work.remaining[-1], 1, 0)
         cost = Cost(read=spec.parameters * work.source_bytes, write=after) + verify
         return self._phase("rewriting", cost, cold=True, overlaps=False)
 
     def _sampling(self) -> Phase:
         """Calibration text drawn from the model: a sweep for each token of a window."""
-        windows = self._work.windows + self._work.reported
+        windows = self._work.sampled
         one = self._native_sweep(1.0, windows, windows) + Cost(
             products=2 * self._spec.vocabulary * self._spec.hidden * windows
         )
-        return self._phase(SAMPLING, one * self._work.sampled_tokens, cold=True)
+        return self._phase(SAMPLING, one * (self._work.window - 1), cold=True)
 
     def _batch(self, windows: int) -> Batch:
         """A micro-batch never holds more than the windows there are."""
@@ -338,9 +346,9 @@ class _Estimate:
 
     def _disk_rate(self, *, cold: bool) -> float:
         """Stores are read from the page cache where it can hold them; checkpoints never."""
-        stored = 1 if self._work.int8_store else self._work.source_bytes
+        stored = 1 if self._int8_store else self._work.source_bytes
         stores = 2 * self._spec.block_parameters * stored
-        free = max(0, self._profile.host_bytes - self._work.planned_bytes)
+        free = max(0, self._profile.host_bytes - self._plan.total_bytes(HOST))
         if cold or not fits_page_cache(stores, free):
             return self._profile.disk_cold_bytes_per_second
         return self._profile.disk_warm_bytes_per_second

@@ -24,7 +24,7 @@ from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.dtypes import DTYPE_BYTES, FLOATING, TORCH_NAMES
 from frugal_bonsai.int8 import PRODUCT_TOKENS, product_scratch_bytes, product_tokens
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.work import GPU, HOST, Choice, PlanItem, Work
+from frugal_bonsai.memory.work import GPU, HOST, Choice, PlanItem, SweepWorkload
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.row_blocks import block_bytes, block_rows, multiplied_in_blocks
@@ -43,8 +43,8 @@ _BLOCK_TOKENS = 256
 class SweepItems:
     """The items of sweeps over one model, device and work."""
 
-    def __init__(self, spec: ModelSpec, budget: Budget, work: Work) -> None:
-        self._spec, self._work = spec, work
+    def __init__(self, spec: ModelSpec, budget: Budget, work: SweepWorkload) -> None:
+        self.spec, self.work = spec, work
         self._device, self._gpu = budget.device, is_accelerator(budget.device)
         self.near = HOST if budget.gpu_bytes is None else GPU
         self._compute = 2 if self._gpu else 4
@@ -82,7 +82,7 @@ class SweepItems:
     def stored_bytes(self, weights: str | None) -> int:
         """One layer as stored; None is the checkpoint itself."""
         if weights == "int8":
-            router = 0 if not self._spec.experts else self._spec.experts * self._spec.hidden
+            router = 0 if not self.spec.experts else self.spec.experts * self.spec.hidden
             native = self._source * (self._small + router) - router
             return self.layer_parameters + 4 * self._layer_rows + native
         return self.layer_parameters * self._source
@@ -93,7 +93,7 @@ class SweepItems:
         """The buffers of a stream of layers that are called."""
         items = self._stream(choice, weights)
         if products:
-            widest = max(self._attention, self._ffn, self._spec.hidden)
+            widest = max(self._attention, self._ffn, self.spec.hidden)
             items.append(self._products(choice, self._input_rows, widest, self._largest))
         elif weights == "int8" or self._source != self._compute:
             items.append(self._dense_rows() or self._dense_layers(1))
@@ -129,7 +129,7 @@ class SweepItems:
 
     def scored_weight(self) -> PlanItem:
         """An output projection whose columns a prior looks at; elsewhere it is dense anyway."""
-        shapes = [(self._spec.hidden, columns) for columns in (self._attention, self._ffn)]
+        shapes = [(self.spec.hidden, columns) for columns in (self._attention, self._ffn)]
         sizes = [math.prod(shape) * 4 for shape in shapes if self._in_blocks(shape)]
         return self._near("weight that is scored", max(sizes, default=0), "H*C*4")
 
@@ -137,7 +137,7 @@ class SweepItems:
         """The buffers of a stream of layers as stored, and of two when two models are walked."""
         stored = self.stored_bytes(weights)
         items = self._buffers("layer buffers", choice.buffers * models, stored, "layer as stored")
-        if weights is None and self._spec.family.transposed:
+        if weights is None and self.spec.family.transposed:
             items.append(
                 PlanItem(
                     name="a tensor that is turned",
@@ -150,12 +150,12 @@ class SweepItems:
 
     def masks(self) -> PlanItem:
         """Attention masks of a window, where the architecture needs any."""
-        size = self._spec.family.masks * self._work.window**2 * self._compute
+        size = self.spec.family.masks * self.work.window**2 * self._compute
         return self._near("attention masks", size, "masks*S*S*c")
 
     def outer(self) -> PlanItem:
         """What stands outside the layers: final norm, learned positions; not embedding and head."""
-        family, others = self._spec.family, self._spec.other_tensors
+        family, others = self.spec.family, self.spec.other_tensors
         own = [n for n in others if n not in (family.embedding, family.head)]
         size = sum(math.prod(others[name]) for name in own) * self._compute
         return self._near("norms and positions", size, "outside the layers * c")
@@ -165,7 +165,7 @@ class SweepItems:
 
         On a CPU the kernel packs the weight, of ``packed`` elements, anew at each call.
         """
-        tokens = choice.micro_batch * self._work.window if self._gpu else PRODUCT_TOKENS
+        tokens = choice.micro_batch * self.work.window if self._gpu else PRODUCT_TOKENS
         size = product_scratch_bytes(tokens, rows, columns)
         if self._gpu:
             return self._near("int8 products", size, f"{tokens} tokens * (8*rows + 10*columns)")
@@ -176,8 +176,8 @@ class SweepItems:
         """The micro-batch of int8 products, which are fastest with few tokens on a CPU."""
         if self._gpu:
             return choice
-        widest = max(self._attention, self._ffn, self._spec.hidden, self._input_rows)
-        windows = max(1, product_tokens(widest) // self._work.window)
+        widest = max(self._attention, self._ffn, self.spec.hidden, self._input_rows)
+        windows = max(1, product_tokens(widest) // self.work.window)
         return replace(choice, micro_batch=min(choice.micro_batch, windows))
 
     def _buffers(self, name: str, count: int, size: int, what: str) -> list[PlanItem]:
@@ -196,7 +196,7 @@ class SweepItems:
 
     def hidden(self, choice: Choice, windows: int, *, states: int = 1) -> list[PlanItem]:
         """Hidden states of windows in flight: on the host, but for resident ones on a GPU."""
-        each = self._work.window * self._spec.hidden * self._compute
+        each = self.work.window * self.spec.hidden * self._compute
         if self.near == HOST:
             size = states * windows * each
             return [self._near("hidden states", size, f"{states} x n*S*H*c")]
@@ -231,27 +231,27 @@ class SweepItems:
         peaks = ", ".join(str(peak) for peak in self._peaks)
         formula = f"m*S*(max({peaks}){why})*c"
         batch = min(choice.micro_batch, windows)
-        size = batch * self._work.window * (self._per_token() + extra) * self._compute
+        size = batch * self.work.window * (self._per_token() + extra) * self._compute
         return self._near("activations of a micro-batch", size, formula)
 
     def _per_token(self) -> int:
         """Elements a token of one of Hugging Face's layers at its peak, traced in the tests."""
-        spec = self._spec
+        spec = self.spec
         return max(
             peak.elements(
                 hidden=spec.hidden,
                 ffn=self._ffn,
                 attention=self._attention,
                 key=spec.kv_heads * spec.head_dim,
-                scores=spec.heads * self._work.window,
+                scores=spec.heads * self.work.window,
             )
             for peak in self._peaks
         )
 
     def head_sizes(self, choice: Choice) -> tuple[int, int]:
         """Rows and tokens of a head chunk."""
-        spec, window = self._spec, self._work.window
-        if self._work.full_logits:
+        spec, window = self.spec, self.work.window
+        if self.work.full_logits:
             return spec.vocabulary, window
         rows = max(1, HEAD_CHUNK_BYTES // (spec.hidden * self._chunk_element))
         rows = min(spec.vocabulary, rows)
@@ -263,8 +263,8 @@ class SweepItems:
     def head_rows(self, choice: Choice, *, products: bool = False) -> list[PlanItem]:
         """The head's rows, streamed as layers are."""
         rows, _ = self.head_sizes(choice)
-        hidden = self._spec.hidden
-        slots = 1 if rows >= self._spec.vocabulary else choice.buffers
+        hidden = self.spec.hidden
+        slots = 1 if rows >= self.spec.vocabulary else choice.buffers
         stored = rows * (hidden + 4) if products else rows * hidden * self._source
         items = self._buffers(HEAD_CHUNKS, slots, stored, "v rows as stored")
         if products:
@@ -279,17 +279,17 @@ class SweepItems:
     def kept_head(self, choice: Choice) -> PlanItem | None:
         """A head that is one chunk stays once it has been read."""
         rows, _ = self.head_sizes(choice)
-        if rows < self._spec.vocabulary:
+        if rows < self.spec.vocabulary:
             return None
-        if self._in_blocks((rows, self._spec.hidden)):
-            return self._near("head", rows * self._spec.hidden * self._source, "V*H*source")
-        return self._near("head", rows * self._spec.hidden * self._compute, "V*H*c")
+        if self._in_blocks((rows, self.spec.hidden)):
+            return self._near("head", rows * self.spec.hidden * self._source, "V*H*source")
+        return self._near("head", rows * self.spec.hidden * self._compute, "V*H*c")
 
     def logits(self, choice: Choice, *, products: bool = False) -> PlanItem:
         """A block of tokens' logits over a chunk of rows, and the tokens' hidden states."""
         rows, tokens = self.head_sizes(choice)
         wide = 4 if self._compute == 4 else 4 + self._compute
-        normed = max(tokens, self._work.window) * self._spec.hidden * self._compute
+        normed = max(tokens, self.work.window) * self.spec.hidden * self._compute
         if products and not self._gpu:
             tokens = min(tokens, product_tokens(rows))
         formula = f"tokens*v*{wide} + tokens*H*c"
@@ -297,7 +297,7 @@ class SweepItems:
 
     def all_logits(self) -> PlanItem:
         """A whole window's logits for a custom utility, in parts and joined."""
-        size = 2 * self._work.window * self._spec.vocabulary * 4
+        size = 2 * self.work.window * self.spec.vocabulary * 4
         return self._near("all logits of a window", size, "2 x S*V*4")
 
 

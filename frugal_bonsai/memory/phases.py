@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.command_items import CommandItems
 from frugal_bonsai.memory.items import HEAD_CHUNKS
-from frugal_bonsai.memory.prune_items import Items
-from frugal_bonsai.memory.work import BASE, GPU, HOST, Choice, PlanItem, SweepLimits, Work
-from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.memory.work import BASE, GPU, HOST, Choice, PlanItem, SweepLimits
 from frugal_bonsai.sizes import MIB, format_bytes
 
 # Rounding and fragmentation. On the host large blocks are mapped one by one: there is little.
@@ -35,16 +34,15 @@ class Phase:
 
 
 class Phases:
-    """Builds a command's phases for a choice."""
+    """Builds the phases of a command that prunes nothing, for a choice."""
 
-    def __init__(self, spec: ModelSpec, budget: Budget, work: Work, base_bytes: int) -> None:
-        self._items, self._budget, self._work = Items(spec, budget, work), budget, work
+    def __init__(self, items: CommandItems, budget: Budget, base_bytes: int) -> None:
+        self._items, self._budget = items, budget
         self._always = [
             PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured"),
-            self._items.outer(),
-            self._items.masks(),
+            items.outer(),
+            items.masks(),
         ]
-        self._norm_last = spec.family.ffn_norm is not None
         if budget.gpu_bytes is not None:
             self._always.append(
                 PlanItem(
@@ -83,35 +81,27 @@ class Phases:
 
     def on_disk(self) -> list[PlanItem]:
         """What lies on disk meanwhile; no cap bounds it."""
-        return [self._items.stores()] if self._work.store_copies else []
+        return [] if self._items.work.weights is None else [self._items.stores(1)]
 
     def of(self, choice: Choice) -> list[Phase]:
         """All phases in the order in which they come first."""
-        work, phases = self._work, list[Phase]()
+        work = self._items.work
         self._kept = self._items.kept_head(choice)
-        if work.sampled:
-            held = [*self._items.stream(choice, None), self._items.sampling()]
-            phases.append(self._phase("sampling", [*held, *self._items.head_rows(choice)]))
-        if work.native_windows:
-            phases += self._sweep("perplexity", choice, work.native_windows, weights=None)
+        phases = self._sampling(choice)
         if work.weights is not None:
             phases.append(self._phase("building the store", self._items.building()))
-        if work.scored:
-            phases += self._statistics(choice)
-        if work.pairs:
-            phases += self._sweep(
-                "masked evaluation",
-                choice,
-                work.pairs,
-                weights=work.weights,
-                masked=True,
-                products=work.int8_products,
-            )
-        if work.recovery:
-            phases += self._recovery(choice)
+        if work.measured:
+            phases += self._sweep("perplexity", choice, max(work.measured), weights=work.weights)
         if work.rewrite:
             phases += self._rewrite(choice)
         return phases
+
+    def _sampling(self, choice: Choice) -> list[Phase]:
+        items = self._items
+        if not items.work.sampled:
+            return []
+        held = [*items.stream(choice, None), items.sampling(), *items.head_rows(choice)]
+        return [self._phase("sampling", held)]
 
     def _sweep(
         self,
@@ -120,89 +110,31 @@ class Phases:
         windows: int,
         *,
         weights: str | None,
-        masked: bool = False,
         products: bool = False,
+        called: list[PlanItem] | None = None,
     ) -> list[Phase]:
         """A sweep and the head behind it; the layers' buffers stay meanwhile."""
-        items = self._items
-        held = items.stream(choice, weights, products=products)
+        items, work = self._items, self._items.work
         windows = min(choice.in_flight, windows)
-        held += items.hidden(choice, windows)
-        within = items.with_products(choice) if products else choice
-        layers = [items.activations(within, windows)]
-        if masked and self._work.stand_ins:
-            layers = [*items.stand_ins(), items.masked_activations(within, windows)]
+        held = [
+            *items.stream(choice, weights, products=products),
+            *items.hidden(choice, windows),
+        ]
         head = [
             *items.head_rows(choice, products=products),
             items.logits(choice, products=products),
         ]
-        if self._work.top:
+        if work.top:
             held.append(items.teacher_shard())
             head.append(items.followers(choice))
-        if self._work.full_logits:
+        if work.full_logits:
             head.append(items.all_logits())
+        if called is None:
+            within = items.with_products(choice) if products else choice
+            called = [items.activations(within, windows)]
         return [
-            self._phase(f"{name}: layers", [*held, *layers]),
+            self._phase(f"{name}: layers", [*held, *called]),
             self._phase(f"{name}: head", [*held, *head]),
-        ]
-
-    def _statistics(self, choice: Choice) -> list[Phase]:
-        items, gram = self._items, self._work.gram
-        held = [
-            *items.stream(choice, self._work.weights),
-            *items.hidden(choice, self._work.windows),
-            *([items.gram()] if gram else []),
-        ]
-        scored = [items.scored_weight()]
-        if gram:
-            scored.append(items.solve(stand_ins=self._work.stand_ins))
-        return [
-            self._phase("statistics: layers", [*held, items.tapped_activations(choice)]),
-            self._phase("statistics: scores", [*held, *scored]),
-        ]
-
-    def _recovery(self, choice: Choice) -> list[Phase]:
-        items, windows, work = self._items, self._work.windows, self._work
-        # Both models'; the dense inputs of a sublayer, or those of what is refined; its targets;
-        # the dense layer's last projection where a norm lies behind it.
-        states = 2 + int(work.refit_inputs or work.refine > 0) + int(choice.keep_refinement)
-        states += int(self._norm_last)
-        held = [
-            *items.paired_streams(choice, self._work.weights),
-            *items.hidden(choice, windows, states=states),
-        ]
-        layer = [*held, items.refits(), items.gram_of_recovery()]
-        if choice.keep_inputs:
-            layer.append(items.kept_inputs(windows))
-        solve = items.solve(stand_ins=work.stand_ins)
-        phases = [
-            self._phase("recovery: layers", [*layer, items.paired_activations(choice)]),
-            self._phase("recovery: solve", [*layer, solve]),
-        ]
-        if work.refine:
-            phases += self._refinement(choice, held)
-        head = [*items.head_rows(choice), items.logits(choice)]
-        if work.full_logits:  # a trial judges by the user's utility
-            head.append(items.all_logits())
-        return [
-            *phases,
-            self._phase("recovery: head", [*held, *head]),
-        ]
-
-    def _refinement(self, choice: Choice, held: list[PlanItem]) -> list[Phase]:
-        """Channels are moved, then what mixes them is solved for; neither holds its inputs."""
-        items, windows = self._items, self._work.windows
-        layer = [*held, items.refits(), *items.refined_weights()]
-        if choice.keep_inputs:
-            layer.append(items.kept_inputs(windows, ffn=False))
-        moved = [*layer, items.refined_block(), items.refined_activations(choice)]
-        if choice.keep_refinement:
-            moved.append(items.slopes(windows))
-        again = [*layer, items.gram_of_recovery()]
-        return [
-            self._phase("refinement: channels", moved),
-            self._phase("refinement: layers", [*again, items.paired_activations(choice)]),
-            self._phase("refinement: solve", [*again, items.solve()]),
         ]
 
     def _rewrite(self, choice: Choice) -> list[Phase]:
@@ -211,10 +143,13 @@ class Phases:
         head = [*items.head_rows(choice), items.verified_logits()]
         head += items.heads_in_fp32(choice)
         return [
-            self._phase("rewriting", [items.rewriting()]),
+            self._phase("rewriting", [self._rewriting()]),
             self._phase("verifying: layers", layers),
             self._phase("verifying: head", head),
         ]
+
+    def _rewriting(self) -> PlanItem:
+        return self._items.rewriting()
 
     def _phase(self, name: str, own: list[PlanItem]) -> Phase:
         """Add what is always there, and slack for the phase's own items."""

@@ -13,12 +13,32 @@ from dataclasses import dataclass, replace
 
 from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.command_items import CommandItems
 from frugal_bonsai.memory.phases import Phase, Phases, refusal
-from frugal_bonsai.memory.work import BASE, DISK, GPU, HOST, Choice, PlanItem, SweepLimits, Work
+from frugal_bonsai.memory.prune_items import PruneItems
+from frugal_bonsai.memory.prune_phases import PrunePhases
+from frugal_bonsai.memory.work import (
+    BASE,
+    DISK,
+    GPU,
+    HOST,
+    Choice,
+    PlanItem,
+    PruneWorkload,
+    SweepLimits,
+    SweepWorkload,
+)
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import MIB
 
-__all__ = ["MemoryPlan", "PlanItem", "SweepLimits", "Work", "plan_memory"]
+__all__ = [
+    "MemoryPlan",
+    "PlanItem",
+    "PruneWorkload",
+    "SweepLimits",
+    "SweepWorkload",
+    "plan_memory",
+]
 
 # Micro-batches beyond this many tokens gain nothing: matrix products are long enough. On a CPU,
 # int8 products lose once a micro-batch has left the cache, fp32 ones gain up to 2,048 tokens (1B
@@ -39,7 +59,6 @@ class MemoryPlan:
         limits: for the sweeps.
         keep_inputs: recovery holds the inputs of a layer's projections.
         keep_refinement: refinement holds what it aims at and its slopes.
-        concurrent_masks: masks evaluated in one sweep.
     """
 
     phases: tuple[Phase, ...]
@@ -48,7 +67,6 @@ class MemoryPlan:
     limits: SweepLimits
     keep_inputs: bool
     keep_refinement: bool
-    concurrent_masks: int
 
     def peak_phase(self, where: str) -> Phase:
         """The phase that holds most on ``host`` or ``gpu``."""
@@ -83,7 +101,9 @@ class MemoryPlan:
         )
 
 
-def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int) -> MemoryPlan:
+def plan_memory(
+    spec: ModelSpec, budget: Budget, work: SweepWorkload, *, base_bytes: int
+) -> MemoryPlan:
     """Fit the work into the caps.
 
     Args:
@@ -95,39 +115,10 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
     Raises:
         BudgetError: nothing fits; names the largest item and the smallest cap that works.
     """
-    build = Phases(spec, budget, work, base_bytes)
-    most_pairs = max(work.windows, work.pairs, work.native_windows, 1)
-    least = Choice(micro_batch=1, in_flight=1, resident=0, keep_inputs=False)
-    if not build.fits(least):  # then without reading ahead
-        least = replace(least, buffers=1)
-    _require(build, least, work)
-    largest = max(1, min(most_pairs, step_tokens(spec, budget) // work.window))
-    choice = replace(
-        least, micro_batch=_largest(1, largest, lambda m: build.fits(replace(least, micro_batch=m)))
-    )
-    # Then as many windows in flight as fit, then residency, then the inputs of a layer.
-    most_in_flight = min(most_pairs, most_windows_in_flight(budget, work))
-    choice = replace(
-        choice,
-        in_flight=_largest(
-            least.in_flight, most_in_flight, lambda n: build.fits(replace(choice, in_flight=n))
-        ),
-    )
-    if budget.gpu_bytes is not None:
-        choice = replace(
-            choice,
-            resident=_largest(
-                0,
-                max(choice.in_flight, work.windows),
-                lambda n: build.fits(replace(choice, resident=n)),
-            ),
-        )
-    kept = replace(choice, keep_inputs=work.recovery)
-    if work.recovery and build.fits(kept):
-        choice = kept
-    kept = replace(choice, keep_refinement=work.refine > 0)
-    if work.refine and build.fits(kept):
-        choice = kept
+    build = _phases(spec, budget, work, base_bytes)
+    choice = _choose(build, spec, budget, work)
+    if isinstance(work, PruneWorkload):
+        choice = _keep(build, choice, work)
     return MemoryPlan(
         phases=tuple(build.of(choice)),
         on_disk=tuple(build.on_disk()),
@@ -135,18 +126,56 @@ def plan_memory(spec: ModelSpec, budget: Budget, work: Work, *, base_bytes: int)
         limits=build.limits(choice),
         keep_inputs=choice.keep_inputs,
         keep_refinement=choice.keep_refinement,
-        concurrent_masks=min(max(1, choice.in_flight // work.windows_per_mask), max(1, work.pairs)),
     )
 
 
-def most_windows_in_flight(budget: Budget, work: Work) -> int:
+def _phases(spec: ModelSpec, budget: Budget, work: SweepWorkload, base_bytes: int) -> Phases:
+    if isinstance(work, PruneWorkload):
+        return PrunePhases(PruneItems(spec, budget, work), budget, base_bytes)
+    return Phases(CommandItems(spec, budget, work), budget, base_bytes)
+
+
+def _choose(build: Phases, spec: ModelSpec, budget: Budget, work: SweepWorkload) -> Choice:
+    """The largest micro-batch that fits; then windows in flight; then resident ones."""
+    least = Choice(micro_batch=1, in_flight=1, resident=0, keep_inputs=False)
+    if not build.fits(least):  # then without reading ahead
+        least = replace(least, buffers=1)
+    _require(build, least, work)
+    largest = max(1, min(work.most_windows, step_tokens(spec, budget) // work.window))
+    choice = replace(
+        least, micro_batch=_largest(1, largest, lambda m: build.fits(replace(least, micro_batch=m)))
+    )
+    most_in_flight = min(work.most_windows, most_windows_in_flight(budget, work))
+    choice = replace(
+        choice,
+        in_flight=_largest(
+            least.in_flight, most_in_flight, lambda n: build.fits(replace(choice, in_flight=n))
+        ),
+    )
+    if budget.gpu_bytes is None:
+        return choice
+    most_resident = max(choice.in_flight, work.windows)
+    resident = _largest(0, most_resident, lambda n: build.fits(replace(choice, resident=n)))
+    return replace(choice, resident=resident)
+
+
+def _keep(build: Phases, choice: Choice, work: PruneWorkload) -> Choice:
+    """Keep reconstruction's inputs, then what channel updates aim at, where they fit."""
+    kept = replace(choice, keep_inputs=work.reconstruction)
+    if work.reconstruction and build.fits(kept):
+        choice = kept
+    kept = replace(choice, keep_refinement=work.channel_updates > 0)
+    return kept if work.channel_updates and build.fits(kept) else choice
+
+
+def most_windows_in_flight(budget: Budget, work: SweepWorkload) -> int:
     """Windows in flight beyond which nothing is gained.
 
     With so many tokens a layer is computed ten times as long as it is read, and hidden states that
     spill would pin the host's memory for nothing. A CPU's hidden states are not pinned.
     """
     if budget.gpu_bytes is None:
-        return max(work.windows, work.pairs, work.native_windows, 1)
+        return work.most_windows
     return max(work.windows, _GPU_TOKENS_IN_FLIGHT // work.window, 1)
 
 
@@ -172,7 +201,7 @@ def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
     return least
 
 
-def _require(build: Phases, choice: Choice, work: Work) -> None:
+def _require(build: Phases, choice: Choice, work: SweepWorkload) -> None:
     """Refuse when even the smallest choice does not fit."""
     for where, cap, option in build.caps():
         phase = max(build.of(choice), key=lambda phase: phase.total_bytes(where))
@@ -180,6 +209,6 @@ def _require(build: Phases, choice: Choice, work: Work) -> None:
         if needed <= cap:
             continue
         hint = ""
-        if (work.scored or work.recovery) and work.windows > 1:
+        if work.windows > 1:
             hint = f"; fewer windows (--windows, now {work.windows}) need less"
         raise refusal(phase, where, cap, option, hint)

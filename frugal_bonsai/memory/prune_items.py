@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 
-from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.items import SweepItems, pinned_bytes
+from frugal_bonsai.memory.command_items import CommandItems
+from frugal_bonsai.memory.items import pinned_bytes
 from frugal_bonsai.memory.work import (
-    DISK,
     HOST,
-    SHARD_BYTES,
     Choice,
     PlanItem,
-    Work,
+    PruneWorkload,
     refined_blocks,
     refit_rows,
 )
@@ -26,16 +24,14 @@ from frugal_bonsai.model.units import FFN, UnitGroup
 
 # Columns of a block of a factor (bonsai/importance/factor.py).
 _FACTOR_BLOCK = 256
-# Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
-_REWRITE_PIECES_BYTES = 4 * 2**21
-# Tokens of a window that the verification looks at, see rewrite/verify.py.
-_VERIFY_TOKENS, _VERIFY_WINDOWS = 64, 2
 
 
-class Items(SweepItems):
-    """The items for one model, device and work."""
+class PruneItems(CommandItems):
+    """The items of a prune of one model on one device."""
 
-    def __init__(self, spec: ModelSpec, budget: Budget, work: Work) -> None:
+    work: PruneWorkload
+
+    def __init__(self, spec: ModelSpec, budget: Budget, work: PruneWorkload) -> None:
         super().__init__(spec, budget, work)
         self._ffn_inputs = max(
             _input_projections(spec, group) for group in spec.table.groups if group.kind == FFN
@@ -51,10 +47,10 @@ class Items(SweepItems):
         were stored, which are there only while they are converted.
         """
         held = max(peak.ffn for peak in self._peaks)
-        extra = max(0, math.ceil((2 * self._work.stand_ins + 2 - held) * self._ffn))
+        extra = max(0, math.ceil((2 * self.work.imputed_share + 2 - held) * self._ffn))
         item = self.activations(choice, windows, extra=extra, why=f" + (2p+2-{held})*C_down")
-        tokens = min(choice.micro_batch, windows) * self._work.window
-        loading = tokens * (2 * self._spec.hidden + self._ffn) * self._compute
+        tokens = min(choice.micro_batch, windows) * self.work.window
+        loading = tokens * (2 * self.spec.hidden + self._ffn) * self._compute
         loading += 2 * self._stand_in_widths()
         if loading <= item.size_bytes:
             return item
@@ -71,78 +67,44 @@ class Items(SweepItems):
 
     def _stand_in_widths(self) -> int:
         """Elements of a group's stand-ins."""
-        share, columns = self._work.stand_ins, max(self._attention, self._ffn)
+        share, columns = self.work.imputed_share, max(self._attention, self._ffn)
         if share >= 0.5:
             return math.ceil(columns**2 / 4)  # the largest product that a pool can have
         return math.ceil(share * columns) * math.ceil((1 - share) * columns)
 
     def tapped_activations(self, choice: Choice) -> PlanItem:
         """With o_proj's input kept for the statistics; and every expert's down_proj's."""
-        if not self._spec.experts:
-            return self.activations(choice, self._work.windows, extra=self._attention, why=" + C_o")
+        if not self.spec.experts:
+            return self.activations(choice, self.work.windows, extra=self._attention, why=" + C_o")
         extra = self._attention + self._ffns * self._ffn
-        return self.activations(choice, self._work.windows, extra=extra, why=" + C_o + E*C_down")
+        return self.activations(choice, self.work.windows, extra=extra, why=" + C_o + E*C_down")
 
     def paired_activations(self, choice: Choice) -> PlanItem:
         """With target, residual and the refitted sublayer's output beside the layer's own."""
-        windows, hidden = self._work.windows, self._spec.hidden
-        if not self._spec.experts:
+        windows, hidden = self.work.windows, self.spec.hidden
+        if not self.spec.experts:
             return self.activations(choice, windows, extra=2 * hidden, why=" + 2H")
         # What the layer gave and misses, its experts' inputs and aims, one's in fp32.
         extra = (3 + self._chosen) * hidden + self._chosen * self._ffn
         extra += 4 // self._compute * (hidden + self._ffn)
         return self.activations(choice, windows, extra=extra, why=" + (3+k)*H + k*C_down + fp32")
 
-    def verified_activations(self) -> PlanItem:
-        """A layer's activations of the verification's tokens, and both models' hidden states."""
-        per_token = self._per_token() + 3 * self._spec.hidden
-        size = _VERIFY_WINDOWS * _VERIFY_TOKENS * per_token * self._compute
-        return self._near("activations of a micro-batch", size, "2*64 tokens * (2H+3I + 3H)*c")
-
-    def verified_logits(self) -> PlanItem:
-        """Logits of some tokens of both models, in parts and joined, and their difference."""
-        size = 3 * _VERIFY_TOKENS * self._spec.vocabulary * 4
-        return self._near("logits that are compared", size, f"3 x {_VERIFY_TOKENS}*V*4")
-
-    def sampling(self) -> PlanItem:
-        """Keys and values of what is sampled.
-
-        A cache grows by concatenation: while a layer's does, its old one is held too.
-        """
-        spec, windows = self._spec, self._work.sampled
-        cache = 2 * self._work.window * spec.kv_heads * spec.head_dim * (spec.layers + 1)
-        size = windows * (cache * self._compute + 12 * spec.vocabulary)
-        formula = "windows*(2*S*K*(L+1)*c + 12*V)"
-        return self._near("KV cache of the text that is sampled", size, formula)
-
-    def teacher_shard(self) -> PlanItem:
-        """A shard of a teacher's cache, as it is made: 64 MiB or one window."""
-        window, hidden = self._work.window, self._spec.hidden
-        one = window * (10 * self._work.top + 4 + 2 * hidden)
-        return self._near("a shard of the teacher's cache", max(SHARD_BYTES, one), "64 MiB")
-
-    def followers(self, choice: Choice) -> PlanItem:
-        """A block of tokens' likeliest followers, so far and of a chunk: values and numbers."""
-        _, tokens = self.head_sizes(choice)
-        size = tokens * self._work.top * 48
-        return self._near("followers of a block", size, "tokens*k*48")
-
     def gram(self) -> PlanItem:
         """Gram matrices of all of a layer's groups."""
         size = 4 * (self._attention**2 + self._ffns * self._ffn**2)
-        experts = "E*" if self._spec.experts else ""
+        experts = "E*" if self.spec.experts else ""
         return self._near("Gram matrices", size, f"4*(C_o^2 + {experts}C_down^2)")
 
     def gram_of_recovery(self) -> PlanItem:
         """One group's Gram matrix and cross moments at a time; all experts' together."""
-        hidden = self._spec.hidden
+        hidden = self.spec.hidden
         counts = ((1, self._attention), (self._ffns, self._ffn))
         size = max(
             *(count * (columns**2 + columns * hidden) for count, columns in counts),
-            2 * hidden**2 + self._input_rows * hidden if self._work.refit_inputs else 0,
+            2 * hidden**2 + self._input_rows * hidden if self.work.refit_inputs else 0,
         )
-        formula = "4*max(C^2 + C*H)" + (" of E experts" if self._spec.experts else "")
-        formula += ", 2*H^2 + R*H" if self._work.refit_inputs else ""
+        formula = "4*max(C^2 + C*H)" + (" of E experts" if self.spec.experts else "")
+        formula += ", 2*H^2 + R*H" if self.work.refit_inputs else ""
         return self._near("Gram matrix and cross moments", 4 * size, formula)
 
     def solve(self, *, stand_ins: float = 0.0) -> PlanItem:
@@ -167,8 +129,8 @@ class Items(SweepItems):
 
     def kept_inputs(self, windows: int, *, ffn: bool = True) -> PlanItem:
         """Recovery's inputs of the projections of a layer; refinement's of attention's alone."""
-        ffn = ffn and not self._spec.experts  # experts' inputs are seen in a pass of their own
-        tokens, columns = windows * self._work.window, self._attention + int(ffn) * self._ffn
+        ffn = ffn and not self.spec.experts  # experts' inputs are seen in a pass of their own
+        tokens, columns = windows * self.work.window, self._attention + int(ffn) * self._ffn
         size, widths = tokens * columns * self._compute, "(C_o+C_down)" if ffn else "C_o"
         return self._near("recovery's inputs of a layer", size, f"n*S*{widths}*c")
 
@@ -179,12 +141,12 @@ class Items(SweepItems):
         """
         if self._compute == 4:
             return []
-        size = 4 * (self._ffn_inputs + 1) * self._ffn * self._spec.hidden
+        size = 4 * (self._ffn_inputs + 1) * self._ffn * self.spec.hidden
         return [self._near("refined weights of a layer", size, "4*(J+1)*C_down*H")]
 
     def refined_block(self) -> PlanItem:
         """A block's weights, step, and what conjugate gradients keep; the inputs' factor."""
-        hidden = self._spec.hidden
+        hidden = self.spec.hidden
         size = 4 * (8 * self._ffn_inputs * self._block * hidden + hidden**2)
         return self._near("refinement of a block of channels", size, "4*(8*J*R*H + H^2)")
 
@@ -193,19 +155,19 @@ class Items(SweepItems):
 
         In bf16 half as many windows are taken at a time.
         """
-        windows, window = self._work.windows, self._work.window
-        block = 3 * self._spec.hidden + (3 * self._ffn_inputs + 4) * self._block
+        windows, window = self.work.windows, self.work.window
+        block = 3 * self.spec.hidden + (3 * self._ffn_inputs + 4) * self._block
         batch = min(choice.micro_batch, windows)
-        own = batch * window * (self._per_token() + 2 * self._spec.hidden) * self._compute
+        own = batch * window * (self._per_token() + 2 * self.spec.hidden) * self._compute
         size = max(own, max(1, batch * self._compute // 4) * window * block * 4)
         formula = "max(a layer's, m*S*c/4*(3H + (3J+4)*R)*4)"
         return self._near("activations of a micro-batch", size, formula)
 
     def slopes(self, windows: int) -> PlanItem:
         """Refinement's slopes of a block of channels for a step's windows, fp32."""
-        steps = min(self._work.refine, windows)
+        steps = min(self.work.channel_updates, windows)
         part = -(-windows // steps)
-        size = 4 * part * self._work.window * self._ffn_inputs * self._block
+        size = 4 * part * self.work.window * self._ffn_inputs * self._block
         return self._near("refinement's slopes", size, "n/r*S*J*R*4")
 
     def refits(self) -> PlanItem:
@@ -214,60 +176,14 @@ class Items(SweepItems):
         The one that is being written is converted to the source's dtype.
         """
         columns = self._attention + self._ffns * self._ffn
-        whole, formula = columns * self._spec.hidden, "H*(C_o+C_down)*source"
-        if self._work.refit_inputs:
+        whole, formula = columns * self.spec.hidden, "H*(C_o+C_down)*source"
+        if self.work.refit_inputs:
             whole, formula = self.layer_parameters, "P*source"
         if self._compute == 4 or self._source == self._compute:
             converted = self._source != self._compute
             whole, formula = int(converted) * self._largest, "largest projection * source"
         return PlanItem(
             name="refit weights", where=HOST, size_bytes=whole * self._source, formula=formula
-        )
-
-    def building(self) -> list[PlanItem]:
-        """A layer's store file is collected; a tensor is read, cut and quantised at a time."""
-        stored, int8 = self.stored_bytes(self._work.weights), self._work.weights == "int8"
-        element = 1 if int8 else self._source
-        items = [
-            PlanItem(
-                name="building the store",
-                where=HOST,
-                size_bytes=stored + self._largest * (2 * self._source - element),
-                formula="layer as stored, its largest tensor twice as in the source instead",
-            )
-        ]
-        if self._gpu and int8:
-            size, formula = self._largest * (self._source + 1), "largest tensor * (source + 1)"
-            items.append(self._near("a tensor that is quantised", size, formula))
-            blocks = QUANTISED_COPIES * QUANTISED_BLOCK_BYTES
-            items.append(self._near("rows that are quantised", blocks, "rows in fp32, 4 x 8 MiB"))
-        return items
-
-    def heads_in_fp32(self, choice: Choice) -> list[PlanItem]:
-        """Of a verification on a GPU, where each of its models keeps a head that is one chunk."""
-        head = self.kept_head(choice)
-        if head is None or not self._gpu:
-            return []
-        return [self._near("heads of the verification", 2 * head.size_bytes, "2 x V*H*4")]
-
-    def rewriting(self) -> PlanItem:
-        """Pieces of the tensor that is read, cut and written; a refit one is held whole."""
-        refit = 2 * self._largest * self._source if self._work.recovery else 0
-        return PlanItem(
-            name="rewriting the model",
-            where=HOST,
-            size_bytes=max(refit, _REWRITE_PIECES_BYTES),
-            formula="max(2 x largest of a layer * source, 8 MiB)" if refit else "8 MiB",
-        )
-
-    def stores(self) -> PlanItem:
-        """The stores on disk."""
-        layers = self._work.store_copies * self._spec.layers
-        return PlanItem(
-            name="working stores",
-            where=DISK,
-            size_bytes=layers * self.stored_bytes(self._work.weights),
-            formula="copies * layers * layer as stored",
         )
 
 

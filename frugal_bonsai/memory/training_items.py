@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.command_items import CommandItems
 from frugal_bonsai.memory.items import HEAD_CHUNK_BYTES, pinned_bytes
 from frugal_bonsai.memory.phases import Phase, with_slack
-from frugal_bonsai.memory.prune_items import Items
-from frugal_bonsai.memory.work import BASE, DENSE_BLOCK_BYTES, GPU, HOST, PlanItem, Work
+from frugal_bonsai.memory.work import BASE, DENSE_BLOCK_BYTES, GPU, HOST, PlanItem, SweepWorkload
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.sizes import MIB
@@ -117,8 +117,7 @@ class TrainingItems:
         self, spec: ModelSpec, budget: Budget, work: TrainingWork, base_bytes: int
     ) -> None:
         self._spec, self._budget, self._work = spec, budget, work
-        sweep = Work(window=work.window, windows=1)
-        self._items = Items(spec, budget, sweep)
+        self._items = CommandItems(spec, budget, SweepWorkload(window=work.window))
         self._gpu = is_accelerator(budget.device)
         self._near = HOST if budget.gpu_bytes is None else GPU
         self._compute = 2 if self._gpu else 4

@@ -6,6 +6,7 @@ Plain values: the work of a command, a choice of sizes, one item of a plan, the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.sizes import MIB
@@ -15,6 +16,8 @@ BASE = "Python and libraries"
 # Recovery's refinement moves the FFN's channels in blocks of at least so many, at most so many
 # blocks.
 _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
+# Conjugate-gradient steps of one update of the FFN's channels.
+REFINE_ITERATIONS = 4
 _CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
 # Of a teacher's cache, windows of at most so much are asked for and written together.
 SHARD_BYTES = 64 * MIB
@@ -70,48 +73,134 @@ class SweepLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a command is going to do.
+class SweepWorkload:
+    """Sweeps over a model: an evaluation, the answers of a teacher; the base of a prune.
 
     Attributes:
-        window: S.
-        windows: windows that one phase needs in flight together (calibration), at least 1.
-        pairs: (mask, window) pairs of a round, the unmasked windows included; 0 for no masks.
-        native_windows: windows whose perplexity the checkpoint itself is measured on; 0 for none.
-        windows_per_mask: windows that one mask is evaluated on.
-        scored: a prior scores the units, from statistics of all windows.
-        gram: Gram matrices are collected for it.
-        recovery: dense and pruned model side by side.
-        refit_inputs: recovery also refits the projections into a sublayer.
-        refine: in how many steps the last recovery also moves the FFN's channels; 0 never.
-        stand_ins: largest share of a group's units that a masked evaluation has stand-ins for.
-        weights: ``"int8"`` or ``"native"`` working store; None streams the checkpoint itself.
-        int8_products: masked evaluation multiplies the stored codes.
-        full_logits: a custom utility needs all logits of a window.
-        rewrite: the pruned model is written and verified.
-        store_copies: stores on disk (dense and working).
-        sampled: windows that are sampled from the model first, together; 0 for none.
-        top: followers of each token that a teacher's cache keeps; 0 for no cache.
+        window: Tokens of a window (S).
+        windows: Number of windows that one phase holds together, at least 1.
+        measured: Number of windows of each text whose losses are measured.
+        weights: Working store, ``"int8"`` or ``"native"``. None streams the checkpoint itself.
+        sampled: Number of windows sampled from the model first, together. 0 for none.
+        top: Number of followers per token that a teacher's cache keeps. 0 for no cache.
+        full_logits: A custom utility needs all logits of a window.
+        rewrite: A model is written and verified at the end.
     """
 
     window: int
-    windows: int
-    pairs: int = 0
-    native_windows: int = 0
-    windows_per_mask: int = 1
-    scored: bool = False
-    gram: bool = False
-    recovery: bool = False
-    refit_inputs: bool = False
-    refine: int = 0
-    stand_ins: float = 0.0
+    windows: int = 1
+    measured: tuple[int, ...] = ()
     weights: str | None = None
-    int8_products: bool = False
-    full_logits: bool = False
-    rewrite: bool = False
-    store_copies: int = 0
     sampled: int = 0
     top: int = 0
+    full_logits: bool = False
+    rewrite: bool = False
+
+    @property
+    def most_windows(self) -> int:
+        """Number of windows of the largest sweep."""
+        return max(self.windows, *self.measured, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneWorkload(SweepWorkload):
+    """Work of a prune, described once for its memory, its time and its tokens.
+
+    ``windows`` are those of the calibration; ``measured`` those whose perplexity is reported
+    before and after.
+
+    Attributes:
+        source_bytes: Bytes of an element of the checkpoint.
+        goals: Sparsity at the end of each round, in (0, 1).
+        part_windows: Number of windows of the statistics and of every reconstruction but the last.
+        mask_windows: Number of windows that masks are evaluated on.
+        mask_batches: Number of masks evaluated on each of them after each batch of a round, at
+            most. Each batch reads the layers. Empty without masks.
+        shared_masks: Each mask is evaluated on all mask windows, else on one.
+        int8_arithmetic: Masked evaluation multiplies the stored codes.
+        exact_importance: The importance score needs Gram matrices.
+        imputation_pool: Units that imputation covers, as a multiple of what a round removes. 0
+            without imputation.
+        reconstruction: Projections are refitted after each round.
+        refit_inputs: Reconstruction also refits q, k, v, gate and up.
+        trial_windows: Number of windows that each candidate cut is reconstructed and judged on. 0
+            without candidates.
+        candidates: Number of candidate cuts in a round, at most.
+        scale_windows: Number of windows that the scale of the logits is found on. 0 for no scale.
+        channel_updates: Steps in which the last reconstruction updates the FFN's channels.
+    """
+
+    source_bytes: int
+    goals: tuple[float, ...]
+    part_windows: int
+    mask_windows: int = 0
+    mask_batches: tuple[int, ...] = ()
+    shared_masks: bool = False
+    int8_arithmetic: bool = False
+    exact_importance: bool = False
+    imputation_pool: float = 0.0
+    reconstruction: bool = False
+    refit_inputs: bool = False
+    trial_windows: int = 0
+    candidates: int = 0
+    scale_windows: int = 0
+    channel_updates: int = 0
+    rewrite: bool = True
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds."""
+        return len(self.goals)
+
+    @property
+    def remaining(self) -> tuple[float, ...]:
+        """Share of the block parameters that is left before each round, and after the last."""
+        return (1.0, *(1 - goal for goal in self.goals))
+
+    @property
+    def pair_batches(self) -> tuple[int, ...]:
+        """Number of (mask, window) pairs in each batch; the first has the unmasked windows too."""
+        if not self.mask_batches:
+            return ()
+        ends = (-1, *self.mask_batches)
+        return tuple(self.mask_windows * (end - start) for start, end in pairwise(ends))
+
+    @property
+    def pairs(self) -> int:
+        """Number of (mask, window) pairs of a round, unmasked windows included; 0 without masks."""
+        return sum(self.pair_batches)
+
+    @property
+    def windows_per_mask(self) -> int:
+        """Number of windows that one mask is evaluated on."""
+        return self.mask_windows if self.shared_masks else 1
+
+    def concurrent_masks(self, windows_in_flight: int) -> int:
+        """Return the number of masks evaluated in one wave of a sweep."""
+        return min(max(1, windows_in_flight // self.windows_per_mask), max(1, self.pairs))
+
+    @property
+    def gram(self) -> bool:
+        """Whether statistics collect Gram matrices."""
+        return self.reconstruction or self.exact_importance or self.imputation_pool > 0
+
+    @property
+    def imputed_share(self) -> float:
+        """Largest share of a group's alive units that imputation covers in any round."""
+        # A round may begin a channel short of where the one before it should have ended.
+        steps = pairwise((0.0, *self.goals))
+        share = max((goal - done + 0.01) / (1 - done) for done, goal in steps)
+        return min(1.0, self.imputation_pool * share)
+
+    def round_imputed_share(self, number: int) -> float:
+        """Return the share of the alive units that imputation covers in a round (from 0)."""
+        before, after = self.remaining[number : number + 2]
+        return min(1.0, self.imputation_pool * (before - after) / before)
+
+    @property
+    def most_windows(self) -> int:
+        """Number of windows of the largest sweep."""
+        return max(super().most_windows, self.pairs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from frugal_bonsai.errors import BudgetError
-from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
+from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.memory.training import TrainingPlan, plan_training
 from frugal_bonsai.memory.training_items import ADAMW, TrainingWork
 from frugal_bonsai.progress import Silent
@@ -96,7 +96,7 @@ def plan_adaptation(job: Adaptation, options: AdaptOptions) -> Plans:
     )
     training = attempt(lambda: plan_training(job.pruned.spec, job.budget, work, base_bytes=base))
     windows = max(16, 0 if job.eval_NS is None else len(job.eval_NS))
-    measuring = Work(window=job.window, windows=1, native_windows=windows, rewrite=True)
+    measuring = SweepWorkload(window=job.window, measured=(windows,), rewrite=True)
     writing = attempt(lambda: plan_memory(job.pruned.spec, job.budget, measuring, base_bytes=base))
     if training is None or writing is None or refused:
         same = [error for error in refused if error.option == refused[0].option]

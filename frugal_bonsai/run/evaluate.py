@@ -53,7 +53,7 @@ def evaluate(
     """
     from frugal_bonsai.evaluation.perplexity import measure_perplexity
     from frugal_bonsai.memory.budget import find_device, make_budget
-    from frugal_bonsai.memory.plan import Work, plan_memory
+    from frugal_bonsai.memory.plan import SweepWorkload, plan_memory
     from frugal_bonsai.model.tied_head import require_tied_head
     from frugal_bonsai.stream.store import INT8, build_store
 
@@ -68,13 +68,8 @@ def evaluate(
         place = find_device(device)
         budget = make_budget(place, max_gpu_mem, max_cpu_mem)
         int8 = weights == INT8
-        work = Work(
-            window=window,
-            windows=1,
-            pairs=len(windows_NS) if int8 else 0,
-            native_windows=0 if int8 else len(windows_NS),
-            weights=weights if int8 else None,
-            store_copies=int(int8),
+        work = SweepWorkload(
+            window=window, measured=(len(windows_NS),), weights=weights if int8 else None
         )
         base = measured_base_bytes(spec)
         plan = plan_memory(spec, budget, work, base_bytes=base)

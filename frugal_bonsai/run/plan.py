@@ -7,14 +7,12 @@ plan as plain values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.bonsai.methods import make_settings
-from frugal_bonsai.bonsai.selection.extent import round_goals
-from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, NONE, PruneSettings
+from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.estimate import estimate_time
 from frugal_bonsai.hardware.latency import LatencyModel, model_latency
@@ -22,7 +20,7 @@ from frugal_bonsai.hardware.profile import NOMINAL_BASE_BYTES, HardwareProfile
 from frugal_bonsai.hardware.profile_file import read_profile
 from frugal_bonsai.hardware.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
+from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
@@ -34,7 +32,7 @@ from frugal_bonsai.run.machine import (
     with_arithmetic,
 )
 from frugal_bonsai.run.options import PruneOptions
-from frugal_bonsai.run.predict import describe_phases, forward_tokens, prune_work
+from frugal_bonsai.run.predict import describe_phases
 from frugal_bonsai.run.prepare import (
     CPU_TILE,
     DEFAULT_SOURCE,
@@ -46,7 +44,7 @@ from frugal_bonsai.run.prepare import (
     measured_base_bytes,
     open_model,
 )
-from frugal_bonsai.text.sources import SELF
+from frugal_bonsai.run.workload import forward_tokens, prune_workload
 
 if TYPE_CHECKING:
     import torch
@@ -153,67 +151,17 @@ def _latency(model: Model, settings: PruneSettings, profile: HardwareProfile) ->
     )
 
 
-def plan_prune(
-    model: Model,
-    ready: Prepared,
-    windows: int,
-    *,
-    eval_windows: int = 0,
-    custom_utility: bool = False,
-) -> MemoryPlan:
+def plan_prune(model: Model, ready: Prepared, work: PruneWorkload) -> MemoryPlan:
     """The memory plan of a prepared prune.
-
-    Args:
-        model: what is pruned.
-        ready: the prune.
-        windows: of calibration.
-        eval_windows: of the text whose perplexity is reported.
-        custom_utility: the utility needs all logits of a window.
 
     Raises:
         BudgetError: nothing fits.
     """
-    from frugal_bonsai.bonsai.calibration import held_out_count
-
-    settings = ready.settings
-    native_windows = max(held_out_count(windows), eval_windows)
-    mask_windows = min(settings.mask_windows, windows)
-    pairs = 0 if settings.level == NONE else mask_windows * (settings.masks + 1)
-    stand_ins = stand_in_share(settings, uniform=ready.rules.uniform)
-    work = Work(
-        window=ready.window,
-        windows=windows,
-        pairs=pairs,
-        native_windows=native_windows,
-        windows_per_mask=mask_windows if settings.design == "shared" else 1,
-        scored=True,
-        gram=settings.recovery or settings.prior == "exact" or stand_ins > 0,
-        recovery=settings.recovery,
-        refit_inputs=settings.recovery and settings.refit == "all",
-        refine=settings.refine if settings.recovery else 0,
-        stand_ins=stand_ins,
-        weights=settings.weights,
-        int8_products=settings.arithmetic == "int8",
-        full_logits=custom_utility,
-        rewrite=True,
-        store_copies=2,
-        sampled=sampled_windows(ready),
-    )
     if ready.elsewhere:
         base = NOMINAL_BASE_BYTES[ready.device.type]
     else:
         base = measured_base_bytes(model.spec)
     return plan_memory(model.spec, ready.budget, work, base_bytes=base)
-
-
-def stand_in_share(settings: PruneSettings, *, uniform: bool) -> float:
-    """The share of a group's alive units that may have stand-ins: the largest pool of a round."""
-    if not settings.stand_ins(uniform=uniform):
-        return 0.0
-    ends = [0.0, *round_goals(settings)]
-    # A round may begin a channel short of where the one before it should have ended.
-    share = max((goal - done + 0.01) / (1 - done) for done, goal in pairwise(ends))
-    return min(1.0, settings.pool * share)
 
 
 def plan(model: str, options: PruneOptions) -> dict[str, Any]:
@@ -223,37 +171,37 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
     """
     with open_model(model, headers_only=True, assume_family=options.assume_family) as opened:
         ready = prepare(opened, options, elsewhere=options.profile is not None)
-        memory = plan_prune(opened, ready, ready.windows)
-        values = describe_plan(opened, ready, memory, ready.windows)
+        work = prune_workload(opened, ready, ready.windows)
+        memory = plan_prune(opened, ready, work)
+        values = describe_plan(opened, ready, work, memory)
         return {"advice": no_gpu_advice(options, ready.device), **values}
 
 
 def describe_plan(
-    model: Model, ready: Prepared, memory: MemoryPlan, windows: int
+    model: Model, ready: Prepared, work: PruneWorkload, memory: MemoryPlan
 ) -> dict[str, Any]:
     """A memory plan and its time estimate as plain values."""
     profile = ready.rates
-    work = prune_work(model, ready, memory, windows)
-    estimate = estimate_time(model.spec, work, memory.limits, profile)
+    estimate = estimate_time(model.spec, work, memory, profile)
     notes = [*ready.budget.notes, *ready.notes]
     if model.spec.family.assumed is not None:
         notes.append(assumption(model))
-    if work.sampled_tokens:
-        notes.append(_sampling_note(ready, estimate))
+    if work.sampled:
+        notes.append(_sampling_note(work, estimate))
     return {
         "model": model.name,
         "family": model.spec.family.title,
         "parameters": model.spec.parameters,
         "device": ready.device.type,
         "device_name": profile.name,
-        "window": ready.window,
-        "windows": windows,
+        "window": work.window,
+        "windows": work.windows,
         "arithmetic": ready.settings.arithmetic,
         "micro_batch": memory.limits.micro_batch,
         "windows_in_flight": memory.limits.windows_in_flight,
-        "concurrent_masks": memory.concurrent_masks,
+        "concurrent_masks": work.concurrent_masks(memory.limits.windows_in_flight),
         "rounds": work.rounds,
-        "forward_tokens": forward_tokens(model.spec, work),
+        "forward_tokens": forward_tokens(model.spec, work, memory),
         "phases": describe_phases(estimate),
         "seconds": estimate.total_seconds,
         "binds": estimate.binds,
@@ -299,25 +247,17 @@ def plan_items(memory: MemoryPlan | TrainingPlan) -> list[dict[str, Any]]:
     ]
 
 
-def sampling_note(model: Model, ready: Prepared, memory: MemoryPlan) -> str:
+def sampling_note(model: Model, ready: Prepared, work: PruneWorkload, memory: MemoryPlan) -> str:
     """How long ``self`` samples its windows, for who is about to wait for it."""
-    work = prune_work(model, ready, memory, ready.windows)
-    return _sampling_note(ready, estimate_time(model.spec, work, memory.limits, ready.rates))
+    return _sampling_note(work, estimate_time(model.spec, work, memory, ready.rates))
 
 
-def _sampling_note(ready: Prepared, estimate: TimeEstimate) -> str:
+def _sampling_note(work: PruneWorkload, estimate: TimeEstimate) -> str:
     from frugal_bonsai.report.words import duration
 
     [phase] = [phase for phase in estimate.phases if phase.name == SAMPLING]
     return (
-        f"{sampled_windows(ready)} windows of {ready.window} tokens are sampled from the model "
-        f"first: {ready.window - 1} sweeps over all its layers, one a token, "
+        f"{work.sampled} windows of {work.window} tokens are sampled from the model "
+        f"first: {work.window - 1} sweeps over all its layers, one a token, "
         f"about {duration(phase.seconds)}"
     )
-
-
-def sampled_windows(ready: Prepared) -> int:
-    """Windows that ``self`` samples: to search on and to hold out; 0 for other sources."""
-    from frugal_bonsai.bonsai.calibration import held_out_count
-
-    return ready.windows + held_out_count(ready.windows) if ready.source == SELF else 0

@@ -24,7 +24,7 @@ from frugal_bonsai.checkpoint.commit import (
 from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import StateError
-from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload
 from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.words import duration
@@ -33,7 +33,6 @@ from frugal_bonsai.run.plan import (
     Prepared,
     plan_prune,
     prepare,
-    sampled_windows,
     sampling_note,
 )
 from frugal_bonsai.run.predict import predict
@@ -46,6 +45,7 @@ from frugal_bonsai.run.prepare import (
     read_windows,
 )
 from frugal_bonsai.run.summary import Job, Texts, describe, load_line, write_papers
+from frugal_bonsai.run.workload import prune_workload
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.text.sources import SELF
 
@@ -115,18 +115,17 @@ def prune(
         for note in (*ready.budget.notes, *ready.notes):
             progress.note(note)
         texts = _read_texts(opened, ready, options)
-        memory = plan_prune(
+        work = prune_workload(
             opened,
             ready,
             texts.planned_windows,
-            eval_windows=0 if texts.eval_NS is None else len(texts.eval_NS),
+            eval_windows=texts.eval_windows,
             custom_utility=utility is not None,
         )
+        memory = plan_prune(opened, ready, work)
         if on_plan is not None:
             on_plan(memory)
-        predicted = predict(
-            opened, ready, memory, texts.planned_windows, eval_windows=texts.eval_windows
-        )
+        predicted = predict(opened, ready, work, memory)
         if predicted is not None:
             progress.note(f"predicted: about {duration(predicted['seconds'])}")
         require_free_space(out.parent, memory.total_bytes("disk"), "the working stores")
@@ -140,7 +139,7 @@ def prune(
             progress,
             arithmetic=ready.settings.arithmetic,
         )
-        calibration = _calibrate(opened, ready, memory, texts, engine)
+        calibration = _calibrate(opened, ready, work, memory, texts, engine)
         source = texts.source_name
         progress.note(
             f"calibration: {source}, {len(calibration.windows_NS)} windows of {ready.window} "
@@ -224,17 +223,22 @@ def _read_texts(model: Model, ready: Prepared, options: PruneOptions) -> Texts:
 
 
 def _calibrate(
-    model: Model, ready: Prepared, memory: MemoryPlan, texts: Texts, engine: Engine
+    model: Model,
+    ready: Prepared,
+    work: PruneWorkload,
+    memory: MemoryPlan,
+    texts: Texts,
+    engine: Engine,
 ) -> Calibration:
     from frugal_bonsai.bonsai.calibration import sample_windows, split_windows
 
     windows_nS = texts.windows_nS
     if windows_nS is None:
-        engine.progress.note(sampling_note(model, ready, memory))
+        engine.progress.note(sampling_note(model, ready, work, memory))
         first = model.spec.config.get("bos_token_id")
         windows_nS = sample_windows(
             engine,
-            sampled_windows(ready),
+            work.sampled,
             ready.window,
             first_token=first if isinstance(first, int) else None,
             seed=ready.settings.seed,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
+from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.prepare import Model, make_engine, read_windows
@@ -88,10 +88,9 @@ def plan_teacher(
     base_bytes: int,
 ) -> MemoryPlan:
     """The memory of sampling and of the sweeps that fill the cache; 0 for no cache."""
-    work = Work(
+    work = SweepWorkload(
         window=window,
-        windows=1,
-        native_windows=sources.windows if top else 0,
+        measured=(sources.windows,) if top else (),
         sampled=min(sources.sampled, _SAMPLED_TOGETHER),
         top=top,
     )

@@ -16,7 +16,7 @@ from frugal_bonsai.bonsai.reconstruction.channels import Refinement, conjugate_g
 from frugal_bonsai.bonsai.reconstruction.inputs import input_rows
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
-from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
+from frugal_bonsai.memory.work import REFINE_ITERATIONS
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store
 

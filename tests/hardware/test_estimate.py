@@ -12,26 +12,31 @@ from test_cost import example
 import profiles
 from frugal_bonsai.hardware.estimate import estimate_time, int8_wins
 from frugal_bonsai.hardware.profile import HardwareProfile
-from frugal_bonsai.hardware.time_model import Phase, PruneWork, TimeEstimate
-from frugal_bonsai.memory.work import SweepLimits
+from frugal_bonsai.hardware.time_model import Phase, TimeEstimate
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.phases import Phase as MemoryPhase
+from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.memory.work import HOST, PlanItem, PruneWorkload, SweepLimits
 
 SPEC = example()
 LAYERS, P, BLOCKS = 6, 192 * (512 + 256) + 3 * 192 * 512, 2_656_512
 LIMITS = SweepLimits(
     micro_batch=4, windows_in_flight=100, resident_windows=0, head_rows=4096, head_tokens=1024
 )
-WORK = PruneWork(
+WORK = PruneWorkload(
     window=256,
     windows=32,
-    reported=4,
-    shares=(1.0, 0.75, 0.5),
-    pairs=104,
-    exact_prior=True,
-    recovery=True,
-    refit_inputs=True,
-    keep_inputs=True,
-    int8_store=True,
+    measured=(4,),
+    weights="int8",
     source_bytes=2,
+    goals=(0.25, 0.5),
+    part_windows=32,
+    mask_windows=8,
+    mask_batches=(12,),
+    exact_importance=True,
+    reconstruction=True,
+    refit_inputs=True,
+    candidates=2,
 )
 # Everything but matrix products takes no time.
 ONLY_PRODUCTS: dict[str, Any] = {
@@ -47,8 +52,23 @@ ONLY_PRODUCTS: dict[str, Any] = {
 }
 
 
-def estimate(profile: HardwareProfile, **changes: Any) -> TimeEstimate:
-    return estimate_time(SPEC, replace(WORK, **changes), LIMITS, profile)
+def plan(*, held_bytes: int = 0, kept: bool = True, **limits: int) -> MemoryPlan:
+    held = PlanItem(name="held", where=HOST, size_bytes=held_bytes, formula="")
+    return MemoryPlan(
+        phases=(MemoryPhase(name="all", items=(held,)),),
+        on_disk=(),
+        budget=Budget(device="cpu", host_bytes=2**40),
+        limits=replace(LIMITS, **limits),
+        keep_inputs=kept,
+        keep_refinement=kept,
+    )
+
+
+PLAN = plan()
+
+
+def estimate(profile: HardwareProfile, memory: MemoryPlan = PLAN, **changes: Any) -> TimeEstimate:
+    return estimate_time(SPEC, replace(WORK, **changes), memory, profile)
 
 
 def phase(found: TimeEstimate, name: str) -> Phase:
@@ -61,7 +81,7 @@ def test_phases_in_order() -> None:
         *("starting", "perplexity", "building stores", "statistics"),
         *("masked evaluation", "recovery", "rewriting"),
     ]
-    without = estimate(profiles.cpu(), pairs=0, recovery=False, sampled_tokens=255)
+    without = estimate(profiles.cpu(), mask_batches=(), reconstruction=False, sampled=36)
     assert [phase.name for phase in without.phases] == [
         *("starting", "sampling text", "perplexity"),
         *("building stores", "statistics", "rewriting"),
@@ -77,7 +97,7 @@ def test_large_weights_are_dequantised_for_every_micro_batch_on_a_cpu() -> None:
                 estimate_time(
                     spec,
                     WORK,
-                    replace(LIMITS, micro_batch=size),
+                    plan(micro_batch=size),
                     profiles.cpu(**{**ONLY_PRODUCTS, "memory_bytes_per_second": 1e10}),
                 ),
                 "statistics",
@@ -103,14 +123,14 @@ def test_products_of_the_masked_evaluation() -> None:
 
 def test_int8_speeds_the_masked_evaluation_up_and_nothing_else() -> None:
     fp32 = estimate(profiles.cpu(**ONLY_PRODUCTS))
-    int8 = estimate(profiles.cpu(**ONLY_PRODUCTS), arithmetic="int8")
+    int8 = estimate(profiles.cpu(**ONLY_PRODUCTS), int8_arithmetic=True)
     before, after = (phase(found, "masked evaluation").seconds for found in (fp32, int8))
     # Both digits of each input are multiplied.
     assert after == pytest.approx(2 * before / 8)
     assert phase(int8, "recovery").seconds == phase(fp32, "recovery").seconds
     # Codes are multiplied as they are stored, but inputs are rounded and sums scaled.
     traffic = profiles.cpu(**{**ONLY_PRODUCTS, "memory_bytes_per_second": 2e10})
-    more = [phase(estimate(traffic, arithmetic=a), "masked evaluation") for a in ("fp32", "int8")]
+    more = [phase(estimate(traffic, int8_arithmetic=a), "masked evaluation") for a in (False, True)]
     assert more[1].elementwise > more[0].elementwise
 
 
@@ -143,13 +163,13 @@ def test_rounds_before_the_last_take_a_part_and_trials_a_part_of_it() -> None:
     only = profiles.cpu(**ONLY_PRODUCTS)
     names = ("statistics", "recovery")
     whole, part, tried = (
-        {name: phase(estimate(only, exact_prior=False, **changes), name) for name in names}
-        for changes in ({}, {"part": 8}, {"part": 8, "trial": 4})
+        {name: phase(estimate(only, exact_importance=False, **changes), name) for name in names}
+        for changes in ({}, {"part_windows": 8}, {"part_windows": 8, "trial_windows": 4})
     )
     assert part["statistics"].compute == pytest.approx(whole["statistics"].compute / 4)
     first, last = (
-        phase(estimate(only, exact_prior=False, **changes), "recovery").compute
-        for changes in ({"shares": (1.0, 0.75)}, {"shares": (1.0, 0.5)})
+        phase(estimate(only, exact_importance=False, **changes), "recovery").compute
+        for changes in ({"goals": (0.25,)}, {"goals": (0.5,)})
     )
     head = 2 * 192 * 4096 * 32 * 256 / 1e11  # each of the two with the dense model's losses
     assert whole["recovery"].compute == pytest.approx(first + last - head)
@@ -166,7 +186,7 @@ def test_rounds_before_the_last_take_a_part_and_trials_a_part_of_it() -> None:
 
 def test_trials_build_two_more_stores_a_round() -> None:
     profile = profiles.cpu(memory_bytes_per_second=1e30)
-    found = phase(estimate(profile, trial=4), "building stores")
+    found = phase(estimate(profile, trial_windows=4), "building stores")
     read, written = 8 * BLOCKS * 2, (1 + 4 * 0.75 + 3 * 0.5) * BLOCKS
     assert found.disk == pytest.approx(read / 4e9 + written / 5e8)
 
@@ -176,7 +196,7 @@ def test_a_third_cut_costs_half_as_much_again_as_two() -> None:
     for name in ("recovery", "building stores"):
         none, two, three = (
             phase(estimate(profile, **changes), name).seconds
-            for changes in ({}, {"trial": 4}, {"trial": 4, "trial_cuts": 3})
+            for changes in ({}, {"trial_windows": 4}, {"trial_windows": 4, "candidates": 3})
         )
         assert three - two == pytest.approx((two - none) / 2)
 
@@ -185,7 +205,7 @@ def test_every_batch_of_masks_reads_the_layers() -> None:
     profile = profiles.cpu()
     one, three = (
         phase(estimate(profile, **changes), "masked evaluation")
-        for changes in ({}, {"batches": (40, 32, 32)})
+        for changes in ({}, {"mask_batches": (4, 8, 12)})
     )
     # 104 pairs at once are two waves, 40, 32 and 32 one after the other three.
     assert three.disk == pytest.approx(1.5 * one.disk) and one.disk > 0
@@ -193,12 +213,13 @@ def test_every_batch_of_masks_reads_the_layers() -> None:
 
 
 def test_stand_ins_are_a_multiple_of_what_a_round_takes() -> None:
-    work = replace(WORK, pool=2.5)
-    assert work.stand_ins(0) == pytest.approx(2.5 * 0.25)
-    assert work.stand_ins(1) == pytest.approx(2.5 / 3)
+    work = replace(WORK, imputation_pool=2.5)
+    assert work.round_imputed_share(0) == pytest.approx(2.5 * 0.25)
+    assert work.round_imputed_share(1) == pytest.approx(2.5 / 3)
     only = profiles.cpu(**ONLY_PRODUCTS)
     plain, guessed = (
-        phase(estimate(only, pool=pool), "masked evaluation").compute for pool in (0.0, 2.5)
+        phase(estimate(only, imputation_pool=pool), "masked evaluation").compute
+        for pool in (0.0, 2.5)
     )
     tokens, expected = 104 * 256, 0.0
     for share, left in ((0.625, 1.0), (2.5 / 3, 0.75)):
@@ -208,7 +229,7 @@ def test_stand_ins_are_a_multiple_of_what_a_round_takes() -> None:
 
 def test_refinement_is_the_last_rounds() -> None:
     only = profiles.cpu(**ONLY_PRODUCTS)
-    given = {"refine": 2, "refine_iterations": 4, "refine_blocks": 1}
+    given = {"channel_updates": 2}
     plain, refined = (phase(estimate(only, **g), "recovery").compute for g in ({}, given))
     tokens, ffn = 32 * 256, 256  # half of the channels are left
     weights = 3 * 192 * ffn
@@ -219,13 +240,13 @@ def test_refinement_is_the_last_rounds() -> None:
     expected += 5 * 2 * 192 * 128 * tokens + 4 * 192 * ffn * tokens
     assert refined - plain == pytest.approx(LAYERS * expected / 1e11)
     for changes in ({"keep_refinement": False}, {"keep_inputs": False}):
-        more = phase(estimate(only, **given, **changes), "recovery").compute
+        more = phase(estimate(only, replace(PLAN, **changes), **given), "recovery").compute
         assert more > refined
 
 
 def test_inputs_that_are_not_kept_cost_more() -> None:
     kept, again = (
-        phase(estimate(profiles.cpu(), keep_inputs=keep), "recovery").seconds
+        phase(estimate(profiles.cpu(), plan(kept=keep)), "recovery").seconds
         for keep in (True, False)
     )
     assert again > 1.2 * kept
@@ -248,14 +269,14 @@ def test_stores_that_the_page_cache_cannot_hold_are_read_cold() -> None:
     cold = phase(estimate(profiles.cpu(host_bytes=enough - 2)), "statistics")
     assert cold.disk == pytest.approx(4 * warm.disk)
     # What the plan holds is not the page cache's.
-    full = estimate(profiles.cpu(), planned_bytes=16 * 2**30)
+    full = estimate(profiles.cpu(), plan(held_bytes=16 * 2**30))
     assert phase(full, "statistics").disk == pytest.approx(cold.disk)
 
 
 def test_with_one_layer_buffer_nothing_overlaps() -> None:
     slow = profiles.cpu(disk_warm_bytes_per_second=1e6)
-    two = phase(estimate_time(SPEC, WORK, LIMITS, slow), "statistics")
-    one = phase(estimate_time(SPEC, WORK, replace(LIMITS, layer_buffers=1), slow), "statistics")
+    two = phase(estimate(slow), "statistics")
+    one = phase(estimate(slow, plan(layer_buffers=1)), "statistics")
     assert two.seconds == max(two.disk, two.compute + two.elementwise)
     assert one.seconds == pytest.approx(one.disk + one.compute + one.elementwise)
 
@@ -276,8 +297,7 @@ def test_a_gpu_copies_layers_and_hidden_states() -> None:
     hidden = 2 * LAYERS * 32 * 256 * 192 * 2
     assert statistics.copy == pytest.approx((layers + hidden) / 1e6)
     assert (statistics.binds, found.binds) == ("copy", "copy")
-    near = replace(LIMITS, resident_windows=32)
-    found = estimate_time(SPEC, WORK, near, profiles.cuda(copy_bytes_per_second=1e6))
+    found = estimate(profiles.cuda(copy_bytes_per_second=1e6), plan(resident_windows=32))
     assert phase(found, "statistics").copy == pytest.approx(layers / 1e6)
 
 

@@ -15,8 +15,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.prune_items import Items
-from frugal_bonsai.memory.work import Choice, Work
+from frugal_bonsai.memory.prune_items import PruneItems
+from frugal_bonsai.memory.work import Choice, PruneWorkload
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import ATTENTION, UnitGroup
@@ -106,7 +106,10 @@ def traced_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = Fal
 
 def planned_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = False) -> int:
     budget = Budget(device="cuda", host_bytes=64 * GIB, gpu_bytes=24 * GIB)
-    items = Items(spec, budget, Work(window=window, windows=batch))
+    work = PruneWorkload(
+        window=window, windows=batch, source_bytes=2, goals=(0.5,), part_windows=batch
+    )
+    items = PruneItems(spec, budget, work)
     choice = Choice(micro_batch=batch, in_flight=batch, resident=0, keep_inputs=False)
     item = items.tapped_activations(choice) if tapped else items.activations(choice, batch)
     return item.size_bytes

@@ -13,8 +13,8 @@ from live_bytes import LiveBytes, Norms
 from torch.utils._pytree import tree_leaves
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.prune_items import Items
-from frugal_bonsai.memory.work import Choice, Work
+from frugal_bonsai.memory.prune_items import PruneItems
+from frugal_bonsai.memory.work import Choice, PruneWorkload
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup
@@ -101,8 +101,18 @@ def traced_bytes(spec: ModelSpec, *, masked: bool = True, tapped: bool = False) 
     return live.peak
 
 
+WORK = PruneWorkload(
+    window=WINDOW,
+    windows=BATCH,
+    source_bytes=2,
+    goals=(0.5,),
+    part_windows=BATCH,
+    reconstruction=True,
+)
+
+
 def planned_bytes(spec: ModelSpec, *, tapped: bool = False) -> int:
-    items = Items(spec, Budget(device="cpu", host_bytes=GIB), Work(window=WINDOW, windows=BATCH))
+    items = PruneItems(spec, Budget(device="cpu", host_bytes=GIB), WORK)
     choice = Choice(micro_batch=BATCH, in_flight=BATCH, resident=0, keep_inputs=False)
     item = items.tapped_activations(choice) if tapped else items.activations(choice, BATCH)
     return item.size_bytes
@@ -127,8 +137,7 @@ def test_statistics_keep_every_experts_input(family: str, shape: tuple[int, ...]
 @pytest.mark.parametrize("family", ROUTED)
 def test_gram_matrices_of_all_experts_are_planned(family: str) -> None:
     spec = spec_of(family, SHAPES["wide"])
-    work = Work(window=WINDOW, windows=BATCH, scored=True, gram=True, recovery=True)
-    items = Items(spec, Budget(device="cpu", host_bytes=GIB), work)
+    items = PruneItems(spec, Budget(device="cpu", host_bytes=GIB), WORK)
     columns = {kind: 0 for kind in (ATTENTION, FFN)}
     for group in spec.table.groups:
         columns[group.kind] += group.columns**2

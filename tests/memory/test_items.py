@@ -9,8 +9,8 @@ from plan_shapes import LLAMA_1B, LLAMA_8B, shapes
 
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.items import pinned_bytes
-from frugal_bonsai.memory.prune_items import Items
-from frugal_bonsai.memory.work import Choice, PlanItem, Work
+from frugal_bonsai.memory.prune_items import PruneItems
+from frugal_bonsai.memory.work import Choice, PlanItem, PruneWorkload
 from frugal_bonsai.rewrite.cut_stream import PIECE_BYTES
 from frugal_bonsai.sizes import GIB, MIB
 
@@ -21,18 +21,25 @@ STORED = LAYER + 4 * ROWS + 2 * 2 * 4096  # int8, fp32 scales, norms in bf16
 
 CUDA = Budget(device="cuda", host_bytes=64 * GIB, gpu_bytes=24 * GIB)
 CPU = Budget(device="cpu", host_bytes=64 * GIB)
-WORK = Work(
-    window=2048, windows=32, recovery=True, refit_inputs=True, weights="int8", store_copies=2
+WORK = PruneWorkload(
+    window=2048,
+    windows=32,
+    weights="int8",
+    source_bytes=2,
+    goals=(0.49,),
+    part_windows=32,
+    reconstruction=True,
+    refit_inputs=True,
 )
 CHOICE = Choice(micro_batch=3, in_flight=20, resident=5, keep_inputs=True)
 
 
-def near(work: Work = WORK) -> Items:
-    return Items(LLAMA_8B, CUDA, work)
+def near(work: PruneWorkload = WORK) -> PruneItems:
+    return PruneItems(LLAMA_8B, CUDA, work)
 
 
-def far(work: Work = WORK) -> Items:
-    return Items(LLAMA_8B, CPU, work)
+def far(work: PruneWorkload = WORK) -> PruneItems:
+    return PruneItems(LLAMA_8B, CPU, work)
 
 
 def sizes(items: list[PlanItem]) -> dict[tuple[str, str], int]:
@@ -74,7 +81,7 @@ def test_a_cpu_dequantises_some_rows_at_a_time() -> None:
 
 
 def test_a_layer_of_small_weights_is_dequantised_whole() -> None:
-    items = Items(shapes(2, 256, 768, 4096, 2, head_dim=64), CPU, WORK)
+    items = PruneItems(shapes(2, 256, 768, 4096, 2, head_dim=64), CPU, WORK)
     size = 4 * items.layer_parameters
     assert sizes(items.stream(CHOICE, "int8"))["dequantised layer", "host"] == size
     assert items.scored_weight().size_bytes == 0
@@ -163,7 +170,7 @@ def test_gram_matrices() -> None:
     assert near().gram_of_recovery().size_bytes == 4 * (FFN**2 + FFN * H)
     assert near().solve().size_bytes == 4 * FFN * (256 + 6 * 1024)
     assert far().solve().size_bytes == 4 * FFN * (256 + 6 * 128)
-    narrow = Items(LLAMA_1B, CPU, replace(WORK, refit_inputs=False))
+    narrow = PruneItems(LLAMA_1B, CPU, replace(WORK, refit_inputs=False))
     assert narrow.gram_of_recovery().size_bytes == 4 * (8192**2 + 8192 * 2048)
 
 
@@ -174,7 +181,7 @@ def test_recovery_holds_inputs_and_refits() -> None:
 
 
 def test_refinement() -> None:
-    work = replace(WORK, refine=2)
+    work = replace(WORK, channel_updates=2)
     block = FFN // 4
     # gate, up and the refit of down_proj before; in fp32 where the dense layer's are.
     (weights,) = near(work).refined_weights()
@@ -190,13 +197,13 @@ def test_refinement() -> None:
     assert near(work).refined_activations(one).size_bytes == 2048 * token * 4
     assert near(work).kept_inputs(32, ffn=False).size_bytes == 32 * 2048 * 4096 * 2
     # Blocks are a quarter of the channels, but at least 512.
-    assert Items(LLAMA_1B, CPU, work).refined_block().size_bytes == 4 * (
+    assert PruneItems(LLAMA_1B, CPU, work).refined_block().size_bytes == 4 * (
         8 * 2 * 2048 * 2048 + 2048**2
     )
 
 
 def test_stand_ins() -> None:
-    work = replace(WORK, stand_ins=0.25)
+    work = replace(WORK, imputation_pool=0.5)  # of a half
     pool, core = FFN // 4, FFN - FFN // 4
     assert near(work).stand_ins()[0].size_bytes == pool * core * 2
     assert far(work).stand_ins()[0].size_bytes == pool * core * 4
@@ -214,9 +221,9 @@ def test_stand_ins() -> None:
     # Small micro-batches have none for stand-ins that are being converted.
     few = near(replace(work, window=128)).masked_activations(replace(CHOICE, micro_batch=1), 20)
     assert few.size_bytes == 128 * (2 * H + FFN) * 2 + 2 * pool * core
-    most = near(replace(WORK, stand_ins=1.0)).masked_activations(CHOICE, 20)
+    most = near(replace(WORK, imputation_pool=2.0)).masked_activations(CHOICE, 20)
     assert most.size_bytes == plain.size_bytes + 3 * 2048 * FFN * 2
-    assert near(replace(WORK, stand_ins=0.9)).stand_ins()[0].size_bytes == FFN**2 // 4 * 2
+    assert near(replace(WORK, imputation_pool=1.8)).stand_ins()[0].size_bytes == FFN**2 // 4 * 2
 
 
 def test_files() -> None:
@@ -225,11 +232,11 @@ def test_files() -> None:
     assert alone.size_bytes == host.size_bytes == H * FFN * (2 * 2 - 1) + STORED
     assert (tensor.where, tensor.size_bytes) == ("gpu", H * FFN * (2 + 1))
     assert (rows.where, rows.size_bytes) == ("gpu", 4 * 8 * MIB)
-    assert near(replace(WORK, recovery=True)).rewriting().size_bytes == 2 * H * FFN * 2
-    alone = near(replace(WORK, recovery=False)).rewriting()
+    assert near().rewriting(refitted=True).size_bytes == 2 * H * FFN * 2
+    alone = near().rewriting()
     assert alone.size_bytes == 4 * PIECE_BYTES
-    assert near().stores().size_bytes == 2 * 32 * STORED
-    assert near().stores().where == "disk"
+    assert near().stores(2).size_bytes == 2 * 32 * STORED
+    assert near().stores(2).where == "disk"
 
 
 def test_verification() -> None:

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from plan_shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
+from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
 from frugal_bonsai.sizes import GIB, MIB
 
-WORK = Work(
+WORK = PruneWorkload(
     window=2048,
     windows=32,
-    pairs=208,
-    native_windows=4,
-    scored=True,
-    gram=True,
-    recovery=True,
-    refit_inputs=True,
-    refine=2,
-    stand_ins=0.27,
+    measured=(4,),
     weights="int8",
-    rewrite=True,
-    store_copies=2,
+    source_bytes=2,
+    goals=(0.26,),
+    part_windows=32,
+    mask_windows=16,
+    mask_batches=(12,),
+    exact_importance=True,
+    imputation_pool=1.0,
+    reconstruction=True,
+    refit_inputs=True,
+    channel_updates=2,
 )
+NO_GRAM: dict[str, Any] = {
+    "reconstruction": False,
+    "exact_importance": False,
+    "imputation_pool": 0.0,
+}
 
 
 def cuda(gib: float, host_gib: float = 64) -> Budget:
@@ -88,7 +95,9 @@ def test_a_place_holds_what_its_fullest_phase_holds() -> None:
 
 def test_scores_without_gram_matrices_are_a_phase_too() -> None:
     """Wanda's and the like: statistics of all windows, and the weight that is scored."""
-    work = Work(window=256, windows=8, pairs=16, scored=True, weights="int8")
+    work = PruneWorkload(
+        window=256, windows=8, weights="int8", source_bytes=2, goals=(0.5,), part_windows=8
+    )
     budget = Budget(device="cpu", host_bytes=8 * GIB)
     plan = plan_memory(LLAMA_8B, budget, work, base_bytes=500 * MIB)
     (scores,) = [phase for phase in plan.phases if phase.name == "statistics: scores"]
@@ -123,7 +132,7 @@ def test_totals_never_pass_the_caps(gib: int) -> None:
 
 
 def test_a_larger_cap_never_gives_less() -> None:
-    work = replace(WORK, recovery=False, gram=False, windows=1)
+    work = replace(WORK, **NO_GRAM, windows=1)
     plans = [
         plan_memory(LLAMA_70B, cuda(gib), work, base_bytes=500 * MIB)
         for gib in (12, 16, 24, 48, 80)
@@ -150,7 +159,7 @@ def test_recovery_needs_all_its_windows_in_flight() -> None:
 
 def test_no_more_windows_are_in_flight_than_pay() -> None:
     """The published settings have 6,432 pairs: all of them would pin 100 GiB of host memory."""
-    work = replace(WORK, pairs=6432, windows_per_mask=32)
+    work = replace(WORK, mask_windows=32, mask_batches=(200,), shared_masks=True)
     plan = plan_memory(LLAMA_8B, cuda(24, host_gib=500), work, base_bytes=500 * MIB)
     assert plan.limits.windows_in_flight == 2**19 // 2048
     many = replace(work, windows=300)
@@ -177,10 +186,11 @@ def test_where_a_gpu_computes_in_host_memory_everything_is_there(kind: str) -> N
 
 
 def test_masks_share_a_wave() -> None:
-    work = replace(WORK, pairs=200 * 32, windows_per_mask=32, recovery=False, gram=False)
+    work = replace(WORK, mask_windows=32, mask_batches=(199,), shared_masks=True, **NO_GRAM)
     plan = plan_memory(LLAMA_8B, cuda(24, host_gib=8), work, base_bytes=500 * MIB)
-    assert plan.concurrent_masks == plan.limits.windows_in_flight // 32
-    assert 1 <= plan.concurrent_masks < 200
+    together = work.concurrent_masks(plan.limits.windows_in_flight)
+    assert together == plan.limits.windows_in_flight // 32
+    assert 1 <= together < 200
 
 
 @pytest.mark.parametrize(("gib", "host"), [(2, 64), (24, 1)])

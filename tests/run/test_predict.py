@@ -9,53 +9,68 @@ from typing import Any
 import pytest
 
 from frugal_bonsai import PruneOptions, plan, prune
-from frugal_bonsai.hardware.time_model import PruneWork
-from frugal_bonsai.run.predict import forward_tokens
+from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, SweepLimits
 from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.run.workload import forward_tokens
 
 with open_model("example", headers_only=True) as example:
     SPEC = example.spec
-WORK = PruneWork(
+WORK = PruneWorkload(
     window=10,
     windows=32,
-    reported=4,
-    shares=(1.0, 0.75, 0.5),
-    pairs=100,
-    exact_prior=True,
-    recovery=True,
-    refit_inputs=True,
-    keep_inputs=True,
-    int8_store=True,
+    measured=(4,),
+    weights="int8",
     source_bytes=2,
+    goals=(0.25, 0.5),
+    part_windows=32,
+    mask_windows=4,
+    mask_batches=(24,),
+    exact_importance=True,
+    reconstruction=True,
+    refit_inputs=True,
+    candidates=2,
+)
+PLAN = MemoryPlan(
+    phases=(),
+    on_disk=(),
+    budget=Budget(device="cpu", host_bytes=2**30),
+    limits=SweepLimits(
+        micro_batch=4, windows_in_flight=32, resident_windows=0, head_rows=64, head_tokens=64
+    ),
+    keep_inputs=True,
+    keep_refinement=True,
 )
 
 
+def tokens(work: PruneWorkload, **plan: bool) -> int:
+    return forward_tokens(SPEC, work, replace(PLAN, **plan))
+
+
 def test_masks_statistics_and_both_models_in_recovery() -> None:
-    assert forward_tokens(SPEC, WORK) == 10 * (32 + 2 * 100 + 2 * 2 * 32)
-    assert forward_tokens(SPEC, replace(WORK, keep_inputs=False)) == 10 * (
-        32 + 2 * 100 + 3 * 2 * 32
-    )
+    assert tokens(WORK) == 10 * (32 + 2 * 100 + 2 * 2 * 32)
+    assert tokens(WORK, keep_inputs=False) == 10 * (32 + 2 * 100 + 3 * 2 * 32)
     # Without recovery statistics of the last round's model are not needed.
-    assert forward_tokens(SPEC, replace(WORK, recovery=False)) == 10 * (2 * 100 + 2 * 32)
+    assert tokens(replace(WORK, reconstruction=False)) == 10 * (2 * 100 + 2 * 32)
 
 
 def test_parts_trials_and_refinement() -> None:
-    part = replace(WORK, part=8)
-    assert forward_tokens(SPEC, part) == 10 * (8 + 2 * 100 + 2 * (8 + 32))
-    tried = replace(part, trial=4)
-    assert forward_tokens(SPEC, tried) - forward_tokens(SPEC, part) == 10 * 2 * 2 * 2 * 4
-    refined = replace(part, refine=2, refine_iterations=4, refine_blocks=3)
-    # There for the slopes, for three residuals, four times there and back; two solves, the end.
-    passes = 1 + 3 + 2 * 4 + 2 + 1
-    assert forward_tokens(SPEC, refined) - forward_tokens(SPEC, part) == 10 * 32 * passes // 2
-    again = replace(refined, keep_refinement=False)
-    assert forward_tokens(SPEC, again) - forward_tokens(SPEC, refined) == 10 * 32 * 4 // 2
+    part = replace(WORK, part_windows=8)
+    assert tokens(part) == 10 * (8 + 2 * 100 + 2 * (8 + 32))
+    tried = replace(part, trial_windows=4)
+    assert tokens(tried) - tokens(part) == 10 * 2 * 2 * 2 * 4
+    refined = replace(part, channel_updates=2)
+    # Forward for the slopes and a block's residual, four times there and back; two solves, the end.
+    passes = 1 + 1 + 2 * 4 + 2 + 1
+    assert tokens(refined) - tokens(part) == 10 * 32 * passes // 2
+    again = tokens(refined, keep_refinement=False)
+    assert again - tokens(refined) == 10 * 32 * 4 // 2
 
 
 def test_the_scale_of_the_logits_takes_the_heads_share() -> None:
     head = SPEC.vocabulary * SPEC.hidden
     share = head / (head + SPEC.block_parameters)
-    more = forward_tokens(SPEC, replace(WORK, rescaled=3)) - forward_tokens(SPEC, WORK)
+    more = tokens(replace(WORK, scale_windows=3)) - tokens(WORK)
     assert more == pytest.approx(26 * 3 * 10 * share, abs=1)
 
 

@@ -15,7 +15,7 @@ from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import ShardedWriter
 from frugal_bonsai.memory.budget import Budget, enforce_gpu_cap, find_device, make_budget
-from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
+from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.sizes import MIB
@@ -42,16 +42,18 @@ CONFIG = {
     "torch_dtype": "bfloat16",
     "tie_word_embeddings": True,
 }
-WORK = Work(
+WORK = PruneWorkload(
     window=WINDOW,
     windows=WINDOWS,
-    pairs=2 * WINDOWS,
-    native_windows=2,
-    scored=True,
-    gram=True,
-    recovery=True,
-    refit_inputs=True,
+    measured=(2,),
     weights=INT8,
+    source_bytes=2,
+    goals=(0.5,),
+    part_windows=WINDOWS,
+    mask_windows=WINDOWS,
+    mask_batches=(1,),
+    reconstruction=True,
+    refit_inputs=True,
 )
 
 

@@ -16,7 +16,7 @@ from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
 from frugal_bonsai.memory.budget import make_budget
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
-from frugal_bonsai.memory.plan import MemoryPlan, Work, plan_memory
+from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.run.prepare import Model, make_engine, measured_base_bytes
 from frugal_bonsai.stream.engine import Engine
@@ -88,16 +88,18 @@ def _under_cap(
     check: Check, model: Model, store: LayerStore, cap: str, idle_bytes: int | None
 ) -> None:
     window, windows = (32, 4) if check.dry else (2048, 16)
-    work = Work(
+    work = PruneWorkload(
         window=window,
         windows=windows,
-        pairs=2 * windows,
-        native_windows=2,
-        scored=True,
-        gram=True,
-        recovery=True,
-        refit_inputs=True,
+        measured=(2,),
         weights=INT8,
+        source_bytes=2,
+        goals=(0.5,),
+        part_windows=windows,
+        mask_windows=windows,
+        mask_batches=(1,),
+        reconstruction=True,
+        refit_inputs=True,
     )
     device = check.device
     reset_peaks(device)
@@ -132,7 +134,9 @@ def _under_cap(
     )
 
 
-def _sweep_and_recover(engine: Engine, store: LayerStore, plan: MemoryPlan, work: Work) -> None:
+def _sweep_and_recover(
+    engine: Engine, store: LayerStore, plan: MemoryPlan, work: PruneWorkload
+) -> None:
     """The sweeps of a round: prior, masked losses, recovery."""
     mask, some = KeepMask(engine.spec.table), random_tokens(engine.spec, work.windows, work.window)
     prior = PriorBuilder("exact", mask, damping=1e-3, generator=torch.Generator())

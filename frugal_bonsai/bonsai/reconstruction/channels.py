@@ -33,8 +33,7 @@ from frugal_bonsai.bonsai.importance.factor import DampedFactor
 from frugal_bonsai.bonsai.importance.gram import add_product_
 from frugal_bonsai.bonsai.reconstruction.inputs import Rows
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
-from frugal_bonsai.bonsai.settings import REFINE_ITERATIONS
-from frugal_bonsai.memory.work import refined_blocks, refining_passes
+from frugal_bonsai.memory.work import REFINE_ITERATIONS, refined_blocks, refining_passes
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.hidden import HiddenStates
 

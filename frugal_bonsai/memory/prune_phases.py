@@ -1,0 +1,114 @@
+"""The phases of a prune: what a command without one has, and the phases of its rounds.
+
+In: the items, the workload, a choice. Out: phases, as phases.py builds them. Pure.
+"""
+
+from __future__ import annotations
+
+from frugal_bonsai.memory.phases import Phase, Phases
+from frugal_bonsai.memory.prune_items import PruneItems
+from frugal_bonsai.memory.work import Choice, PlanItem
+
+
+class PrunePhases(Phases):
+    """Builds the phases of a prune, for a choice."""
+
+    _items: PruneItems
+
+    def on_disk(self) -> list[PlanItem]:
+        """The dense store and a round's."""
+        return [self._items.stores(2)]
+
+    def of(self, choice: Choice) -> list[Phase]:
+        """All phases in the order in which they come first."""
+        items, work = self._items, self._items.work
+        self._kept = items.kept_head(choice)
+        phases = self._sampling(choice)
+        if work.measured:
+            phases += self._sweep("perplexity", choice, max(work.measured), weights=None)
+        phases.append(self._phase("building the store", items.building()))
+        phases += self._statistics(choice)
+        if work.pairs:
+            phases += self._masked(choice)
+        if work.reconstruction:
+            phases += self._recovery(choice)
+        return phases + self._rewrite(choice)
+
+    def _masked(self, choice: Choice) -> list[Phase]:
+        items, work, called = self._items, self._items.work, None
+        if work.imputed_share:
+            within = items.with_products(choice) if work.int8_arithmetic else choice
+            windows = min(choice.in_flight, work.pairs)
+            called = [*items.stand_ins(), items.masked_activations(within, windows)]
+        return self._sweep(
+            "masked evaluation",
+            choice,
+            work.pairs,
+            weights=work.weights,
+            products=work.int8_arithmetic,
+            called=called,
+        )
+
+    def _statistics(self, choice: Choice) -> list[Phase]:
+        items, gram = self._items, self._items.work.gram
+        held = [
+            *items.stream(choice, self._items.work.weights),
+            *items.hidden(choice, self._items.work.windows),
+            *([items.gram()] if gram else []),
+        ]
+        scored = [items.scored_weight()]
+        if gram:
+            scored.append(items.solve(stand_ins=self._items.work.imputed_share))
+        return [
+            self._phase("statistics: layers", [*held, items.tapped_activations(choice)]),
+            self._phase("statistics: scores", [*held, *scored]),
+        ]
+
+    def _recovery(self, choice: Choice) -> list[Phase]:
+        items, work = self._items, self._items.work
+        windows = work.windows
+        # Both models'; the dense inputs of a sublayer, or those of what is refined; its targets;
+        # the dense layer's last projection where a norm lies behind it.
+        states = 2 + int(work.refit_inputs or work.channel_updates > 0)
+        states += int(choice.keep_refinement)
+        states += int(items.spec.family.ffn_norm is not None)
+        held = [
+            *items.paired_streams(choice, self._items.work.weights),
+            *items.hidden(choice, windows, states=states),
+        ]
+        layer = [*held, items.refits(), items.gram_of_recovery()]
+        if choice.keep_inputs:
+            layer.append(items.kept_inputs(windows))
+        solve = items.solve(stand_ins=work.imputed_share)
+        phases = [
+            self._phase("recovery: layers", [*layer, items.paired_activations(choice)]),
+            self._phase("recovery: solve", [*layer, solve]),
+        ]
+        if work.channel_updates:
+            phases += self._refinement(choice, held)
+        head = [*items.head_rows(choice), items.logits(choice)]
+        if work.full_logits:  # a trial judges by the user's utility
+            head.append(items.all_logits())
+        return [
+            *phases,
+            self._phase("recovery: head", [*held, *head]),
+        ]
+
+    def _refinement(self, choice: Choice, held: list[PlanItem]) -> list[Phase]:
+        """Channels are moved, then what mixes them is solved for; neither holds its inputs."""
+        items, windows = self._items, self._items.work.windows
+        layer = [*held, items.refits(), *items.refined_weights()]
+        if choice.keep_inputs:
+            layer.append(items.kept_inputs(windows, ffn=False))
+        moved = [*layer, items.refined_block(), items.refined_activations(choice)]
+        if choice.keep_refinement:
+            moved.append(items.slopes(windows))
+        again = [*layer, items.gram_of_recovery()]
+        return [
+            self._phase("refinement: channels", moved),
+            self._phase("refinement: layers", [*again, items.paired_activations(choice)]),
+            self._phase("refinement: solve", [*again, items.solve()]),
+        ]
+
+    def _rewriting(self) -> PlanItem:
+        return self._items.rewriting(refitted=self._items.work.reconstruction)

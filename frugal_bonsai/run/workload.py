@@ -1,0 +1,140 @@
+"""The workload of a prune, made once for its memory plan, its predicted time and its tokens.
+
+In: a prepared prune and the sizes of its texts. Out: a
+:class:`~frugal_bonsai.memory.work.PruneWorkload`, and the largest number of tokens that its search
+spends. Reads headers, no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from frugal_bonsai.bonsai.selection.extent import (
+    MOST_SCALES,
+    round_goals,
+    round_windows,
+    scale_windows,
+    trial_windows,
+)
+from frugal_bonsai.bonsai.settings import GROUP, NONE, PruneSettings
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.memory.work import (
+    REFINE_ITERATIONS,
+    PruneWorkload,
+    refined_blocks,
+    refining_passes,
+)
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.units import FFN
+from frugal_bonsai.run.prepare import Model
+from frugal_bonsai.text.sources import SELF
+
+if TYPE_CHECKING:
+    from frugal_bonsai.run.plan import Prepared
+
+
+def prune_workload(
+    model: Model,
+    ready: Prepared,
+    windows: int,
+    *,
+    eval_windows: int = 0,
+    custom_utility: bool = False,
+) -> PruneWorkload:
+    """Return the workload of a prepared prune.
+
+    Args:
+        model: Model that is pruned.
+        ready: The prepared prune.
+        windows: Number of calibration windows.
+        eval_windows: Number of windows of the text that ``--eval-text`` names.
+        custom_utility: A utility of the user's needs all logits of a window.
+    """
+    from frugal_bonsai.bonsai.calibration import held_out_count
+    from frugal_bonsai.bonsai.masks.sampling import batch_ends
+    from frugal_bonsai.bonsai.selection.candidates import MOST_CUTS, MOST_CUTS_SPARED
+
+    settings, uniform = ready.settings, ready.rules.uniform
+    columns = max(group.columns for group in model.spec.table.groups)
+    masked = settings.level != NONE
+    reconstruction = settings.recovery
+    return PruneWorkload(
+        window=ready.window,
+        windows=windows,
+        measured=(held_out_count(windows), eval_windows),
+        weights=settings.weights,
+        sampled=ready.windows + held_out_count(ready.windows) if ready.source == SELF else 0,
+        full_logits=custom_utility,
+        source_bytes=_element_bytes(model.checkpoint),
+        goals=tuple(round_goals(settings)),
+        part_windows=round_windows(settings, columns, ready.window, windows),
+        mask_windows=min(settings.mask_windows, windows),
+        mask_batches=tuple(batch_ends(settings.masks, settings.certainty)) if masked else (),
+        shared_masks=settings.design == "shared",
+        int8_arithmetic=settings.arithmetic == "int8",
+        exact_importance=settings.prior == "exact",
+        imputation_pool=settings.pool if settings.stand_ins(uniform=uniform) else 0.0,
+        reconstruction=reconstruction,
+        refit_inputs=reconstruction and settings.refit == "all",
+        trial_windows=_trial_windows(settings, columns, ready.window, windows, uniform=uniform),
+        candidates=MOST_CUTS if settings.level == GROUP else MOST_CUTS_SPARED,
+        scale_windows=(
+            scale_windows(ready.window, windows) if reconstruction and settings.rescale else 0
+        ),
+        channel_updates=settings.refine if reconstruction else 0,
+    )
+
+
+def _trial_windows(
+    settings: PruneSettings, columns: int, window: int, windows: int, *, uniform: bool
+) -> int:
+    """Number of windows through both models that a candidate cut costs; 0 without candidates.
+
+    The windows that judge it take the pruned model alone, at most two passes of three.
+    """
+    if not settings.tries(uniform=uniform):
+        return 0
+    fitted, held_out = trial_windows(columns, window, windows)
+    return fitted + math.ceil(held_out * 2 / 3)
+
+
+def _element_bytes(checkpoint: Checkpoint) -> int:
+    """Mean bytes of an element of a checkpoint."""
+    elements = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+    return round(checkpoint.weight_bytes / elements)
+
+
+def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> int:
+    """Return the largest number of tokens that a search takes through the whole model.
+
+    Every round may spend all masks and try all candidate cuts. The scale of the logits takes
+    passes of the head, counted by the head's share of the model. A channel update passes through a
+    part of the remaining model, counted as all of it: forward and back and for a solve in each
+    step, and once at the end.
+
+    Args:
+        spec: Shapes of the dense model.
+        work: The workload.
+        plan: Its memory plan: inputs that are not held are computed again.
+    """
+    calibration, part = work.windows * work.window, work.part_windows * work.window
+    masked = work.rounds * work.pairs * work.window
+    if not work.reconstruction:
+        return masked + work.rounds * calibration
+    again = 2 if plan.keep_inputs else 3
+    recovered = (work.rounds - 1) * part + calibration
+    tried = work.rounds * work.candidates * work.trial_windows * work.window
+    updated = 0.0
+    if work.channel_updates:
+        channels = max(group.columns for group in spec.table.groups if group.kind == FFN)
+        passes = refining_passes(
+            refined_blocks(channels), keep=plan.keep_refinement, iterations=REFINE_ITERATIONS
+        )
+        updated = (passes + work.channel_updates + 1) * work.remaining[-1]
+    head = spec.vocabulary * spec.hidden
+    scaled = MOST_SCALES * work.scale_windows * work.window
+    scaled_share = head / (head + spec.block_parameters)
+    searched = masked + part + again * (recovered + tried)
+    return searched + math.ceil(updated * calibration + scaled * scaled_share)
