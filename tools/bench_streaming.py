@@ -71,7 +71,7 @@ class HalfOff:
         keep_U = torch.rand(group.count, generator=generator) > 0.5
         return keep_U.repeat_interleave(group.columns_per_unit).expand(items.stop - items.start, -1)
 
-    def stand_in(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
+    def impute(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
         """Zeros do."""
 
 

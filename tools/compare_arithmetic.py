@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from scipy.stats import kendalltau
 
-from frugal_bonsai.bonsai.importance.imputation import StandIns, StandInWriter, Tensors
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWriter, Tensors
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.masks.design import Design
 from frugal_bonsai.bonsai.masks.estimate import JUDGES, RoundInputs
 from frugal_bonsai.bonsai.masks.evaluate import Observations
@@ -100,21 +100,21 @@ def judge(
     schedule = Schedule(settings=settings, rules=rules, blocks=spec.block_parameters)
     generator = torch.Generator().manual_seed(settings.seed)
     compensates = settings.stand_ins(uniform=rules.uniform)
-    writer = StandInWriter(
+    writer = ImputationWriter(
         share=settings.pool * schedule.share(mask),
         rules=rules,
         damping=settings.ridge,
         save=lambda group, tensors: stand_ins.update({group.name: tensors}),
     )
-    builder = PriorBuilder(
+    builder = ImportanceBuilder(
         settings.prior,
         mask,
         damping=settings.ridge,
         generator=generator,
-        stand_ins=writer if compensates else None,
+        imputations=writer if compensates else None,
     )
     with engine.stream(store) as stream:
-        engine.sweep.run(stream, windows_NS, tap=PriorTap(builder, engine.device))
+        engine.sweep.run(stream, windows_NS, tap=builder)
     masks = RoundMasks(
         engine,
         store,
@@ -122,7 +122,7 @@ def judge(
         settings,
         windows_NS,
         generator,
-        stand_ins=StandIns(lambda group: stand_ins.get(group.name)) if compensates else None,
+        stand_ins=Imputations(lambda group: stand_ins.get(group.name)) if compensates else None,
         utility=None,
     )
 

@@ -173,14 +173,14 @@ def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
     import torch
 
     from frugal_bonsai.bonsai.importance.gram import Moments
-    from frugal_bonsai.bonsai.importance.imputation import StandIns, StandInWriter
+    from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWriter
     from frugal_bonsai.model.layout import PER_LAYER, layout_rules
 
     group = spec.table.of_layer(0)[-1]
     moments = Moments(group.columns, device=torch.device("cpu"), gram=True)
     moments.add(torch.randn(1, 16, group.columns))
     saved: dict[str, Any] = {}
-    writer = StandInWriter(
+    writer = ImputationWriter(
         share=share,
         rules=layout_rules(spec, PER_LAYER),
         damping=1e-3,
@@ -188,7 +188,7 @@ def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
     )
     size, _ = growth(lambda: writer.add(group, moments, torch.rand(group.count)))
     yield "making stand-ins", items.solve(stand_ins=share).size_bytes, size
-    loaded = StandIns(lambda group: saved)
+    loaded = Imputations(lambda group: saved)
     size, _ = growth(lambda: loaded.of(group, torch.randn(1, 1, group.columns)))
     yield "stand-ins of a group", items.stand_ins()[0].size_bytes, size
 

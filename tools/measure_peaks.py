@@ -172,18 +172,16 @@ def run_statistics(
     """It makes the masks' stand-ins, too."""
     import torch
 
-    from frugal_bonsai.bonsai.importance.scores import PriorTap
-
     builder = _prior(opened, ready, work)
     with engine.stream(_store(opened, work)) as stream:
-        engine.sweep.run(stream, tokens_NS, tap=PriorTap(builder, engine.device))
+        engine.sweep.run(stream, tokens_NS, tap=builder)
     torch.save(builder.build().score_N, work / "score.pt")
 
 
 def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
     import torch
 
-    from frugal_bonsai.bonsai.importance.imputation import StandIns
+    from frugal_bonsai.bonsai.importance.imputation import Imputations
     from frugal_bonsai.bonsai.masks.design import draw_group_masks, draw_pools
     from frugal_bonsai.bonsai.masks.evaluate import evaluate_masks
     from frugal_bonsai.bonsai.state import StateFolder
@@ -209,7 +207,7 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
             windows_WS,
             shared=False,
             perplexity=False,
-            stand_ins=StandIns(lambda group: folder.stand_in(0, group)),
+            stand_ins=Imputations(lambda group: folder.stand_in(0, group)),
         )
 
 
@@ -237,7 +235,7 @@ def _recover(
     prior: Any,
     refine: int,
 ) -> None:
-    from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+    from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
     from frugal_bonsai.checkpoint.writer import write_tensors
     from frugal_bonsai.dtypes import torch_dtype
     from frugal_bonsai.model.units import KeepMask
@@ -249,7 +247,7 @@ def _recover(
         dtypes = {name: dtype(name) for name in weights}
         write_tensors(work / f"refit_{layer}.safetensors", weights, dtypes=dtypes)
 
-    recovery = Recovery(
+    recovery = Reconstruction(
         engine.sweep,
         ridge=ready.settings.ridge,
         keep_inputs=plan.keep_inputs,
@@ -309,25 +307,25 @@ def _prior(opened: Any, ready: Any, work: Path) -> Any:
     """With the stand-ins of the next round."""
     import torch
 
-    from frugal_bonsai.bonsai.importance.imputation import StandInWriter
-    from frugal_bonsai.bonsai.importance.scores import PriorBuilder
+    from frugal_bonsai.bonsai.importance.imputation import ImputationWriter
+    from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
     from frugal_bonsai.bonsai.state import StateFolder
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.workload import prune_workload
 
     folder, settings = StateFolder(work / "state", {}), ready.settings
-    writer = StandInWriter(
+    writer = ImputationWriter(
         share=prune_workload(opened, ready, ready.windows).imputed_share,
         rules=ready.rules,
         damping=settings.ridge,
         save=lambda group, tensors: folder.save_stand_in(0, group, tensors),
     )
-    return PriorBuilder(
+    return ImportanceBuilder(
         settings.prior,
         KeepMask(opened.spec.table),
         damping=settings.ridge,
         generator=torch.Generator().manual_seed(0),
-        stand_ins=writer if settings.stand_ins(uniform=ready.rules.uniform) else None,
+        imputations=writer if settings.stand_ins(uniform=ready.rules.uniform) else None,
     )
 
 

@@ -19,21 +19,22 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.importance.experts import drop_experts, measure_experts
-from frugal_bonsai.bonsai.importance.imputation import StandIns, StandInWriter
-from frugal_bonsai.bonsai.importance.layers import drop_layers, measure_influence
-from frugal_bonsai.bonsai.importance.scores import Prior, PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.importance.experts import measure_saliency
+from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWriter
+from frugal_bonsai.bonsai.importance.layers import measure_influence
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder, ImportanceScores
 from frugal_bonsai.bonsai.masks.estimate import JUDGES, RoundInputs, look_ahead
 from frugal_bonsai.bonsai.masks.evaluate import Utility, window_utilities
 from frugal_bonsai.bonsai.masks.round_masks import RoundMasks
 from frugal_bonsai.bonsai.masks.sampling import Judgement
 from frugal_bonsai.bonsai.reconstruction.bias import compensate_by_bias
 from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.bonsai.selection.candidates import rival_cuts, try_cuts
 from frugal_bonsai.bonsai.selection.cut import check_reachable
 from frugal_bonsai.bonsai.selection.extent import round_goals, round_windows, trial_windows
 from frugal_bonsai.bonsai.selection.schedule import Schedule
+from frugal_bonsai.bonsai.selection.whole import drop_experts, drop_layers
 from frugal_bonsai.bonsai.settings import (
     EXPERTS,
     GROUP,
@@ -154,37 +155,36 @@ class Search:
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self._settings.seed * 1_000_003 + number)
 
-    def _builder(self, mask: KeepMask, number: int) -> PriorBuilder:
+    def _builder(self, mask: KeepMask, number: int) -> ImportanceBuilder:
         """For the round after ``number``."""
         settings = self._settings
-        stand_ins = None
+        imputations = None
         if settings.stand_ins(uniform=self._rules.uniform):
-            stand_ins = StandInWriter(
+            imputations = ImputationWriter(
                 share=settings.pool * self._schedule.share(mask),
                 damping=settings.ridge,
                 rules=self._rules,
                 save=lambda group, tensors: self._folder.save_stand_in(number, group, tensors),
             )
-        return PriorBuilder(
+        return ImportanceBuilder(
             settings.prior,
             mask,
             damping=settings.ridge,
             generator=self._generator(10_000 + number),
-            stand_ins=stand_ins,
+            imputations=imputations,
             keep_means=settings.bias,
         )
 
-    def _measure_prior(self, store: LayerStore, mask: KeepMask, number: int) -> Prior:
+    def _measure_prior(self, store: LayerStore, mask: KeepMask, number: int) -> ImportanceScores:
         """One unmasked sweep over the calibration windows."""
         engine = self._engine
         if self._settings.prior in (SIMILARITY, REAP):
-            measure = measure_experts if self._settings.prior == REAP else measure_influence
+            measure = measure_saliency if self._settings.prior == REAP else measure_influence
             with engine.stream(store) as stream:
                 return measure(engine.sweep, stream, self._round_windows(number), mask)
         builder = self._builder(mask, number)
-        tap = PriorTap(builder, engine.device)
         with engine.stream(store) as stream:
-            engine.sweep.run(stream, self._round_windows(number), tap=tap, name="statistics")
+            engine.sweep.run(stream, self._round_windows(number), tap=builder, name="statistics")
         return builder.build()
 
     def _round_windows(self, number: int) -> torch.Tensor:
@@ -243,7 +243,7 @@ class Search:
     def _masks(self, store: LayerStore, number: int, generator: torch.Generator) -> RoundMasks:
         stand_ins = None
         if self._settings.stand_ins(uniform=self._rules.uniform):
-            stand_ins = StandIns(
+            stand_ins = Imputations(
                 lambda group: self._folder.stand_in(number - 1, group),
                 self._engine.spec.table.groups,
                 self._engine.device,
@@ -387,8 +387,8 @@ class Search:
         save: Callable[[int, dict[str, torch.Tensor]], None],
         refine: int = 0,
         name: str = "recovery",
-    ) -> Recovery:
-        return Recovery(
+    ) -> Reconstruction:
+        return Reconstruction(
             self._engine.sweep,
             ridge=self._settings.ridge,
             keep_inputs=self._keep_inputs,

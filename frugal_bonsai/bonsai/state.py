@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.importance.scores import Prior
+from frugal_bonsai.bonsai.importance.scores import ImportanceScores
 from frugal_bonsai.bonsai.masks.curve_priors import Ahead
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
@@ -53,7 +53,7 @@ class PruneState:
     mask: KeepMask
     rounds: list[dict[str, Any]] = field(default_factory=list)
     forward_tokens: int = 0
-    prior: Prior | None = None
+    prior: ImportanceScores | None = None
     refit_mask: KeepMask | None = None
     ahead: Ahead | None = None
 
@@ -258,10 +258,10 @@ class _RefitReader:
         return read_file(self.path, self.name).index_select(self.axis, self.stay_K)
 
 
-def _read_prior(path: Path, name: str) -> Prior:
+def _read_prior(path: Path, name: str) -> ImportanceScores:
     entries, _ = read_header(path)
     means = {entry: read_file(path, entry) for entry in entries if entry != _SCORE}
-    return Prior(name, read_file(path, _SCORE), means or None)
+    return ImportanceScores(name, read_file(path, _SCORE), means or None)
 
 
 def read_file(path: Path, name: str) -> torch.Tensor:

@@ -95,8 +95,8 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         FrugalBonsaiError: an option that cannot work.
     """
     from frugal_bonsai.bonsai.calibration import window_count
-    from frugal_bonsai.bonsai.importance.experts import check_experts
     from frugal_bonsai.bonsai.selection.cut import check_reachable
+    from frugal_bonsai.bonsai.selection.whole import check_experts
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.profile import quick_profile
 

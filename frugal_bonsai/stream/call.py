@@ -73,7 +73,7 @@ def capture_input(
 
 
 @dataclass(frozen=True)
-class Seen:
+class Captured:
     """What a layer gave, and what was asked for on the way.
 
     Attributes:
@@ -95,7 +95,7 @@ def capture_outputs(
     projections: Iterable[str],
     *,
     input_of: str | None = None,
-) -> Seen:
+) -> Captured:
     """The layer's output, those of some of its projections, and the input of one more, if named."""
     outputs: dict[str, torch.Tensor] = {}
     inputs: list[torch.Tensor] = []
@@ -113,7 +113,7 @@ def capture_outputs(
             stack.callback(handle.remove)
         hooks: dict[str, InputHook] = {} if input_of is None else {input_of: inputs.append}
         result_BSH = call_layer(module, parameters, hidden_BSH, kwargs, hooks)
-    return Seen(result_BSH, outputs, inputs[0] if inputs else None)
+    return Captured(result_BSH, outputs, inputs[0] if inputs else None)
 
 
 @contextmanager

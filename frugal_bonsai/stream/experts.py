@@ -129,7 +129,7 @@ def _clamp_chosen(chosen: int) -> Callable[[nn.Module, Any], None]:
 
 
 @dataclass(frozen=True)
-class SeenExperts:
+class CapturedExperts:
     """What a layer with experts gave, and what went into them.
 
     Attributes:
@@ -151,7 +151,7 @@ def capture_experts(
     kwargs: Mapping[str, Any],
     rule: Experts,
     projections: Iterable[str],
-) -> SeenExperts:
+) -> CapturedExperts:
     """The layer's output, and the inputs of its experts' output projections."""
     inputs = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
     sums: list[torch.Tensor] = []
@@ -173,7 +173,7 @@ def capture_experts(
             stack.callback(module.get_submodule(path).register_forward_pre_hook(hook).remove)
         output = functional_call(module, dict(parameters), (hidden_BSH,), dict(kwargs))
     result_BSH = output[0] if isinstance(output, tuple) else output
-    return SeenExperts(result_BSH, inputs, sums[0])
+    return CapturedExperts(result_BSH, inputs, sums[0])
 
 
 def spread(values_RC: torch.Tensor, tokens_R: torch.Tensor, tokens: int) -> torch.Tensor:

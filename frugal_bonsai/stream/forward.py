@@ -1,21 +1,25 @@
-"""The masked sweep: layers outermost, every (mask, window) pair inside.
+"""Run windows of tokens through a streamed model, one layer at a time.
 
-In: windows of tokens, optionally a keep mask for each, optionally a tap on the inputs of the output
-projections. Out: the loss of every token. A layer is read and dequantised once per wave, however
-many masks and windows are in flight. Holds the hidden states of a wave, one layer, one
-micro-batch's activations. Never lets one window's result depend on its neighbours. When memory runs
-out inside a layer, its micro-batch halves and the layer goes on with the windows that are left.
+Comes in: windows of tokens, optionally a keep mask for each, optionally a tap on the inputs of the
+output projections. Goes out: the loss of every token, or the last layer's hidden states. A layer is
+read and dequantised once per wave, however many masks and windows are in flight. A window's result
+does not depend on its neighbours. When memory runs out inside a layer, its micro-batch halves and
+the layer continues with the windows that are left.
 
-Shape suffixes: N pairs of mask and window, B those of a micro-batch, S tokens, H hidden, C columns
-of an output projection.
+Memory: the hidden states of a wave, one layer, one micro-batch's activations.
+
+Shape suffixes: N (mask, window) pairs, B pairs of a micro-batch, S tokens, H hidden, C columns of
+an output projection, P columns that may be imputed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.memory.plan import SweepLimits
@@ -31,46 +35,71 @@ from frugal_bonsai.stream.source import LayerSource
 
 
 class Masker(Protocol):
-    """Gives each (mask, window) pair its kept columns."""
+    """Gives the kept columns of each (mask, window) pair."""
 
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
-        """Bool ``[B, C]`` over the columns that the streamed layer has; None keeps all."""
+        """Return bool ``[B, C]`` over the columns of the streamed layer; None keeps all."""
 
-    def stand_in(
+    def impute(
         self, group: UnitGroup, input_BSC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Columns ``[P]`` and what takes their place where they are off ``[B, S, P]``.
+        """Return columns ``[P]`` and their imputed inputs ``[B, S, P]``; None imputes zeros.
 
-        All columns that a mask may switch off are among them. None: zeros do.
+        The columns include every column that a mask may remove.
         """
 
 
 class Tap(Protocol):
-    """Sees the inputs of the output projections, and each layer's end."""
+    """Sees the inputs of the output projections, and the end of each layer."""
 
     def inputs(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
-        """One micro-batch's input of an output projection, in the compute dtype.
+        """Take one micro-batch's input of an output projection, in the compute dtype.
 
-        Must change nothing before everything that it allocates is there: when memory runs out, it
-        is called again with parts of the micro-batch.
+        The tap must allocate all that it needs before it changes anything: when memory runs out,
+        it is called again with parts of the micro-batch.
         """
 
     def end_layer(self, layer: int, parameters: Parameters) -> None:
-        """All windows have passed a layer; its parameters are still valid."""
+        """Finish a layer that all windows have passed; its parameters are still valid."""
+
+
+@dataclass(frozen=True)
+class LayerVisit:
+    """One layer while a sweep visits it.
+
+    Attributes:
+        layer: index of the layer.
+        module: Hugging Face's layer, on the meta device.
+        parameters: name inside the layer -> tensor; valid during the visit.
+        kwargs: keyword arguments that the model calls this layer with.
+        hidden: the layer's inputs; the visit replaces them by its outputs.
+    """
+
+    layer: int
+    module: nn.Module
+    parameters: Parameters
+    kwargs: dict[str, Any]
+    hidden: HiddenStates
+
+    def call(
+        self, hidden_BSH: torch.Tensor, hooks: Mapping[str, InputHook] | None = None
+    ) -> torch.Tensor:
+        """Return the layer's output ``[B, S, H]``."""
+        return call_layer(self.module, self.parameters, hidden_BSH, self.kwargs, hooks)
 
 
 class Sweep:
     """Runs windows through a streamed model.
 
     Attributes:
-        forward_tokens: tokens that went through the whole model so far, partial passes counted by
-            their share.
-        batches: the micro-batches, and what became of their size.
+        forward_tokens: tokens that went through the whole model so far; a partial pass counts by
+            its share.
+        batches: the micro-batches with their present size.
 
     Args:
         skeleton: the model without weights.
         limits: from the memory plan.
-        progress: told of each layer visit.
+        progress: receives each layer visit.
     """
 
     def __init__(
@@ -90,7 +119,7 @@ class Sweep:
         masker: Masker | None = None,
         name: str | Callable[[slice], str] = "evaluating",
     ) -> torch.Tensor:
-        """Negative log-likelihood of tokens 2..S of each pair, fp32 ``[N, S-1]`` on the CPU."""
+        """Return the negative log-likelihood of tokens 2..S, fp32 ``[N, S-1]`` on the CPU."""
         losses = []
         waves = self.hidden_waves(stream, tokens_NS, masker=masker, name=name, then=head.to_read)
         for wave, hidden in waves:
@@ -108,14 +137,18 @@ class Sweep:
         name: str | Callable[[slice], str],
         then: LayerSource | None = None,
     ) -> Iterator[tuple[slice, HiddenStates]]:
-        """Run all pairs, as many at a time as the plan lets in flight; yield each wave's end.
+        """Run all pairs in waves; yield each wave with its last hidden states.
 
-        The name of the sweep, for the progress, may be made from the wave's pairs. ``then`` is read
-        behind each wave.
+        Args:
+            stream: the layers.
+            tokens_NS: windows of tokens.
+            masker: kept columns of each pair.
+            name: sweep's name for the progress, or a function of the wave that returns it.
+            then: source that the caller reads after each wave, such as the head.
         """
         for wave in self.waves(len(tokens_NS)):
             called = name if isinstance(name, str) else name(wave)
-            shifted = _shifted(masker, wave)
+            shifted = None if masker is None else _Shifted(masker, wave.start)
             yield wave, self.run(stream, tokens_NS[wave], masker=shifted, name=called, then=then)
 
     def run(
@@ -129,31 +162,70 @@ class Sweep:
         after_layer: Callable[[int, HiddenStates], None] | None = None,
         then: LayerSource | None = None,
     ) -> HiddenStates:
-        """One wave through all layers; the hidden states behind the last one, before the norm.
+        """Run one wave through all layers; return the hidden states before the final norm.
 
-        ``after_layer`` is shown the hidden states behind each layer, which the next one changes.
-        ``then`` is what the caller reads next, such as the head.
+        Args:
+            stream: the layers.
+            tokens_NS: windows of tokens, all in flight together.
+            masker: kept columns of each window.
+            tap: sees the inputs of the output projections.
+            name: sweep's name for the progress.
+            after_layer: called with each layer's index and outputs, which the next layer changes.
+            then: source that the caller reads next, such as the head.
         """
-        stream.start(then)
         window, at_once = tokens_NS.shape[1], stream.tokens_at_once
         most = None if at_once is None else max(1, at_once // window)
-        kwargs = self.skeleton.layer_kwargs(window)
+
+        def advance(visit: LayerVisit) -> None:
+            groups = self.skeleton.spec.table.of_layer(visit.layer)
+
+            def body(items: slice) -> None:
+                hooks, seen = _hooks(groups, masker, tap, items)
+                visit.hidden.write(items, visit.call(visit.hidden.read(items), hooks))
+                if tap is not None:
+                    _show(tap, seen, self.batches, items.stop - items.start)
+
+            self.batches.run(len(tokens_NS), body, most=most)
+            if tap is not None:
+                tap.end_layer(visit.layer, visit.parameters)
+            if after_layer is not None:
+                after_layer(visit.layer, visit.hidden)
+
+        return self.visit_layers(stream, tokens_NS, advance, name=name, then=then)
+
+    def visit_layers(
+        self,
+        stream: LayerStream,
+        tokens_NS: torch.Tensor,
+        visit: Callable[[LayerVisit], None],
+        *,
+        name: str,
+        then: LayerSource | None = None,
+    ) -> HiddenStates:
+        """Call ``visit`` with each layer in order; it replaces the hidden states by the outputs.
+
+        Args:
+            stream: the layers.
+            tokens_NS: windows of tokens, all in flight together.
+            visit: advances the hidden states of all windows by one layer, in inference mode.
+            name: sweep's name for the progress.
+            then: source that the caller reads next, such as the head.
+        """
+        stream.start(then)
+        skeleton = self.skeleton
+        kwargs = skeleton.layer_kwargs(tokens_NS.shape[1])
         hidden = self.embed(tokens_NS)
-        self.progress.sweep(name, self.skeleton.spec.layers, tokens_NS.numel())
+        self.progress.sweep(name, skeleton.spec.layers, tokens_NS.numel())
         with torch.inference_mode():
             for layer, parameters in stream.visit(then):
-                visit = _LayerVisit(self, layer, parameters, kwargs[layer], hidden, masker, tap)
-                self.batches.run(len(tokens_NS), visit, most=most)
-                if tap is not None:
-                    tap.end_layer(layer, parameters)
-                if after_layer is not None:
-                    after_layer(layer, hidden)
+                module = skeleton.layers[layer]
+                visit(LayerVisit(layer, module, parameters, kwargs[layer], hidden))
                 self.progress.step(f"layer {layer}")
         self.forward_tokens += tokens_NS.numel()
         return hidden
 
     def embed(self, tokens_NS: torch.Tensor) -> HiddenStates:
-        """The first layer's inputs of these windows; a window that occurs again is copied."""
+        """Return the first layer's inputs; a window that occurs again is copied."""
         hidden = self.hidden_states(tokens_NS)
         distinct_US, where_N = torch.unique(tokens_NS, dim=0, return_inverse=True)
 
@@ -167,7 +239,7 @@ class Sweep:
         return hidden
 
     def hidden_states(self, tokens_NS: torch.Tensor) -> HiddenStates:
-        """Room for one hidden state a token, not written yet."""
+        """Allocate one hidden state for each token, uninitialised."""
         skeleton = self.skeleton
         return HiddenStates(
             tokens_NS.shape[0],
@@ -179,84 +251,36 @@ class Sweep:
         )
 
     def waves(self, windows: int) -> Iterator[slice]:
-        """Slices of at most ``windows_in_flight`` windows."""
+        """Yield slices of at most ``windows_in_flight`` windows."""
         step = self.limits.windows_in_flight
         for start in range(0, windows, step):
             yield slice(start, min(start + step, windows))
 
 
-class _LayerVisit:
-    """One layer over any micro-batch of a wave."""
-
-    def __init__(
-        self,
-        sweep: Sweep,
-        layer: int,
-        parameters: Parameters,
-        kwargs: dict[str, Any],
-        hidden: HiddenStates,
-        masker: Masker | None,
-        tap: Tap | None,
-    ) -> None:
-        self._batches = sweep.batches
-        self._module = sweep.skeleton.layers[layer]
-        self._groups = sweep.skeleton.spec.table.of_layer(layer)
-        self._parameters, self._kwargs = parameters, kwargs
-        self._hidden, self._masker, self._tap = hidden, masker, tap
-
-    def __call__(self, items: slice) -> None:
-        """Compute the layer, then keep its output, then show the tap the inputs."""
-        hooks, seen = _hooks(self._groups, self._masker, self._tap, items)
-        self._hidden.write(
-            items,
-            call_layer(
-                self._module, self._parameters, self._hidden.read(items), self._kwargs, hooks
-            ),
-        )
-        if self._tap is not None:
-            _show(self._tap, seen, self._batches, items.stop - items.start)
-
-
-def _show(
-    tap: Tap, seen: list[tuple[UnitGroup, torch.Tensor]], batches: MicroBatches, windows: int
-) -> None:
-    """The layer is done: what the tap lacks memory for is shown to it in smaller parts."""
-    for group, input_BSC in seen:
-        batches.run(windows, lambda part, g=group, x=input_BSC: tap.inputs(g, x[part]))  # type: ignore[misc]
-
-
 class _Shifted:
-    """A wave's view of a masker: items count from the wave's first pair."""
+    """A masker whose items are counted from the first pair of a wave."""
 
     def __init__(self, masker: Masker, first: int) -> None:
         self._masker, self._first = masker, first
+        self.impute = masker.impute
 
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
         return self._masker.columns(
             group, slice(items.start + self._first, items.stop + self._first)
         )
 
-    def stand_in(
-        self, group: UnitGroup, input_BSC: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return self._masker.stand_in(group, input_BSC)
-
-
-def _shifted(masker: Masker | None, wave: slice) -> Masker | None:
-    return None if masker is None else _Shifted(masker, wave.start)
-
 
 def _hooks(
     groups: tuple[UnitGroup, ...], masker: Masker | None, tap: Tap | None, items: slice
 ) -> tuple[dict[str, InputHook], list[tuple[UnitGroup, torch.Tensor]]]:
-    """Hooks that mask, and that keep the inputs for the tap until the layer has succeeded."""
+    """Make hooks that mask the inputs and keep them for the tap until the layer has succeeded."""
     hooks: dict[str, InputHook] = {}
     seen: list[tuple[UnitGroup, torch.Tensor]] = []
 
     def make(group: UnitGroup, keep_BC: torch.Tensor | None) -> InputHook:
         def hook(input_BSC: torch.Tensor) -> torch.Tensor | None:
             if keep_BC is not None and masker is not None:
-                _switch_off(masker, group, to_device(keep_BC, input_BSC.device), input_BSC)
+                _mask(masker, group, to_device(keep_BC, input_BSC.device), input_BSC)
             if tap is not None:
                 seen.append((group, input_BSC))
             return None
@@ -270,15 +294,21 @@ def _hooks(
     return hooks, seen
 
 
-def _switch_off(
-    masker: Masker, group: UnitGroup, keep_BC: torch.Tensor, input_BSC: torch.Tensor
-) -> None:
-    """Zero the columns that a mask does not keep, or put what stands in for them there."""
-    stand_in = masker.stand_in(group, input_BSC)
-    if stand_in is None:
+def _mask(masker: Masker, group: UnitGroup, keep_BC: torch.Tensor, input_BSC: torch.Tensor) -> None:
+    """Replace removed columns by their imputed inputs, or by zeros, in place."""
+    imputed = masker.impute(group, input_BSC)
+    if imputed is None:
         input_BSC.mul_(keep_BC.to(input_BSC.dtype)[:, None, :])
         return
-    columns_P, instead_BSP = stand_in
+    columns_P, imputed_BSP = imputed
     input_BSC[..., columns_P] = torch.where(
-        keep_BC[:, None, columns_P], input_BSC[..., columns_P], instead_BSP
+        keep_BC[:, None, columns_P], input_BSC[..., columns_P], imputed_BSP
     )
+
+
+def _show(
+    tap: Tap, seen: list[tuple[UnitGroup, torch.Tensor]], batches: MicroBatches, windows: int
+) -> None:
+    """Show a finished layer's inputs to the tap, in smaller parts where it runs out of memory."""
+    for group, input_BSC in seen:
+        batches.run(windows, lambda part, g=group, x=input_BSC: tap.inputs(g, x[part]))  # type: ignore[misc]

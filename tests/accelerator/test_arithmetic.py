@@ -14,7 +14,7 @@ from tiny_models import relative, tiny_llama
 
 from frugal_bonsai.bonsai.importance.factor import DampedFactor
 from frugal_bonsai.bonsai.importance.gram import Moments, add_product_, ridge_refit_
-from frugal_bonsai.bonsai.importance.imputation import StandIns
+from frugal_bonsai.bonsai.importance.imputation import Imputations
 from frugal_bonsai.bonsai.reconstruction.outputs import Cross
 from frugal_bonsai.stream.store import INT8, build_head_store, build_store
 
@@ -134,7 +134,7 @@ def test_the_next_groups_stand_ins_are_read_ahead(machine: Machine, tmp_path: Pa
         pool = torch.arange(2)
         return {"columns": pool, "matrix": torch.ones(2, group.columns - 2).half()}
 
-    stand_ins = StandIns(saved, groups, machine.device)
+    stand_ins = Imputations(saved, groups, machine.device)
     for group in groups:
         hidden = torch.ones(1, 2, group.columns, dtype=BF16, device=machine.device)
         given = stand_ins.of(group, hidden)

@@ -11,7 +11,7 @@ import torch
 from stand_in_device import Machine, RaceError
 from tiny_models import Tiny, random_mask, random_windows, relative, sweep_limits, tiny_llama
 
-from frugal_bonsai.bonsai.importance.imputation import StandIns, Tensors
+from frugal_bonsai.bonsai.importance.imputation import Imputations, Tensors
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.stream import forward, layers
@@ -43,12 +43,12 @@ class Masks:
         for mask in self.masks:
             for group in tiny.spec.table.groups:
                 mask.of(group)[group.count // 2 :] = True
-        self._stand_ins = StandIns(self._read, tiny.spec.table.groups, device)
+        self._stand_ins = Imputations(self._read, tiny.spec.table.groups, device)
 
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor:
         return torch.stack([mask.columns(group) for mask in self.masks[items]])
 
-    def stand_in(self, group: UnitGroup, input_BSC: torch.Tensor) -> Any:
+    def impute(self, group: UnitGroup, input_BSC: torch.Tensor) -> Any:
         return self._stand_ins.of(group, input_BSC)
 
     def _read(self, group: UnitGroup) -> Tensors:

@@ -69,7 +69,7 @@ def test_matrix_that_is_a_little_indefinite_gets_ten_times_the_damping_until_it_
     values = torch.ones(20)
     values[11] = -1e-4
     factor = DampedFactor(torch.diag(values), 1e-5, where="here")
-    assert factor.asked == 1e-5 and factor.added == pytest.approx(1e-3 * float(values.mean()))
+    assert factor.damping == 1e-5 and factor.added == pytest.approx(1e-3 * float(values.mean()))
     found = factor.solve(torch.ones(1, 20))[0]
     torch.testing.assert_close(found, 1 / (values + factor.added), rtol=1e-4, atol=0)
 

@@ -10,10 +10,10 @@ import torch
 from tiny_models import Tiny, random_mask, random_windows, tiny_llama
 
 from frugal_bonsai.bonsai.importance.gram import Moments
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction import outputs as recover_outputs
-from frugal_bonsai.bonsai.reconstruction.channels import Refinement
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
+from frugal_bonsai.bonsai.reconstruction.channels import ChannelUpdate
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstructed, Reconstruction
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
@@ -37,16 +37,14 @@ def tiny(tmp_path: Path) -> Tiny:
     return tiny_llama(tmp_path / "m", std=0.35)
 
 
-def _builder(mask: KeepMask) -> PriorBuilder:
-    return PriorBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
+def _builder(mask: KeepMask) -> ImportanceBuilder:
+    return ImportanceBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
 
 
 def _prior(engine: Engine, mask: KeepMask) -> torch.Tensor:
     builder = _builder(mask)
     with engine.native() as stream:
-        engine.sweep.run(
-            stream, random_windows(WINDOWS, WINDOW), tap=PriorTap(builder, engine.device)
-        )
+        engine.sweep.run(stream, random_windows(WINDOWS, WINDOW), tap=builder)
     return builder.build().score_N
 
 
@@ -68,10 +66,10 @@ def test_statistics(call: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> N
 
 def _recover(
     engine: Engine, tiny: Tiny, folder: Path, *, keep: bool, refine: int = 0
-) -> tuple[Recovered, dict[str, torch.Tensor]]:
+) -> tuple[Reconstructed, dict[str, torch.Tensor]]:
     mask = random_mask(tiny.spec, off=0.3)
     refits: dict[str, torch.Tensor] = {}
-    recovery = Recovery(
+    recovery = Reconstruction(
         engine.sweep,
         ridge=1e-3,
         keep_inputs=keep,
@@ -126,13 +124,13 @@ def test_refinement_lacks_memory(
     """Slopes that were kept by larger micro-batches are read by smaller ones."""
     engine = tiny.engine(micro_batch=4)
     expected, wanted = _recover(engine, tiny, tmp_path / "s", keep=keep, refine=1)
-    fail, activation = FailAt(call), Refinement._activation
+    fail, activation = FailAt(call), ChannelUpdate._activation
 
-    def failing(self: Refinement, before: Any) -> torch.Tensor:
+    def failing(self: ChannelUpdate, before: Any) -> torch.Tensor:
         fail()
         return activation(self, before)
 
-    monkeypatch.setattr(Refinement, "_activation", failing)
+    monkeypatch.setattr(ChannelUpdate, "_activation", failing)
     engine = tiny.engine(micro_batch=4)
     result, refits = _recover(engine, tiny, tmp_path / "s", keep=keep, refine=1)
     assert fail.calls > call and engine.sweep.batches.size < 4
@@ -144,13 +142,13 @@ def test_refinement_lacks_memory_there_and_back(
 ) -> None:
     engine = tiny.engine(micro_batch=4)
     expected, wanted = _recover(engine, tiny, tmp_path / "s", keep=True, refine=1)
-    fail, own = FailAt(5), Refinement._own
+    fail, own = FailAt(5), ChannelUpdate._own
 
-    def failing(self: Refinement, items: slice) -> slice:
+    def failing(self: ChannelUpdate, items: slice) -> slice:
         fail()  # called once a micro-batch: three to keep the slopes, then to read them
         return own(self, items)
 
-    monkeypatch.setattr(Refinement, "_own", failing)
+    monkeypatch.setattr(ChannelUpdate, "_own", failing)
     engine = tiny.engine(micro_batch=4)
     result, refits = _recover(engine, tiny, tmp_path / "s", keep=True, refine=1)
     assert engine.sweep.batches.size == 2
@@ -169,9 +167,9 @@ def test_recovery_that_lacks_memory_for_its_solve_is_the_users_error(
 
 
 def _assert_equal(
-    result: Recovered,
+    result: Reconstructed,
     refits: dict[str, torch.Tensor],
-    expected: Recovered,
+    expected: Reconstructed,
     wanted: dict[str, torch.Tensor],
 ) -> None:
     assert refits.keys() == wanted.keys()

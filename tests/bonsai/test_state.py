@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import Tiny, random_mask, tiny_llama
 
-from frugal_bonsai.bonsai.importance.scores import Prior
+from frugal_bonsai.bonsai.importance.scores import ImportanceScores
 from frugal_bonsai.bonsai.masks.curve_priors import Ahead
 from frugal_bonsai.bonsai.state import (
     PruneState,
@@ -29,9 +29,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny_llama(tmp_path_factory.mktemp("state") / "m")
 
 
-def _prior(tiny: Tiny) -> Prior:
+def _prior(tiny: Tiny) -> ImportanceScores:
     generator = torch.Generator().manual_seed(0)
-    return Prior("exact", torch.rand(tiny.spec.table.units, generator=generator).double() / 3)
+    return ImportanceScores(
+        "exact", torch.rand(tiny.spec.table.units, generator=generator).double() / 3
+    )
 
 
 def _state(tiny: Tiny, rounds: int = 2, **changes: Any) -> PruneState:

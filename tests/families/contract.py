@@ -16,9 +16,9 @@ from tiny_models import CPU, FAMILY_CONFIGS, Tiny, open_tiny, random_windows, re
 from transformers import AutoModelForCausalLM
 
 from frugal_bonsai import load_pruned, row_blocks
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.model.cut import Refit
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
@@ -374,11 +374,11 @@ class FamilyContract:
             engine = tiny.engine(
                 dtype=torch.bfloat16, device=device, micro_batch=3, resident_windows=4, head_rows=20
             )
-            prior = PriorBuilder("exact", whole, damping=1e-2, generator=torch.Generator())
+            prior = ImportanceBuilder("exact", whole, damping=1e-2, generator=torch.Generator())
             with engine.stream(stores["whole"]) as stream:
-                engine.sweep.run(stream, tokens_NS, tap=PriorTap(prior, device))
+                engine.sweep.run(stream, tokens_NS, tap=prior)
             native = tiny.source(mask=mask)
-            recovery = Recovery(
+            recovery = Reconstruction(
                 engine.sweep,
                 ridge=1e-1,
                 keep_inputs=True,
@@ -424,7 +424,7 @@ class FamilyContract:
             stores[name] = build_store(
                 folder / name, tiny.checkpoint, tiny.spec, weights="native", mask=kept
             )
-        recovery = Recovery(
+        recovery = Reconstruction(
             engine.sweep,
             ridge=1e-5,
             keep_inputs=True,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import random_mask
 
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import ShardedWriter
 from frugal_bonsai.memory.budget import Budget, enforce_gpu_cap, find_device, make_budget
@@ -109,7 +109,7 @@ class OneMask:
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor:
         return self.mask.columns(group).expand(items.stop - items.start, -1)
 
-    def stand_in(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
+    def impute(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
         return None
 
 
@@ -145,12 +145,12 @@ def test_peak_stays_under_the_cap(
     torch.cuda.reset_peak_memory_stats(device)
     try:
         engine, mask = _engine(model, plan), KeepMask(spec.table)
-        prior = PriorBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
+        prior = ImportanceBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
         masker = OneMask(random_mask(spec))
         with engine.stream(store) as stream:
-            engine.sweep.run(stream, _tokens(WINDOWS), tap=PriorTap(prior, device))
+            engine.sweep.run(stream, _tokens(WINDOWS), tap=prior)
             engine.sweep.losses(stream, engine.head, _tokens(2 * WINDOWS), masker=masker)
-        recovery = Recovery(
+        recovery = Reconstruction(
             engine.sweep,
             ridge=1e-3,
             keep_inputs=plan.keep_inputs,

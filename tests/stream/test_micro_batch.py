@@ -146,7 +146,7 @@ class Masks:
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
         return torch.stack([mask.columns(group) for mask in self.masks[items]])
 
-    def stand_in(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
+    def impute(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
         return None
 
 

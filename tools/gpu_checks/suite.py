@@ -12,8 +12,8 @@ import torch
 from bench_streaming import HalfOff
 
 from frugal_bonsai.accelerator import synchronize
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.memory.budget import make_budget
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
@@ -139,11 +139,11 @@ def _sweep_and_recover(
 ) -> None:
     """The sweeps of a round: prior, masked losses, recovery."""
     mask, some = KeepMask(engine.spec.table), random_tokens(engine.spec, work.windows, work.window)
-    prior = PriorBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
+    prior = ImportanceBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
     with engine.stream(store) as stream:
-        engine.sweep.run(stream, some, tap=PriorTap(prior, engine.device))
+        engine.sweep.run(stream, some, tap=prior)
         engine.sweep.losses(stream, engine.head, some.repeat(2, 1), masker=HalfOff())
-    recovery = Recovery(
+    recovery = Reconstruction(
         engine.sweep,
         ridge=1e-3,
         keep_inputs=plan.keep_inputs,

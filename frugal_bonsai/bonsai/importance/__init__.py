@@ -1,1 +1,1 @@
-"""How much each unit matters by a cheap statistic: the prior of the masks."""
+"""Importance scores: how much each unit matters, by a cheap statistic of its activations."""

@@ -1,14 +1,18 @@
-"""The Cholesky factor of a damped Gram matrix, in the matrix's own memory.
+"""Cholesky factor of a damped Gram matrix, computed in the matrix's own memory.
 
-In: a symmetric fp32 matrix. Out: solves with it, products with what it was, blocks of its inverse.
-Holds one block column beside the matrix: LAPACK's and torch's own routines would hold the matrix,
-its damped copy, its factor and its inverse, four times 0.8 GB for Llama-3-8B's FFN.
+Comes in: a symmetric fp32 matrix. Goes out: solves with it, products with the original matrix,
+blocks of its inverse, and the regression of some columns on the others.
 
-The lower triangle holds the factor; the blocks above the diagonal stay as they were, those on it
-are kept aside. So the matrix can still be multiplied with, and be factorised again with more
-damping. (Right-looking blocked Cholesky and blocked triangular inverse: LAPACK's POTRF and TRTRI.)
+Memory: one block column beside the matrix. LAPACK's and torch's own routines would hold the matrix,
+its damped copy, its factor and its inverse: four times 0.8 GB for Llama-3-8B's FFN.
 
-Shape suffixes: C columns, K those of a block, R right-hand sides.
+The lower triangle holds the factor. The blocks above the diagonal keep the original matrix, and the
+blocks on the diagonal are copied. So the original can still be multiplied with, and restored to be
+factorised again with more damping. The algorithms are the right-looking blocked Cholesky
+factorisation and the blocked triangular inverse, LAPACK's POTRF and TRTRI.
+
+Shape suffixes: C columns, K columns of a block, B columns of another block, R right-hand sides, P
+columns of the pool.
 """
 
 from __future__ import annotations
@@ -30,20 +34,20 @@ class DampedFactor:
     A matrix that is not positive definite in fp32 gets ten times the damping, until it is.
 
     Attributes:
-        asked: the damping that was asked for, as a share of the mean diagonal.
-        added: what has been added to the diagonal.
+        damping: requested damping, as a share of the mean diagonal.
+        added: value that was added to the diagonal.
 
     Args:
-        gram_CC: contiguous fp32; its memory is the factor's from now on.
+        gram_CC: contiguous fp32; the factor takes over its memory.
         damping: share of the mean diagonal.
-        where: name for error texts.
+        where: name for error messages.
 
     Raises:
-        CheckpointError: the matrix is not finite, so the model's activations are not.
+        CheckpointError: the matrix is not finite, because the model's activations are not.
     """
 
     def __init__(self, gram_CC: torch.Tensor, damping: float, *, where: str) -> None:
-        self._matrix_CC, self.asked, self._inverted = gram_CC, damping, False
+        self._matrix_CC, self.damping, self._inverted = gram_CC, damping, False
         columns = len(gram_CC)
         self._blocks = [
             slice(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)
@@ -61,9 +65,13 @@ class DampedFactor:
                 return
             self.restore()
             damping *= 10
-        raise CheckpointError(f"{where}: the Gram matrix of its inputs is not positive definite")
+        raise CheckpointError(
+            f"{where}: the Gram matrix of its inputs is not positive definite even with a damping "
+            f"of {_LARGEST_DAMPING:g} times its mean diagonal; try another calibration text"
+        )
 
     def _factorise(self) -> bool:
+        """Factorise in place; return False where the matrix is not positive definite."""
         matrix_CC = self._matrix_CC
         matrix_CC.diagonal().add_(self.added)
         for at, here in enumerate(self._blocks):
@@ -79,13 +87,13 @@ class DampedFactor:
         return True
 
     def restore(self) -> None:
-        """Make the matrix what it was."""
+        """Restore the original matrix to the bit."""
         for here, block_KK in zip(self._blocks, self._diagonal, strict=True):
             self._matrix_CC[here, here] = block_KK
             self._matrix_CC[here.stop :, here] = self._matrix_CC[here, here.stop :].T
 
     def times_gram(self, left_RC: torch.Tensor) -> torch.Tensor:
-        """``left @ gram``, the damping not in it."""
+        """Return ``left @ gram``, without the damping."""
         product_RC = torch.zeros_like(left_RC)
         for here, block_KK in zip(self._blocks, self._diagonal, strict=True):
             right = self._matrix_CC[here, here.stop :]
@@ -95,22 +103,22 @@ class DampedFactor:
         return product_RC
 
     def solve(self, right_RC: torch.Tensor) -> torch.Tensor:
-        """``right @ (gram + added * I)^-1``."""
+        """Return ``right @ (gram + added * I)^-1``."""
         return self.times_inverse(self.times_inverse_transposed(right_RC))
 
     def times_inverse(self, right_RC: torch.Tensor) -> torch.Tensor:
-        """``right @ L^-1`` of the factor ``L``; leading dimensions are free."""
+        """Return ``right @ L^-1`` with the factor L; ``right`` may have leading dimensions."""
         out_RC: torch.Tensor = solve_triangular(self._matrix_CC, right_RC, upper=False, left=False)
         return out_RC
 
     def times_inverse_transposed(self, right_RC: torch.Tensor) -> torch.Tensor:
-        """``right @ L^-T``: inputs become white, were they the rows of ``right``."""
+        """Return ``right @ L^-T``, which whitens inputs in the rows of ``right``."""
         matrix_CC = self._matrix_CC.mT
         out_RC: torch.Tensor = solve_triangular(matrix_CC, right_RC, upper=True, left=False)
         return out_RC
 
     def inverse_diagonal(self) -> torch.Tensor:
-        """Diagonal of the inverse, ``[C]``; the factor is used up."""
+        """Return the diagonal of the inverse, ``[C]``; this destroys the factor."""
         self._invert()
         norms = [
             torch.linalg.vector_norm(self._matrix_CC[here.start :, here], dim=0)
@@ -119,20 +127,23 @@ class DampedFactor:
         return torch.cat(norms).square()
 
     def inverse_blocks(self, width: int) -> Iterator[torch.Tensor]:
-        """Blocks ``[K, K]`` of this width on the inverse's diagonal; the factor is used up."""
+        """Yield the inverse's diagonal blocks ``[width, width]``; this destroys the factor."""
         self._invert()
         for start in range(0, len(self._matrix_CC), width):
             columns = self._matrix_CC[start:, start : start + width]
             yield columns.T @ columns
 
-    def guess(self, pool_P: torch.Tensor) -> torch.Tensor:
-        """The best linear guess of some columns from the others: fp16 ``[P, C-P]`` on the CPU.
+    def regression(self, pool_P: torch.Tensor) -> torch.Tensor:
+        """Return the best linear prediction of the pool's columns from the other columns.
 
-        With M the inverse it is ``-(M_pp)^-1 M_pc``, so that no part of the Gram matrix need be
-        taken out of it and factorised. The factor is used up.
+        With M the inverse of the damped Gram matrix it is ``-(M_pp)^-1 M_pc``, with p the pool and
+        c the other columns. This destroys the factor.
 
         Args:
-            pool_P: int64, the columns that are guessed; the others stay in their order.
+            pool_P: int64, the predicted columns.
+
+        Returns:
+            fp16 ``[P, C-P]`` on the CPU, the other columns in ascending order.
         """
         self._invert()
         matrix_CC, columns = self._matrix_CC, len(self._matrix_CC)
@@ -140,18 +151,18 @@ class DampedFactor:
         core_C[pool_P] = False
         core = core_C.nonzero().flatten()
         pool = torch.split(pool_P, BLOCK)
-        inner_PP = torch.cat([self._products(pool, block) for block in pool], dim=1)
+        inner_PP = torch.cat([self._inverse_at(pool, block) for block in pool], dim=1)
         pool_factor_PP = torch.linalg.cholesky(inner_PP)
         del inner_PP
-        guess_PK = torch.empty(len(pool_P), len(core), dtype=torch.float16)
+        weight_PK = torch.empty(len(pool_P), len(core), dtype=torch.float16)
         for start in range(0, len(core), BLOCK):
             some = slice(start, start + BLOCK)
-            across_PB = self._products(pool, core[some])
-            guess_PK[:, some] = torch.cholesky_solve(across_PB, pool_factor_PP).neg_().half()
-        return guess_PK
+            across_PB = self._inverse_at(pool, core[some])
+            weight_PK[:, some] = torch.cholesky_solve(across_PB, pool_factor_PP).neg_().half()
+        return weight_PK
 
-    def _products(self, rows: Sequence[torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
-        """Some rows and columns of the inverse, a block of rows at a time."""
+    def _inverse_at(self, rows: Sequence[torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
+        """Return some rows and columns of the inverse, computed a block of rows at a time."""
         matrix_CC = self._matrix_CC
         right_CB = matrix_CC[:, columns]
         out = right_CB.new_empty(sum(map(len, rows)), len(columns))
@@ -160,7 +171,7 @@ class DampedFactor:
         return out
 
     def _invert(self) -> None:
-        """Replace the factor by its inverse M, lower triangular: ``M^T M`` is what is wanted."""
+        """Replace the factor by its inverse N, lower triangular; the inverse is ``N^T N``."""
         if self._inverted:
             return
         self._inverted = True
@@ -177,4 +188,3 @@ class DampedFactor:
             matrix_CC[here.stop :, here].neg_()
             matrix_CC[here, here] = inverse_KK
             matrix_CC[here, here.stop :] = 0
-        self._diagonal = []

@@ -1,15 +1,17 @@
-"""Stand-ins: what the units that surely stay say about those that a mask switches off.
+"""Imputation: predict the inputs of removed units from the units that surely stay.
 
-In: a group's Gram matrix and prior, while they are at hand. Out: for its pool (the units that the
-next round may remove) the best linear guess of their activations from the others'. In a masked
-evaluation a unit that is off is replaced by that guess instead of zero, which is the model after
-optimal compensation by the rest: a unit's relevance *after* recovery, not before it. Without it
-attention, which little can replace, looks as dispensable as channels, which much can.
-Holds one matrix ``[P, C-P]`` at a time, on an accelerator another in pinned host memory; they lie
-in the round's folder.
+Comes in: a group's Gram matrix and scores, while both exist. Goes out: for the group's pool (the
+units that the next round may remove) the best linear prediction of their activations from the other
+activations. A masked evaluation replaces a removed unit by this prediction instead of zero, which
+equals the model after optimal compensation by the other units. So a unit's relevance is measured
+*after* reconstruction. With zeros instead, attention, which other units can hardly replace, would
+look as dispensable as FFN channels, which they can replace well.
 
-Shape suffixes: P columns of a pool, C alive columns, A alive units of a group, B windows of a
-micro-batch, S tokens.
+Memory: one matrix ``[P, C-P]`` at a time, on an accelerator one more in pinned host memory. The
+matrices lie in the round's folder.
+
+Shape suffixes: P columns of a pool, C remaining columns, K columns outside the pool, A remaining
+units of a group, B windows of a micro-batch, S tokens.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ from frugal_bonsai.bonsai.masks.design import pool_size
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import UnitGroup
 
+# "columns": int64 [P], the pool's columns; "matrix": fp16 [P, C-P], their regression on the others.
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StandInWriter:
-    """Makes a group's stand-ins and saves them.
+class ImputationWriter:
+    """Computes the imputations of one group after the other and saves them.
 
     Attributes:
-        share: of a group's alive units that its pool holds next.
-        damping: of the Gram matrix, the prior's and recovery's lambda.
-        rules: of the layout: a group that it cannot cut has no stand-ins.
+        share: share of a group's remaining units that its next pool holds.
+        damping: of the Gram matrix, as a share of its mean diagonal.
+        rules: of the layout; a group that the layout cannot cut gets no imputation.
         save: called with the group and its tensors.
     """
 
@@ -46,10 +49,10 @@ class StandInWriter:
     save: Callable[[UnitGroup, Tensors], None]
 
     def add(self, group: UnitGroup, moments: Moments, score_A: torch.Tensor) -> None:
-        """Save one group's; a group whose last unit is left has none.
+        """Save one group's imputation; a group with one unit left has none.
 
-        A projection whose removed inputs are replaced by their guess is the projection after
-        optimal compensation by the columns outside the pool.
+        A projection whose removed inputs are imputed equals the projection after optimal
+        compensation by the columns outside the pool.
         """
         size = pool_size(len(score_A), self.share)
         if size == 0 or not self.rules.can_cut(group, len(score_A)):
@@ -58,18 +61,18 @@ class StandInWriter:
         units = score_A.argsort(stable=True)[:size].sort().values
         columns_P = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
         factor = moments.factor(self.damping, where=group.name)
-        self.save(group, {"columns": columns_P.cpu(), "matrix": factor.guess(columns_P)})
+        self.save(group, {"columns": columns_P.cpu(), "matrix": factor.regression(columns_P)})
 
 
-class StandIns:
-    """Gives a masked sweep the stand-ins of one group after the other.
+class Imputations:
+    """Imputes the inputs of one group after the other during a masked sweep.
 
-    On an accelerator those of the next group are read into pinned memory meanwhile.
+    On an accelerator a thread reads the next group's tensors into pinned memory in the background.
 
     Args:
-        read: the saved tensors of a group, None where there are none.
-        groups: in the order in which a sweep asks for them.
-        device: where masks are evaluated; None reads nothing ahead.
+        read: returns the saved tensors of a group, None where there are none.
+        groups: in the order in which a sweep visits them.
+        device: where masks are evaluated; None reads nothing in the background.
     """
 
     def __init__(
@@ -89,9 +92,9 @@ class StandIns:
     def of(
         self, group: UnitGroup, input_BSC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The pool's columns and the guess of their inputs ``[B, S, P]``."""
+        """Return the pool's columns ``[P]`` and their imputed inputs ``[B, S, P]``, or None."""
         if group != self._group:
-            # One group's at a time; when memory runs out meanwhile, this is begun anew.
+            # Only one group is held. Where memory runs out in between, the load starts again.
             self._group = self._now = None
             self._now = self._load(group, input_BSC)
             self._group = group
@@ -101,8 +104,8 @@ class StandIns:
         return self._now["columns"], core_BSK @ self._now["matrix"].T
 
     def _load(self, group: UnitGroup, input_BSC: torch.Tensor) -> Tensors | None:
-        """A group's tensors on the inputs' device, in their dtype."""
-        saved, device = self._saved(group), input_BSC.device
+        """Return a group's tensors on the inputs' device, in the inputs' dtype."""
+        saved, device = self._take(group), input_BSC.device
         if saved is None:
             return None
         core_C = torch.ones(input_BSC.shape[-1], dtype=torch.bool)
@@ -110,21 +113,20 @@ class StandIns:
         return {
             "columns": to_device(saved["columns"], device),
             "core": to_device(core_C.nonzero().flatten(), device),
-            # As it is stored first: the device converts faster, and half as much is copied.
+            # Copied in fp16: the device converts faster, and half as much is copied.
             "matrix": to_device(saved["matrix"], device).to(input_BSC.dtype),
         }
 
-    def _saved(self, group: UnitGroup) -> Tensors | None:
-        """A group's tensors on the host; the next group's are asked for."""
+    def _take(self, group: UnitGroup) -> Tensors | None:
+        """Return a group's tensors on the host; start to read the next group's."""
         if self._reader is None:
             return self._read(group)
         ahead, self._ahead = self._ahead, None
         saved = ahead[1].result() if ahead is not None and ahead[0] == group else self._read(group)
         following = self._next[group]
-        self._ahead = following, self._reader.submit(self._pinned, following)
+        self._ahead = following, self._reader.submit(self._read_pinned, following)
         return saved
 
-    def _pinned(self, group: UnitGroup) -> Tensors | None:
-        """A group's tensors in pinned memory."""
+    def _read_pinned(self, group: UnitGroup) -> Tensors | None:
         saved = self._read(group)
         return saved and {name: value.pin_memory() for name, value in saved.items()}

@@ -1,21 +1,23 @@
-"""The prior: a cheap score per unit from one unmasked sweep.
+"""Importance: one score per unit from one unmasked sweep; the paper's informative prior.
 
-In: the inputs x of every output projection over the calibration windows, and its weight w. Out: a
-score per unit, higher = more relevant. ``exact`` is the default. Holds the moments
-of one layer's inputs (one Gram matrix a group for ``exact``).
+Comes in: the inputs x of every output projection over the calibration windows, and its weight w.
+Goes out: a score per unit; a higher score means a more important unit. ``exact`` is the default.
 
-| prior | per column, summed (wanda, activation: averaged) over a unit's columns | source |
+Memory: the moments of one layer's inputs (for ``exact`` one Gram matrix a group).
+
+| score | per column; summed (wanda, activation, flap: averaged) over a unit's columns | source |
 |---|---|---|
 | activation | sqrt(E[x^2]) | Bonsai, section 3.2 |
 | wanda | mean_h abs(w) * sqrt(E[x^2]) | Sun et al. 2023, as Bonsai uses it |
 | output | E[x^2] * norm(w)^2 | |
 | fluctuation | Var[x] * norm(w)^2 | FLAP, An et al. 2023 |
-| flap | the same as a z-score among the group's columns, averaged | FLAP, An et al. 2023 |
-| exact | the exact layerwise loss, see gram.py | Hassibi and Stork 1993 |
+| flap | ``fluctuation`` as a z-score among the group's columns | FLAP, An et al. 2023 |
+| exact | loss that remains after optimal compensation, see gram.py | Hassibi and Stork 1993 |
 | magnitude | norm(w) | |
 | random | uniform | |
 
-Shape suffixes: N all units, U units of a group, C columns, H hidden.
+Shape suffixes: N all units, U units of a group, C columns, H hidden, B windows of a micro-batch,
+S tokens of a window, T tokens, R tokens routed to an expert.
 """
 
 from __future__ import annotations
@@ -27,72 +29,91 @@ import torch
 
 from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.bonsai.importance.gram import Moments, column_norms, exact_loss_U
-from frugal_bonsai.bonsai.importance.imputation import StandInWriter
+from frugal_bonsai.bonsai.importance.imputation import ImputationWriter
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.stream.layers import Parameters
 from frugal_bonsai.stream.stored_weight import dense_weight
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """What a prior may look at, for one group."""
+@dataclass
+class ImportanceScores:
+    """Scores of all units.
 
+    Attributes:
+        name: one of :data:`SCORES`, ``similarity`` or ``reap``.
+        score_N: float64 ``[N]`` over the dense model's units; 0 for removed units.
+        means: full name of an output projection's weight -> mean input of its remaining columns,
+            fp32 ``[C]`` on the CPU; None where the means were not requested.
+    """
+
+    name: str
+    score_N: torch.Tensor
+    means: dict[str, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _GroupStatistics:
+    """Everything that the score of one group may be computed from."""
+
+    group: UnitGroup
     moments: Moments
     weight_HC: torch.Tensor
-    group: UnitGroup
     damping: float
     generator: torch.Generator
 
-    def per_unit(self, score_C: torch.Tensor) -> torch.Tensor:
-        """``[U, columns_per_unit]`` from ``[C]``."""
-        return score_C.view(-1, self.group.columns_per_unit)
-
     @property
-    def weight_square_C(self) -> torch.Tensor:
-        return column_norms(self.weight_HC, sum_dtype(self.weight_HC.device)).square()
+    def units(self) -> int:
+        return self.weight_HC.shape[1] // self.group.columns_per_unit
+
+    def norms_C(self, order: int = 2) -> torch.Tensor:
+        return column_norms(self.weight_HC, sum_dtype(self.weight_HC.device), order=order)
+
+    def sums_U(self, score_C: torch.Tensor) -> torch.Tensor:
+        return score_C.view(self.units, -1).sum(1)
+
+    def means_U(self, score_C: torch.Tensor) -> torch.Tensor:
+        return score_C.view(self.units, -1).mean(1)
 
 
-def _activation(s: _Scored) -> torch.Tensor:
-    return s.per_unit(s.moments.mean_square_C.sqrt()).mean(1)
+def _activation(s: _GroupStatistics) -> torch.Tensor:
+    return s.means_U(s.moments.mean_square_C.sqrt())
 
 
-def _wanda(s: _Scored) -> torch.Tensor:
-    sum_C = column_norms(s.weight_HC, sum_dtype(s.weight_HC.device), order=1)
-    weight_C = sum_C / len(s.weight_HC)
-    return s.per_unit(weight_C * s.moments.mean_square_C.sqrt()).mean(1)
+def _wanda(s: _GroupStatistics) -> torch.Tensor:
+    mean_weight_C = s.norms_C(order=1) / len(s.weight_HC)
+    return s.means_U(mean_weight_C * s.moments.mean_square_C.sqrt())
 
 
-def _output(s: _Scored) -> torch.Tensor:
-    return s.per_unit(s.moments.mean_square_C * s.weight_square_C).sum(1)
+def _output(s: _GroupStatistics) -> torch.Tensor:
+    return s.sums_U(s.moments.mean_square_C * s.norms_C().square())
 
 
-def _fluctuation(s: _Scored) -> torch.Tensor:
-    return s.per_unit(s.moments.variance_C * s.weight_square_C).sum(1)
+def _fluctuation(s: _GroupStatistics) -> torch.Tensor:
+    return s.sums_U(s.moments.variance_C * s.norms_C().square())
 
 
-def _flap(s: _Scored) -> torch.Tensor:
-    score_C = s.moments.variance_C * s.weight_square_C
-    return s.per_unit((score_C - score_C.mean()) / score_C.std().clamp_min(1e-30)).mean(1)
+def _flap(s: _GroupStatistics) -> torch.Tensor:
+    score_C = s.moments.variance_C * s.norms_C().square()
+    return s.means_U((score_C - score_C.mean()) / score_C.std().clamp_min(1e-30))
 
 
-def _magnitude(s: _Scored) -> torch.Tensor:
-    return s.per_unit(s.weight_square_C).sum(1).sqrt()
-
-
-def _random(s: _Scored) -> torch.Tensor:
-    units = s.weight_HC.shape[1] // s.group.columns_per_unit
-    return torch.rand(units, generator=s.generator, dtype=torch.float64)
-
-
-def _exact(s: _Scored) -> torch.Tensor:
+def _exact(s: _GroupStatistics) -> torch.Tensor:
     if s.moments.empty:
-        return torch.zeros(s.weight_HC.shape[1] // s.group.columns_per_unit)
+        return torch.zeros(s.units)
     factor = s.moments.factor(s.damping, where=s.group.name)
     loss_U = exact_loss_U(factor, s.weight_HC, s.group.columns_per_unit)
     return loss_U / s.moments.tokens  # the moments are sums over tokens, the loss is a mean
 
 
-PRIORS: dict[str, Callable[[_Scored], torch.Tensor]] = {
+def _magnitude(s: _GroupStatistics) -> torch.Tensor:
+    return s.sums_U(s.norms_C().square()).sqrt()
+
+
+def _random(s: _GroupStatistics) -> torch.Tensor:
+    return torch.rand(s.units, generator=s.generator, dtype=torch.float64)
+
+
+SCORES: dict[str, Callable[[_GroupStatistics], torch.Tensor]] = {
     "activation": _activation,
     "wanda": _wanda,
     "output": _output,
@@ -104,32 +125,16 @@ PRIORS: dict[str, Callable[[_Scored], torch.Tensor]] = {
 }
 
 
-@dataclass
-class Prior:
-    """Scores of all units.
-
-    Attributes:
-        name: one of :data:`PRIORS`.
-        score_N: float64 ``[N]`` over the dense model's units; 0 for removed ones.
-        means: where asked for, the mean input of every output projection's columns, by the name of
-            its weight, over the columns that are alive, fp32.
-    """
-
-    name: str
-    score_N: torch.Tensor
-    means: dict[str, torch.Tensor] | None = None
-
-
-class PriorBuilder:
-    """Turns moments into a :class:`Prior`, group by group.
+class ImportanceBuilder:
+    """Computes :class:`ImportanceScores` group by group; a ``forward.Tap`` of an unmasked sweep.
 
     Args:
-        name: one of :data:`PRIORS`.
-        mask: the units that are still alive; moments and weights are over those alone.
+        name: one of :data:`SCORES`.
+        mask: the remaining units; moments and weights cover only their columns.
         damping: for ``exact``.
         generator: for ``random``.
-        stand_ins: given, the next round's are made from the same moments.
-        keep_means: keep the mean inputs too.
+        imputations: writes the next round's imputations from the same moments; None writes none.
+        keep_means: return the mean inputs too.
     """
 
     def __init__(
@@ -139,63 +144,58 @@ class PriorBuilder:
         *,
         damping: float,
         generator: torch.Generator,
-        stand_ins: StandInWriter | None = None,
+        imputations: ImputationWriter | None = None,
         keep_means: bool = False,
     ) -> None:
         self.name, self._mask = name, mask
-        self._damping, self._generator, self._stand_ins = damping, generator, stand_ins
+        self._damping, self._generator, self._imputations = damping, generator, imputations
         self._score_N = torch.zeros(mask.table.units, dtype=torch.float64)
         self._means: dict[str, torch.Tensor] | None = {} if keep_means else None
+        self._moments: dict[UnitGroup, Moments] = {}
 
     @property
     def needs_gram(self) -> bool:
-        """Whether the Gram matrix must be collected."""
-        return self.name == "exact" or self._stand_ins is not None
-
-    def add(self, group: UnitGroup, moments: Moments, weight_HC: torch.Tensor) -> None:
-        """Score one group from its moments and its projection's weight (kept columns).
-
-        ``exact`` and the stand-ins use the Gram matrix up.
-        """
-        scored = _Scored(moments, weight_HC, group, self._damping, self._generator)
-        score_U = PRIORS[self.name](scored)
-        if self._stand_ins is not None and not moments.empty:
-            self._stand_ins.add(group, moments, score_U)
-        if self._means is not None:
-            self._means[group.output_weight] = moments.mean_C.float().cpu()
-        alive_U = self._mask.of(group)
-        self._score_N[self._mask.table.span(group)][alive_U] = score_U.cpu().double()
-        # (a boolean index of a view writes through to the flat vector)
-
-    def build(self) -> Prior:
-        """The finished prior."""
-        return Prior(self.name, self._score_N, self._means)
-
-
-class PriorTap:
-    """Collects a prior during an unmasked sweep; a ``forward.Tap``."""
-
-    def __init__(self, builder: PriorBuilder, device: torch.device) -> None:
-        self._builder, self._device = builder, device
-        self._moments: dict[UnitGroup, Moments] = {}
+        """True where the scores or the imputations need Gram matrices."""
+        return self.name == "exact" or self._imputations is not None
 
     def inputs(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
         """Add a micro-batch's inputs of one output projection."""
         if group not in self._moments:
             self._moments[group] = Moments(
-                input_BSC.shape[-1], device=self._device, gram=self._builder.needs_gram
+                input_BSC.shape[-1], device=input_BSC.device, gram=self.needs_gram
             )
         if group.expert is None:
             self._moments[group].add(input_BSC)
             return
-        # Only the tokens that are sent to the expert have inputs that are not zero.
+        # Only the tokens routed to an expert have inputs other than zero.
         input_TC = input_BSC.flatten(0, 1)
         routed_RC = input_TC[input_TC.any(dim=1)]
         self._moments[group].add(routed_RC[None], tokens=len(input_TC))
 
     def end_layer(self, layer: int, parameters: Parameters) -> None:
-        """Score the layer's groups and let their moments go."""
+        """Score the layer's groups and free their moments."""
         for group in list(self._moments):
             moments = self._moments.pop(group)
-            weight_HC = dense_weight(parameters[f"{group.output}.weight"])
-            self._builder.add(group, moments, weight_HC)
+            self.add(group, moments, dense_weight(parameters[f"{group.output}.weight"]))
+
+    def add(self, group: UnitGroup, moments: Moments, weight_HC: torch.Tensor) -> None:
+        """Score one group.
+
+        Args:
+            group: the group.
+            moments: of the projection's inputs; ``exact`` and imputations destroy the Gram matrix.
+            weight_HC: the projection's remaining columns.
+        """
+        score_U = SCORES[self.name](
+            _GroupStatistics(group, moments, weight_HC, self._damping, self._generator)
+        )
+        if self._imputations is not None and not moments.empty:
+            self._imputations.add(group, moments, score_U)
+        if self._means is not None:
+            self._means[group.output_weight] = moments.mean_C.float().cpu()
+        # The slice is a view: the boolean index writes into the flat vector.
+        self._score_N[self._mask.table.span(group)][self._mask.of(group)] = score_U.cpu().double()
+
+    def build(self) -> ImportanceScores:
+        """Return the scores of all groups added so far."""
+        return ImportanceScores(self.name, self._score_N, self._means)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.bonsai.importance.scores import Prior
+from frugal_bonsai.bonsai.importance.scores import ImportanceScores
 from frugal_bonsai.bonsai.masks.curve_priors import Ahead, Expected, behind_cut, by_statistic
 from frugal_bonsai.bonsai.masks.design import Design, Pools, draw_pools
 from frugal_bonsai.bonsai.masks.estimators import (
@@ -51,7 +51,7 @@ class RoundInputs:
     """
 
     mask: KeepMask
-    prior: Prior
+    prior: ImportanceScores
     settings: PruneSettings
     rules: LayoutRules
     share: float

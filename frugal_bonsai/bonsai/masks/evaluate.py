@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.bonsai.importance.imputation import StandIns
+from frugal_bonsai.bonsai.importance.imputation import Imputations
 from frugal_bonsai.bonsai.masks.design import Design
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import UnitGroup
@@ -57,7 +57,7 @@ class DesignMasker:
     """Gives a sweep the masks of its (mask, window) pairs; a ``forward.Masker``."""
 
     def __init__(
-        self, design: Design, masks_I: torch.Tensor, stand_ins: StandIns | None = None
+        self, design: Design, masks_I: torch.Tensor, stand_ins: Imputations | None = None
     ) -> None:
         self._design, self._masks_I, self._stand_ins = design, masks_I, stand_ins
 
@@ -66,7 +66,7 @@ class DesignMasker:
         keep_BA = self._design.keep(group, self._masks_I[items])
         return keep_BA.repeat_interleave(group.columns_per_unit, dim=1)
 
-    def stand_in(
+    def impute(
         self, group: UnitGroup, input_BSC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What takes the place of columns that are off; None where zeros do."""
@@ -89,10 +89,10 @@ class _WithUnmasked:
             return keep_BC
         return torch.cat([keep_BC, keep_BC.new_ones(extra, keep_BC.shape[1])])
 
-    def stand_in(
+    def impute(
         self, group: UnitGroup, input_BSC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return self._masker.stand_in(group, input_BSC)
+        return self._masker.impute(group, input_BSC)
 
 
 def evaluate_masks(
@@ -106,7 +106,7 @@ def evaluate_masks(
     shared: bool,
     perplexity: bool,
     utility: Utility | None = None,
-    stand_ins: StandIns | None = None,
+    stand_ins: Imputations | None = None,
     base_W: torch.Tensor | None = None,
     first: int = 0,
     most: int | None = None,

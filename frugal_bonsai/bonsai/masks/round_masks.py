@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from frugal_bonsai.bonsai.importance.imputation import StandIns
+from frugal_bonsai.bonsai.importance.imputation import Imputations
 from frugal_bonsai.bonsai.masks.design import Design
 from frugal_bonsai.bonsai.masks.evaluate import Observations, Utility, evaluate_masks
 from frugal_bonsai.bonsai.settings import PruneSettings
@@ -42,7 +42,7 @@ class RoundMasks:
         windows_NS: torch.Tensor,
         generator: torch.Generator,
         *,
-        stand_ins: StandIns | None,
+        stand_ins: Imputations | None,
         utility: Utility | None,
     ) -> None:
         self._engine, self._store, self._head = engine, store, head

@@ -44,7 +44,7 @@ _DIFFERENCE = 1e-2
 _WHITENING = 1e-4
 
 
-class Refinement:
+class ChannelUpdate:
     """One sublayer's problem.
 
     Args:

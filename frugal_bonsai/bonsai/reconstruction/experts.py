@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import linear
 
 from frugal_bonsai.bonsai.importance.gram import Moments, ridge_refit_
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
 from frugal_bonsai.bonsai.reconstruction.outputs import Cross
 from frugal_bonsai.model.units import UnitGroup
@@ -38,7 +38,7 @@ def refit_experts(
     windows: int,
     *,
     ridge: float,
-    prior: PriorBuilder | None,
+    prior: ImportanceBuilder | None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Refit all of a layer's experts from one pass; the layer computes with them from then on.
 

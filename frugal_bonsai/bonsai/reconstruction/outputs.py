@@ -18,7 +18,7 @@ import torch
 
 from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.bonsai.importance.gram import Moments, add_product_, ridge_refit_
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.layer_pass import InputsAgain, LayerPass
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.hidden import HiddenStates
@@ -52,7 +52,7 @@ def solve_output(
     *,
     ridge: float,
     keep: bool,
-    prior: PriorBuilder | None = None,
+    prior: ImportanceBuilder | None = None,
     most_left: float = float("inf"),
     held_out: int = 0,
 ) -> Solved:

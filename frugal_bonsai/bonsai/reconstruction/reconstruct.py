@@ -29,8 +29,8 @@ from functools import partial
 
 import torch
 
-from frugal_bonsai.bonsai.importance.scores import Prior, PriorBuilder
-from frugal_bonsai.bonsai.reconstruction.channels import Refinement
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder, ImportanceScores
+from frugal_bonsai.bonsai.reconstruction.channels import ChannelUpdate
 from frugal_bonsai.bonsai.reconstruction.experts import refit_experts
 from frugal_bonsai.bonsai.reconstruction.inputs import input_projections, input_rows, refit_inputs
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass, RefitOutput
@@ -46,7 +46,7 @@ from frugal_bonsai.stream.micro_batch import memory_for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovered:
+class Reconstructed:
     """What a recovery sweep gives.
 
     Attributes:
@@ -60,7 +60,7 @@ class Recovered:
         judged: what ``judge`` gave; None without one.
     """
 
-    prior: Prior | None
+    prior: ImportanceScores | None
     losses_NS: torch.Tensor
     dense_losses_NS: torch.Tensor | None
     residual: list[float]
@@ -68,7 +68,7 @@ class Recovered:
     judged: list[float] | None = None
 
 
-class Recovery:
+class Reconstruction:
     """The paired sweep.
 
     Args:
@@ -109,13 +109,13 @@ class Recovery:
         pruned: LayerStream,
         head: Head,
         tokens_NS: torch.Tensor,
-        prior: PriorBuilder | None = None,
+        prior: ImportanceBuilder | None = None,
         *,
         dense_losses: bool = True,
         held_out: int = 0,
         rescale: bool = False,
         judge: Callable[[HiddenStates], list[float]] | None = None,
-    ) -> Recovered:
+    ) -> Reconstructed:
         """Refit all projections; see the module's text.
 
         Args:
@@ -171,7 +171,7 @@ class Recovery:
                 seen_NS = tokens_NS[:fitted]
                 scale = find_logit_scale(sweep, head, hidden_dense, hidden_pruned, seen_NS)
             judged = None if judge is None else judge(hidden_pruned)  # nll norms them in place
-            return Recovered(
+            return Reconstructed(
                 prior=None if prior is None else prior.build(),
                 judged=judged,
                 losses_NS=head.nll(hidden_pruned, tokens_NS, scale=scale or 1.0).clone(),
@@ -185,7 +185,7 @@ class Recovery:
         work: LayerPass,
         windows: int,
         held_out: int,
-        prior: PriorBuilder | None,
+        prior: ImportanceBuilder | None,
         residual: list[float],
         targets: HiddenStates | None,
     ) -> None:
@@ -237,7 +237,7 @@ class Recovery:
         group: UnitGroup,
         windows: int,
         solved: Solved,
-        prior: PriorBuilder | None,
+        prior: ImportanceBuilder | None,
         targets: HiddenStates | None,
     ) -> tuple[Solved, dict[str, torch.Tensor]]:
         """Move the channels and refit what mixes them in turn, as long as less is left.
@@ -251,7 +251,7 @@ class Recovery:
         names = list(dict.fromkeys(f"{rows.projection}.weight" for rows in projections))
         sizes = sum(work.pruned[name].numel() for name in (*names, f"{group.output}.weight"))
         with memory_for(f"refinement of {group.name}"):
-            problem = Refinement(
+            problem = ChannelUpdate(
                 work,
                 group,
                 projections,

@@ -363,7 +363,7 @@ def check_reachable(
         _check_layers(mask, sparsity, blocks)
         return
     if allocation == EXPERTS:
-        return  # bonsai/importance/experts.py knows what they can give
+        return  # selection/whole.py checks them
     most = 0
     for group in _takes_from(mask, allocation):
         smallest = rules.legal_counts(group.kind, group.count)[0]

@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Tiny, open_tiny, random_windows, tiny_family
 from torch.nn.functional import linear
 
-from frugal_bonsai.bonsai.importance.experts import check_experts, drop_experts, measure_experts
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.importance.experts import measure_saliency
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.masks.design import draw_pools
 from frugal_bonsai.bonsai.masks.estimators import GroupQuestion
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovery
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.bonsai.selection.cut import Curve, cut
+from frugal_bonsai.bonsai.selection.whole import check_experts, drop_experts
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import PADDED, PER_LAYER, LayoutRules, layout_rules
 from frugal_bonsai.model.units import FFN, KeepMask
@@ -107,7 +108,7 @@ def test_an_experts_score_is_reaps(tiny: Tiny) -> None:
     tokens_NS = random_windows(6, 13)
     engine, mask = tiny.engine(micro_batch=2), KeepMask(tiny.spec.table)
     with engine.native() as stream:
-        prior = measure_experts(engine.sweep, stream, tokens_NS, mask)
+        prior = measure_saliency(engine.sweep, stream, tokens_NS, mask)
     expected = expected_saliency(tiny, tokens_NS)
     for group in mask.table.groups:
         scores = prior.score_N[mask.table.span(group)]
@@ -151,9 +152,9 @@ def test_an_expert_without_tokens_keeps_its_weights(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tiny, tokens_NS = open_tiny(folder), random_windows(16, 13)
     mask, engine = KeepMask(tiny.spec.table), tiny.engine()
-    builder = PriorBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
+    builder = ImportanceBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
     with engine.native() as stream:
-        engine.sweep.run(stream, tokens_NS, tap=PriorTap(builder, engine.device))
+        engine.sweep.run(stream, tokens_NS, tap=builder)
     score_N = builder.build().score_N
     for group in tiny.spec.table.groups:
         assert bool((score_N[tiny.spec.table.span(group)] > 0).all()) == (group.expert != 4)
@@ -163,7 +164,7 @@ def test_an_expert_without_tokens_keeps_its_weights(tmp_path: Path) -> None:
     def save(_: int, refits: dict[str, torch.Tensor]) -> None:
         saved.update({name: weight.clone() for name, weight in refits.items()})
 
-    recovery = Recovery(engine.sweep, ridge=1e-3, keep_inputs=True, save=save)
+    recovery = Reconstruction(engine.sweep, ridge=1e-3, keep_inputs=True, save=save)
     with engine.native() as dense, engine.native() as same:
         recovery.run(dense, same, engine.head, tokens_NS)
     for group in tiny.spec.table.groups:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import BIASES, Tiny, sampled_windows, tiny_llama
 
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.inputs import input_projections
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstructed, Reconstruction
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store
 
@@ -26,17 +26,17 @@ def recover(
     inputs: bool = True,
     keep: bool = True,
     ridge: float = RIDGE,
-) -> tuple[Recovered, dict[str, torch.Tensor]]:
+) -> tuple[Reconstructed, dict[str, torch.Tensor]]:
     engine = tiny.engine(micro_batch=3)
     refits: dict[str, torch.Tensor] = {}
-    recovery = Recovery(
+    recovery = Reconstruction(
         engine.sweep,
         ridge=ridge,
         keep_inputs=keep,
         save=lambda layer, weights: refits.update({n: w.clone() for n, w in weights.items()}),
         mask=mask if inputs else None,
     )
-    builder = PriorBuilder("exact", mask, damping=ridge, generator=torch.Generator())
+    builder = ImportanceBuilder("exact", mask, damping=ridge, generator=torch.Generator())
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
     with engine.dense_stream(tiny.source()) as dense, engine.dense_stream(store) as pruned:
         return recovery.run(dense, pruned, engine.head, tokens_NS, builder), refits

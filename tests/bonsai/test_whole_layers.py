@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_models import BIASES, Tiny, random_windows, tiny_llama
 
-from frugal_bonsai.bonsai.importance.layers import drop_layers, measure_influence
+from frugal_bonsai.bonsai.importance.layers import measure_influence
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.search import Found, Search
 from frugal_bonsai.bonsai.selection.cut import can_go_nearer, check_reachable
+from frugal_bonsai.bonsai.selection.whole import drop_layers
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.drop import removed_parameters

@@ -20,8 +20,8 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstructed, Reconstruction
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import INT8, NATIVE, build_store
 
@@ -41,17 +41,19 @@ def _recover(
     ridge: float = RIDGE,
     prior: str = "exact",
     held_out: int = 0,
-) -> tuple[Recovered, Refits, int]:
+) -> tuple[Reconstructed, Refits, int]:
     engine, refits = tiny.engine(micro_batch=micro_batch), Refits()
     dense = build_store(folder / "dense", tiny.checkpoint, tiny.spec, weights=weights)
     store = build_store(folder / "small", tiny.checkpoint, tiny.spec, weights=weights, mask=mask)
-    recovery = Recovery(
+    recovery = Reconstruction(
         engine.sweep,
         ridge=ridge,
         keep_inputs=keep_inputs,
         save=lambda _, given: refits.update({n: w.clone() for n, w in given.items()}),
     )
-    builder = PriorBuilder(prior, mask, damping=1e-4, generator=torch.Generator().manual_seed(0))
+    builder = ImportanceBuilder(
+        prior, mask, damping=1e-4, generator=torch.Generator().manual_seed(0)
+    )
     with engine.dense_stream(dense) as parent, engine.dense_stream(store) as pruned:
         result = recovery.run(parent, pruned, engine.head, tokens, builder, held_out=held_out)
     return result, refits, engine.sweep.forward_tokens
@@ -236,7 +238,6 @@ def test_micro_batches_do_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["exact", "fluctuation"])
 def test_next_prior_is_that_of_the_refit_model(name: str, tmp_path: Path) -> None:
     """For free from the recovery sweep: what an own sweep over the refit model would measure."""
-    from frugal_bonsai.bonsai.importance.scores import PriorTap
 
     tiny, tokens = tiny_llama(tmp_path / "m", **BIASES), random_windows(20, 12)
     mask = random_mask(tiny.spec)
@@ -250,9 +251,9 @@ def test_next_prior_is_that_of_the_refit_model(name: str, tmp_path: Path) -> Non
         mask=mask,
         refit={n: (lambda w=w: w) for n, w in refits.items()},
     )
-    builder = PriorBuilder(name, mask, damping=1e-4, generator=torch.Generator())
+    builder = ImportanceBuilder(name, mask, damping=1e-4, generator=torch.Generator())
     with engine.stream(store) as stream:
-        engine.sweep.run(stream, tokens, tap=PriorTap(builder, engine.device))
+        engine.sweep.run(stream, tokens, tap=builder)
     measured = builder.build().score_N
     torch.testing.assert_close(result.prior.score_N, measured, rtol=1e-2, atol=1e-8)
     assert not result.prior.score_N[~mask.keep_N].any()

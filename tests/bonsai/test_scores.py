@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import BIASES, Tiny, random_mask, random_windows, tiny_llama
 
-from frugal_bonsai.bonsai.importance.scores import PRIORS, Prior, PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.importance.scores import SCORES, ImportanceBuilder, ImportanceScores
 from frugal_bonsai.bonsai.settings import PRIOR_NAMES, REAP, SIMILARITY
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.stream.store import NATIVE, build_store
@@ -29,8 +29,8 @@ def _measure(
     *,
     micro_batch: int = 2,
     keep_means: bool = False,
-) -> Prior:
-    builder = PriorBuilder(
+) -> ImportanceScores:
+    builder = ImportanceBuilder(
         name,
         mask,
         damping=DAMPING,
@@ -40,7 +40,7 @@ def _measure(
     engine = tiny.engine(micro_batch=micro_batch)
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights=NATIVE, mask=mask)
     with engine.stream(store) as stream:
-        engine.sweep.run(stream, random_windows(5, 12), tap=PriorTap(builder, engine.device))
+        engine.sweep.run(stream, random_windows(5, 12), tap=builder)
     return builder.build()
 
 
@@ -75,7 +75,7 @@ def _direct(name: str, x: torch.Tensor, w: torch.Tensor) -> float:
 
 
 def test_settings_know_the_priors() -> None:
-    assert (*PRIORS, SIMILARITY, REAP) == PRIOR_NAMES
+    assert (*SCORES, SIMILARITY, REAP) == PRIOR_NAMES
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -168,7 +168,7 @@ def test_of_the_priors_only_exact_needs_gram_matrices(tiny: Tiny) -> None:
     mask, generator = KeepMask(tiny.spec.table), torch.Generator()
     needs = [
         name
-        for name in PRIORS
-        if PriorBuilder(name, mask, damping=1e-4, generator=generator).needs_gram
+        for name in SCORES
+        if ImportanceBuilder(name, mask, damping=1e-4, generator=generator).needs_gram
     ]
     assert needs == ["exact"]

@@ -10,12 +10,12 @@ import torch
 from tiny_models import BIASES, Tiny, relative, sampled_windows, tiny_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from frugal_bonsai.bonsai.importance.scores import PriorBuilder
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction import channels as refine
-from frugal_bonsai.bonsai.reconstruction.channels import Refinement, conjugate_gradients
+from frugal_bonsai.bonsai.reconstruction.channels import ChannelUpdate, conjugate_gradients
 from frugal_bonsai.bonsai.reconstruction.inputs import input_rows
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Recovered, Recovery
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstructed, Reconstruction
 from frugal_bonsai.memory.work import REFINE_ITERATIONS
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store
@@ -34,10 +34,10 @@ def cut(tiny: Tiny) -> KeepMask:
 
 def recover(
     tiny: Tiny, tokens_NS: torch.Tensor, folder: Path, *, steps: int, keep: bool = True
-) -> tuple[Recovered, dict[str, torch.Tensor], int]:
+) -> tuple[Reconstructed, dict[str, torch.Tensor], int]:
     engine, mask = tiny.engine(micro_batch=5), cut(tiny)
     refits: dict[str, torch.Tensor] = {}
-    recovery = Recovery(
+    recovery = Reconstruction(
         engine.sweep,
         ridge=RIDGE,
         keep_inputs=keep,
@@ -46,7 +46,7 @@ def recover(
         refine=steps,
         keep_refinement=keep,
     )
-    builder = PriorBuilder("exact", mask, damping=RIDGE, generator=torch.Generator())
+    builder = ImportanceBuilder("exact", mask, damping=RIDGE, generator=torch.Generator())
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
     with engine.dense_stream(tiny.source()) as dense, engine.dense_stream(store) as pruned:
         result = recovery.run(dense, pruned, engine.head, tokens_NS, builder)
@@ -80,7 +80,7 @@ def _problem(
     *,
     keep: bool = True,
     iterations: int = REFINE_ITERATIONS,
-) -> tuple[Refinement, Any]:
+) -> tuple[ChannelUpdate, Any]:
     """Layer 0's FFN with a third of its channels gone and nothing refitted."""
     engine, mask = tiny.engine(micro_batch=7), cut(tiny)
     sweep = engine.sweep
@@ -107,7 +107,7 @@ def _problem(
     dense_NSH = hidden_dense.read(everything)
     hidden_dense.write(everything, dense_NSH + 0.1 * dense_NSH.sin())
     work.outputs[attention.output] = lambda items: torch.zeros_like(hidden_pruned.read(items))
-    problem = Refinement(
+    problem = ChannelUpdate(
         work,
         ffn,
         input_rows(tiny.spec, ffn),
@@ -120,7 +120,7 @@ def _problem(
     return problem, work
 
 
-def _oracle(problem: Refinement, work: Any, tiny: Tiny) -> dict[str, torch.Tensor]:
+def _oracle(problem: ChannelUpdate, work: Any, tiny: Tiny) -> dict[str, torch.Tensor]:
     """(J^T J + mu S) d = J^T r by a dense solve, J from autograd."""
     module = LlamaMLP(tiny.hugging_face().config).double()
     names = ["gate_proj.weight", "up_proj.weight"]

@@ -15,8 +15,8 @@ from tiny_models import (
 
 from frugal_bonsai.bonsai.importance.factor import DampedFactor
 from frugal_bonsai.bonsai.importance.gram import Moments
-from frugal_bonsai.bonsai.importance.imputation import StandIns, StandInWriter, Tensors
-from frugal_bonsai.bonsai.importance.scores import Prior, PriorBuilder, PriorTap
+from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWriter, Tensors
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder, ImportanceScores
 from frugal_bonsai.bonsai.masks.design import GroupDesign, draw_pools
 from frugal_bonsai.bonsai.masks.evaluate import evaluate_masks
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
@@ -33,16 +33,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 def _measured(
     tiny: Tiny, tokens_NS: torch.Tensor, mask: KeepMask
-) -> tuple[Prior, dict[UnitGroup, Tensors]]:
+) -> tuple[ImportanceScores, dict[UnitGroup, Tensors]]:
     """A sweep that gives the prior and the stand-ins."""
     saved: dict[UnitGroup, Tensors] = {}
-    writer = StandInWriter(share=SHARE, damping=DAMPING, rules=RULES, save=saved.__setitem__)
-    builder = PriorBuilder(
-        "exact", mask, damping=DAMPING, generator=torch.Generator(), stand_ins=writer
+    writer = ImputationWriter(share=SHARE, damping=DAMPING, rules=RULES, save=saved.__setitem__)
+    builder = ImportanceBuilder(
+        "exact", mask, damping=DAMPING, generator=torch.Generator(), imputations=writer
     )
     engine = tiny.engine()
     with engine.stream(tiny.source(mask=mask)) as stream:
-        engine.sweep.run(stream, tokens_NS, tap=PriorTap(builder, engine.device))
+        engine.sweep.run(stream, tokens_NS, tap=builder)
     return builder.build(), saved
 
 
@@ -60,7 +60,7 @@ def test_matrix_is_the_damped_least_squares_guess_of_the_pool(after_the_prior: b
     expected = torch.linalg.solve(gram, x_core.T @ x_pool).T
     if after_the_prior:
         factor.inverse_diagonal()
-    assert relative(factor.guess(pool).double(), expected) < 1e-3
+    assert relative(factor.regression(pool).double(), expected) < 1e-3
 
 
 def test_pools_of_the_stand_ins_are_those_of_the_design(tiny: Tiny) -> None:
@@ -97,7 +97,7 @@ def test_masked_evaluation_is_that_of_the_compensated_projection(kind: str, tiny
             tokens[:1],
             shared=False,
             perplexity=False,
-            stand_ins=StandIns(saved.get),
+            stand_ins=Imputations(saved.get),
         )
         zeroed = evaluate_masks(
             engine,
@@ -136,7 +136,7 @@ def test_a_group_with_one_unit_left_has_none(tiny: Tiny) -> None:
     moments = Moments(group.columns_per_unit, device=torch.device("cpu"), gram=True)
     moments.add(torch.randn(2, 12, group.columns_per_unit))
     saved: dict[UnitGroup, Tensors] = {}
-    writer = StandInWriter(share=SHARE, damping=DAMPING, rules=RULES, save=saved.__setitem__)
+    writer = ImputationWriter(share=SHARE, damping=DAMPING, rules=RULES, save=saved.__setitem__)
     writer.add(group, moments, torch.ones(1))
     assert not saved
-    assert StandIns(saved.get).of(group, torch.zeros(1, 2, group.columns_per_unit)) is None
+    assert Imputations(saved.get).of(group, torch.zeros(1, 2, group.columns_per_unit)) is None

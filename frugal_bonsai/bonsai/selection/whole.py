@@ -1,0 +1,99 @@
+"""Drop whole layers or whole experts, the least important first.
+
+Comes in: the remaining units, a score per unit that is the same within a layer or an expert, and a
+target. Goes out: a mask. Layers and experts are ranked once: removing one changes the inputs of the
+others, and the published methods (ShortGPT, Men et al. 2024; REAP, Lasby et al. 2025) do not
+measure again. Each layer loses the same number of experts, because scores of different layers are
+not comparable. Tokens of a dropped expert are routed to others. Memory: one mask for each count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.units import KeepMask, UnitGroup, iterate_layers
+
+
+def drop_layers(mask: KeepMask, score_N: torch.Tensor, target_parameters: int) -> KeepMask:
+    """Drop the least important layers; their number comes nearest to the target.
+
+    Args:
+        mask: the remaining units.
+        score_N: score of each unit's layer.
+        target_parameters: removed parameters of the dense model, those of ``mask`` included.
+    """
+    scores = {
+        group.layer: _score(mask, score_N, group) for group in mask.table.groups if mask.kept(group)
+    }
+    order = sorted(scores, key=lambda layer: (scores[layer], layer))
+    masks = [mask.without_layers(order[:count]) for count in range(len(order))]
+    return _nearest(masks, target_parameters)
+
+
+def drop_experts(mask: KeepMask, score_N: torch.Tensor, target_parameters: int) -> KeepMask:
+    """Drop the least important experts; the number per layer comes nearest to the target.
+
+    Args:
+        mask: the remaining units.
+        score_N: score of each unit's expert.
+        target_parameters: removed parameters of the dense model, those of ``mask`` included.
+    """
+    order = [
+        sorted(_experts(mask, groups), key=lambda g: (_score(mask, score_N, g), g.expert))
+        for _, groups in iterate_layers(mask.table)
+    ]
+    masks = []
+    for count in range(min(map(len, order))):
+        keep_N = mask.keep_N.clone()
+        for experts in order:
+            for group in experts[:count]:
+                keep_N[mask.table.span(group)] = False
+        masks.append(KeepMask(mask.table, keep_N))
+    return _nearest(masks, target_parameters)
+
+
+def check_experts(mask: KeepMask, sparsity: float, blocks: int) -> None:
+    """Check that dropping whole experts can reach the sparsity.
+
+    Args:
+        mask: the remaining units.
+        sparsity: share of the block parameters that is to be removed.
+        blocks: number of block parameters of the dense model.
+
+    Raises:
+        OptionError: the model has no experts, or the sparsity is less than half of one expert a
+            layer or more than all but one.
+    """
+    if not mask.table.has_experts:
+        raise OptionError("--allocation experts: this model's layers have no experts; leave it out")
+    one_each = {
+        group.layer: group.count * group.unit_parameters + group.joint_parameters
+        for group in _experts(mask, mask.table.groups)
+    }
+    zeros_N = torch.zeros(mask.table.units)
+    one, all_but_one = (
+        drop_experts(mask, zeros_N, target).removed_parameters() / blocks
+        for target in (sum(one_each.values()), blocks)
+    )
+    if not one / 2 < sparsity <= all_but_one:
+        raise OptionError(
+            f"--sparsity: {sparsity:g} cannot be had from whole experts: one expert of every layer "
+            f"is {one:.3f} of the block parameters, and one expert must stay; ask for more than "
+            f"{one / 2:.3f} and at most {all_but_one:.3f}"
+        )
+
+
+def _experts(mask: KeepMask, groups: Sequence[UnitGroup]) -> list[UnitGroup]:
+    """Return the groups that are remaining experts."""
+    return [group for group in groups if group.expert is not None and mask.kept(group)]
+
+
+def _score(mask: KeepMask, score_N: torch.Tensor, group: UnitGroup) -> float:
+    return float(score_N[mask.table.span(group)][mask.of(group)].mean())
+
+
+def _nearest(masks: Sequence[KeepMask], target_parameters: int) -> KeepMask:
+    return min(masks, key=lambda mask: abs(mask.removed_parameters() - target_parameters))
