@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.checkpoint.writer import ShardedWriter, staged_directory
+from frugal_bonsai.checkpoint.commit import staged_directory
+from frugal_bonsai.checkpoint.writer import ShardedWriter
 from frugal_bonsai.dtypes import dtype_name
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.sizes import format_bytes, parse_bytes

@@ -236,7 +236,7 @@ def _recover(
     refine: int,
 ) -> None:
     from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
-    from frugal_bonsai.checkpoint.writer import write_tensors
+    from frugal_bonsai.checkpoint.tensor_file import write_tensors
     from frugal_bonsai.dtypes import torch_dtype
     from frugal_bonsai.model.units import KeepMask
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from frugal_bonsai.adapt.adapters import DOWN, UP
-from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.checkpoint.tensor_file import open_tensors
 
 Merged = dict[str, Callable[[], torch.Tensor]]
 
@@ -38,9 +38,8 @@ def merged_weights(checkpoint: Checkpoint, file: Path, *, scaling: float) -> Ite
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    entries, _ = read_header(file)
-    with Checkpoint(file.parent, {}, entries) as best:
-        names = dict.fromkeys(_weight(name) for name in entries)
+    with open_tensors(file) as best:
+        names = dict.fromkeys(_weight(name) for name in best.tensors)
         yield {name: _merge(checkpoint, best, name, scaling) for name in names}
 
 

@@ -21,7 +21,7 @@ from frugal_bonsai.adapt.optimiser import kept_state, restore_state
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.writer import write_tensors
+from frugal_bonsai.checkpoint.tensor_file import open_tensors, write_tensors
 from frugal_bonsai.errors import CheckpointError, StateError
 
 STATE_FILE, BEST_FILE = "adapt.safetensors", "best.safetensors"
@@ -135,7 +135,6 @@ class TrainingFolder:
         Raises:
             CheckpointError: their file is missing or damaged.
         """
-        entries, _ = read_header(self.folder / BEST_FILE)
-        with Checkpoint(self.folder, {}, entries) as file, torch.no_grad():
+        with open_tensors(self.folder / BEST_FILE) as file, torch.no_grad():
             for name, value in parameters.items():
                 value.copy_(file.read(name))

@@ -23,9 +23,8 @@ import torch
 
 from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
-from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.writer import write_tensors
+from frugal_bonsai.checkpoint.tensor_file import open_tensors, write_tensors
 from frugal_bonsai.errors import CheckpointError, OptionError, StateError
 from frugal_bonsai.memory.work import SHARD_BYTES
 from frugal_bonsai.stream.engine import Engine
@@ -255,8 +254,7 @@ class TeacherCache:
         self._shards: list[Checkpoint] = []
         self._places: list[tuple[int, int]] = []
         for at, shard in enumerate(_shards_of(folder, identity)):
-            entries, _ = read_header(folder / shard["file"])
-            self._shards.append(Checkpoint(folder, {}, entries))
+            self._shards.append(open_tensors(folder / shard["file"]))
             self._places += [(at, row) for row in range(shard["windows"])]
 
     @property

@@ -23,7 +23,7 @@ from frugal_bonsai.bonsai.masks.curve_priors import Ahead
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.writer import write_tensors
+from frugal_bonsai.checkpoint.tensor_file import read_tensor, write_tensors
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
@@ -165,7 +165,7 @@ class StateFolder:
         path = self._stand_in(number, group)
         if not path.exists():
             return None
-        return {name: read_file(path, name) for name in ("columns", "matrix")}
+        return {name: read_tensor(path, name) for name in ("columns", "matrix")}
 
     def _stand_in(self, number: int, group: UnitGroup) -> Path:
         kind = group.kind if group.expert is None else f"{group.kind}_{group.expert:05d}"
@@ -206,7 +206,7 @@ class StateFolder:
             entries, _ = read_header(path)
             for name in entries:
                 if name not in cuts:  # a bias of an output projection: nothing is cut from it
-                    readers[name] = partial(read_file, path, name)
+                    readers[name] = partial(read_tensor, path, name)
                     continue
                 axis = cuts[name][0][1].axis
                 extent = spec.layer_tensors[layer][name.removeprefix(spec.prefix(layer))][axis]
@@ -215,7 +215,7 @@ class StateFolder:
                 readers[name] = _RefitReader(path, name, axis, stay_K.nonzero().flatten())
         norm = self.round_folder(number) / _NORM_FILE
         if norm.exists():
-            readers |= {name: partial(read_file, norm, name) for name in read_header(norm)[0]}
+            readers |= {name: partial(read_tensor, norm, name) for name in read_header(norm)[0]}
         return readers
 
 
@@ -255,20 +255,13 @@ class _RefitReader:
     stay_K: torch.Tensor
 
     def __call__(self) -> torch.Tensor:
-        return read_file(self.path, self.name).index_select(self.axis, self.stay_K)
+        return read_tensor(self.path, self.name).index_select(self.axis, self.stay_K)
 
 
 def _read_prior(path: Path, name: str) -> ImportanceScores:
     entries, _ = read_header(path)
-    means = {entry: read_file(path, entry) for entry in entries if entry != _SCORE}
-    return ImportanceScores(name, read_file(path, _SCORE), means or None)
-
-
-def read_file(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a single safetensors file."""
-    entries, _ = read_header(path)
-    with Checkpoint(path.parent, {}, entries) as file:
-        return file.read(name)
+    means = {entry: read_tensor(path, entry) for entry in entries if entry != _SCORE}
+    return ImportanceScores(name, read_tensor(path, _SCORE), means or None)
 
 
 def fingerprint(*parts: bytes) -> str:

@@ -14,9 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 # Other file systems, or one that has no such call: not failures of the disk.
 _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -186,7 +189,15 @@ def _copy_through_buffer(
     return True
 
 
-def tensor_bytes(tensor_uint8: Any) -> memoryview:
-    """The memory of a contiguous one-dimensional uint8 CPU tensor, not copied."""
-    view: memoryview = memoryview(tensor_uint8.numpy())
-    return view
+def tensor_bytes(tensor_uint8: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous one-dimensional uint8 CPU tensor. Writing changes it."""
+    array: Any = tensor_uint8.numpy()  # mypy does not know that arrays are buffers on Python 3.10
+    return memoryview(array)
+
+
+def data_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes. Tensors that are not contiguous or not on the CPU are copied."""
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    return tensor_bytes(flat.view(torch.uint8))

@@ -14,7 +14,7 @@ file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,58 +90,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     entries.sort(key=lambda entry: (entry.start, entry.end))
     _check_ranges(path, entries, data_start, file_bytes)
     return {entry.name: entry for entry in entries}, metadata
-
-
-def build_header(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """Build the length and the JSON of a file that is about to be written.
-
-    Tensors keep the given order within one dtype width; wider dtypes come first, as in the
-    safetensors package, so that every tensor starts at a multiple of its dtype's width.
-
-    Args:
-        tensors: (name, dtype, shape) of each tensor; dtypes in the format's own names.
-        metadata: text keys and values.
-
-    Returns:
-        The bytes before the data, a multiple of 8 long, and per tensor its absolute (start, end).
-
-    Raises:
-        ValueError: a name given twice, a reserved name, or a dtype that the format lacks.
-    """
-    header: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
-    offset = 0
-    ranges: dict[str, tuple[int, int]] = {}
-    for name, dtype, shape in sorted(tensors, key=lambda tensor: -entry_width(tensor[1])):
-        if name in ranges or name == METADATA_KEY:
-            raise ValueError(f"tensor name {name!r} is reserved or given twice")
-        size_bytes = entry_width(dtype)
-        for length in shape:
-            size_bytes *= length
-        ranges[name] = (offset, offset + size_bytes)
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + size_bytes],
-        }
-        offset += size_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    data_start = LENGTH_BYTES + len(text)
-    absolute = {name: (data_start + a, data_start + b) for name, (a, b) in ranges.items()}
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text, absolute
-
-
-def entry_width(dtype: str) -> int:
-    """Bytes per element of a dtype that is to be written.
-
-    Raises:
-        ValueError: the format has no such dtype.
-    """
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
-    return DTYPE_BYTES[dtype]
 
 
 def _read_header_bytes(path: Path) -> tuple[bytes, int]:

@@ -1,9 +1,9 @@
-"""Safetensors files, written tensor by tensor.
+"""Write safetensors files tensor by tensor.
 
-In: the names, dtypes and shapes of everything that will be written, then the tensors one at a time
-in any order. Out: one file or shards with an index, under their final names only after ``finish``.
-Holds the headers and one tensor's bytes, no open file; the data goes to its final offset at once.
-Does not convert dtypes. Atomic files and directories come from ``commit.py``, offered here too.
+In: names, dtypes and shapes of all tensors, then the tensors one at a time in any order. Out: one
+file, or shards with an index. Files get their final names only when everything is written. Data go
+straight to their final offsets, so the writer holds the bytes of one tensor and no open file. It
+converts no dtypes.
 """
 
 from __future__ import annotations
@@ -20,66 +20,78 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.checkpoint.commit import (
     output_errors,
     partial_name,
-    replaced_file,
-    require_free_space,
-    staged_directory,
     sync_directory,
-    write_bytes,
     write_json,
 )
-from frugal_bonsai.checkpoint.files import copy_range, tensor_bytes
-from frugal_bonsai.checkpoint.folder import INDEX_FILE, SINGLE_FILE
-from frugal_bonsai.checkpoint.header import TensorEntry, build_header, entry_width
+from frugal_bonsai.checkpoint.file_layout import (
+    TensorSpec,
+    build_header,
+    plan_shards,
+    shard_name,
+    spec_bytes,
+)
+from frugal_bonsai.checkpoint.files import copy_range, data_bytes
+from frugal_bonsai.checkpoint.folder import INDEX_FILE
+from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.dtypes import dtype_name
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "ShardedWriter",
-    "require_free_space",
-    "staged_directory",
-    "write_bytes",
-    "write_json",
-    "write_tensors",
-]
-
-TensorSpec = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
-PT_METADATA: Mapping[str, str] = {"format": "pt"}  # transformers asks for it
-_WRITE_CHUNK_BYTES = 2**30  # one write moves less than 2 GiB on Linux
+PT_METADATA: Mapping[str, str] = {"format": "pt"}  # transformers refuses files without it
+_WRITE_CHUNK_BYTES = 2**30  # one call of write moves less than 2 GiB on Linux
 
 
 @dataclass(eq=False)
 class _Shard:
-    """One file on its way: its names, where its tensors go, and what is still missing."""
+    """A file that is being written.
+
+    Attributes:
+        path: its final name.
+        temporary: its name until ``finish``.
+        incomplete: number of its tensors that are not written completely.
+        renamed: it has its final name.
+    """
 
     path: Path
     temporary: Path
-    specs: dict[str, TensorSpec]
-    ranges: dict[str, tuple[int, int]]
-    missing: set[str]
-    written_bytes: dict[str, int]
+    incomplete: int
     renamed: bool = False
 
 
-class ShardedWriter:
-    """Writes the tensors that were announced, each once; see the module's text.
+@dataclass(eq=False)
+class _Target:
+    """The place of one tensor in its shard, and the progress of writing it."""
 
-    A context manager: leaving the block without ``finish`` removes what was written.
+    shard: _Shard
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size_bytes: int
+    written_bytes: int = 0
+    complete: bool = False  # an empty tensor is complete only after it has been written
+
+
+class ShardedWriter:
+    """Write announced tensors, each once.
+
+    The writer is a context manager. Leaving the block without ``finish`` removes all files.
 
     Args:
-        folder: an existing directory; best one from ``staged_directory``.
+        folder: an existing directory, best one from ``staged_directory``.
         tensors: (name, safetensors dtype, shape) of every tensor, in the order of the files.
-        max_shard_bytes: tensor bytes of one shard; a larger tensor gets a shard of its own.
-        metadata: the files' free-text header part.
+        max_shard_bytes: largest number of tensor bytes in one file; a larger tensor gets a file to
+            itself.
+        metadata: text keys and values for the files' headers.
 
     Attributes:
         total_bytes: bytes of all tensors.
-        files: final paths of the shards.
+        files: final paths of the files.
 
     Raises:
         OutputError: a file cannot be created.
-        ValueError: a name twice, an unknown dtype, or no room for a single byte in a shard.
+        ValueError: a name is given twice, the format lacks a dtype, or ``max_shard_bytes`` is not
+            positive.
     """
 
     def __init__(
@@ -97,9 +109,9 @@ class ShardedWriter:
             raise ValueError(
                 f"tensor names given twice: {sorted({n for n in names if names.count(n) > 1})}"
             )
-        self.total_bytes = sum(_size_bytes(spec) for spec in tensors)
+        self.total_bytes = sum(spec_bytes(spec) for spec in tensors)
         self._shards: list[_Shard] = []
-        self._shard_of: dict[str, _Shard] = {}
+        self._targets: dict[str, _Target] = {}
         self._closed = False
         try:
             for number, specs in enumerate(plan, start=1):
@@ -110,123 +122,99 @@ class ShardedWriter:
 
     @property
     def files(self) -> list[Path]:
-        """Final paths of the shards."""
+        """Final paths of the files."""
         return [shard.path for shard in self._shards]
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor, from any device; no copy is made of a contiguous CPU tensor.
+        """Write one whole tensor from any device. A contiguous CPU tensor is not copied.
 
         Raises:
             OutputError: the disk is full or refuses.
-            ValueError: not announced, written before, another dtype or shape, or a closed writer.
+            ValueError: the tensor was not announced, is written already, or has another dtype or
+                shape; or the writer is closed.
         """
-        shard = self._shard_for(name)
-        if shard.written_bytes[name]:
+        target = self._incomplete(name)
+        if target.written_bytes:
             raise ValueError(f"tensor {name!r} was written in part")
-        _, dtype, shape = shard.specs[name]
-        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != shape:
+        if dtype_name(tensor.dtype) != target.dtype or tuple(tensor.shape) != target.shape:
             raise ValueError(
                 f"tensor {name!r}: got {dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
-                f"announced {dtype} {shape}"
+                f"announced {target.dtype} {target.shape}"
             )
-        self._write(shard, name, tensor)
+        self._write(target, tensor)
 
     def append(self, name: str, rows: torch.Tensor) -> None:
-        """Write the next rows of one tensor; it is complete with its last one.
+        """Write the next rows of one tensor.
 
         Args:
-            name: the tensor; others may be written between its rows.
-            rows: ``[rows, ...]``, as in :meth:`write`.
+            name: the tensor. Other tensors may be written between its rows.
+            rows: ``[rows, ...]``, from any device.
 
         Raises:
             OutputError: the disk is full or refuses.
-            ValueError: not announced, complete, another dtype, rows of another shape or too many of
-                them, or a closed writer.
+            ValueError: the tensor was not announced or is complete, the rows have another dtype or
+                shape or are too many; or the writer is closed.
         """
-        shard = self._shard_for(name)
-        _, dtype, shape = shard.specs[name]
-        begin, end = shard.ranges[name]
-        left = end - begin - shard.written_bytes[name]
+        target = self._incomplete(name)
+        left_bytes = target.size_bytes - target.written_bytes
         if (
-            dtype_name(rows.dtype) != dtype
-            or tuple(rows.shape[1:]) != shape[1:]
-            or rows.numel() * rows.element_size() > left
+            dtype_name(rows.dtype) != target.dtype
+            or tuple(rows.shape[1:]) != target.shape[1:]
+            or rows.numel() * rows.element_size() > left_bytes
         ):
             raise ValueError(
                 f"tensor {name!r}: got rows {dtype_name(rows.dtype)} {tuple(rows.shape)}, "
-                f"announced {dtype} {shape}, of which {left} bytes are missing"
+                f"announced {target.dtype} {target.shape}, of which {left_bytes} bytes are missing"
             )
-        self._write(shard, name, rows)
+        self._write(target, rows)
 
     def copy(self, name: str, entry: TensorEntry) -> bool:
-        """Copy one tensor from a file as it stands there, past this process's memory.
+        """Have the system copy one tensor from a file, past this process's memory.
 
         Args:
             name: the tensor here.
-            entry: where its bytes lie, as many as were announced.
+            entry: its place in the other file; it must have the announced number of bytes.
 
         Returns:
-            False where the system cannot; nothing is written then, :meth:`write` it.
+            False if the system cannot copy between these files. Nothing is written then; use
+            :meth:`write`.
 
         Raises:
             OutputError: the disk is full or refuses.
-            ValueError: not announced, written before, another size, or a closed writer.
+            ValueError: the tensor was not announced, is written already, or has another size; or
+                the writer is closed.
         """
-        shard = self._shard_for(name)
-        begin, end = shard.ranges[name]
-        if shard.written_bytes[name] or entry.size_bytes != end - begin:
+        target = self._incomplete(name)
+        if target.written_bytes or entry.size_bytes != target.size_bytes:
             raise ValueError(
-                f"tensor {name!r}: {entry.size_bytes} bytes for {end - begin}, of which "
-                f"{shard.written_bytes[name]} are written"
+                f"tensor {name!r}: {entry.size_bytes} bytes for {target.size_bytes}, of which "
+                f"{target.written_bytes} are written"
             )
+        shard = target.shard
         with output_errors(shard.path), FileIO(str(shard.temporary), "r+b") as file:
-            if not copy_range(entry.file, entry.start, file, begin, entry.size_bytes):
+            if not copy_range(entry.file, entry.start, file, target.start, entry.size_bytes):
                 return False
-            self._count(shard, name, entry.size_bytes, file)
+            self._advance(target, entry.size_bytes, file)
         return True
 
-    def _shard_for(self, name: str) -> _Shard:
-        """The shard of a tensor that is not complete."""
-        if self._closed:
-            raise ValueError("writer is closed")
-        shard = self._shard_of.get(name)
-        if shard is None:
-            raise ValueError(f"tensor {name!r} was not announced")
-        if name not in shard.missing:
-            raise ValueError(f"tensor {name!r} was already written")
-        return shard
-
-    def _write(self, shard: _Shard, name: str, tensor: torch.Tensor) -> None:
-        with output_errors(shard.path), FileIO(str(shard.temporary), "r+b") as file:
-            data = _memory(tensor)
-            _write_at(file, data, shard.ranges[name][0] + shard.written_bytes[name])
-            self._count(shard, name, len(data), file)
-
-    def _count(self, shard: _Shard, name: str, size_bytes: int, file: FileIO) -> None:
-        """Note what has been written; a shard that has all goes to the disk."""
-        begin, end = shard.ranges[name]
-        shard.written_bytes[name] += size_bytes
-        if begin + shard.written_bytes[name] == end:
-            shard.missing.discard(name)
-        if not shard.missing:
-            os.fsync(file.fileno())
-
     def finish(self) -> None:
-        """Check that nothing is missing, give the files their names and write the index.
+        """Give the files their final names and write the index.
 
         Raises:
             OutputError: the disk is full or refuses.
-            ValueError: tensors that were announced and not written.
+            ValueError: an announced tensor was not written, or the writer is closed.
         """
-        missing = [name for shard in self._shards for name in sorted(shard.missing)]
-        if missing or self._closed:
-            raise ValueError(f"tensors never written: {missing}" if missing else "writer is closed")
+        if self._closed:
+            raise ValueError("writer is closed")
+        missing = sorted(name for name, target in self._targets.items() if not target.complete)
+        if missing:
+            raise ValueError(f"tensors never written: {missing}")
         for shard in self._shards:
             with output_errors(shard.path):
                 shard.temporary.replace(shard.path)
                 shard.renamed = True
         if len(self._shards) > 1:
-            weight_map = {name: shard.path.name for name, shard in self._shard_of.items()}
+            weight_map = {name: target.shard.path.name for name, target in self._targets.items()}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             write_json(self.folder / INDEX_FILE, index)
         with output_errors(self.folder):
@@ -234,7 +222,7 @@ class ShardedWriter:
         self._closed = True
 
     def abort(self) -> None:
-        """Remove everything that is not finished; safe to call twice and after ``finish``."""
+        """Remove all files, unless the writer has finished. Safe to call twice."""
         if self._closed:
             return
         self._closed = True
@@ -259,91 +247,46 @@ class ShardedWriter:
         """Create one temporary file with its header."""
         path = self.folder / name
         header, ranges = build_header(specs, metadata)
-        shard = _Shard(
-            path=path,
-            temporary=partial_name(path),
-            specs={spec[0]: spec for spec in specs},
-            ranges=ranges,
-            missing=set(ranges),
-            written_bytes=dict.fromkeys(ranges, 0),
-        )
+        shard = _Shard(path=path, temporary=partial_name(path), incomplete=len(ranges))
         self._shards.append(shard)
         with output_errors(path), FileIO(str(shard.temporary), "xb") as file:
             _write_at(file, memoryview(header), 0)
-        self._shard_of.update(dict.fromkeys(ranges, shard))
+        by_name = {spec[0]: spec for spec in specs}
+        for tensor, (start, end) in ranges.items():
+            _, dtype, shape = by_name[tensor]
+            self._targets[tensor] = _Target(shard, dtype, shape, start, end - start)
 
+    def _incomplete(self, name: str) -> _Target:
+        """Return the place of a tensor that is not written completely."""
+        if self._closed:
+            raise ValueError("writer is closed")
+        target = self._targets.get(name)
+        if target is None:
+            raise ValueError(f"tensor {name!r} was not announced")
+        if target.complete:
+            raise ValueError(f"tensor {name!r} was already written")
+        return target
 
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> None:
-    """Write one safetensors file atomically; one that exists is replaced.
+    def _write(self, target: _Target, tensor: torch.Tensor) -> None:
+        """Write a tensor's bytes behind those that are written."""
+        shard = target.shard
+        with output_errors(shard.path), FileIO(str(shard.temporary), "r+b") as file:
+            data = data_bytes(tensor)
+            _write_at(file, data, target.start + target.written_bytes)
+            self._advance(target, len(data), file)
 
-    Args:
-        path: of the file.
-        tensors: by name, on any device.
-        metadata: the header's free-text part.
-        dtypes: what a tensor is converted to when its turn has come, one at a time.
-
-    Raises:
-        OutputError: the file cannot be written.
-        ValueError: a dtype that the format lacks.
-    """
-    dtypes = {name: t.dtype for name, t in tensors.items()} | dict(dtypes or {})
-    specs = [(name, dtype_name(dtypes[name]), tuple(t.shape)) for name, t in tensors.items()]
-    header, ranges = build_header(specs, metadata or {})
-    with replaced_file(path) as file:
-        file.write(header)
-        for name in ranges:  # in the order of the offsets
-            file.write(_memory(tensors[name].to(dtypes[name])))
-
-
-def plan_shards(tensors: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Fill shards in the given order; the first tensor that does not fit begins the next one.
-
-    Raises:
-        ValueError: the limit is not positive, or a dtype that the format lacks.
-    """
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
-    shards: list[list[TensorSpec]] = [[]]
-    filled_bytes = 0
-    for spec in tensors:
-        size_bytes = _size_bytes(spec)
-        if shards[-1] and filled_bytes + size_bytes > max_shard_bytes:
-            shards.append([])
-            filled_bytes = 0
-        shards[-1].append(spec)
-        filled_bytes += size_bytes
-    return shards
-
-
-def shard_name(number: int, count: int) -> str:
-    """File name of shard ``number`` (from 1) of ``count``, as transformers names them."""
-    return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _size_bytes(spec: TensorSpec) -> int:
-    """Bytes of one announced tensor."""
-    size_bytes = entry_width(spec[1])
-    for length in spec[2]:
-        size_bytes *= length
-    return size_bytes
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes; copied only from another device or out of a strided view."""
-    import torch
-
-    flat = tensor.detach().to("cpu").contiguous().view(-1)
-    return tensor_bytes(flat.view(torch.uint8))
+    def _advance(self, target: _Target, size_bytes: int, file: FileIO) -> None:
+        """Count written bytes, and bring a complete file to the disk."""
+        target.written_bytes += size_bytes
+        if target.written_bytes == target.size_bytes:
+            target.complete = True
+            target.shard.incomplete -= 1
+            if not target.shard.incomplete:
+                os.fsync(file.fileno())
 
 
 def _write_at(file: FileIO, data: memoryview, start: int) -> None:
-    """Write all of ``data`` at an offset; a raw file may take only a part of it at a time."""
+    """Write all of ``data`` at an offset. One call of write may take only a part of it."""
     file.seek(start)
     done = 0
     while done < len(data):

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.checkpoint.commit import require_free_space
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.writer import ShardedWriter, require_free_space
+from frugal_bonsai.checkpoint.writer import ShardedWriter
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.biases import added_biases, output_bias, with_bias_keys
 from frugal_bonsai.model.cut import Refit, slices_by_tensor

@@ -153,16 +153,12 @@ def _sampled(engine: Engine, count: int, window: int, *, folder: Path, seed: int
     from frugal_bonsai.adapt.teacher import hash_weights
     from frugal_bonsai.bonsai.calibration import sample_windows
     from frugal_bonsai.checkpoint.commit import output_errors
-    from frugal_bonsai.checkpoint.header import read_header
-    from frugal_bonsai.checkpoint.reader import Checkpoint
-    from frugal_bonsai.checkpoint.writer import write_tensors
+    from frugal_bonsai.checkpoint.tensor_file import read_tensor, write_tensors
 
     said = f"{hash_weights(engine.checkpoint)} {count} {window} {seed} {engine.dtype}"
     file = folder / f"self_{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
     if file.exists():
-        entries, _ = read_header(file)
-        with Checkpoint(folder, {}, entries) as saved:
-            return saved.read("windows")
+        return read_tensor(file, "windows")
     first = engine.spec.config.get("bos_token_id")
     parts = []
     for at, start in enumerate(range(0, count, _SAMPLED_TOGETHER)):

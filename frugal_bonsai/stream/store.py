@@ -18,7 +18,7 @@ from frugal_bonsai.checkpoint.finite import read_finite
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.writer import write_tensors
+from frugal_bonsai.checkpoint.tensor_file import write_tensors
 from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.int8 import quantise_rows

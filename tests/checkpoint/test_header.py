@@ -11,7 +11,8 @@ from hostile.files import FILES, GOOD, file_bytes, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugal_bonsai.checkpoint.header import build_header, read_header
+from frugal_bonsai.checkpoint.file_layout import build_header
+from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.errors import CheckpointError
 
 

@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from frugal_bonsai.checkpoint import commit, files, writer
-from frugal_bonsai.checkpoint.header import read_header
-from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.writer import (
-    ShardedWriter,
+from frugal_bonsai.checkpoint.commit import (
     require_free_space,
     staged_directory,
     write_bytes,
     write_json,
-    write_tensors,
 )
+from frugal_bonsai.checkpoint.file_layout import plan_shards
+from frugal_bonsai.checkpoint.header import read_header
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.checkpoint.tensor_file import write_tensors
+from frugal_bonsai.checkpoint.writer import ShardedWriter
 from frugal_bonsai.dtypes import dtype_name
 from frugal_bonsai.errors import OutputError
 
@@ -103,7 +104,7 @@ class TestShardedWriter:
 
     def test_a_large_tensor_gets_a_shard_of_its_own(self) -> None:
         tensors = [("s", "U8", (1,)), ("large", "U8", (50,)), ("t", "U8", (1,)), ("u", "U8", (9,))]
-        plan = writer.plan_shards(tensors, 10)
+        plan = plan_shards(tensors, 10)
         assert [[name for name, _, _ in shard] for shard in plan] == [["s"], ["large"], ["t", "u"]]
 
     def test_what_it_tells(self, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ class TestShardedWriter:
 
     def test_contiguous_tensors_are_not_copied(self) -> None:
         value = torch.arange(4, dtype=torch.int32)
-        view = torch.frombuffer(writer._memory(value), dtype=torch.int32)
+        view = torch.frombuffer(files.data_bytes(value), dtype=torch.int32)
         value[0] = 99
         assert view.tolist() == [99, 1, 2, 3]
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from frugal_bonsai import load_pruned, load_tokenizer
-from frugal_bonsai.checkpoint.writer import staged_directory
+from frugal_bonsai.checkpoint.commit import staged_directory
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.companions import write_companions

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from frugal_bonsai.checkpoint.commit import write_json
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE
-from frugal_bonsai.checkpoint.writer import write_json
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import EXPERT_TILE, PADDED, LayoutRules

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from frugal_bonsai.checkpoint.commit import write_bytes, write_json
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE
-from frugal_bonsai.checkpoint.writer import write_bytes, write_json
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.family_schema import HEAD_DIM
 from frugal_bonsai.model.layout import LayoutRules, heads_fit
