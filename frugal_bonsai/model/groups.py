@@ -1,221 +1,136 @@
-"""What a config and the headers say of each layer: counts, tensors, the groups of units.
+"""Build the unit groups of a model from its config and tensor shapes.
 
-In: ``config.json``, a family's table and the checkpoint's tensor shapes. Out: numbers and
-:class:`UnitGroup`, checked against the shapes. Reads nothing.
+In: a :class:`ConfigReader` and the shape of every tensor in the checkpoint. Out: one
+:class:`UnitGroup` for the attention and one for the FFN, or for each expert, of every layer. The
+shapes must be those that the config implies. Reads no weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.model.family_schema import Experts, Family
+from frugal_bonsai.model.config_reader import ConfigReader
+from frugal_bonsai.model.family_schema import Family
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup, UnitSlice
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def positive_number(
-    config: Mapping[str, Any], family: Family, key: str, source: str, *, default: int | None = None
-) -> int:
-    """A config's number, or what transformers takes where it has none."""
-    value = config.get(key)
-    if value is None:
-        value = family.defaults.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{source}: {key} is {value!r}, expected a positive whole number")
-    return value
-
-
-def count_kv_heads(config: Mapping[str, Any], family: Family, heads: int, source: str) -> int:
-    """KV heads of a layer."""
-    if family.one_kv_head and all(condition.holds(config) for condition in family.one_kv_head):
-        return 1
-    return positive_number(config, family, family.kv_heads_key, source, default=heads)
-
-
-def count_per_layer(
-    config: Mapping[str, Any], family: Family, layers: int, source: str
-) -> list[tuple[int, int]]:
-    """(KV heads, FFN channels) of each layer; ``per_layer_config`` overrides the global numbers."""
-    overrides = _overrides(config)
-    heads = positive_number(config, family, family.heads_key, source)
-    default = None
-    if family.ffn_times_hidden is not None:
-        default = family.ffn_times_hidden * positive_number(
-            config, family, family.hidden_key, source
-        )
-    counts = []
-    for layer in range(layers):
-        here = {**config, **overrides.get(layer, {})}
-        counts.append(
-            (
-                count_kv_heads(here, family, heads, source),
-                positive_number(here, family, family.ffn_key, source, default=default),
-            )
-        )
-    return counts
-
-
-def _overrides(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-    """What ``per_layer_config`` says of each layer."""
-    # transformers writes the keys with leading zeros ("07") when it saves such a config again.
-    return {int(key): value for key, value in (config.get("per_layer_config") or {}).items()}
-
-
-def count_experts(config: Mapping[str, Any], family: Family, layers: int, source: str) -> list[int]:
-    """Experts of each layer; empty for a family without."""
-    if family.experts is None:
-        return []
-    keys, overrides = family.experts.count_keys, _overrides(config)
-    counts = []
-    for layer in range(layers):
-        own = overrides.get(layer, {})
-        here = own if any(key in own for key in keys) else config
-        key = next((key for key in keys if here.get(key) is not None), keys[0])
-        counts.append(positive_number(here, family, key, source))
-    return counts
-
-
-def count_chosen(config: Mapping[str, Any], family: Family, experts: list[int], source: str) -> int:
-    """How many experts a token is sent to."""
-    assert family.experts is not None
-    rule = family.experts
-    chosen = positive_number(config, family, rule.chosen_key, source, default=rule.chosen_default)
-    if chosen > max(experts):
-        raise CheckpointError(
-            f"{source}: {rule.chosen_key} is {chosen}, but the model has {max(experts)} experts"
-        )
-    return chosen
-
-
-def _router(
-    family: Family,
-    rule: Experts,
-    layer: int,
-    experts: int,
-    hidden: int,
-    shapes: Shapes,
-    source: str,
-) -> str:
-    """Full name of a layer's router, which has a row an expert."""
-    name = family.layer_prefix.format(layer=layer) + rule.router
-    shape = shape_of(shapes, name, source)
-    if shape != (experts, hidden):
-        raise CheckpointError(
-            f"{source}: tensor {name} has shape {list(shape)}, expected {[experts, hidden]} from "
-            "the config"
-        )
-    return name
-
-
 def split_by_layer(
     family: Family, shapes: Shapes, layers: int
-) -> tuple[tuple[Mapping[str, tuple[int, ...]], ...], set[str]]:
-    """Each layer's tensors by their names inside it, and the full names of all of them."""
-    by_layer: list[dict[str, tuple[int, ...]]] = []
-    used: set[str] = set()
+) -> tuple[tuple[Shapes, ...], Shapes]:
+    """Split the tensors of a checkpoint by layer.
+
+    Returns:
+        For each layer, the shapes of its tensors by their names inside the layer, without those
+        that no model reads; and the shapes of all tensors outside the layers.
+    """
+    others, by_layer = dict(shapes), list[Shapes]()
     for layer in range(layers):
         prefix = family.layer_prefix.format(layer=layer)
-        mine = {
-            name.removeprefix(prefix): tuple(shape)
-            for name, shape in shapes.items()
-            if name.startswith(prefix) and not name.endswith(family.unread)
-        }
-        by_layer.append(mine)
-        used.update(name for name in shapes if name.startswith(prefix))
-    return tuple(by_layer), used
-
-
-def shape_of(shapes: Shapes, name: str, source: str) -> tuple[int, ...]:
-    """Of a tensor that the architecture needs."""
-    if name not in shapes:
-        raise CheckpointError(
-            f"{source}: the checkpoint has no tensor {name!r}, which this architecture needs"
+        inside = [name for name in others if name.startswith(prefix)]
+        taken = {name: tuple(others.pop(name)) for name in inside}
+        by_layer.append(
+            {
+                name.removeprefix(prefix): shape
+                for name, shape in taken.items()
+                if not name.endswith(family.unread)
+            }
         )
-    return tuple(shapes[name])
+    return tuple(by_layer), {name: tuple(shape) for name, shape in others.items()}
 
 
-@dataclass(frozen=True)
-class LayerCounts:
-    """Units of one layer: KV groups, FFN channels (of each expert), experts."""
+class GroupBuilder:
+    """Build unit groups and check the shapes of their tensors.
 
-    kv_heads: int
-    ffn: int
-    experts: int
+    Args:
+        sizes: reads the model's config.
+        shapes: full tensor name -> shape.
+    """
 
+    def __init__(self, sizes: ConfigReader, shapes: Shapes) -> None:
+        self._sizes, self._shapes, self._family = sizes, shapes, sizes.family
+        self._hidden = sizes.hidden
+        head_dim, query = sizes.head_dim, sizes.query_heads_per_group() * sizes.head_dim
+        # Rows of one unit by the names that a family's table has for them; see ``Part.width``.
+        self._widths = {"query": query, "head": head_dim, "group": query + 2 * head_dim, "one": 1}
 
-def layer_groups(
-    family: Family,
-    layer: int,
-    counts: LayerCounts,
-    widths: Mapping[str, int],
-    hidden: int,
-    shapes: Shapes,
-    source: str,
-) -> list[UnitGroup]:
-    """A layer's groups: attention, then the FFN or its experts."""
-    groups = [_group(family, ATTENTION, layer, counts.kv_heads, widths, hidden, shapes, source)]
-    if family.experts is None:
-        groups.append(_group(family, FFN, layer, counts.ffn, widths, hidden, shapes, source))
-        return groups
-    router = _router(family, family.experts, layer, counts.experts, hidden, shapes, source)
-    for expert in range(counts.experts):
-        group = _group(family, FFN, layer, counts.ffn, widths, hidden, shapes, source, expert)
-        row = UnitSlice(tensor=router, axis=0, width=1, start=expert, joint=True)
-        groups.append(replace(group, slices=(*group.slices, row), joint_parameters=hidden))
-    return groups
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor that the architecture needs.
 
-
-def _group(
-    family: Family,
-    kind: str,
-    layer: int,
-    count: int,
-    widths: Mapping[str, int],
-    hidden: int,
-    shapes: Shapes,
-    source: str,
-    expert: int | None = None,
-) -> UnitGroup:
-    """The units of one kind in one layer; the shapes of their tensors must be the config's."""
-    attention = kind == ATTENTION
-    parts = family.attention_parts if attention else family.ffn_parts
-    output = (family.attention_output if attention else family.ffn_output).format(expert=expert)
-    prefix = family.layer_prefix.format(layer=layer)
-    slices, parameters, extents = [], 0, dict[str, int]()
-    for part in parts:
-        name = prefix + part.tensor.format(expert=expert)
-        if name not in shapes and not part.required:
-            continue
-        shape = shape_of(shapes, name, source)
-        width = widths[part.width]
-        start = count * sum(widths[before] for before in part.after)
-        slices.append(UnitSlice(tensor=name, axis=part.axis, width=width, start=start))
-        parameters += width * (1 if len(shape) == 1 else hidden)
-        extents[name] = max(extents.get(name, 0), start + count * width)
-    for piece in slices:
-        extent, shape = extents[piece.tensor], tuple(shapes[piece.tensor])
-        expected = (extent,) if len(shape) == 1 else (extent, hidden)
-        if piece.axis == 1:
-            expected = (hidden, extent)
-        if shape != expected:
+        Raises:
+            CheckpointError: the checkpoint does not have it.
+        """
+        if name not in self._shapes:
             raise CheckpointError(
-                f"{source}: tensor {piece.tensor} has shape {list(shape)}, expected "
+                f"{self._sizes.source}: the checkpoint has no tensor {name!r}, which this "
+                "architecture needs"
+            )
+        return tuple(self._shapes[name])
+
+    def layer_groups(self, layer: int) -> list[UnitGroup]:
+        """Return the groups of one layer: attention, then the FFN or its experts.
+
+        Raises:
+            CheckpointError: a tensor is missing, or its shape contradicts the config.
+        """
+        groups = [self._group(layer, ATTENTION, self._sizes.kv_heads(layer))]
+        channels = self._sizes.ffn_channels(layer)
+        if self._family.experts is None:
+            return [*groups, self._group(layer, FFN, channels)]
+        experts = self._sizes.experts(layer)
+        router = self._family.layer_prefix.format(layer=layer) + self._family.experts.router
+        self._require_shape(router, (experts, self._hidden))
+        for expert in range(experts):
+            group = self._group(layer, FFN, channels, expert)
+            row = UnitSlice(tensor=router, axis=0, width=1, start=expert, joint=True)
+            slices = (*group.slices, row)
+            groups.append(replace(group, slices=slices, joint_parameters=self._hidden))
+        return groups
+
+    def _group(self, layer: int, kind: str, count: int, expert: int | None = None) -> UnitGroup:
+        """Return the group of one kind in one layer, or of one expert."""
+        family, prefix = self._family, self._family.layer_prefix.format(layer=layer)
+        parts, output = family.attention_parts, family.attention_output
+        if kind == FFN:
+            parts, output = family.ffn_parts, family.ffn_output.format(expert=expert)
+        slices, parameters, shapes = [], 0, dict[str, tuple[int, ...]]()
+        for part in parts:
+            name = prefix + part.tensor.format(expert=expert)
+            if name not in self._shapes and not part.required:
+                continue
+            width = self._widths[part.width]
+            start = count * sum(self._widths[before] for before in part.after)
+            slices.append(UnitSlice(tensor=name, axis=part.axis, width=width, start=start))
+            extent = start + count * width  # in a fused tensor, the last part's is the tensor's
+            if len(self.shape_of(name)) == 1:
+                parameters += width
+                shapes[name] = (extent,)
+            else:
+                parameters += width * self._hidden
+                shapes[name] = (self._hidden, extent) if part.axis else (extent, self._hidden)
+        for name, shape in shapes.items():
+            self._require_shape(name, shape)
+        weight = f"{prefix}{output}.weight"
+        return UnitGroup(
+            layer=layer,
+            kind=kind,
+            count=count,
+            unit_parameters=parameters,
+            slices=tuple(slices),
+            output=output,
+            output_weight=weight,
+            columns_per_unit=next(piece.width for piece in slices if piece.tensor == weight),
+            expert=expert,
+        )
+
+    def _require_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        """Check that a tensor has the shape that the config implies."""
+        found = self.shape_of(name)
+        if found != expected:
+            raise CheckpointError(
+                f"{self._sizes.source}: tensor {name} has shape {list(found)}, expected "
                 f"{list(expected)} from the config"
             )
-    out_name = f"{prefix}{output}.weight"
-    columns = next(s.width for s in slices if s.tensor == out_name)
-    return UnitGroup(
-        layer=layer,
-        kind=kind,
-        count=count,
-        unit_parameters=parameters,
-        slices=tuple(slices),
-        output=output,
-        output_weight=out_name,
-        columns_per_unit=columns,
-        expert=expert,
-    )
