@@ -1,1 +1,1 @@
-"""Export: a checkpoint, dense or pruned, in the format of another runtime."""
+"""Export a checkpoint, dense or pruned, to the format of another runtime."""

@@ -1,7 +1,7 @@
-"""What llama.cpp calls an architecture, and how its graph of it differs from transformers'.
+"""Table of llama.cpp's architectures, and how their graphs differ from transformers' models.
 
-In: nothing. Out: one table entry for each ``config.model_type`` that is exported. Written from
-llama.cpp's conversion (convert_hf_to_gguf.py), loaders and graphs (src/models); names of tensors
+In: nothing. Out: one entry for each ``config.model_type`` that can be exported. Entries follow
+llama.cpp's conversion (convert_hf_to_gguf.py), loaders and graphs (src/models). Names of tensors
 and keys are the ``gguf`` package's.
 """
 
@@ -14,8 +14,9 @@ from types import MappingProxyType
 from frugal_bonsai.model.family_schema import Condition
 
 PER_LAYER_ARCHITECTURE = "deci"
-# llama.cpp's one gelu is the approximation by a tanh, of whichever gelu a config speaks.
+# llama.cpp computes every gelu by the approximation with a tanh.
 GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")
+_RMS_NORM = {"add_layer_norm_rms_eps": "rms_norm_eps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,46 +24,40 @@ class Architecture:
     """How llama.cpp computes one of transformers' architectures.
 
     Attributes:
-        name: of the GGUF architecture.
-        as_llama: llama's graph computes the same, and ``deci``'s where layers differ in width.
-        square: its loader wants as many rows of q as the model is wide, which a model with fewer
-            heads has not.
-        same_heads: it wants as many rows of k.
-        fused: its tensors of q, k and v, or gate and up, in one -> what they are apart: for a model
-            that is written as ``llama``.
-        biases: tensors whose bias its loader takes, by llama.cpp's names.
-        output: its loader wants the head's tensor, tied or not.
-        activations: config's names of what its graph computes.
-        layer_norm: its norms are LayerNorms; else RMSNorms.
-        norm_epsilon: the config's key.
-        norm_offset: what transformers adds to the weights of norms, and its graph does not.
-        interleaved: its rotary embedding turns neighbouring dimensions; transformers' turns a
-            dimension of a head's first half with one of its second half.
-        rotates: all dimensions of a head (``whole``), any number of them (``part``) or none, for
-            positions are learnt (``none``).
-        rope_kinds: scalings of the rotary embedding that its graph has.
-        pause: every so many layers one does without rotary embedding.
-        window_period: every so many layers one has full attention, the others a sliding window; an
-            entry without it has full attention alone.
-        query_scalar: the config's key of what scores are divided by the square root of; its graph
+        name: Of the GGUF architecture.
+        as_llama: Entry for llama's graph where it computes the same function. So does ``deci``'s,
+            which takes layers of different widths.
+        fixed_rows: Projections of which the loader wants as many rows as the model is wide. A model
+            with fewer heads does not load.
+        fused: Tensor of q, k and v, or of gate and up -> the tensors that the graph reads instead.
+        biases: Tensors that may have a bias in a layer, by llama.cpp's names.
+        output: The loader wants the tensor of the head even where it is tied.
+        activations: The config's names of what the graph computes.
+        keys: Methods of ``gguf.GGUFWriter`` -> keys of the config whose values they write.
+        norm_offset: transformers adds it to the weights of norms, the graph does not.
+        interleaved: The graph rotates neighbouring dimensions of a head. transformers rotates a
+            dimension of the first half with one of the second half.
+        rotates: Dimensions of a head that the graph can rotate: all (``whole``), any number
+            (``part``) or none (``none``: positions are learnt).
+        rope_kinds: Scalings of the rotary embedding that the graph has.
+        pause: Every layer whose number is a multiple of this has no rotary embedding.
+        window_period: Every layer whose number is a multiple of this has full attention, the others
+            a sliding window. None: the graph has full attention only.
+        query_scalar: The config's key of the number whose square root divides the scores. The graph
             takes the width of a head.
-        query_tensor: what is multiplied to make up for that.
-        wide_layers: with as many layers its graph takes hidden size / heads instead.
-        keys: methods of ``gguf.GGUFWriter`` -> keys of the config whose value they are given.
-        refused: what a config may say that its graph does not compute; read from the config that
-            transformers makes, defaults and all.
+        query_tensor: The tensor that is scaled to make up for that.
+        wide_layers: With this number of layers, the graph takes hidden size / heads instead.
+        refused: Values of the config (transformers' defaults included) that the graph ignores.
     """
 
     name: str
-    as_llama: bool = False
-    square: bool = False
-    same_heads: bool = False
+    as_llama: Architecture | None = None
+    fixed_rows: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     output: bool = False
     activations: tuple[str, ...] = ("silu",)
-    layer_norm: bool = False
-    norm_epsilon: str = "rms_norm_eps"
+    keys: Mapping[str, str] = field(default_factory=lambda: _RMS_NORM)
     norm_offset: float = 0.0
     interleaved: bool = False
     rotates: str = "whole"
@@ -72,15 +67,14 @@ class Architecture:
     query_scalar: str | None = None
     query_tensor: str = "attn_q"
     wide_layers: int | None = None
-    keys: Mapping[str, str] = field(default_factory=dict)
     refused: tuple[Condition, ...] = ()
 
 
+_Q = ("attn_q",)
 _QKV = ("attn_q", "attn_k", "attn_v")
 _GATED = ("ffn_gate", "ffn_up", "ffn_down")
-LLAMA = Architecture(
+_LLAMA = Architecture(
     name="llama",
-    as_llama=True,
     biases=(*_QKV, "attn_output", *_GATED),
     interleaved=True,
     rope_kinds=("linear", "llama3"),
@@ -93,6 +87,7 @@ _GEMMA2 = Architecture(
     query_scalar="query_pre_attn_scalar",
     wide_layers=46,
     keys={
+        **_RMS_NORM,
         "add_attn_logit_softcapping": "attn_logit_softcapping",
         "add_final_logit_softcapping": "final_logit_softcapping",
     },
@@ -104,11 +99,10 @@ _GEMMA2 = Architecture(
 )
 _GPT2 = Architecture(
     name="gpt2",
-    square=True,
+    fixed_rows=_Q,
     biases=("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"),
     activations=GELU,
-    layer_norm=True,
-    norm_epsilon="layer_norm_epsilon",
+    keys={"add_layer_norm_eps": "layer_norm_epsilon"},
     rotates="none",
     refused=(
         Condition(key="scale_attn_weights", value=False, reason="always scales scores"),
@@ -124,16 +118,16 @@ _NORMED = "divides the weights of a token's experts by their sum"
 # config.model_type -> architecture.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "llama": LLAMA,
-        "mistral": LLAMA,
-        "qwen2": Architecture(name="qwen2", as_llama=True, square=True, biases=_QKV),
+        "llama": replace(_LLAMA, as_llama=_LLAMA),
+        "mistral": replace(_LLAMA, as_llama=_LLAMA),
+        "qwen2": Architecture(name="qwen2", as_llama=_LLAMA, fixed_rows=_Q, biases=_QKV),
         "qwen3": Architecture(name="qwen3"),
         "smollm3": Architecture(name="smollm3", biases=_QKV, interleaved=True, pause=4),
         "granite": replace(
-            LLAMA,
+            _LLAMA,
             name="granite",
-            as_llama=False,
             keys={
+                **_RMS_NORM,
                 "add_embedding_scale": "embedding_multiplier",
                 "add_attention_scale": "attention_multiplier",
                 "add_residual_scale": "residual_multiplier",
@@ -143,11 +137,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmo2": Architecture(name="olmo2"),
         "stablelm": Architecture(
             name="stablelm",
-            square=True,
+            fixed_rows=_Q,
             biases=("attn_norm", "ffn_norm", *_QKV),
             output=True,
-            layer_norm=True,
-            norm_epsilon="layer_norm_eps",
+            keys={"add_layer_norm_eps": "layer_norm_eps"},
             rotates="part",
         ),
         "gemma2": _GEMMA2,
@@ -157,7 +150,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             window_period=6,
             query_tensor="attn_q_norm",
             wide_layers=62,
-            keys={},
+            keys=_RMS_NORM,
             refused=(
                 Condition(
                     key="attn_logit_softcapping", other_than=0.0, reason="caps no scores any more"
@@ -168,12 +161,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "phi3": Architecture(
             name="phi3",
-            as_llama=True,
-            square=True,
-            fused={
-                "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-                "gate_up_proj": ("gate_proj", "up_proj"),
-            },
+            as_llama=replace(
+                _LLAMA,
+                fused={
+                    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+                    "gate_up_proj": ("gate_proj", "up_proj"),
+                },
+            ),
+            fixed_rows=_Q,
             rotates="part",
             rope_kinds=("linear", "longrope"),
         ),
@@ -182,9 +177,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             _GPT2,
             name="gptneox",
             output=True,
-            norm_epsilon="layer_norm_eps",
             rotates="part",
-            keys={"add_parallel_residual": "use_parallel_residual"},
+            keys={
+                "add_layer_norm_eps": "layer_norm_eps",
+                "add_parallel_residual": "use_parallel_residual",
+            },
             refused=(
                 Condition(
                     key="attention_bias", value=False, reason="wants biases at q, k, v and output"
@@ -193,11 +190,10 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "falcon": Architecture(
             name="falcon",
-            square=True,
+            fixed_rows=_Q,
             biases=("attn_norm", "attn_norm_2"),
             activations=GELU,
-            layer_norm=True,
-            norm_epsilon="layer_norm_epsilon",
+            keys={"add_layer_norm_eps": "layer_norm_epsilon"},
             refused=(
                 Condition(
                     key="parallel_attn",
@@ -206,15 +202,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                 ),
             ),
         ),
-        "mixtral": replace(LLAMA, as_llama=False, biases=()),
+        "mixtral": replace(_LLAMA, biases=()),
         "qwen3_moe": Architecture(
             name="qwen3moe",
             refused=(Condition(key="norm_topk_prob", value=False, reason=_NORMED),),
         ),
         "olmoe": Architecture(
             name="olmoe",
-            square=True,
-            same_heads=True,
+            fixed_rows=("attn_q", "attn_k"),
             output=True,
             refused=(
                 Condition(

@@ -1,32 +1,26 @@
-"""A checkpoint as one GGUF file, which llama.cpp and what is built on it load.
+"""Write a checkpoint as one GGUF file, for llama.cpp and programs built on it.
 
 In: an open checkpoint, its spec, a path. Out: the file, which appears when it is complete. The
-``gguf`` package lays it out; this package says what goes in. Holds one tensor of the source and
-what it becomes.
+``gguf`` package knows the format; this package supplies the contents. Holds the vocabulary, one
+tensor of the checkpoint and a part of what it becomes.
 """
 
 from __future__ import annotations
 
-import os
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from frugal_bonsai.checkpoint.commit import (
-    output_errors,
-    partial_name,
-    require_free_space,
-    sync_directory,
-)
+from frugal_bonsai.checkpoint.commit import output_errors, replaced_file, require_free_space
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.errors import CheckpointError, OptionError, OutputError
-from frugal_bonsai.export.metadata import add_model, add_tokenizer
-from frugal_bonsai.export.shape import Shape, describe_shape
-from frugal_bonsai.export.tensors import DTYPES, GgufTensor, formats, list_tensors
+from frugal_bonsai.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
+from frugal_bonsai.export.shape import describe_shape, model_keys
+from frugal_bonsai.export.tensors import DTYPES, list_tensors
 from frugal_bonsai.export.tokenizer import read_tokenizer
-from frugal_bonsai.export.values import Values
+from frugal_bonsai.export.values import GgufTensor
 from frugal_bonsai.model.family import ModelSpec
 
 if TYPE_CHECKING:
@@ -35,26 +29,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufSummary:
-    """What was written.
+    """Facts about a written file.
 
     Attributes:
         architecture: llama.cpp's name.
-        tokenizer: its kind, ``llama`` or ``gpt2``, and what splits text first.
-        formats: how many tensors are stored in each number format.
-        size_bytes: of the file.
+        tokenizer: Its kind, ``llama`` or ``gpt2``, and the rule that splits a text before BPE.
+        formats: Number of tensors in each number format.
+        size_bytes: Size of the file.
+        notes: What the user should know.
     """
 
     architecture: str
     tokenizer: str
     formats: dict[str, int]
     size_bytes: int
+    notes: list[str]
 
 
 def require_gguf() -> None:
-    """Check that the ``gguf`` package is there.
+    """Check that the ``gguf`` package is installed.
 
     Raises:
-        OptionError: it is not; the text says how to install it.
+        OptionError: It is not; the text says how to install it.
     """
     try:
         import gguf  # noqa: F401
@@ -70,50 +66,55 @@ def write_gguf(
     """Write a model as a GGUF file.
 
     Args:
-        checkpoint: dense or pruned; its folder holds the tokenizer.
-        spec: its description.
-        out: path of a file that does not exist.
-        name: what the model is called in the file.
-        dtype: number format of the matrices: ``f16``, ``f32`` or ``q8_0``.
+        checkpoint: A dense or pruned model; its folder holds the tokenizer.
+        spec: Its description.
+        out: Path of a file that does not exist.
+        name: Name of the model in the file.
+        dtype: Number format of the matrices: ``f16``, ``f32`` or ``q8_0``.
 
     Raises:
-        UnsupportedModelError: an architecture or tokenizer that llama.cpp has no equal for.
-        CheckpointError: a tensor that cannot be read or stored in this format.
-        OptionError: an unknown dtype, or no ``gguf`` package.
-        OutputError: the file exists or cannot be written.
+        UnsupportedModelError: llama.cpp lacks the architecture or the tokenizer.
+        CheckpointError: A tensor or the tokenizer cannot be read, or the number format cannot hold
+            a value.
+        OptionError: The dtype is unknown, or the ``gguf`` package is not installed.
+        OutputError: The file exists or cannot be written.
     """
     if dtype not in DTYPES:
         raise OptionError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     require_gguf()
     out = Path(out)
     _require_no_file(out)
-    shape = describe_shape(spec, source=str(checkpoint.folder / "config.json"))
-    tokenizer = read_tokenizer(checkpoint.folder, spec.vocabulary)
+    with _errors_about(checkpoint.folder / "config.json"):
+        shape = describe_shape(spec)
+    with _errors_about(checkpoint.folder):
+        tokenizer = read_tokenizer(checkpoint.folder, spec.vocabulary, spec.config)
     tensors = list_tensors(checkpoint, spec, shape, dtype)
-    require_free_space(out.parent, sum(tensor.size_bytes for tensor in tensors), "the GGUF file")
-    from gguf import GGUFWriter
+    require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors), "the GGUF file")
+    import gguf
 
-    with _committed(out) as temporary:
-        writer = GGUFWriter(temporary, shape.architecture)
-        try:
-            add_model(writer, spec, shape, name, dtype)
-            add_tokenizer(writer, tokenizer)
-            _write_tensors(writer, checkpoint, shape, tensors)
-        finally:
-            writer.close()
+    with output_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(out) as file:
+        with closing(gguf.GGUFWriter(Path(file.name), shape.architecture)) as writer:
+            keys = model_keys(spec, shape, name, dtype) | tokenizer.keys
+            for method, value in keys.items():
+                getattr(writer, method)(value)
+            _write_tensors(writer, shape.factors, tensors)
+        _require_no_file(out)
     return GgufSummary(
         architecture=shape.architecture,
-        tokenizer=f"{tokenizer.model} ({tokenizer.pre})",
-        formats=formats(tensors),
+        tokenizer=tokenizer.name,
+        formats=dict(Counter(tensor.kind.name.lower() for tensor in tensors)),
         size_bytes=out.stat().st_size,
+        notes=tokenizer.notes,
     )
 
 
 def read_vocabulary(path: Path) -> int:
-    """Tokens of a GGUF file.
+    """Return the number of tokens of a GGUF file.
 
     Raises:
-        CheckpointError: it is no GGUF file.
+        CheckpointError: It is no GGUF file, or has no tokens.
     """
     require_gguf()
     from gguf import GGUFReader
@@ -127,6 +128,15 @@ def read_vocabulary(path: Path) -> int:
     return len(field.data)
 
 
+@contextmanager
+def _errors_about(path: Path) -> Iterator[None]:
+    """Put a path in front of the block's errors about what llama.cpp lacks."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
+
+
 def _require_no_file(out: Path) -> None:
     if out.is_dir():
         raise OutputError(f"{out}: is a folder; name a file, such as {out / 'model.gguf'}")
@@ -134,53 +144,20 @@ def _require_no_file(out: Path) -> None:
         raise OutputError(f"{out}: exists; name another file, or remove it")
 
 
-@contextmanager
-def _committed(out: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes ``out`` when the block succeeds."""
-    temporary = partial_name(out)
-    try:
-        with output_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
-            _require_no_file(out)
-            temporary.rename(out)
-            sync_directory(out.parent)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
 def _write_tensors(
-    writer: GGUFWriter, checkpoint: Checkpoint, shape: Shape, tensors: list[GgufTensor]
+    writer: GGUFWriter, factors: dict[str, tuple[float, ...]], tensors: list[GgufTensor]
 ) -> None:
-    """Announce all tensors, then read, convert and write one at a time."""
-    import gguf
+    """Write the header with all names, then the tensors, one at a time."""
     import numpy as np
 
-    factors = {
-        f"{key}.weight": np.asarray(values, dtype=np.float32)
-        for key, values in (shape.rope.factors if shape.rope else {}).items()
-    }
-    for key, array in factors.items():
-        writer.add_tensor_info(key, array.shape, array.dtype, array.nbytes)
-    kinds: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "q8_0": np.uint8}
+    real = np.dtype(np.float32)
+    arrays = {f"{name}.weight": np.asarray(values, real) for name, values in factors.items()}
+    for name, array in arrays.items():
+        writer.add_tensor_info(name, array.shape, real, array.nbytes)
     for tensor in tensors:
-        raw = gguf.GGMLQuantizationType.Q8_0 if tensor.dtype == "q8_0" else None
-        writer.add_tensor_info(
-            tensor.name,
-            tensor.stored_shape,
-            np.dtype(kinds[tensor.dtype]),
-            tensor.size_bytes,
-            raw,
-        )
+        writer.add_tensor_info(tensor.name, tensor.shape, real, tensor.nbytes, tensor.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for array in factors.values():
-        writer.write_tensor_data(array)
-    for tensor in tensors:
-        values: Any = Values(checkpoint, tensor)
-        writer.write_tensor_data(values)
+    for data in (*arrays.values(), *tensors):
+        writer.write_tensor_data(data)

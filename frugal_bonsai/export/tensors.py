@@ -1,8 +1,8 @@
-"""Which tensors a GGUF file has: llama.cpp's names, what each is made from, number formats.
+"""List the tensors of a GGUF file.
 
-In: a :class:`Checkpoint`, its spec and :class:`Shape`. Out: for each tensor its name, shape,
-format and what is done to its values on the way (:mod:`frugal_bonsai.export.values`). Names are
-the ``gguf`` package's. Reads no weights.
+In: a :class:`Checkpoint`, its spec and :class:`Shape`. Out: for each tensor of the file its name,
+shape and number format, its sources in the checkpoint, and how their values change. Names, number
+formats and their sizes are the ``gguf`` package's. Reads no weights.
 
 Shape suffixes: E parts that become one tensor, O output rows, I input columns.
 """
@@ -10,138 +10,101 @@ Shape suffixes: E parts that become one tensor, O output rows, I input columns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import UnsupportedModelError
 from frugal_bonsai.export.shape import Shape
+from frugal_bonsai.export.values import GgufTensor, by_kind, interleave
 from frugal_bonsai.model.family import ModelSpec
 
 if TYPE_CHECKING:
+    import torch
     from gguf import TensorNameMap
 
 DTYPES = ("f16", "f32", "q8_0")
-QUANTISED_ROW = 32  # values that share a scale in q8_0: rows are multiples of this
-# Matrices that llama.cpp wants in f32, as it does all vectors.
+# Matrices that llama.cpp wants in f32, as it wants all vectors.
 _EXACT = ("ffn_gate_inp", "position_embd", "attn_q_norm", "attn_k_norm")
-# Tensors that llama.cpp holds in one for all experts, or for the norms of all heads.
-_PART = re.compile(r"\.(experts|norms)\.(\d+)\.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufTensor:
-    """One tensor of the file.
-
-    Attributes:
-        name: llama.cpp's.
-        sources: the checkpoint's; where there are several, ``[E, ...]`` is made of them.
-        shape: outermost first.
-        dtype: ``f16``, ``f32`` or ``q8_0``.
-        rows: the part of the source's rows that is taken; None takes all.
-        heads: heads whose rows are put in llama.cpp's order; 0 leaves the order.
-        groups: KV groups whose rows lie one group after the other (queries, key, value) and are put
-            kind after kind; 0 leaves the order.
-        head_dim: rows of a head.
-        factor: what values are multiplied by.
-        offset: what is added to them, before that.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    rows: slice | None = None
-    heads: int = 0
-    groups: int = 0
-    head_dim: int = 0
-    factor: float = 1.0
-    offset: float = 0.0
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape in bytes for q8_0 (34 for 32 values), else in values."""
-        if self.dtype != "q8_0":
-            return self.shape
-        return (*self.shape[:-1], self.shape[-1] // QUANTISED_ROW * (QUANTISED_ROW + 2))
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes in the file."""
-        size = {"f16": 2, "f32": 4, "q8_0": 1}[self.dtype]
-        for extent in self.stored_shape:
-            size *= extent
-        return size
 
 
 def list_tensors(
     checkpoint: Checkpoint, spec: ModelSpec, shape: Shape, dtype: str
 ) -> list[GgufTensor]:
-    """Every tensor of the file, in the checkpoint's order.
+    """Return every tensor of the file, layer after layer.
 
-    Vectors stay f32: llama.cpp wants that. A matrix whose rows are no multiple of 32 cannot be
-    quantised and becomes f16, as in llama.cpp's own conversion.
+    Vectors stay f32, as llama.cpp wants. A matrix whose rows are no multiple of q8_0's block of 32
+    becomes f16, as in llama.cpp's own conversion.
 
     Raises:
-        UnsupportedModelError: a tensor that the GGUF architecture has no name for.
+        UnsupportedModelError: The GGUF architecture has no name for a tensor.
     """
     import gguf
 
-    architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
+    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(architectures[shape.architecture], spec.layers)
     tensors: dict[str, GgufTensor] = {}
-    parts: dict[str, dict[int, str]] = {}
-    for source, entry in checkpoint.tensors.items():
+    for source in sorted(checkpoint.tensors, key=_in_numeric_order):
         if source.endswith("rotary_emb.inv_freq") or (spec.tied and source == spec.family.head):
             continue
-        own, part = _whole_name(source)
-        for piece, rows in _pieces(own, entry, spec, shape):
+        entry, whole = checkpoint.tensors[source], _whole_name(source)
+        for piece, rows in _pieces(whole, entry, spec, shape):
             name = _gguf_name(names, piece, source, entry, shape)
             extents = entry.shape if rows is None else (rows.stop - rows.start, *entry.shape[1:])
-            tensor = GgufTensor(name=name, sources=(source,), shape=extents, dtype=dtype, rows=rows)
-            if part is not None:
-                parts.setdefault(name, {})[part] = source
+            sources: tuple[str, ...] = (source,)
+            if whole != source:
+                sources = (*(tensors[name].sources if name in tensors else ()), source)
+                extents = (len(sources), *extents)
             elif name in tensors:
                 raise UnsupportedModelError(
                     f"{entry.file}: tensors {tensors[name].sources[0]!r} and {source!r} have one "
                     f"place in llama.cpp's architecture {shape.architecture!r}, {name}"
                 )
-            tensors.setdefault(name, tensor)
-    for name, sources in parts.items():
-        ordered = tuple(sources[part] for part in sorted(sources))
-        tensors[name] = replace(
-            tensors[name], sources=ordered, shape=(len(ordered), *tensors[name].shape)
-        )
+            tensors[name] = GgufTensor(
+                name=name,
+                checkpoint=checkpoint,
+                sources=sources,
+                shape=extents,
+                kind=kind,
+                rows=rows,
+            )
     if shape.traits.output and spec.tied:
         tensors["output.weight"] = replace(tensors["token_embd.weight"], name="output.weight")
     return [_finish(tensor, spec, shape) for tensor in tensors.values()]
 
 
-def _whole_name(source: str) -> tuple[str, int | None]:
-    """What a part's name would be if all parts were in one tensor, and the part's number."""
-    found = _PART.search(source)
-    if found is None:
-        return source, None
-    middle = ".experts." if found[1] == "experts" else "."
-    return source[: found.start()] + middle + source[found.end() :], int(found[2])
+def _in_numeric_order(name: str) -> list[int | str]:
+    """Return a sort key by which expert 10 follows expert 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _whole_name(source: str) -> str:
+    """Return the name of the tensor that holds all experts, or the norms of all heads.
+
+    llama.cpp stacks these; the ``gguf`` package knows the name without the number.
+    """
+    source = re.sub(r"\.norms\.\d+\.", ".", source)
+    return re.sub(r"\.experts\.\d+\.", ".experts.", source)
 
 
 def _pieces(
     name: str, entry: TensorEntry, spec: ModelSpec, shape: Shape
 ) -> Iterator[tuple[str, slice | None]]:
-    """The names and rows of what a fused tensor is taken apart into; or the tensor itself."""
+    """Yield the names and rows of a fused tensor's pieces; or the tensor itself."""
     module, _, kind = name.rpartition(".")
     prefix, _, last = module.rpartition(".")
-    if last not in shape.fused:
+    if last not in shape.traits.fused:
         yield name, None
         return
     layer = next(at for at in range(spec.layers) if name.startswith(spec.prefix(at)))
     keys = shape.kv_heads[layer] * spec.head_dim
     sizes = {"q_proj": shape.heads[layer] * spec.head_dim, "k_proj": keys, "v_proj": keys}
     start = 0
-    for piece in shape.fused[last]:
+    for piece in shape.traits.fused[last]:
         stop = start + sizes.get(piece, shape.channels[layer])
         yield f"{prefix}.{piece}.{kind}", slice(start, stop)
         start = stop
@@ -157,8 +120,11 @@ def _gguf_name(
             f"{entry.file}: tensor {source!r} has no place in llama.cpp's architecture "
             f"{shape.architecture!r}"
         )
-    tensor = _kind(name)
-    if name.startswith("blk.") and name.endswith(".bias") and tensor not in shape.traits.biases:
+    if (
+        name.startswith("blk.")
+        and name.endswith(".bias")
+        and _role(name) not in shape.traits.biases
+    ):
         raise UnsupportedModelError(
             f"{entry.file}: the model has {source}, and llama.cpp's architecture "
             f"{shape.traits.name!r} has no such bias"
@@ -166,44 +132,33 @@ def _gguf_name(
     return name
 
 
-def _kind(name: str) -> str:
-    """``attn_q`` of ``blk.3.attn_q.weight``."""
+def _role(name: str) -> str:
+    """Return ``attn_q`` of ``blk.3.attn_q.weight``."""
     return name.split(".")[-2]
 
 
 def _finish(tensor: GgufTensor, spec: ModelSpec, shape: Shape) -> GgufTensor:
-    """Its number format, and what is done to its values."""
-    kind, traits = _kind(tensor.name), shape.traits
-    number = tensor.dtype
-    if len(tensor.shape) == 1 or kind in _EXACT:
-        number = "f32"
-    elif number == "q8_0" and tensor.shape[-1] % QUANTISED_ROW:
-        number = "f16"
-    heads = groups = 0
-    if kind in ("attn_q", "attn_k") and traits.interleaved:
+    """Return the tensor with its number format, and with the changes of its values."""
+    import gguf
+
+    role, traits, kind = _role(tensor.name), shape.traits, tensor.kind
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    if len(tensor.shape) == 1 or role in _EXACT:
+        kind = gguf.GGMLQuantizationType.F32
+    elif tensor.shape[-1] % block:
+        kind = gguf.GGMLQuantizationType.F16
+    reorder: Callable[[torch.Tensor], torch.Tensor] | None = None
+    if role in ("attn_q", "attn_k") and traits.interleaved:
         layer = int(tensor.name.split(".")[1])
-        heads = (shape.heads if kind == "attn_q" else shape.kv_heads)[layer]
-    if kind == "attn_qkv" and _lies_by_group(spec):
-        groups = spec.kv_heads
+        heads = shape.heads if role == "attn_q" else shape.kv_heads
+        reorder = partial(interleave, heads=heads[layer])
+    # Some families lay out a fused q, k, v by KV group.
+    if role == "attn_qkv" and any(part.width == "group" for part in spec.family.attention_parts):
+        reorder = partial(by_kind, groups=spec.kv_heads, head_dim=spec.head_dim)
     return replace(
         tensor,
-        dtype=number,
-        heads=heads,
-        groups=groups,
-        head_dim=spec.head_dim,
-        factor=shape.query_factor if kind == traits.query_tensor else 1.0,
-        offset=traits.norm_offset if kind.endswith("norm") else 0.0,
+        kind=kind,
+        reorder=reorder,
+        factor=shape.query_factor if role == traits.query_tensor else 1.0,
+        offset=traits.norm_offset if role.endswith("norm") else 0.0,
     )
-
-
-def _lies_by_group(spec: ModelSpec) -> bool:
-    """Whether a fused tensor of q, k and v has one KV group behind the other."""
-    return any(part.width == "group" for part in spec.family.attention_parts)
-
-
-def formats(tensors: Sequence[GgufTensor]) -> dict[str, int]:
-    """How many tensors are stored in each number format."""
-    counts: dict[str, int] = {}
-    for tensor in tensors:
-        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + 1
-    return counts

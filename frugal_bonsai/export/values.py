@@ -1,68 +1,80 @@
-"""Weights on their way into a GGUF file: llama.cpp's order of rows, number formats.
+"""Read, convert and write the values of one GGUF tensor.
 
-In: a :class:`Checkpoint` and a :class:`GgufTensor`. Out: its values, one source at a time. Holds
-one tensor of the source and what it becomes: of a layer's experts one.
+In: a :class:`GgufTensor`, which names its sources. Out: bytes in the tensor's number format, in
+llama.cpp's order of rows. Holds one tensor of the checkpoint and a few million converted values.
 
-Shape suffixes: O output rows, I input columns.
+Shape suffixes: E parts that become one tensor, O output rows, I input columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.export.tensors import GgufTensor
 
 if TYPE_CHECKING:
     import numpy
     import torch
+    from gguf import GGMLQuantizationType
 
 _CHUNK_VALUES = 2**22
 
 
-class Values:
-    """A tensor's values, read as they are written; ``gguf`` asks its own lazy ones no more.
+@dataclass(frozen=True, kw_only=True)
+class GgufTensor:
+    """One tensor of the file, whose values are read while they are written.
 
-    Args:
-        checkpoint: what is read.
-        tensor: what is made of it.
+    Stands in for an array in ``gguf.GGUFWriter.write_tensor_data``, which uses ``nbytes`` and
+    ``tofile`` only.
+
+    Attributes:
+        name: llama.cpp's name.
+        checkpoint: Holds the sources.
+        sources: Names of the checkpoint's tensors. Experts, and norms of heads, are stacked to
+            ``[E, ...]``.
+        shape: In values, outermost extent first.
+        kind: Number format.
+        rows: The rows of the source that are taken; None takes all.
+        reorder: Puts the rows in llama.cpp's order; None leaves the order.
+        factor: Multiplies the values, after ``offset``.
+        offset: Is added to the values.
     """
 
-    def __init__(self, checkpoint: Checkpoint, tensor: GgufTensor) -> None:
-        self._checkpoint, self._tensor = checkpoint, tensor
+    name: str
+    checkpoint: Checkpoint
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    rows: slice | None = None
+    reorder: Callable[[torch.Tensor], torch.Tensor] | None = None
+    factor: float = 1.0
+    offset: float = 0.0
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return self._tensor.size_bytes
+        import gguf
+
+        return math.prod(gguf.quant_shape_to_byte_shape(self.shape, self.kind))
 
     def tofile(self, file: BinaryIO) -> None:
         """Read, convert and write one source after the other.
 
         Raises:
-            CheckpointError: a failing read, or values that the format cannot hold.
+            CheckpointError: A tensor cannot be read, or the number format cannot hold a value.
         """
-        for part in read_parts(self._checkpoint, self._tensor):
-            part.tofile(file)
-
-
-def read_parts(checkpoint: Checkpoint, tensor: GgufTensor) -> Iterator[numpy.ndarray[Any, Any]]:
-    """One tensor as it stands in the file, source by source.
-
-    Raises:
-        CheckpointError: a failing read, or values that the format cannot hold.
-    """
-    for source in tensor.sources:
-        values = checkpoint.read(source)
-        if tensor.rows is not None:
-            values = values[tensor.rows]
-        if tensor.groups:
-            values = by_kind(values, tensor.groups, tensor.head_dim)
-        if tensor.heads:
-            values = interleave(values, tensor.heads)
-        yield _convert(tensor, source, values, str(checkpoint.tensors[source].file))
+        for source in self.sources:
+            values = self.checkpoint.read(source)
+            if self.rows is not None:
+                values = values[self.rows]
+            if self.reorder is not None:
+                values = self.reorder(values)
+            for chunk in _convert(self, values, source):
+                chunk.tofile(file)
 
 
 def interleave(values: torch.Tensor, heads: int) -> torch.Tensor:
@@ -70,7 +82,7 @@ def interleave(values: torch.Tensor, heads: int) -> torch.Tensor:
 
     Args:
         values: ``[O, I]`` or ``[O]``, the rows of ``heads`` heads.
-        heads: their number.
+        heads: Number of heads.
     """
     halves = values.view(heads, 2, -1, *values.shape[1:])
     return halves.transpose(1, 2).reshape(values.shape)
@@ -80,10 +92,10 @@ def by_kind(values: torch.Tensor, groups: int, head_dim: int) -> torch.Tensor:
     """Put all queries first, then all keys, then all values.
 
     Args:
-        values: ``[O, I]`` or ``[O]``, KV groups one after the other: each the rows of its query
-            heads, of its key and of its value.
-        groups: their number.
-        head_dim: rows of a head.
+        values: ``[O, I]`` or ``[O]``, one KV group after the other: the rows of its query heads, of
+            its key and of its value.
+        groups: Number of KV groups.
+        head_dim: Rows of a head.
     """
     import torch
 
@@ -93,37 +105,26 @@ def by_kind(values: torch.Tensor, groups: int, head_dim: int) -> torch.Tensor:
 
 
 def _convert(
-    tensor: GgufTensor, source: str, values: torch.Tensor, file: str
-) -> numpy.ndarray[Any, Any]:
-    """Offset, factor and number format some rows at a time: fp32 is never held whole for f16."""
+    tensor: GgufTensor, values: torch.Tensor, source: str
+) -> Iterator[numpy.ndarray[Any, Any]]:
+    """Yield the values in the tensor's number format, some rows at a time."""
     import gguf
     import numpy as np
 
-    kinds: dict[str, np.dtype[Any]] = {
-        "f16": np.dtype("<f2"),
-        "f32": np.dtype("<f4"),
-        "q8_0": np.dtype(np.uint8),
-    }
-    extents = tensor.stored_shape[-values.dim() :]
-    out: numpy.ndarray[Any, Any] = np.empty(extents, dtype=kinds[tensor.dtype])
-    rows = len(values)
-    step = max(1, _CHUNK_VALUES * rows // max(1, values.numel()))
-    for start in range(0, rows, step):
+    file = tensor.checkpoint.tensors[source].file
+    step = max(1, _CHUNK_VALUES * len(values) // max(1, values.numel()))
+    for start in range(0, len(values), step):
         rows_OI = values[start : start + step].float()
         if tensor.offset or tensor.factor != 1.0:
             rows_OI = (rows_OI + tensor.offset) * tensor.factor
-        chunk = rows_OI.numpy()
-        if not np.isfinite(chunk).all():
+        rows = rows_OI.numpy()
+        if not np.isfinite(rows).all():
             raise CheckpointError(f"{file}: tensor {source!r} holds NaN or infinity")
-        part = out[start : start + step]
-        if tensor.dtype == "q8_0":
-            part[...] = gguf.quants.quantize(chunk, gguf.GGMLQuantizationType.Q8_0)
-            continue
         with np.errstate(over="ignore"):
-            part[...] = chunk
-        if not np.isfinite(part).all():
+            chunk = gguf.quantize(rows, tensor.kind)
+        if not np.isfinite(chunk).all():
             raise CheckpointError(
                 f"{file}: tensor {source!r} has values beyond 65504, too large for f16; "
                 "take --dtype f32 or q8_0"
             )
-    return out
+        yield chunk

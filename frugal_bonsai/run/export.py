@@ -1,7 +1,8 @@
-"""``export``: a dense or pruned model in another runtime's format, one file.
+"""``export``: write a dense or pruned model as one file for another runtime.
 
 In: a model, a path. Out: the file, which appears when it is complete, and a summary as plain
-values. No forward pass, no GPU. Holds one tensor of the source and what it becomes.
+values. Runs no forward pass and needs no GPU. Holds one tensor of the checkpoint and a part of its
+converted values.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from frugal_bonsai.version import package_version
 
 
 def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str, Any]:
-    """Write a model as one GGUF file, for llama.cpp and what is built on it.
+    """Write a model as one GGUF file, for llama.cpp and programs built on it.
 
     Args:
-        model: folder, hub id or ``example``; dense or pruned, any layout.
-        out: path of a file that does not exist.
-        dtype: of the matrices: ``f16``, ``f32`` or ``q8_0``.
+        model: Folder, hub id or ``example``; dense or pruned, any layout.
+        out: Path of a file that does not exist.
+        dtype: Number format of the matrices: ``f16``, ``f32`` or ``q8_0``.
 
     Returns:
-        The summary, plain values (what ``--json`` prints).
+        The summary as plain values (the output of ``--json``).
 
     Raises:
-        FrugalBonsaiError: anything that the user can mend; no half-written file is left.
+        FrugalBonsaiError: Something that the user can mend; no half-written file is left.
     """
     from frugal_bonsai.export.gguf_file import write_gguf
     from frugal_bonsai.model.tied_head import require_tied_head
@@ -38,11 +39,11 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
         written = write_gguf(
             opened.checkpoint, opened.spec, out, name=parent_name(opened.name), dtype=dtype
         )
-        notes = []
+        notes = list(written.notes)
         if dtype == "q8_0" and "f16" in written.formats:
             notes.append(
                 f"{written.formats['f16']} tensors are f16: q8_0 needs rows in multiples of 32 "
-                "(prune with --tile 32 or a multiple)"
+                "(prune with --tile 32 or a multiple of it)"
             )
         return {
             "version": package_version(),

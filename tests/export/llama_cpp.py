@@ -20,9 +20,9 @@ from frugal_bonsai import load_pruned
 
 # Flash attention off and the KV cache in fp32: the defaults round more than the comparison allows.
 WORKER = """
-import json, sys
+import json, sys, urllib.request
 import xllamacpp
-path, jobs = sys.argv[1], json.load(sys.stdin)
+path, ignore_eos, jobs = sys.argv[1], sys.argv[2] == "ignore-eos", json.load(sys.stdin)
 params = xllamacpp.CommonParams()
 params.model.path = path
 params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
@@ -34,12 +34,13 @@ answers = []
 for prompt, tokens in jobs:
     made = server.handle_completions({
         "prompt": prompt, "max_tokens": tokens, "temperature": 0, "top_k": 1, "logprobs": 1,
-        "cache_prompt": False, "ignore_eos": True})
+        "cache_prompt": False, "ignore_eos": ignore_eos})
     # None where the tokens are parts of a character.
     content = (made["choices"][0]["logprobs"] or {"content": []})["content"]
     answers.append({"ids": [t["id"] for t in content], "logprobs": [t["logprob"] for t in content],
                     "text": made["choices"][0]["text"], "prompt": made["usage"]["prompt_tokens"]})
-print("ANSWERS" + json.dumps(answers))
+with urllib.request.urlopen(server.listening_address + "/props") as reply:
+    print("ANSWERS" + json.dumps([answers, json.load(reply)]))
 """
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -59,9 +60,21 @@ class Answer:
 
 
 def complete(path: Path, jobs: list[tuple[str | list[int], int]]) -> list[Answer]:
-    """Greedy tokens behind each prompt (text, or token ids)."""
+    """Greedy tokens behind each prompt (text, or token ids); no token ends a text."""
+    return _run(path, jobs, "ignore-eos")[0]
+
+
+def complete_to_the_end(path: Path, prompt: str, tokens: int) -> tuple[Answer, dict[str, Any]]:
+    """Greedy tokens behind a prompt until a token ends the text, and the server's properties."""
+    [answer], properties = _run(path, [(prompt, tokens)], "stop")
+    return answer, properties
+
+
+def _run(
+    path: Path, jobs: list[tuple[str | list[int], int]], ends: str
+) -> tuple[list[Answer], dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(path)],
+        [sys.executable, "-c", WORKER, str(path), ends],
         input=json.dumps(jobs),
         capture_output=True,
         text=True,
@@ -70,8 +83,9 @@ def complete(path: Path, jobs: list[tuple[str | list[int], int]]) -> list[Answer
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
     assert done.returncode == 0 and lines, (done.returncode, done.stderr[-3000:])
-    answers: list[dict[str, Any]] = json.loads(lines[0].removeprefix("ANSWERS"))
-    return [Answer(a["ids"], a["logprobs"], a["text"], a["prompt"]) for a in answers]
+    answers, properties = json.loads(lines[0].removeprefix("ANSWERS"))
+    found = [Answer(a["ids"], a["logprobs"], a["text"], a["prompt"]) for a in answers]
+    return found, properties
 
 
 @torch.no_grad()

@@ -83,7 +83,11 @@ def test_functions_that_llama_cpp_does_not_have(
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     with tiny_parent(tmp_path / "dense"):
         pass
-    refused(tmp_path / "dense", tmp_path, r"has no tokenizer\.json, and a GGUF file needs")
+    refused(
+        tmp_path / "dense",
+        tmp_path,
+        r"has no tokenizer \(looked for tokenizer\.json, tokenizer\.model",
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,26 +113,28 @@ def test_values_that_the_format_cannot_hold(
 def test_one_source_is_held_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Of a layer's experts too: what one became is gone when the next is read."""
+    """Of a layer's experts too: the source and what it became are gone when the next is read."""
     tiny = tiny_family(tmp_path / "dense", family, **FULL)
     save_pair_tokenizer(tmp_path / "dense")
-    made: list[weakref.ref[Any]] = []
+    held: list[weakref.ref[Any]] = []
     read, convert = tiny.checkpoint.read, values._convert
 
     def spy_read(name: str) -> torch.Tensor:
-        # The loop's own variable holds the last one until it is given the next.
-        assert sum(array() is not None for array in made) <= 1
-        return read(name)
+        # The loops' own variables hold the last source and chunk until they are given the next.
+        assert sum(value() is not None for value in held) <= 2
+        source = read(name)
+        held.append(weakref.ref(source))
+        return source
 
     def spy_convert(*given: Any) -> Any:
-        out = convert(*given)
-        made.append(weakref.ref(out))
-        return out
+        for chunk in convert(*given):
+            held.append(weakref.ref(chunk))
+            yield chunk
 
     monkeypatch.setattr(tiny.checkpoint, "read", spy_read)
     monkeypatch.setattr(values, "_convert", spy_convert)
     write_gguf(tiny.checkpoint, tiny.spec, tmp_path / "m.gguf", name="m", dtype="f16")
-    assert len(made) == len(tiny.checkpoint.tensors)
+    assert len(held) == 2 * len(tiny.checkpoint.tensors)
 
 
 def test_experts_in_one_tensor(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import TokenType
 from rewrite.models import tiny_parent
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, GemmaTokenizer, PreTrainedTokenizerFast
@@ -16,19 +18,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 from export.llama_cpp import needs_llama_cpp
 from export.test_llama_cpp import assert_same_split, export, real_texts
 from frugal_bonsai.errors import UnsupportedModelError
-from frugal_bonsai.export import tokenizer as tokenizer_module
-from frugal_bonsai.export.tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    read_tokenizer,
-)
-
-LLAMA3 = tokenizer_module._LLAMA3_PATTERN
-QWEN2 = LLAMA3.replace("{1,3}", "")
+from frugal_bonsai.export.tokenizer import LLAMA3, QWEN2, read_tokenizer
 
 
 def split_by(pattern: str) -> Any:
@@ -110,28 +100,38 @@ def test_gemmas_is_split_as_transformers_does(tmp_path: Path, shared: Path) -> N
     made.save_pretrained(tmp_path / "dense")
     summary = export(tmp_path / "dense", tmp_path / "m.gguf")
     assert summary.tokenizer == "llama (default)"
-    found = read_tokenizer(tmp_path / "dense", rows)
-    assert (found.add_bos, found.add_space_prefix) == (True, False)
-    kinds = dict(zip(found.tokens, found.types, strict=True))
-    assert (kinds["\u2581\u2581"], kinds["\n\n"]) == (NORMAL, USER_DEFINED)
+    keys = read_tokenizer(tmp_path / "dense", rows, {}).keys
+    assert (keys["add_add_bos_token"], keys["add_add_space_prefix"]) == (True, False)
+    kinds = dict(zip(keys["add_token_list"], keys["add_token_types"], strict=True))
+    assert (kinds["\u2581\u2581"], kinds["\n\n"]) == (TokenType.NORMAL, TokenType.USER_DEFINED)
     more = ["def f():\n\n\n        return  1", "a   b    c         d\n\nq  end"]
     assert_same_split(tmp_path / "dense", tmp_path / "m.gguf", [*texts, *more])
 
 
+def ids_of(keys: dict[str, Any]) -> dict[str, int]:
+    """Ids of special tokens, by their kind."""
+    found = {re.fullmatch("add_([a-z]+)_token_id", key): value for key, value in keys.items()}
+    return {match[1]: value for match, value in found.items() if match is not None}
+
+
 def test_sentencepiece_like(stories3m: Path) -> None:
-    found = read_tokenizer(stories3m, 4096 + 2)
-    assert (found.model, found.pre, found.merges) == ("llama", "default", None)
-    assert found.special_ids == {"bos": 1, "eos": 2, "unk": 0}
-    assert (found.add_bos, found.add_eos, found.add_space_prefix) == (True, False, True)
-    assert found.types[:4] == (UNKNOWN, CONTROL, CONTROL, BYTE)
-    assert found.types[258:260] == (BYTE, NORMAL)
-    assert found.tokens[4096:] == ("[PAD4096]", "[PAD4097]")
-    assert found.types[4096:] == (UNUSED, UNUSED)
+    found = read_tokenizer(stories3m, 4096 + 2, {})
+    keys = found.keys
+    assert (found.name, found.notes) == ("llama (default)", [])
+    assert "add_token_merges" not in keys
+    assert ids_of(keys) == {"bos": 1, "eos": 2, "unk": 0}
+    assert keys["add_add_bos_token"] and not keys["add_add_eos_token"]
+    assert keys["add_add_space_prefix"]
+    tokens, types = keys["add_token_list"], keys["add_token_types"]
+    kind = TokenType
+    assert types[:4] == [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, kind.BYTE]
+    assert types[258:260] == [kind.BYTE, kind.NORMAL]
+    assert tokens[4096:] == ["[PAD4096]", "[PAD4097]"]
+    assert types[4096:] == [kind.UNUSED, kind.UNUSED]
     values = json.loads((stories3m / "tokenizer.json").read_text(encoding="utf-8"))
     made = ["".join(pair) for pair in values["model"]["merges"]]
-    assert found.scores is not None
     for piece in made[:50]:  # by the first of the merges that make it
-        assert found.scores[found.tokens.index(piece)] == -made.index(piece)
+        assert keys["add_token_scores"][tokens.index(piece)] == -made.index(piece)
 
 
 @pytest.fixture
@@ -148,66 +148,82 @@ def change(folder: Path, name: str = "tokenizer.json", **values: Any) -> None:
 
 
 def test_metaspace_is_the_same_as_prepending(folder: Path) -> None:
-    plain = read_tokenizer(folder, 512)
+    plain = read_tokenizer(folder, 512, {})
     for scheme, prefix in (("first", True), ("always", True), ("never", False)):
         space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
         change(folder, normalizer=None, pre_tokenizer=space)
-        assert read_tokenizer(folder, 512).add_space_prefix == prefix
-    assert plain.add_space_prefix
+        assert read_tokenizer(folder, 512, {}).keys["add_add_space_prefix"] == prefix
+    assert plain.keys["add_add_space_prefix"]
 
 
-def test_added_tokens_and_chat_template(folder: Path) -> None:
+def test_added_tokens(folder: Path) -> None:
     values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    extra = {"id": 512, "content": "<tool>", "special": False}
+    extra = {**values["added_tokens"][0], "id": 512, "content": "<tool>", "special": False}
     change(folder, added_tokens=[*values["added_tokens"], extra])
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    found = read_tokenizer(folder, 513)
-    assert (found.tokens[512], found.types[512]) == ("<tool>", USER_DEFINED)
-    assert found.chat_template == "{{ messages }}"
-    change(folder, "tokenizer_config.json", chat_template="{{ bos_token }}")
-    assert read_tokenizer(folder, 513).chat_template == "{{ bos_token }}"
+    keys = read_tokenizer(folder, 513, {}).keys
+    found = keys["add_token_list"][512], keys["add_token_types"][512]
+    assert found == ("<tool>", TokenType.USER_DEFINED)
 
 
 def byte_level(**pre_tokenizer: Any) -> dict[str, Any]:
     model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
-    step = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, **pre_tokenizer}
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    step |= {"use_regex": True, **pre_tokenizer}
     values = {"model": model, "normalizer": None, "pre_tokenizer": step}
     return {**values, "post_processor": None, "added_tokens": []}
+
+
+def surrounded_by(*tokens: str) -> dict[str, Any]:
+    """A post-processor that puts tokens in front of a text."""
+    before = [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
+    ids = {
+        token: {"id": token, "ids": [at + 5], "tokens": [token]} for at, token in enumerate(tokens)
+    }
+    template = [*before, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": template,
+            "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": ids,
+        }
+    }
 
 
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"model": {"type": "Unigram", "vocab": []}}, "its model is 'Unigram', expected BPE"),
-        ({"normalizer": {"type": "Lowercase"}}, "pre-tokenizer has 'Lowercase'"),
-        ({"normalizer": None, "pre_tokenizer": None}, "spaces do not become"),
-        ({"post_processor": {"type": "BertProcessing"}}, "post-processor has 'BertProcessing'"),
         (
-            {
-                "post_processor": {
-                    "type": "TemplateProcessing",
-                    "single": [{"SpecialToken": {"id": "<odd>"}}, {"Sequence": {"id": "A"}}],
-                }
-            },
-            "it puts '<odd>' around texts, which is not bos",
+            {"model": {"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": 0}},
+            "its model is 'Unigram', expected BPE",
         ),
-        (byte_level(add_prefix_space=True), "puts a space in front"),
-        (byte_level(type="Whitespace"), "pre-tokenizer has 'Whitespace'|not byte-level"),
-        (byte_level(use_regex=False), r"splits text by \[\]"),
+        ({"normalizer": {"type": "Lowercase"}}, r"it applies \['Lowercase'\]"),
+        ({"normalizer": None, "pre_tokenizer": None}, r"it applies \[\]"),
+        (surrounded_by("<odd>"), "it puts .* around texts, which is not bos"),
+        (surrounded_by("<s>", "<s>"), "it puts .* around texts, which is not bos"),
+        (
+            {"post_processor": {"type": "BertProcessing", "sep": ["b", 5], "cls": ["<s>", 1]}},
+            "it puts .* around texts, which is not eos",
+        ),
+        (byte_level(add_prefix_space=True), "a space in front of texts"),
+        (byte_level() | {"pre_tokenizer": {"type": "Whitespace"}}, "it applies .*Whitespace"),
+        (byte_level(use_regex=False), r"it applies \['ByteLevel'\]"),
         (byte_level() | {"model": byte_level()["model"] | {"merges": []}}, "it has no merges"),
-        (byte_level() | {"normalizer": {"type": "NFKC"}}, r"normalizers \['NFKC'\]"),
+        (byte_level() | {"normalizer": {"type": "NFKC"}}, r"it applies \['NFKC', "),
     ],
 )
 def test_tokenizers_that_are_refused(folder: Path, values: dict[str, Any], text: str) -> None:
     change(folder, **values)
-    with pytest.raises(UnsupportedModelError, match=rf"tokenizer\.json: .*{text}") as error:
-        read_tokenizer(folder, 512)
+    with pytest.raises(
+        UnsupportedModelError, match=rf"split text like this one: .*{text}"
+    ) as error:
+        read_tokenizer(folder, 512, {})
     assert "export knows BPE with byte fallback" in str(error.value)
 
 
 def test_more_tokens_than_the_embedding_has_rows(folder: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"512 tokens with 512 ids up to 511, .*of 500"):
-        read_tokenizer(folder, 500)
+    with pytest.raises(UnsupportedModelError, match=r"ids up to 511, for an embedding of 500 rows"):
+        read_tokenizer(folder, 500, {})
 
 
 @pytest.mark.parametrize(
@@ -217,6 +233,7 @@ def test_more_tokens_than_the_embedding_has_rows(folder: Path) -> None:
 def test_nfc_of_qwen_and_gpt_neox_is_known(tmp_path: Path, split: Any, name: str) -> None:
     made = Tokenizer(models.BPE(vocab={"a": 0, "aa": 1}, merges=[("a", "a")]))
     made.normalizer, made.pre_tokenizer = normalizers.NFC(), split
-    made.save(str(tmp_path / "tokenizer.json"))
-    found = read_tokenizer(tmp_path, 2)
-    assert (found.pre, found.special_ids, found.add_bos) == (name, {}, False)
+    PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
+    found = read_tokenizer(tmp_path, 2, {})
+    assert (found.name, ids_of(found.keys)) == (f"gpt2 ({name})", {})
+    assert not found.keys["add_add_bos_token"]
