@@ -151,7 +151,7 @@ def test_what_does_not_apply_is_refused(dense: dict[str, Path], tmp_path: Path) 
     )
     assert "adapt does not train a olmoe" in adapt
     exported = fail("export", dense["olmoe"], "--format", "gguf", "--out", tmp_path / "out")
-    assert "has 6 query heads and 3 KV heads, and llama.cpp wants the same number of both" in exported
+    assert "6 query heads and 3 KV heads, and llama.cpp wants the same number of both" in exported
     assert "have no experts" in fail("prune", "example", *words, "--method", "experts")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
 
