@@ -1,1 +1,1 @@
-"""Safetensors in and out: headers, pread-based reading, atomic writing, finding a model."""
+"""Find a model, read and write safetensors files, and commit output atomically."""

@@ -1,9 +1,9 @@
-"""Output that appears complete or not at all.
+"""Write files and directories atomically: they appear complete or not at all.
 
 In: bytes, or a block of code that fills a directory. Out: a file or directory under its final name,
-renamed from a temporary sibling after fsync. After any exception, Ctrl-C included, the temporary is
-removed and nothing has the final name. What the system refuses becomes an :class:`OutputError` that
-names the file and what to try.
+renamed from a temporary sibling after fsync. After any exception, Ctrl-C included, the temporary
+sibling is removed and the final name does not exist. An error of the operating system becomes an
+:class:`OutputError` that names the file and a remedy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn an :class:`OSError` of the block into an :class:`OutputError` about ``path``."""
+    """Turn an :class:`OSError` in the block into an :class:`OutputError` about ``path``."""
     try:
         yield
     except OSError as error:
@@ -36,10 +36,10 @@ def output_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A temporary sibling to write to, which takes the name ``path`` when the block succeeds.
+    """Open a temporary sibling for writing and rename it to ``path`` if the block succeeds.
 
     Raises:
-        OutputError: the system refuses to create, write or rename.
+        OutputError: the file cannot be created, written or renamed.
     """
     path = Path(path)
     temporary = partial_name(path)
@@ -58,7 +58,7 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically; one that exists is replaced.
+    """Write a file atomically. An existing file is replaced.
 
     Raises:
         OutputError: the file cannot be written.
@@ -78,9 +78,9 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def staged_directory(out: Path) -> Iterator[Path]:
-    """A temporary sibling directory that becomes ``out`` when the block succeeds.
+    """Create a temporary sibling directory and rename it to ``out`` if the block succeeds.
 
-    The parent of ``out`` is created where it is missing. ``out`` itself may be an empty directory.
+    A missing parent of ``out`` is created. ``out`` itself may be an empty directory.
 
     Yields:
         The temporary directory, ``.NAME.partial-XXXXXXXX`` beside ``out``.
@@ -109,33 +109,33 @@ def staged_directory(out: Path) -> Iterator[Path]:
 
 
 def require_no_output(out: Path) -> None:
-    """Check that a directory can still be created under this name.
+    """Check that a directory can be created under this name.
 
     Raises:
-        OutputError: something is there, other than an empty directory, or a folder above is none.
+        OutputError: a file or a non-empty directory has the name, or a parent is a file.
     """
     with output_errors(out):
         if out.is_symlink() or (out.exists() and not out.is_dir()):
-            raise OutputError(f"{out}: exists and is no directory; name a new directory")
+            raise OutputError(f"{out}: exists and is no directory; choose a new name")
         if out.is_dir() and any(out.iterdir()):
             raise OutputError(
-                f"{out}: the output directory exists and is not empty; name another, or remove it"
+                f"{out}: the output directory exists and is not empty; choose another or remove it"
             )
         above = next(folder for folder in out.absolute().parents if folder.exists())
         if not above.is_dir():
-            raise OutputError(f"{out}: {above} is a file, not a folder; name another directory")
+            raise OutputError(f"{out}: {above} is a file, not a folder; choose another directory")
 
 
 def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Check that the disk has room before any work is done.
+    """Check that the disk has room for an output.
 
     Args:
-        folder: where it will be written; its nearest existing parent is asked.
+        folder: the output's folder. If it does not exist, its nearest existing parent is checked.
         needed_bytes: bytes to be written.
-        what: what needs them, for the error text.
+        what: name of the output, for the error text.
 
     Raises:
-        OutputError: too little is free; the text states needed and free.
+        OutputError: the disk has too little room. The text states the needed and the free bytes.
     """
     place = Path(folder).absolute()
     while not place.exists() and place != place.parent:
@@ -146,17 +146,17 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise OutputError(
             f"{folder}: {what} needs {format_bytes(needed_bytes)}, the disk has "
             f"{format_bytes(free_bytes)} free; free {format_bytes(needed_bytes - free_bytes)} or "
-            "name a folder on another disk"
+            "choose a folder on another disk"
         )
 
 
 def partial_name(path: Path) -> Path:
-    """A sibling's name that nothing else uses."""
+    """Return an unused name for a temporary sibling."""
     return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
 
 
 def sync_directory(folder: Path) -> None:
-    """Make renames durable; Windows cannot open a directory and needs no such thing."""
+    """Make renames inside a folder durable. Windows cannot open directories and needs no sync."""
     if os.name != "nt":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -166,7 +166,7 @@ def sync_directory(folder: Path) -> None:
 
 
 def _advice(path: Path, error: OSError) -> str:
-    """What happened and what to try."""
+    """Return the text of an error: what happened and what to try."""
     what = error.strerror or str(error)
     if error.errno in _FULL:
         return f"the disk is full or a size limit was met ({what}); free space or write elsewhere"
@@ -174,4 +174,4 @@ def _advice(path: Path, error: OSError) -> str:
         return f"may not be written ({what}); check the permissions of {path.parent}"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
         return f"cannot be written ({what}); check that {path.parent} is a directory that exists"
-    return f"cannot be written ({what}); check the disk or write elsewhere"
+    return f"cannot be written ({what}); check the disk or choose another one"

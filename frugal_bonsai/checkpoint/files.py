@@ -1,8 +1,8 @@
-"""Open files that several threads read at offsets, straight into memory that the caller owns.
+"""Read files at offsets from several threads, into memory that the caller owns.
 
-In: a path, offsets, writable memory. Out: the bytes, in place. Never mmap: memory mapped from a
-file counts as this process's memory, so a sweep through a checkpoint would grow with the file.
-Holds one descriptor per file and nothing else.
+In: a path, offsets, writable memory. Out: the bytes, in place. Files are not mapped: mapped pages
+count as this process's memory, so the memory of a sweep would grow with the checkpoint. Holds one
+descriptor per file.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from frugal_bonsai.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-# Other file systems, or one that has no such call: not failures of the disk.
+# Errors of copy_file_range that mean "not between these files" and not "the disk fails".
 _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _PAGE_BYTES = 4096
-# Measured: half of it takes a quarter longer, and twice as much several times as long where source
-# and target begin at different places of a page.
+# Buffer of a copy whose source and target start at different offsets within a page. Measured: half
+# the size takes 25% longer, twice the size several times as long.
 _COPY_BYTES = 2**16
-# One call of preadv reads at most 2**31 - 4096 bytes on Linux, macOS refuses more than 2**31 - 1.
+# One call of preadv reads at most 2**31 - 4096 bytes on Linux; macOS refuses more than 2**31 - 1.
 MAX_READ_BYTES = 2**30
 
-# One call reads no more ahead than the disk's own read-ahead, which is often little more.
+# One WILLNEED call reads ahead at most the disk's read-ahead size, which is often little more.
 _SOON_BYTES = 2**20
 
-# What the platform lacks is None: Windows has none of them, macOS preadv alone.
+# None where the platform lacks the call: Windows has none of them, macOS only preadv.
 _PREADV: Callable[[int, list[memoryview], int], int] | None = getattr(os, "preadv", None)
 _COPY: Callable[..., int] | None = getattr(os, "copy_file_range", None)
 _FADVISE: Callable[[int, int, int, int], None] | None = getattr(os, "posix_fadvise", None)
@@ -43,11 +43,12 @@ class ReadFile:
     """One file, opened once for positioned reads.
 
     Attributes:
-        drop_behind: what has been read leaves the page cache.
+        path: the file.
+        drop_behind: pages leave the system's page cache after they have been read.
 
     Args:
-        path: of the file.
-        drop_behind: see above; nothing where the system cannot be told.
+        path: the file.
+        drop_behind: see above; ignored on platforms without ``posix_fadvise``.
 
     Raises:
         CheckpointError: the file cannot be opened.
@@ -60,32 +61,33 @@ class ReadFile:
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be opened ({error.strerror or error}); check that it exists and "
-                "its permissions"
+                "that you may read it"
             ) from error
         self._lock = threading.Lock()
 
     def advise_sequential(self, start: int, size_bytes: int) -> None:
-        """Tell the system that a long run is about to be read; nothing where it cannot be told."""
+        """Hint that a long range is about to be read in order."""
         self._advise(start, size_bytes, "POSIX_FADV_SEQUENTIAL")
 
     def advise_soon(self, start: int, size_bytes: int) -> None:
-        """Have the system read ahead in the background; nothing where it cannot be told."""
+        """Hint that a range is about to be read, so that the system reads it ahead."""
         for at in range(start, start + size_bytes, _SOON_BYTES):
             size = min(_SOON_BYTES, start + size_bytes - at)
             self._advise(at, size, "POSIX_FADV_WILLNEED")
 
     def _advise(self, start: int, size_bytes: int, advice: str) -> None:
+        """Pass a hint to the system; a no-op on platforms without ``posix_fadvise``."""
         if _FADVISE is not None:
-            with suppress(OSError):  # advice alone: a file system without it still reads
+            with suppress(OSError):  # only a hint: the read works without it
                 _FADVISE(self._file.fileno(), start, size_bytes, getattr(os, advice))
 
     def read_into(self, view: memoryview, start: int, what: str) -> None:
-        """Fill ``view`` (bytes, writable) from byte ``start`` on.
+        """Fill ``view`` with the bytes from ``start`` on.
 
         Args:
-            view: where the bytes go.
+            view: writable bytes.
             start: offset in the file.
-            what: what is read, for the error text (``tensor 'x'``).
+            what: name of the content for the error text (``tensor 'x'``).
 
         Raises:
             CheckpointError: the file ends early or the disk fails.
@@ -108,39 +110,39 @@ class ReadFile:
         if done < len(view):
             raise CheckpointError(
                 f"{self.path}: {what}: the file ends at byte {start + done}, {len(view) - done} of "
-                f"{len(view)} bytes are missing; was it changed meanwhile? download it again"
+                f"{len(view)} bytes are missing; was the file changed? download it again"
             )
 
     def _read_some(self, part: memoryview, start: int) -> int:
-        """One read, of at least one byte except at the end of the file."""
+        """Read at least one byte, or none at the end of the file; return the number."""
         if _PREADV is not None:
             return _PREADV(self._file.fileno(), [part], start)
-        with self._lock:  # Windows: position and read are two calls
+        with self._lock:  # without preadv, seek and read are two calls
             self._file.seek(start)
             return self._file.readinto(part) or 0
 
     def close(self) -> None:
-        """Give the descriptor back; safe to call twice."""
+        """Close the file. Safe to call twice."""
         self._file.close()
 
 
 def copy_range(source: Path, start: int, target: FileIO, to: int, size_bytes: int) -> bool:
     """Copy a range of one file into another.
 
-    Inside the system, past this process's memory, where the range begins at the same place of a
-    page in both files; else every page would be put together from two, which takes half as long
-    again as a small buffer that stays in the processor's cache.
+    If the range starts at the same offset within a page in both files, the system copies it past
+    this process's memory. Otherwise the system would assemble every page from two, which takes 50%
+    longer than the small buffer that is used instead.
 
     Args:
         source: file to read.
-        start: its first byte.
-        target: open for writing.
+        start: first byte in the source.
+        target: file that is open for writing.
         to: first byte in the target.
-        size_bytes: how many.
+        size_bytes: number of bytes.
 
     Returns:
-        False where the system cannot do it for these files; the range is then to be copied in
-        another way. A file that is too short is False too: who reads it will say so.
+        False if the system cannot copy between these files, or if the source is too short. The
+        caller then copies in another way, which reports a short file.
 
     Raises:
         OSError: the disk is full or refuses to write.
@@ -158,6 +160,7 @@ def copy_range(source: Path, start: int, target: FileIO, to: int, size_bytes: in
 
 
 def _copy_inside(source: FileIO, start: int, target: FileIO, to: int, size_bytes: int) -> bool:
+    """Copy with ``copy_file_range``; see :func:`copy_range`."""
     assert _COPY is not None
     done = 0
     while done < size_bytes:
@@ -172,12 +175,13 @@ def _copy_inside(source: FileIO, start: int, target: FileIO, to: int, size_bytes
 def _copy_through_buffer(
     source: FileIO, start: int, target: FileIO, to: int, size_bytes: int
 ) -> bool:
+    """Copy with reads and writes; see :func:`copy_range`."""
     buffer = memoryview(bytearray(min(_COPY_BYTES, size_bytes)))
     source.seek(start)
     target.seek(to)
     done = 0
     while done < size_bytes:
-        # Up to where a page of the target ends, whole pages from there on.
+        # Align the writes to the target's pages.
         piece = min(_COPY_BYTES - (to + done) % _COPY_BYTES, size_bytes - done)
         count = source.readinto(buffer[:piece])
         if not count:

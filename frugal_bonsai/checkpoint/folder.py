@@ -1,8 +1,8 @@
-"""Which files make up a checkpoint folder, and which tensor lies where.
+"""Find the config and the tensors of a checkpoint folder.
 
-In: a folder. Out: ``config.json`` as a dict and one :class:`TensorEntry` per tensor, from
-``model.safetensors`` or from ``model.safetensors.index.json`` and its shards. Reads headers and
-JSON only. A folder that has both forms is read from the single file, as transformers does.
+In: a folder. Out: ``config.json`` as a dict, and one :class:`TensorEntry` per tensor from
+``model.safetensors`` or from ``model.safetensors.index.json`` and its shards. If a folder has both,
+the single file is read, as in transformers. Reads headers and JSON only.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SAVE_AGAIN = "download the index again or save the model again with save_pretrai
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint folder.
+    """Return ``config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: no such folder, no config, or no JSON object in it.
+        CheckpointError: the folder or the config is missing, or the config is no JSON object.
     """
     try:
         exists, is_folder = folder.exists(), folder.is_dir()
@@ -45,17 +45,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not _is_file(path):
         raise CheckpointError(
-            f"{folder}: has no {CONFIG_FILE}, so the architecture is unknown; copy it from where "
-            "the model came from"
+            f"{folder}: has no {CONFIG_FILE}, so the architecture is unknown; copy it from the "
+            "model's source"
         )
     return read_json_object(path)
 
 
 def find_tensors(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint, shard by shard in the order of the data.
+    """Return every tensor of the checkpoint, shard by shard, in the order of the data.
 
     Raises:
-        CheckpointError: no safetensors weights, a bad index, or a bad file.
+        CheckpointError: the folder has no safetensors weights, or the index or a file is damaged.
     """
     if _is_file(folder / SINGLE_FILE):
         return read_header(folder / SINGLE_FILE)[0]
@@ -75,17 +75,17 @@ def find_tensors(folder: Path) -> dict[str, TensorEntry]:
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(
-                f"{folder / shard}: tensor {name!r} is not in this file, though {INDEX_FILE} says "
-                f"so; {DOWNLOAD_AGAIN}"
+                f"{folder / shard}: tensor {name!r} is not in this file, though {INDEX_FILE} "
+                f"lists it there; {DOWNLOAD_AGAIN}"
             )
     return tensors
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object.
+    """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: unreadable, not UTF-8, not JSON, or not an object.
+        CheckpointError: the file cannot be read, is not UTF-8, not JSON, or holds no object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard's file name, each inside the folder."""
+    """Return tensor name -> file name of its shard, and check that each is inside the folder."""
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: has no weight_map (tensor name -> shard); {SAVE_AGAIN}")
@@ -115,25 +115,25 @@ def _read_index(path: Path) -> dict[str, str]:
             )
         if not _is_inside(shard):
             raise CheckpointError(
-                f"{path}: tensor {name!r}: names {shard!r}, which is outside the folder: refused. "
-                f"If you trust this checkpoint, {SAVE_AGAIN}"
+                f"{path}: tensor {name!r}: names {shard!r}, which is outside the folder: refused; "
+                f"if you trust this checkpoint, {SAVE_AGAIN}"
             )
     return weight_map
 
 
 def _is_inside(shard: str) -> bool:
-    """A relative path without ``..``, on every platform: the text alone decides.
+    """Return whether a shard's name is a relative path without ``..`` on every platform.
 
-    The file itself may be a symbolic link: the hub's cache is made of them.
+    Only the text is checked. The file may be a symbolic link, as in the hub's cache.
     """
     windows = PureWindowsPath(shard)
     if windows.drive or windows.root or PurePosixPath(shard).is_absolute():
         return False
-    return ".." not in windows.parts  # splits at both kinds of slash
+    return ".." not in windows.parts  # split at both kinds of slash
 
 
 def _is_file(path: Path) -> bool:
-    """False too where the system refuses to say, for instance for a name that is too long."""
+    """Return whether a file exists; False if the system raises, as for names that are too long."""
     try:
         return path.is_file()
     except OSError:
@@ -147,16 +147,17 @@ def _check_against_index(
     weight_map: Mapping[str, str],
     earlier: TensorEntry | None,
 ) -> None:
-    """A tensor lies in one shard, the one that the index names.
+    """Check that a tensor is in one shard, the one that the index names.
 
-    Differs from transformers, which loads whatever the shards hold: a weight that the index does
-    not know is as likely a damaged index as a leftover, and both would change the model in silence.
+    Differs from transformers, which loads everything that the shards hold. A weight that the index
+    does not list points to a damaged index or to a leftover file; either would change the model
+    silently.
     """
     if earlier is not None or weight_map.get(entry.name, shard) != shard:
         other = earlier.file.name if earlier is not None else weight_map[entry.name]
         raise CheckpointError(
             f"{folder / shard}: tensor {entry.name!r} is also in {other} ({INDEX_FILE} says "
-            f"{weight_map.get(entry.name)}); one copy must go: {SAVE_AGAIN}"
+            f"{weight_map.get(entry.name)}); only one copy can be right: {SAVE_AGAIN}"
         )
     if entry.name not in weight_map:
         raise CheckpointError(
@@ -165,7 +166,7 @@ def _check_against_index(
 
 
 def _no_weights(folder: Path) -> str:
-    """What to say when neither form is there."""
+    """Return the error text for a folder without safetensors weights."""
     found = sorted(path.name for path in folder.iterdir() if _is_file(path))
     pickles = [name for name in found if name.endswith(PICKLE_SUFFIXES)]
     others = [name for name in found if name.endswith(".safetensors")]

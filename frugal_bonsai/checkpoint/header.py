@@ -1,14 +1,13 @@
-"""The header of a safetensors file: read and checked in full, or built.
+"""Read and check the header of a safetensors file.
 
-In: a path, or the names, dtypes and shapes to write. Out: one :class:`TensorEntry` per tensor with
-its absolute byte range, or the header's bytes. Reads the header alone, never tensor data; holds the
-header's JSON (100 MB at most, as the format allows) while it checks it. The checks are those of the
-safetensors package (``Metadata::validate`` and ``SafeTensors::read_metadata``), with one text per
-way in which a file can be wrong.
+In: a path. Out: one :class:`TensorEntry` per tensor with its absolute byte range. Reads the header,
+never tensor data, and holds the header's JSON (at most 100 MB, the format's limit). The checks are
+those of the safetensors package (``Metadata::validate`` and ``SafeTensors::read_metadata``); each
+way in which a file can be wrong has its own error text.
 
-Layout of a file: 8 bytes little-endian header length, that many bytes of JSON, the data. Offsets in
-the JSON count from the start of the data; those of a :class:`TensorEntry` from the start of the
-file.
+Layout of a file: 8 bytes with the little-endian length of the header, the header as JSON, the data.
+Offsets in the JSON count from the start of the data, offsets in a :class:`TensorEntry` from the
+start of the file.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ SAVE_AGAIN = "save it again with the safetensors package or save_pretrained"
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor lies.
+    """The place of one tensor in a file.
 
     Attributes:
-        name: name in the checkpoint.
-        dtype: the format's own name (``"BF16"``, ``"F32"``, ...).
-        shape: dimensions.
-        file: the file that holds it.
+        name: name in the file.
+        dtype: safetensors name of the dtype (``"BF16"``, ``"F32"``, ...).
+        shape: dimensions, ``[out, in]`` for a weight.
+        file: the file that holds the tensor.
         start: first byte, counted from the start of the file.
         end: one past the last byte.
-        transposed: the file holds ``[in, out]`` where ``shape`` says ``[out, in]``; reading a whole
-            tensor turns it.
+        transposed: the file stores the weight as ``[in, out]``. Reading the whole tensor
+            transposes it.
     """
 
     name: str
@@ -57,7 +56,7 @@ class TensorEntry:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes on disk."""
+        """Bytes in the file."""
         return self.end - self.start
 
     @property
@@ -67,7 +66,7 @@ class TensorEntry:
 
 
 class _DuplicateKeyError(Exception):
-    """A JSON object names a key twice."""
+    """A JSON object has the same key twice."""
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -77,10 +76,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         path: the file.
 
     Returns:
-        The tensors in the order in which their data lies, and the metadata.
+        The tensors by name, in the order of their data, and the metadata.
 
     Raises:
-        CheckpointError: the file is missing, truncated or damaged; the text names the tensor.
+        CheckpointError: the file is missing, truncated or damaged. The text names the tensor.
     """
     raw, file_bytes = _read_header_bytes(path)
     header = _parse_json(path, raw)
@@ -93,7 +92,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 
 def _read_header_bytes(path: Path) -> tuple[bytes, int]:
-    """The JSON's bytes and the length of the file."""
+    """Return the bytes of the header and the length of the file."""
     try:
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
@@ -129,7 +128,7 @@ def _read_header_bytes(path: Path) -> tuple[bytes, int]:
 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
-    """The header as a dict; refuses what serde_json refuses and Python's json accepts."""
+    """Parse the header, and refuse the JSON that serde_json refuses and Python accepts."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -150,7 +149,7 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object, refusing a key that comes twice."""
+    """Make a dict, and refuse a key that occurs twice."""
     made = dict(pairs)
     if len(made) != len(pairs):
         seen: set[str] = set()
@@ -162,12 +161,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> NoReturn:
-    """NaN and Infinity are Python's extension, not JSON."""
+    """Refuse NaN and Infinity, which are not JSON."""
     raise ValueError(f"{text} is not a JSON value")
 
 
 def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
-    """The free-text part: text keys with text values."""
+    """Check that the metadata map text to text."""
     if metadata is None:
         return {}
     if not isinstance(metadata, dict):
@@ -179,7 +178,7 @@ def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
 
 
 def _check_tensor(path: Path, name: str, info: Any, data_start: int) -> TensorEntry:
-    """One tensor's dtype, shape and range, each on its own."""
+    """Check one tensor's dtype, shape and byte range."""
     where = f"tensor {name!r}"
     if not _is_text(name):
         _fail(path, f"{where}: its name is not valid Unicode")
@@ -232,7 +231,7 @@ def _check_tensor(path: Path, name: str, info: Any, data_start: int) -> TensorEn
 def _check_ranges(
     path: Path, entries: Sequence[TensorEntry], data_start: int, file_bytes: int
 ) -> None:
-    """The tensors follow each other without gap or overlap and fill the file."""
+    """Check that the tensors fill the file without gap or overlap."""
     position, previous = data_start, "the header"
     for entry in entries:
         where = f"tensor {entry.name!r}"
@@ -264,17 +263,17 @@ def _check_ranges(
 
 
 def _is_count(value: Any) -> bool:
-    """A JSON integer from 0 to 2**63 - 1; ``true`` is an int to Python but not to the format."""
+    """Return whether a value is an integer from 0 to 2**63 - 1. Python's bool is an int, too."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_COUNT
 
 
 def _is_text(value: str) -> bool:
-    """False for lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
+    """Return whether a text is valid Unicode: JSON escapes can spell lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _show(value: Any) -> str:
-    """A value for an error text, cut to a readable length."""
+    """Return a value as text for an error, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 

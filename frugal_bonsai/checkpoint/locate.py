@@ -1,7 +1,8 @@
-"""From what the user typed as MODEL to a folder on disk.
+"""Find the folder of the model that the user names.
 
-In: ``example``, a local folder, or a hub id. Out: the folder. Downloads only what pruning needs
-(safetensors, JSON, tokenizer) into huggingface_hub's cache; opens no weights.
+In: ``example``, a local folder, or a hub id. Out: the folder. A hub model is downloaded into
+huggingface_hub's cache, restricted to the files that pruning needs (safetensors, JSON, tokenizer).
+Opens no weights.
 """
 
 from __future__ import annotations
@@ -15,40 +16,39 @@ from typing import cast
 from frugal_bonsai.errors import CheckpointError
 
 EXAMPLE = "example"
-# Files at the top of the repository alone: what lies deeper is other formats of the same weights.
+# Only files at the top of the repository: folders hold other formats of the same weights.
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 HUB_LEFT_OUT = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def find_model(model: str) -> Path:
-    """The folder of a model.
+    """Return the folder of a model, after downloading it if need be.
 
     Args:
         model: ``example`` (the embedded model), an existing local folder, or a hub id
-            ``org/name``, which is downloaded unless it is cached. A folder named like one of the
-            others is written with ``./`` in front.
+            ``org/name``. Write ``./`` before a local folder that is named ``example``.
 
     Raises:
-        CheckpointError: nothing of that name, a file, or a failed download; the text says what was
-            tried.
+        CheckpointError: there is no such model, the name is a file's, or the download failed. The
+            text says what was tried.
     """
     folder = local_folder(model)
     return _download(model) if folder is None else folder
 
 
 def local_folder(model: str) -> Path | None:
-    """The folder of a model that is here; None for what has the form of a hub id.
+    """Return the folder of a local model, or None if the name can be a hub id.
 
     Raises:
-        CheckpointError: a file, or neither a folder nor an id.
+        CheckpointError: the name is a file's, or neither a folder's nor a possible hub id.
     """
     if model == EXAMPLE:
         return _example_folder()
     try:
         path = Path(model).expanduser()
         exists, is_folder = bool(model) and path.exists(), bool(model) and path.is_dir()
-    except (OSError, RuntimeError):  # refused by the system, or no home folder to expand
+    except (OSError, RuntimeError):  # the system refuses, or there is no home folder to expand
         path, exists, is_folder = Path(model), False, False
     if is_folder:
         return path
@@ -66,18 +66,18 @@ def local_folder(model: str) -> Path | None:
 
 
 def _example_folder() -> Path:
-    """The folder of the embedded model."""
+    """Return the folder of the embedded model."""
     folder = Path(__file__).resolve().parent.parent / "example"
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{folder}: the embedded example model is not in this installation; install "
-            "frugal-bonsai again"
+            f"{folder}: the embedded example model is not in this installation; reinstall "
+            "frugal-bonsai"
         )
     return folder
 
 
 def _download(model: str) -> Path:
-    """A hub repository's files, from the cache or the network."""
+    """Return the folder of a hub repository's files, from the cache or the network."""
     from huggingface_hub import snapshot_download
 
     with hub_errors(model):
@@ -89,11 +89,11 @@ def _download(model: str) -> Path:
 
 @contextmanager
 def hub_errors(model: str) -> Iterator[None]:
-    """Turn what the hub and the connection raise into a :class:`CheckpointError`."""
+    """Turn errors of the hub and of the connection into a :class:`CheckpointError`."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The transport's own error (requests, httpx) is a base of the hub's: errors of the connection
-    # reach us as that class.
+    # Connection errors are raised as the transport's own class (requests, httpx), which is a base
+    # class of the hub's error.
     transport = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     expected: tuple[type[Exception], ...] = (OSError, ValueError, *transport)
     try:
@@ -103,7 +103,7 @@ def hub_errors(model: str) -> Iterator[None]:
 
 
 def _download_failed(model: str, error: Exception) -> str:
-    """What was tried and what to do, by the kind of failure."""
+    """Return the error text of a failed download: what was tried and what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -127,12 +127,12 @@ def _download_failed(model: str, error: Exception) -> str:
             "connection (and HF_HUB_OFFLINE), or copy the model here and name its folder"
         )
     return (
-        f"{tried}: the download failed ({type(error).__name__}: {_first_line(error)}); try again, "
-        "what has arrived is kept; check the connection and the free disk space"
+        f"{tried}: the download failed ({type(error).__name__}: {_first_line(error)}); try again "
+        "(files that have arrived are kept), and check the connection and the free disk space"
     )
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an error's text, cut to a readable length."""
+    """Return the first line of an error's text, cut to a readable length."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else "no details"

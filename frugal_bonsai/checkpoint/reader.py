@@ -1,9 +1,9 @@
-"""A checkpoint, read-only: one tensor, or some rows of one, at a time.
+"""Read a checkpoint: one tensor, or some rows of one, at a time.
 
 In: a folder with ``config.json`` and safetensors weights, single or sharded. Out: tensors in the
-source's dtype. Opening reads headers only. Reads are positioned (pread) into memory that the caller
-owns, so memory never follows the file; nothing is mapped and nothing is kept but one descriptor per
-file. A background thread may read while the main one does. Does not convert dtypes.
+source's dtype; dtypes are not converted. Opening reads headers only. Files are read at offsets
+(pread) into memory that the caller owns and are not mapped, so memory does not grow with the files.
+Holds one descriptor per file. Several threads may read at the same time.
 
 Shape suffixes: K looked-up rows, U distinct rows among them.
 """
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class Checkpoint:
-    """Config and tensors of one folder; see the module's text.
+    """The config and the tensors of one folder, read-only.
 
     Attributes:
-        folder: where it lies.
+        folder: the folder.
         config: ``config.json``.
-        tensors: entry of every tensor, in the order of the files and of the data in them. Keys are
-            the files' own names until :meth:`rename_tensors` replaces them.
+        tensors: the entry of every tensor, in the order of the files and of their data. Keys are
+            the names in the files until :meth:`rename_tensors` replaces them.
     """
 
     def __init__(
@@ -53,27 +53,27 @@ class Checkpoint:
         """Read the config and every header of a checkpoint folder.
 
         Raises:
-            CheckpointError: anything that is missing or wrong, naming file and tensor.
+            CheckpointError: a file is missing or damaged. The text names file and tensor.
         """
         folder = Path(folder)
         return cls(folder, read_config(folder), find_tensors(folder))
 
     def rename_tensors(self, tensors: dict[str, TensorEntry]) -> None:
-        """See the same files under other names, or turned.
+        """Replace the names under which tensors are read, and their orientation.
 
         Args:
-            tensors: what a caller asks for -> entry, which has the file's own name.
+            tensors: name to read by -> entry, which has the name in the file.
         """
         self.tensors = tensors
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor."""
+        """Name -> shape of every tensor."""
         return {name: entry.shape for name, entry in self.tensors.items()}
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors on disk."""
+        """Bytes of all tensors in the files."""
         return sum(entry.size_bytes for entry in self.tensors.values())
 
     def read(self, name: str) -> torch.Tensor:
@@ -88,20 +88,21 @@ class Checkpoint:
         return self.read_into(name, torch.empty(size_bytes, dtype=torch.uint8))
 
     def read_into(self, name: str, buffer_uint8: torch.Tensor) -> torch.Tensor:
-        """One whole tensor, read straight into a buffer.
+        """Read one whole tensor into a buffer.
 
-        Allocates nothing, but for a transposed tensor: what is read is held a second time.
+        Allocates no memory, except for a second copy of a transposed tensor.
 
         Args:
             name: the tensor.
-            buffer_uint8: contiguous one-dimensional uint8 CPU tensor, as many bytes or more.
+            buffer_uint8: contiguous one-dimensional uint8 CPU tensor, at least as large as the
+                tensor.
 
         Returns:
             A view of the buffer's first bytes with the tensor's dtype and shape.
 
         Raises:
             CheckpointError: no such tensor or a failing read.
-            ValueError: the buffer is unfit.
+            ValueError: the buffer has another dtype, device or layout, or is too small.
         """
         entry = self._entry(name)
         view = _buffer_view(entry, buffer_uint8)
@@ -115,13 +116,13 @@ class Checkpoint:
         return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` (excluded) of dimension 0, in memory of their own.
+        """Read rows ``start`` to ``stop`` (excluded) of dimension 0 into new memory.
 
-        Rows are the file's: of a transposed tensor, columns.
+        Rows are those in the file. For a transposed tensor they are the columns of its shape.
 
         Raises:
             CheckpointError: no such tensor or a failing read.
-            IndexError: rows that the tensor does not have.
+            IndexError: the tensor does not have these rows.
         """
         import torch
 
@@ -135,7 +136,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: no such tensor or a failing read.
-            IndexError: rows that the tensor does not have.
+            IndexError: the tensor does not have these rows.
         """
         entry = self._entry(name)
         row_bytes = _row_bytes(entry)
@@ -149,7 +150,7 @@ class Checkpoint:
         )
 
     def announce(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Have the system read rows of a tensor ahead, all of them if not told; a hint."""
+        """Hint that rows of a tensor (all by default) are about to be read."""
         entry = self._entry(name)
         if not entry.shape:
             return
@@ -159,21 +160,21 @@ class Checkpoint:
         self._file(entry.file).advise_soon(first, (stop - start) * row_bytes)
 
     def gather_rows(self, name: str, rows_K: torch.Tensor) -> torch.Tensor:
-        """Rows of dimension 0 by index, such as the embeddings of some tokens.
+        """Read rows of dimension 0 by index, such as the embeddings of tokens.
 
-        Each distinct row is read once, neighbouring rows in one read. Holds the distinct rows and
-        the result.
+        Each distinct row is read once, and neighbouring rows in one read. Holds the distinct rows
+        and the result.
 
         Args:
             name: the tensor.
-            rows_K: int64 [K] on the CPU, in any order, with repetitions.
+            rows_K: int64 [K] on the CPU, in any order; rows may repeat.
 
         Returns:
             [K, ...] in the source's dtype.
 
         Raises:
             CheckpointError: no such tensor or a failing read.
-            IndexError: a row that the tensor does not have.
+            IndexError: the tensor does not have one of the rows.
         """
         import torch
 
@@ -197,7 +198,7 @@ class Checkpoint:
         return values_U[where_K]
 
     def close(self) -> None:
-        """Close the files; reading afterwards is an error. Safe to call twice."""
+        """Close the files. Reading afterwards is an error. Safe to call twice."""
         with self._lock:
             self._closed = True
             for file in self._files.values():
@@ -216,7 +217,7 @@ class Checkpoint:
         self.close()
 
     def _entry(self, name: str) -> TensorEntry:
-        """The entry of a tensor that must be there."""
+        """Return the entry of a tensor."""
         entry = self.tensors.get(name)
         if entry is None:
             raise CheckpointError(
@@ -226,7 +227,7 @@ class Checkpoint:
         return entry
 
     def _file(self, path: Path) -> ReadFile:
-        """The open file, opened at its first use."""
+        """Return a file, opened at its first use."""
         with self._lock:
             if self._closed:
                 raise ValueError(f"checkpoint {self.folder} is closed")
@@ -236,7 +237,7 @@ class Checkpoint:
 
 
 def _buffer_view(entry: TensorEntry, buffer_uint8: torch.Tensor) -> torch.Tensor:
-    """The first bytes of a buffer, as many as the tensor has."""
+    """Return the first bytes of a buffer, as many as the tensor has."""
     import torch
 
     if (
@@ -256,14 +257,14 @@ def _buffer_view(entry: TensorEntry, buffer_uint8: torch.Tensor) -> torch.Tensor
 
 
 def _row_bytes(entry: TensorEntry) -> int:
-    """Bytes of one row of dimension 0."""
+    """Return the bytes of one row of dimension 0 in the file."""
     if not entry.shape:
         raise IndexError(f"tensor {entry.name!r} is a scalar and has no rows")
     return math.prod(entry.stored_shape[1:]) * DTYPE_BYTES[entry.dtype]
 
 
 def _runs(rows: list[int]) -> list[tuple[int, int, int]]:
-    """Ascending distinct rows as runs: (first row, count, place of the first among the rows)."""
+    """Join ascending rows to runs: (first row, number of rows, index of the first in ``rows``)."""
     runs: list[tuple[int, int, int]] = []
     for place, row in enumerate(rows):
         if runs and row == runs[-1][0] + runs[-1][1]:

@@ -1,8 +1,9 @@
-"""A model's config and headers, without its weights: for commands that only describe or plan.
+"""Open a model for its config and headers only, for commands that describe or plan.
 
-In: what the user typed as MODEL. Out: a :class:`Checkpoint` whose tensors have names, dtypes and
-shapes. Of a hub model that is not in the cache only ``config.json`` and the headers are fetched, a
-few hundred kilobytes for a 70B; reading a tensor of it fails. Holds the headers.
+In: the name of a model: ``example``, a local folder, or a hub id. Out: a :class:`Checkpoint` with
+the names, dtypes and shapes of all tensors. For a hub model outside the cache, only ``config.json``
+and the headers are downloaded (a few hundred kilobytes for a 70B model), and reading a tensor
+fails. Holds the headers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def open_headers(model: str) -> Checkpoint:
         model: ``example``, a local folder, or a hub id.
 
     Raises:
-        CheckpointError: nothing of that name, a failed download, or a damaged header.
+        CheckpointError: there is no such model, the download failed, or a header is damaged.
     """
     folder = local_folder(model)
     if folder is not None:
@@ -32,7 +33,7 @@ def open_headers(model: str) -> Checkpoint:
 
 
 def _cached(model: str) -> Checkpoint | None:
-    """The model in the hub's cache; None where it, or a part of it, is missing."""
+    """Open a model in the hub's cache; return None if the cache lacks some of its files."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -41,14 +42,14 @@ def _cached(model: str) -> Checkpoint | None:
             folder = snapshot_download(model, local_files_only=True)
         return Checkpoint.open(Path(folder))
     except CheckpointError as error:
-        # A download that was stopped half-way leaves a folder like any other.
+        # An interrupted download leaves a folder without some files.
         if error.__cause__ is None or isinstance(error.__cause__, LocalEntryNotFoundError):
             return None
         raise
 
 
 def _fetched(model: str) -> Checkpoint:
-    """The config and the headers from the hub."""
+    """Download the config and the headers from the hub."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
@@ -59,7 +60,7 @@ def _fetched(model: str) -> Checkpoint:
         except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
             raise CheckpointError(
                 f"MODEL {model!r} on the Hugging Face Hub: its weights are no safetensors, or "
-                f"damaged ({error}); download them, and convert them with save_pretrained"
+                f"damaged ({error}); download them and convert them with save_pretrained"
             ) from error
     entries = [
         TensorEntry(

@@ -106,7 +106,7 @@ FOLDERS: dict[str, tuple[Fill, list[str]]] = {
     ),
     "tensor not in its shard": (
         files({INDEX: index({"a": ONE, "b": ONE}), ONE: shard("a")}),
-        [f"{ONE}: tensor 'b' is not in this file, though {INDEX} says so"],
+        [f"{ONE}: tensor 'b' is not in this file, though {INDEX} lists it there"],
     ),
     "tensor not in the index": (
         files({INDEX: index({"a": ONE}), ONE: shard("a", "b")}),
