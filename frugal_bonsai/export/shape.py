@@ -15,7 +15,7 @@ from typing import Any
 from frugal_bonsai.errors import UnsupportedModelError
 from frugal_bonsai.export.architecture import ARCHITECTURES, PER_LAYER_ARCHITECTURE, Architecture
 from frugal_bonsai.export.rope import Factors, Keys, describe_rope
-from frugal_bonsai.model.default_config import plain_values
+from frugal_bonsai.model.default_config import default_config
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 
@@ -65,7 +65,7 @@ def describe_shape(spec: ModelSpec) -> Shape:
     experts = KeepMask(spec.table).experts()
     alike = all(len(set(counts)) <= 1 for counts in (kv_heads, channels, experts))
     architecture = _choose(own, spec, kv_heads, alike=alike)
-    config = AutoConfig.for_model(**plain_values(spec))
+    config = AutoConfig.for_model(**default_config(spec))
     _require_known(config, own, spec)
     heads = tuple(count * spec.query_heads_per_group for count in kv_heads)
     rope, factors = describe_rope(config, spec, architecture)

@@ -1,1 +1,1 @@
-"""What a unit is, and one table per architecture."""
+"""The description of a model: its units and its architecture."""

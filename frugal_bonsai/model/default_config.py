@@ -1,7 +1,7 @@
-"""A model's config as transformers' own class of its architecture accepts it.
+"""Config values that the architecture's own class in transformers accepts.
 
-In: a :class:`ModelSpec`, of a pruned model too. Out: config values without what names bundled code
-or other widths layer by layer. Holds the config.
+In: the :class:`ModelSpec` of a dense or a pruned model. Out: its config without the keys of the
+per-layer layout, which name bundled code and the widths of single layers. Holds the config.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from frugal_bonsai.model.layout import heads_fit
 _LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
 
 
-def plain_values(spec: ModelSpec) -> dict[str, Any]:
-    """Values for ``AutoConfig.for_model``.
+def default_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the values for ``AutoConfig.for_model``.
 
-    A per-layer model's widest layer may have a number of heads that the config class refuses (the
-    bundled model's does not). Then one KV group stands for them: layers take their widths from the
-    weights, and of the numbers of heads only the ratio matters to them. Where the class computes a
-    head's width from their number, as many stand for them as make it that width.
+    The config class may refuse the head count of a per-layer model's widest layer (the bundled
+    class does not). The values then state another number of KV groups: layers take their widths
+    from the weights, and only the ratio of query to KV heads matters to them. That number is one
+    group, or, if the class computes the width of a head from it, the number that gives this width.
     """
     values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
     if heads_fit(spec, spec.heads):

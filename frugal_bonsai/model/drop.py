@@ -1,7 +1,7 @@
-"""What dropping whole layers and experts makes of a model: fewer of them, numbered anew.
+"""Renumber the layers and experts that remain when others are dropped.
 
-In: a :class:`ModelSpec` and a :class:`KeepMask`. Out: the config of the smaller model, and the
-names that its tensors have in it. Reads and holds no weights.
+In: a :class:`ModelSpec` and a :class:`KeepMask`. Out: the config of the smaller model, and the new
+names of its tensors. Holds names, no weights.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from frugal_bonsai.model.default_config import plain_values
+from frugal_bonsai.model.default_config import default_config
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 
-# Config keys of transformers that hold one entry a layer.
+# Config keys of transformers that hold one entry per layer.
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 
 
-def gone_tensors(spec: ModelSpec, mask: KeepMask, layer: int) -> set[str]:
-    """Full names of the tensors of a layer's experts that keep no channel."""
+def dropped_expert_tensors(spec: ModelSpec, mask: KeepMask, layer: int) -> set[str]:
+    """Return the full names of the tensors of a layer's experts that keep no channel."""
     return {
         piece.tensor
         for group in spec.table.of_layer(layer)
@@ -30,27 +30,28 @@ def gone_tensors(spec: ModelSpec, mask: KeepMask, layer: int) -> set[str]:
 
 
 def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
-    """The model with the config of what is left of its layers; itself if none is dropped."""
+    """Return the model with the config of its kept layers, or itself if none is dropped."""
     dropped = mask.dropped_layers()
     if not dropped:
         return spec
     config = {**spec.config, spec.family.layers_key: spec.layers - len(dropped)}
     for key, values in _layer_lists(spec).items():
         config[key] = [value for at, value in enumerate(values) if at not in dropped]
-    if "attention_types" in config:  # GPT-Neo's lists are made from runs: (kinds, how often)
+    if "attention_types" in config:  # GPT-Neo computes its list from pairs ([kinds], repeats)
         config["attention_types"] = [[[kind], 1] for kind in config["attention_layers"]]
     return replace(spec, config=config)
 
 
 def _layer_lists(spec: ModelSpec) -> dict[str, list[Any]]:
-    """The config's lists with an entry a layer.
+    """Return the lists of the config that have one entry per layer.
 
-    Some architectures work them out from a layer's number where the config has none (every other
-    layer with a sliding window, every fourth without rotary embeddings): that number changes.
+    If the config has no list, some architectures compute it from the layers' numbers, for example
+    a sliding window in every other layer. Dropping layers changes these numbers, so the list is
+    stated.
     """
     from transformers import AutoConfig
 
-    full = AutoConfig.for_model(**plain_values(spec))
+    full = AutoConfig.for_model(**default_config(spec))
     lists = {key: spec.config.get(key) or getattr(full, key, None) for key in _LAYER_LISTS}
     return {
         key: values
@@ -60,7 +61,7 @@ def _layer_lists(spec: ModelSpec) -> dict[str, list[Any]]:
 
 
 def removed_parameters(spec: ModelSpec, mask: KeepMask) -> int:
-    """Parameters of the removed units, and of what else dropped layers have."""
+    """Return the parameters of the removed units and of everything else in dropped layers."""
     removed = mask.removed_parameters()
     for layer in mask.dropped_layers():
         removed += sum(math.prod(shape) for shape in spec.layer_tensors[layer].values())
@@ -70,24 +71,24 @@ def removed_parameters(spec: ModelSpec, mask: KeepMask) -> int:
 
 
 def new_names(spec: ModelSpec, mask: KeepMask, names: list[str]) -> dict[str, str]:
-    """Source's name -> output's name of each tensor that stays, in the same order."""
+    """Return name in the source -> name in the output of each kept tensor, in the same order."""
     dropped = mask.dropped_layers()
     kept = [layer for layer in range(spec.layers) if layer not in dropped]
     renamed: dict[str, str] = {}
-    gone = {name for layer in kept for name in gone_tensors(spec, mask, layer)}
-    numbered = _numbered_anew(spec, mask)
+    removed = {name for layer in kept for name in dropped_expert_tensors(spec, mask, layer)}
+    experts = _renumbered_experts(spec, mask)
     for name in names:
         layer = _layer_of(spec, name)
         if layer is None:
             renamed[name] = name
-        elif layer not in dropped and name not in gone:
+        elif layer not in dropped and name not in removed:
             prefix = spec.prefix(kept.index(layer))
-            renamed[name] = prefix + numbered.get(name, name).removeprefix(spec.prefix(layer))
+            renamed[name] = prefix + experts.get(name, name).removeprefix(spec.prefix(layer))
     return renamed
 
 
-def _numbered_anew(spec: ModelSpec, mask: KeepMask) -> dict[str, str]:
-    """Tensor of an expert that stays -> its name when the experts before it are counted anew."""
+def _renumbered_experts(spec: ModelSpec, mask: KeepMask) -> dict[str, str]:
+    """Return tensor of a kept expert -> its name after the dropped experts before it are gone."""
     rule, names = spec.family.experts, dict[str, str]()
     if rule is None:
         return names
@@ -102,6 +103,7 @@ def _numbered_anew(spec: ModelSpec, mask: KeepMask) -> dict[str, str]:
 
 
 def _layer_of(spec: ModelSpec, name: str) -> int | None:
+    """Return the index of a tensor's layer; None outside the layers."""
     if name in spec.other_tensors or name == spec.family.head:
         return None
     return next((at for at in range(spec.layers) if name.startswith(spec.prefix(at))), None)

@@ -1,7 +1,7 @@
-"""Which family's table describes a model.
+"""Find the family whose table describes a model.
 
-In: ``config.json``, and what the user says an unknown architecture is like. Out: the table. Reads
-nothing.
+In: ``config.json``, and optionally the family that the user assumes for an unknown architecture.
+Out: the table. Reads no files.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from frugal_bonsai.model.family_schema import Family
 def find_family(
     config: Mapping[str, Any], *, source: str = "config.json", assume: str | None = None
 ) -> Family:
-    """The family table for ``config["model_type"]``.
+    """Return the family table for ``config["model_type"]``.
 
     Args:
         config: ``config.json``.
-        source: its name for error texts.
-        assume: the family that an architecture without a table is like, as the user says.
+        source: file name for error texts.
+        assume: name of the family whose table to use for an architecture without one.
 
     Raises:
-        UnsupportedModelError: there is no table; the text lists those that exist.
-        OptionError: there is no such family to be like.
+        UnsupportedModelError: the architecture has no table. The text lists those that have one.
+        OptionError: ``assume`` names no family.
     """
     model_type, known = config.get("model_type"), ", ".join(sorted(FAMILIES))
     if isinstance(model_type, str) and model_type in FAMILIES:
@@ -39,5 +39,5 @@ def find_family(
     raise UnsupportedModelError(
         f"{source}: model_type {model_type!r} is not supported; supported: {known}. If its tensors "
         "have the names and meaning of one of these, try --assume-family (llama fits most); "
-        "docs/adding-a-family.md says how to add one"
+        "docs/adding-a-family.md explains how to add a family"
     )

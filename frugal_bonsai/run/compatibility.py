@@ -73,9 +73,9 @@ def require_layout(spec: ModelSpec, rules: LayoutRules) -> None:
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.rewrite.layouts import WRITE_CONFIG
     from frugal_bonsai.rewrite.layouts.mistral import as_mistral
-    from frugal_bonsai.rewrite.layouts.widths import plain_config
+    from frugal_bonsai.rewrite.layouts.widths import shared_config
 
     if rules.as_mistral:
-        as_mistral(spec, plain_config(spec))
+        as_mistral(spec, shared_config(spec))
     with tempfile.TemporaryDirectory() as folder:
         WRITE_CONFIG[rules.layout](spec, KeepMask(spec.table), rules, Path(folder))

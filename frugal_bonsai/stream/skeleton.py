@@ -23,7 +23,7 @@ from torch.func import functional_call
 from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.model.default_config import plain_values
+from frugal_bonsai.model.default_config import default_config
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.experts import split_experts
 
@@ -242,7 +242,7 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.for_model(**plain_values(spec))
+        config = AutoConfig.for_model(**default_config(spec))
         with init_empty_weights(include_buffers=False):
             # The attention that transformers itself takes: sdpa, where the architecture has it.
             model = AutoModelForCausalLM.from_config(config)

@@ -20,7 +20,7 @@ from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.dtypes import DTYPE_BYTES, torch_dtype
 from frugal_bonsai.model.biases import added_biases, output_bias, weight_of
 from frugal_bonsai.model.cut import Refit, cut_shape, cut_tensor, kept_indices, slices_by_tensor
-from frugal_bonsai.model.drop import gone_tensors
+from frugal_bonsai.model.drop import dropped_expert_tensors
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 
@@ -200,7 +200,7 @@ class CheckpointSource:
         if self._mask is None or layer in self._dropped:
             return dict(shapes)
         prefix, rule = self._spec.prefix(layer), self._spec.family.experts
-        gone = gone_tensors(self._spec, self._mask, layer)
+        gone = dropped_expert_tensors(self._spec, self._mask, layer)
         kept = {name: shape for name, shape in shapes.items() if prefix + name not in gone}
         if rule is not None:
             pieces = self._cuts[prefix + rule.router]

@@ -24,7 +24,7 @@ from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.int8 import quantise_rows
 from frugal_bonsai.model.biases import added_biases
 from frugal_bonsai.model.cut import Refit, cut_tensor, slices_by_tensor
-from frugal_bonsai.model.drop import gone_tensors
+from frugal_bonsai.model.drop import dropped_expert_tensors
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
@@ -134,7 +134,7 @@ def build_store(
         progress.sweep("writing the working store", spec.layers, 0)
     for layer in range(spec.layers):
         prefix, tensors = spec.prefix(layer), dict[str, "torch.Tensor"]()
-        gone = gone_tensors(spec, mask, layer)
+        gone = dropped_expert_tensors(spec, mask, layer)
         for name in spec.layer_tensors[layer]:
             full = prefix + name
             if full in gone:

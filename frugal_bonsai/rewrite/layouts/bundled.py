@@ -21,18 +21,18 @@ _PREFIX = "Pruned"
 class BundledModel:
     """The classes of one architecture."""
 
-    plain_config: str  # transformers' own classes
-    plain_class: str
+    standard_config: str  # transformers' own classes
+    standard_class: str
 
     @property
     def config_class(self) -> str:
         """The config whose layers may differ."""
-        return _PREFIX + self.plain_config
+        return _PREFIX + self.standard_config
 
     @property
     def model_class(self) -> str:
         """The model whose layers may differ."""
-        return _PREFIX + self.plain_class
+        return _PREFIX + self.standard_class
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -62,4 +62,4 @@ def find_bundled(model_type: object, *, source: str = "config.json") -> BundledM
             f"{source}: layers of different widths need a causal language model of transformers, "
             f"and it has none for model_type {model_type!r}. The uniform layout needs none"
         )
-    return BundledModel(plain_config=CONFIGS[model_type], plain_class=MODELS[model_type])
+    return BundledModel(standard_config=CONFIGS[model_type], standard_class=MODELS[model_type])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.model.default_config import plain_values
+from frugal_bonsai.model.default_config import default_config
 from frugal_bonsai.model.family import ModelSpec
 
 # Keys of both config classes that shape the function; where the source leaves one out, what
@@ -46,7 +46,7 @@ def as_mistral(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
         if config.pop(key, False):
             raise OptionError(f"--as-mistral: {key} is true, and a Mistral has no biases")
     config.pop("pretraining_tp", None)
-    llama = AutoConfig.for_model(**plain_values(spec))
+    llama = AutoConfig.for_model(**default_config(spec))
     defaults = {key: getattr(llama, key) for key in _SHARED_KEYS}
     if not {"rope_theta", "rope_parameters"} & config.keys():
         defaults["rope_parameters"] = llama.rope_parameters

@@ -17,7 +17,7 @@ from frugal_bonsai.model.family_schema import HEAD_DIM
 from frugal_bonsai.model.layout import LayoutRules, heads_fit
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.layouts.bundled import FILE, find_bundled, read_bundled
-from frugal_bonsai.rewrite.layouts.widths import layer_widths, plain_config
+from frugal_bonsai.rewrite.layouts.widths import layer_widths, shared_config
 
 
 def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
@@ -34,7 +34,7 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     """
     widths = layer_widths(spec, mask)
     widest = {key: max(layer[key] for layer in widths) for key in widths[0]}
-    config = plain_config(spec) | widest
+    config = shared_config(spec) | widest
     overrides = {
         str(index): {key: width for key, width in layer.items() if width != widest[key]}
         for index, layer in enumerate(widths)

@@ -66,7 +66,7 @@ def equal_layers_config(spec: ModelSpec, widths: Mapping[str, int]) -> dict[str,
 
     Whether it may be one is the layout rules' to say, before.
     """
-    config = {**plain_config(spec), **widths}
+    config = {**shared_config(spec), **widths}
     if heads_fit(spec, widths[spec.family.heads_key]):
         return config
     return as_mistral(spec, config)
@@ -97,7 +97,7 @@ def require_units(spec: ModelSpec, mask: KeepMask) -> None:
             )
 
 
-def plain_config(spec: ModelSpec) -> dict[str, Any]:
+def shared_config(spec: ModelSpec) -> dict[str, Any]:
     """The source's config without anything that speaks of bundled or custom code.
 
     ``head_dim`` is made explicit: the default, hidden_size / num_attention_heads, would change with
@@ -114,5 +114,5 @@ def plain_config(spec: ModelSpec) -> dict[str, Any]:
         config["tie_word_embeddings"] = True
     bundled = find_bundled(spec.family.model_type)
     if config.get("architectures") == [bundled.model_class]:
-        config["architectures"] = [bundled.plain_class]
+        config["architectures"] = [bundled.standard_class]
     return config
