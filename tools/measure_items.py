@@ -196,7 +196,8 @@ def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
 def _measure_solve(spec: Any, items: Any) -> Any:
     import torch
 
-    from frugal_bonsai.bonsai.importance.gram import Moments, exact_loss_U, ridge_refit_
+    from frugal_bonsai.bonsai.importance.gram import Moments, exact_loss_U
+    from frugal_bonsai.bonsai.reconstruction.least_squares import ridge_refit_
 
     groups = spec.table.of_layer(0)
     cpu = torch.device("cpu")

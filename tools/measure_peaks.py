@@ -235,6 +235,9 @@ def _recover(
     prior: Any,
     refine: int,
 ) -> None:
+    import torch
+
+    from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
     from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
     from frugal_bonsai.checkpoint.tensor_file import write_tensors
     from frugal_bonsai.dtypes import torch_dtype
@@ -247,19 +250,21 @@ def _recover(
         dtypes = {name: dtype(name) for name in weights}
         write_tensors(work / f"refit_{layer}.safetensors", weights, dtypes=dtypes)
 
-    recovery = Reconstruction(
-        engine.sweep,
+    options = ReconstructionOptions(
         ridge=ready.settings.ridge,
-        keep_inputs=plan.keep_inputs,
-        save=save,
-        saved_dtype=dtype,
         mask=KeepMask(opened.spec.table) if ready.settings.refit == "all" else None,
-        refine=refine,
-        keep_refinement=plan.keep_refinement,
+        channel_updates=refine,
+        keep_inputs=plan.keep_inputs,
+        keep_updates=plan.keep_refinement,
+        saved_dtype=dtype,
     )
+    reconstruction = Reconstruction(engine.sweep, options, save=save)
     store = _store(opened, work)
     with engine.dense_stream(store) as dense, engine.dense_stream(store) as pruned:
-        recovery.run(dense, pruned, engine.head, tokens_NS, prior)
+        result = reconstruction.run(dense, pruned, tokens_NS, prior)
+    with torch.inference_mode():
+        engine.head.nll(result.hidden_pruned, tokens_NS)
+        engine.head.nll(result.hidden_dense, tokens_NS)
 
 
 def run_rewrite(

@@ -28,7 +28,8 @@ from frugal_bonsai.bonsai.masks.evaluate import Utility, window_utilities
 from frugal_bonsai.bonsai.masks.round_masks import RoundMasks
 from frugal_bonsai.bonsai.masks.sampling import Judgement
 from frugal_bonsai.bonsai.reconstruction.bias import compensate_by_bias
-from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
+from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
+from frugal_bonsai.bonsai.reconstruction.logit_scale import find_logit_scale, scaled_norm
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.bonsai.selection.candidates import rival_cuts, try_cuts
 from frugal_bonsai.bonsai.selection.cut import check_reachable
@@ -49,7 +50,6 @@ from frugal_bonsai.bonsai.stores import Refits, Stores
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
-from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.store import LayerStore
 
 
@@ -296,27 +296,16 @@ class Search:
         before, state.mask = state.mask, mask
         store = self._stores.working(state, number - 1)
         state.mask = before
-        recovery = self._recovery(mask, save=lambda layer, weights: None, name="trial")
-        first = fitted if held_out else 0
-
-        def judge(hidden: HiddenStates) -> list[float]:
-            assert self._utility is not None
-            head = self._engine.head
-            return window_utilities(head, hidden, windows_NS, self._utility, first=first)
-
+        reconstruction = self._reconstruction(mask, save=lambda layer, weights: None, name="trial")
         with self._engine.dense_stream(dense) as parent, self._engine.dense_stream(store) as pruned:
-            result = recovery.run(
-                parent,
-                pruned,
-                self._engine.head,
-                windows_NS,
-                dense_losses=False,
-                held_out=held_out,
-                judge=None if self._utility is None else judge,
-            )
-        if result.judged is not None:
-            return -torch.tensor(result.judged, dtype=torch.float64)
-        return result.losses_NS[first:].mean(1)
+            result = reconstruction.run(parent, pruned, windows_NS, held_out=held_out)
+        first, head, hidden = fitted if held_out else 0, self._engine.head, result.hidden_pruned
+        with torch.inference_mode():
+            if self._utility is not None:
+                own = window_utilities(head, hidden, windows_NS, self._utility, first=first)
+                return -torch.tensor(own, dtype=torch.float64)
+            losses_NS = head.nll(hidden, windows_NS)
+        return losses_NS[first:].mean(1)
 
     def _leave_means(self, state: PruneState, number: int, *, before: KeepMask) -> None:
         """Save the biases that stand for what this round's cut has taken."""
@@ -343,34 +332,34 @@ class Search:
             return {}
         assert dense is not None
         engine = self._engine
-        recovery = self._recovery(
+        reconstruction = self._reconstruction(
             state.mask,
             save=lambda layer, weights: self._stores.save_refit(number, layer, weights),
-            refine=self._settings.refine if last else 0,
+            channel_updates=self._settings.refine if last else 0,
         )
         windows_NS = self._windows_NS if last else self._round_windows(number)
-        dense_perplexity = self._dense_perplexity(state, windows_NS)
+        scores = None if last else self._builder(state.mask, number)
         with engine.dense_stream(dense) as parent, engine.dense_stream(store) as pruned:
-            result = recovery.run(
-                parent,
-                pruned,
-                engine.head,
-                windows_NS,
-                None if last else self._builder(state.mask, number),
-                dense_losses=dense_perplexity is None,
-                rescale=last and self._settings.rescale,
-            )
-        if result.dense_losses_NS is not None:
-            dense_perplexity = float(result.dense_losses_NS.mean().exp())
-        state.prior, state.refit_mask = result.prior, state.mask
-        if result.logit_scale is not None:
-            norm = scaled_norm(engine.checkpoint, engine.spec, result.logit_scale)
-            self._stores.save_refit(number, None, norm)
+            result = reconstruction.run(parent, pruned, windows_NS, scores)
+        state.prior, state.refit_mask = result.scores, state.mask
+        dense_perplexity = self._dense_perplexity(state, windows_NS)
+        scale, head = None, engine.head
+        with torch.inference_mode():
+            if last and self._settings.rescale:
+                scale = find_logit_scale(
+                    engine.sweep, head, result.hidden_dense, result.hidden_pruned, windows_NS
+                )
+                norm = scaled_norm(engine.checkpoint, engine.spec, scale)
+                self._stores.save_refit(number, None, norm)
+            losses_NS = head.nll(result.hidden_pruned, windows_NS, scale=scale or 1.0)
+            if dense_perplexity is None:
+                dense_losses_NS = head.nll(result.hidden_dense, windows_NS)
+                dense_perplexity = float(dense_losses_NS.mean().exp())
         return {
-            "perplexity": float(result.losses_NS.mean().exp()),
+            "perplexity": float(losses_NS.mean().exp()),
             "dense_perplexity": dense_perplexity,
             "recovery_residual": sum(result.residual) / len(result.residual),
-            "logit_scale": result.logit_scale,
+            "logit_scale": scale,
         }
 
     def _dense_perplexity(self, state: PruneState, windows_NS: torch.Tensor) -> float | None:
@@ -380,25 +369,23 @@ class Search:
             return None
         return float(state.rounds[0]["dense_perplexity"])
 
-    def _recovery(
+    def _reconstruction(
         self,
         mask: KeepMask,
         *,
         save: Callable[[int, dict[str, torch.Tensor]], None],
-        refine: int = 0,
+        channel_updates: int = 0,
         name: str = "recovery",
     ) -> Reconstruction:
-        return Reconstruction(
-            self._engine.sweep,
+        options = ReconstructionOptions(
             ridge=self._settings.ridge,
-            keep_inputs=self._keep_inputs,
-            save=save,
-            saved_dtype=self._stores.saved_dtype,
             mask=mask if self._settings.refit == "all" else None,
-            refine=refine,
-            keep_refinement=self._keep_refinement,
-            name=name,
+            channel_updates=channel_updates,
+            keep_inputs=self._keep_inputs,
+            keep_updates=self._keep_refinement,
+            saved_dtype=self._stores.saved_dtype,
         )
+        return Reconstruction(self._engine.sweep, options, save=save, name=name)
 
 
 def describe_judgement(

@@ -13,9 +13,9 @@ from stand_in_device import Machine, installed
 from tiny_models import relative, tiny_llama
 
 from frugal_bonsai.bonsai.importance.factor import DampedFactor
-from frugal_bonsai.bonsai.importance.gram import Moments, add_product_, ridge_refit_
+from frugal_bonsai.bonsai.importance.gram import Moments, add_product_
 from frugal_bonsai.bonsai.importance.imputation import Imputations
-from frugal_bonsai.bonsai.reconstruction.outputs import Cross
+from frugal_bonsai.bonsai.reconstruction.least_squares import LeastSquares, ridge_refit_
 from frugal_bonsai.stream.store import INT8, build_head_store, build_store
 
 BF16 = torch.bfloat16
@@ -65,13 +65,14 @@ def test_moments_and_cross_moments_are_those_of_a_cpu(machine: Machine) -> None:
     inputs, targets = _random(3, 8, 6).to(BF16), _random(3, 8, 5, seed=1).to(BF16)
     found = []
     for device in (torch.device("cpu"), machine.device):
-        moments, cross = Moments(6, device=device, gram=True), Cross(5, 6, device)
+        problem = LeastSquares(torch.zeros(5, 6, device=device))
+        moments = problem.moments
         for _ in range(2):
             moments.add(inputs.to(device))
-            cross.add(inputs.to(device), targets.to(device))
+            problem.add_targets(inputs.to(device), targets.to(device))
         assert moments.gram_CC is not None
-        sums = (moments.gram_CC, moments.sum_C, cross.sum_HC)
-        found.append([*(one.cpu() for one in sums), torch.tensor(cross.energy)])
+        sums = (moments.gram_CC, moments.sum_C, problem.weight_HC)
+        found.append([*(one.cpu() for one in sums), problem._energy.cpu()])
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, rtol=1e-6)
 

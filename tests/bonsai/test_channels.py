@@ -1,4 +1,4 @@
-"""Refinement: against the Jacobian that autograd gives for Hugging Face's own FFN."""
+"""Channel updates: against the Jacobian that autograd gives for Hugging Face's own FFN."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from reconstructions import RIDGE, Outcome, reconstruct
 from tiny_models import BIASES, Tiny, relative, sampled_windows, tiny_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
-from frugal_bonsai.bonsai.reconstruction import channels as refine
-from frugal_bonsai.bonsai.reconstruction.channels import ChannelUpdate, conjugate_gradients
-from frugal_bonsai.bonsai.reconstruction.inputs import input_rows
-from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstructed, Reconstruction
+from frugal_bonsai.bonsai.reconstruction.channels import DAMPING, ChannelUpdate
+from frugal_bonsai.bonsai.reconstruction.layer_pass import (
+    LayerPass,
+    PairedSweep,
+    ReconstructionOptions,
+)
+from frugal_bonsai.bonsai.reconstruction.least_squares import conjugate_gradients
 from frugal_bonsai.memory.work import REFINE_ITERATIONS
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store
 
-RIDGE, WINDOWS, WINDOW = 1e-3, 24, 20
+WINDOWS, WINDOW = 24, 20
 
 
 def cut(tiny: Tiny) -> KeepMask:
@@ -34,23 +36,19 @@ def cut(tiny: Tiny) -> KeepMask:
 
 def recover(
     tiny: Tiny, tokens_NS: torch.Tensor, folder: Path, *, steps: int, keep: bool = True
-) -> tuple[Reconstructed, dict[str, torch.Tensor], int]:
+) -> Outcome:
     engine, mask = tiny.engine(micro_batch=5), cut(tiny)
-    refits: dict[str, torch.Tensor] = {}
-    recovery = Reconstruction(
-        engine.sweep,
-        ridge=RIDGE,
-        keep_inputs=keep,
-        save=lambda layer, weights: refits.update({n: w.clone() for n, w in weights.items()}),
+    return reconstruct(
+        tiny,
+        mask,
+        tokens_NS,
+        folder,
+        engine=engine,
         mask=mask,
-        refine=steps,
-        keep_refinement=keep,
+        channel_updates=steps,
+        keep_inputs=keep,
+        keep_updates=keep,
     )
-    builder = ImportanceBuilder("exact", mask, damping=RIDGE, generator=torch.Generator())
-    store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
-    with engine.dense_stream(tiny.source()) as dense, engine.dense_stream(store) as pruned:
-        result = recovery.run(dense, pruned, engine.head, tokens_NS, builder)
-    return result, refits, engine.sweep.forward_tokens
 
 
 @pytest.fixture(scope="module")
@@ -90,34 +88,27 @@ def _problem(
             {name: value.clone() for name, value in next(iter(stream.visit()))[1].items()}
             for stream in (dense, pruned)
         )
-    hidden_dense, hidden_pruned = sweep.embed(tokens), sweep.embed(tokens)
-    work = LayerPass(
-        sweep,
-        0,
-        theirs,
-        mine,
-        hidden_dense,
-        hidden_pruned,
-        engine.skeleton.layer_kwargs(tokens.shape[1])[0],
-        lambda _: torch.float32,
+    pair = PairedSweep(
+        sweep=sweep,
+        options=ReconstructionOptions(ridge=RIDGE),
+        hidden_dense=sweep.embed(tokens),
+        hidden_pruned=sweep.embed(tokens),
+        fitted=len(tokens),
+        held_out=0,
+        scores=None,
+        dense_inputs=sweep.hidden_states(tokens),
+        dense_outputs=None,
+        targets=sweep.hidden_states(tokens) if keep else None,
     )
+    kwargs = engine.skeleton.layer_kwargs(tokens.shape[1])[0]
+    work = LayerPass(pair, 0, theirs, mine, kwargs)
     attention, ffn = tiny.spec.table.of_layer(0)
     # Attention is whole: its output is the same in both models; the target is the dense FFN's.
     everything = slice(0, len(tokens))
-    dense_NSH = hidden_dense.read(everything)
-    hidden_dense.write(everything, dense_NSH + 0.1 * dense_NSH.sin())
-    work.outputs[attention.output] = lambda items: torch.zeros_like(hidden_pruned.read(items))
-    problem = ChannelUpdate(
-        work,
-        ffn,
-        input_rows(tiny.spec, ffn),
-        len(tokens),
-        inputs=sweep.hidden_states(tokens),
-        targets=sweep.hidden_states(tokens) if keep else None,
-        keep=keep,
-        iterations=iterations,
-    )
-    return problem, work
+    dense_NSH = pair.hidden_dense.read(everything)
+    pair.hidden_dense.write(everything, dense_NSH + 0.1 * dense_NSH.sin())
+    work.outputs[attention.output] = lambda items: torch.zeros_like(pair.hidden_pruned.read(items))
+    return ChannelUpdate(work, ffn, keep=keep, iterations=iterations), work
 
 
 def _oracle(problem: ChannelUpdate, work: Any, tiny: Tiny) -> dict[str, torch.Tensor]:
@@ -130,7 +121,7 @@ def _oracle(problem: ChannelUpdate, work: Any, tiny: Tiny) -> dict[str, torch.Te
         if name.startswith("mlp.")
     }
     windows = slice(0, WINDOWS)
-    x = problem._inputs.read(windows).flatten(0, 1).double()
+    x = problem.inputs.read(windows).flatten(0, 1).double()
     target = problem.target(windows)[0].flatten(0, 1).double()
 
     def output(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -152,7 +143,7 @@ def _oracle(problem: ChannelUpdate, work: Any, tiny: Tiny) -> dict[str, torch.Te
     slopes = [sigmoid * (1 + before[0] * (1 - sigmoid)) * before[1], sigmoid * before[0]]
     down = parameters["down_proj.weight"].square().sum(0)
     weight = torch.cat([down * slope.square().mean(0) for slope in slopes])
-    penalty = torch.block_diag(*(w * gram for w in weight)) * refine.DAMPING * len(x)
+    penalty = torch.block_diag(*(w * gram for w in weight)) * DAMPING * len(x)
     change = torch.linalg.solve(jacobian.T @ jacobian + penalty, jacobian.T @ residual)
     moved = change.view(2, *gate.shape)
     return {f"mlp.{name}": parameters[name] + moved[at] for at, name in enumerate(names)}
@@ -178,7 +169,6 @@ def test_held_slopes_and_slopes_computed_again_give_the_same(
         for keep in (True, False):
             problem, work = _problem(tiny, tokens, tmp_path / str(keep), keep=keep)
             found.append(problem.improve(work.pruned["mlp.down_proj.weight"], slice(0, WINDOWS)))
-            assert problem._slopes_KNSR is None
     for name, weight in found[0].items():
         assert torch.equal(weight, found[1][name])
 
@@ -186,18 +176,17 @@ def test_held_slopes_and_slopes_computed_again_give_the_same(
 def test_refining_leaves_less_of_the_residual_and_of_the_loss(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    plain, refits, _ = recover(tiny, tokens, tmp_path / "a", steps=0)
-    once, _, _ = recover(tiny, tokens, tmp_path / "b", steps=1)
-    twice, refined, _ = recover(tiny, tokens, tmp_path / "c", steps=2)
+    plain, once, twice = (
+        recover(tiny, tokens, tmp_path / str(steps), steps=steps) for steps in (0, 1, 2)
+    )
     left = [sum(result.residual[1::2]) for result in (plain, once, twice)]
     assert max(left[1:]) < 0.8 * left[0]
-    assert set(refined) == set(refits)
-    assert plain.dense_losses_NS is not None
+    assert set(twice.refits) == set(plain.refits)
     dense = plain.dense_losses_NS.mean()
     assert twice.losses_NS.mean() - dense < 0.9 * (plain.losses_NS.mean() - dense)
     # What the sweep says is what the masked parent with these weights gives.
     engine = tiny.engine()
-    readers = {name: (lambda value=value: value) for name, value in refined.items()}
+    readers = {name: (lambda value=value: value) for name, value in twice.refits.items()}
     with engine.stream(tiny.source(mask=cut(tiny), refit=readers)) as stream:
         losses = engine.losses(stream, tokens, "masked parent")
     assert relative(twice.losses_NS, losses) < 1e-4
@@ -207,16 +196,16 @@ def test_recomputed_inputs_give_the_same(tiny: Tiny, tokens: torch.Tensor, tmp_p
     kept, again = (
         recover(tiny, tokens, tmp_path / str(keep), steps=1, keep=keep) for keep in (True, False)
     )
-    for name, weight in kept[1].items():
-        assert torch.equal(weight, again[1][name]), name
-    assert torch.equal(kept[0].losses_NS, again[0].losses_NS)
+    for name, weight in kept.refits.items():
+        assert torch.equal(weight, again.refits[name]), name
+    assert torch.equal(kept.losses_NS, again.losses_NS)
 
 
 def test_passes_through_the_sublayer_count_by_its_share(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     plain, refined = (
-        recover(tiny, tokens, tmp_path / str(steps), steps=steps)[2] for steps in (0, 1)
+        recover(tiny, tokens, tmp_path / str(steps), steps=steps).forward_tokens for steps in (0, 1)
     )
     weights = 3 * 3 * 24 * 14  # layers, projections, hidden, channels kept
     share = weights / tiny.spec.block_parameters

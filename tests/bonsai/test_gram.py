@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from frugal_bonsai.bonsai.importance.factor import DampedFactor
-from frugal_bonsai.bonsai.importance.gram import Moments, exact_loss_U, ridge_refit_
+from frugal_bonsai.bonsai.importance.gram import Moments, exact_loss_U
+from frugal_bonsai.bonsai.reconstruction.least_squares import ridge_refit_
 
 CPU = torch.device("cpu")
 TOKENS, COLUMNS, HIDDEN = 400, 12, 7

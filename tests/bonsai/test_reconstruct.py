@@ -1,4 +1,4 @@
-"""Recovery: the refit against least squares on what two Hugging Face models compute."""
+"""Reconstruction: the refit against least squares on what two Hugging Face models compute."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reconstructions import RIDGE, Outcome, reconstruct
 from tiny_models import (
     BIASES,
     MHA,
@@ -21,11 +22,9 @@ from tiny_models import (
 )
 
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstructed, Reconstruction
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import INT8, NATIVE, build_store
 
-RIDGE = 1e-3
 Refits = dict[str, torch.Tensor]
 
 
@@ -35,28 +34,11 @@ def _recover(
     tokens: torch.Tensor,
     folder: Path,
     *,
-    keep_inputs: bool = True,
     micro_batch: int = 8,
-    weights: str = NATIVE,
-    ridge: float = RIDGE,
-    prior: str = "exact",
-    held_out: int = 0,
-) -> tuple[Reconstructed, Refits, int]:
-    engine, refits = tiny.engine(micro_batch=micro_batch), Refits()
-    dense = build_store(folder / "dense", tiny.checkpoint, tiny.spec, weights=weights)
-    store = build_store(folder / "small", tiny.checkpoint, tiny.spec, weights=weights, mask=mask)
-    recovery = Reconstruction(
-        engine.sweep,
-        ridge=ridge,
-        keep_inputs=keep_inputs,
-        save=lambda _, given: refits.update({n: w.clone() for n, w in given.items()}),
-    )
-    builder = ImportanceBuilder(
-        prior, mask, damping=1e-4, generator=torch.Generator().manual_seed(0)
-    )
-    with engine.dense_stream(dense) as parent, engine.dense_stream(store) as pruned:
-        result = recovery.run(parent, pruned, engine.head, tokens, builder, held_out=held_out)
-    return result, refits, engine.sweep.forward_tokens
+    **given: Any,
+) -> Outcome:
+    engine = tiny.engine(micro_batch=micro_batch)
+    return reconstruct(tiny, mask, tokens, folder, engine=engine, damping=1e-4, **given)
 
 
 def _losses(tiny: Tiny, mask: KeepMask, refits: Refits, tokens: torch.Tensor) -> torch.Tensor:
@@ -78,7 +60,8 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, torch.Tenso
 def test_with_nothing_removed_nothing_changes(changes: dict[str, Any], tmp_path: Path) -> None:
     tiny, tokens = tiny_llama(tmp_path / "m", **changes), random_windows(20, 16)
     mask = KeepMask(tiny.spec.table)
-    result, refits, _ = _recover(tiny, mask, tokens, tmp_path)
+    result = _recover(tiny, mask, tokens, tmp_path)
+    refits = result.refits
     dense = hugging_face_losses(tiny.hugging_face(), tokens)
     assert relative(result.dense_losses_NS, dense) < 1e-5
     assert relative(result.losses_NS, dense) < 1e-3
@@ -93,8 +76,8 @@ def test_refit_brings_back_residual_and_loss(
 ) -> None:
     tiny, tokens = sampled
     mask = random_mask(tiny.spec, off=0.3, seed=1)
-    result, refits, _ = _recover(tiny, mask, tokens, tmp_path)
-    assert result.dense_losses_NS is not None
+    result = _recover(tiny, mask, tokens, tmp_path)
+    refits = result.refits
     dense = result.dense_losses_NS.mean()
     plain = _losses(tiny, mask, {}, tokens).mean()
     assert relative(result.dense_losses_NS, hugging_face_losses(tiny.hugging_face(), tokens)) < 1e-5
@@ -103,7 +86,7 @@ def test_refit_brings_back_residual_and_loss(
     assert relative(result.losses_NS, _losses(tiny, mask, refits, tokens)) < 1e-4
     assert all(0 < left < 1 for left in result.residual)
     # A refit that is held to the old weights leaves more of the residual.
-    held, _, _ = _recover(tiny, mask, tokens, tmp_path, ridge=1.0)
+    held = _recover(tiny, mask, tokens, tmp_path, ridge=1.0)
     assert sum(result.residual) < sum(held.residual)
 
 
@@ -114,15 +97,17 @@ def test_windows_held_out_are_judged_by_and_not_learnt_from(
     tiny, tokens = sampled
     mask = random_mask(tiny.spec, off=0.3, seed=1)
     kept: dict[str, Any] = {"keep_inputs": keep_inputs}
-    alone, expected, spent = _recover(tiny, mask, tokens[:30], tmp_path, **kept)
-    result, refits, more = _recover(tiny, mask, tokens, tmp_path, held_out=18, **kept)
+    alone = _recover(tiny, mask, tokens[:30], tmp_path, **kept)
+    result = _recover(tiny, mask, tokens, tmp_path, held_out=18, **kept)
+    refits = result.refits
     for name, weight in refits.items():
-        assert relative(weight, expected[name]) < 1e-4, name
+        assert relative(weight, alone.refits[name]) < 1e-4, name
     assert result.losses_NS.shape == (48, 15)
     assert relative(result.losses_NS[:30], alone.losses_NS) < 1e-4
     assert relative(result.losses_NS[30:], _losses(tiny, mask, refits, tokens[30:])) < 1e-4
     assert result.losses_NS[30:].mean() > result.losses_NS[:30].mean()
-    assert more - spent == (1 if keep_inputs else 2) * 18 * 16
+    spent = result.forward_tokens - alone.forward_tokens
+    assert spent == (1 if keep_inputs else 2) * 18 * 16
 
 
 def _tapped(model: Any, tokens: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
@@ -171,7 +156,7 @@ def test_refit_equals_least_squares_on_captured_activations(
     """
     tiny, tokens = tiny_llama(tmp_path / "m", **changes), random_windows(24, 16)
     mask = random_mask(tiny.spec)
-    _, refits, _ = _recover(tiny, mask, tokens, tmp_path)
+    refits = _recover(tiny, mask, tokens, tmp_path).refits
     dense = _tapped(tiny.hugging_face(), tokens, layer)
     pruned_model = tiny.hugging_face(mask)
     parameters = dict(pruned_model.named_parameters())
@@ -199,7 +184,8 @@ def test_refit_equals_least_squares_on_captured_activations(
 def test_residual_is_the_share_that_least_squares_leaves(tmp_path: Path) -> None:
     tiny, tokens = tiny_llama(tmp_path / "m", **BIASES), random_windows(24, 16)
     mask = random_mask(tiny.spec)
-    result, refits, _ = _recover(tiny, mask, tokens, tmp_path)
+    result = _recover(tiny, mask, tokens, tmp_path)
+    refits = result.refits
     group = tiny.spec.table.groups[0]
     dense, pruned = (
         _tapped(model, tokens, 0) for model in (tiny.hugging_face(), tiny.hugging_face(mask))
@@ -220,18 +206,19 @@ def test_held_and_recomputed_inputs_give_the_same_weights(micro_batch: int, tmp_
         _recover(tiny, mask, tokens, tmp_path, keep_inputs=keep, micro_batch=micro_batch)
         for keep in (True, False)
     )
-    assert all(torch.equal(kept[1][name], again[1][name]) for name in kept[1])
-    assert torch.equal(kept[0].losses_NS, again[0].losses_NS)
-    assert torch.equal(kept[0].prior.score_N, again[0].prior.score_N)
-    assert kept[0].residual == again[0].residual
-    assert (kept[2], again[2]) == (2 * tokens.numel(), 3 * tokens.numel())
+    assert all(torch.equal(kept.refits[name], again.refits[name]) for name in kept.refits)
+    assert torch.equal(kept.losses_NS, again.losses_NS)
+    assert torch.equal(kept.scores.score_N, again.scores.score_N)
+    assert kept.residual == again.residual
+    spent = (kept.forward_tokens, again.forward_tokens)
+    assert spent == (2 * tokens.numel(), 3 * tokens.numel())
 
 
 def test_micro_batches_do_not_matter(tmp_path: Path) -> None:
     tiny, tokens = tiny_llama(tmp_path / "m"), random_windows(12, 12)
     mask = random_mask(tiny.spec)
-    whole = _recover(tiny, mask, tokens, tmp_path, micro_batch=12)[1]
-    parts = _recover(tiny, mask, tokens, tmp_path, micro_batch=5)[1]
+    whole = _recover(tiny, mask, tokens, tmp_path, micro_batch=12).refits
+    parts = _recover(tiny, mask, tokens, tmp_path, micro_batch=5).refits
     assert max(relative(parts[name], whole[name]) for name in whole) < 2e-3
 
 
@@ -241,7 +228,7 @@ def test_next_prior_is_that_of_the_refit_model(name: str, tmp_path: Path) -> Non
 
     tiny, tokens = tiny_llama(tmp_path / "m", **BIASES), random_windows(20, 12)
     mask = random_mask(tiny.spec)
-    result, refits, _ = _recover(tiny, mask, tokens, tmp_path, prior=name)
+    result = _recover(tiny, mask, tokens, tmp_path, score=name)
     engine = tiny.engine()
     store = build_store(
         tmp_path / "refit",
@@ -249,22 +236,22 @@ def test_next_prior_is_that_of_the_refit_model(name: str, tmp_path: Path) -> Non
         tiny.spec,
         weights=NATIVE,
         mask=mask,
-        refit={n: (lambda w=w: w) for n, w in refits.items()},
+        refit={n: (lambda w=w: w) for n, w in result.refits.items()},
     )
     builder = ImportanceBuilder(name, mask, damping=1e-4, generator=torch.Generator())
     with engine.stream(store) as stream:
         engine.sweep.run(stream, tokens, tap=builder)
     measured = builder.build().score_N
-    torch.testing.assert_close(result.prior.score_N, measured, rtol=1e-2, atol=1e-8)
-    assert not result.prior.score_N[~mask.keep_N].any()
-    assert (result.prior.score_N[mask.keep_N] > 0).all()
+    torch.testing.assert_close(result.scores.score_N, measured, rtol=1e-2, atol=1e-8)
+    assert not result.scores.score_N[~mask.keep_N].any()
+    assert (result.scores.score_N[mask.keep_N] > 0).all()
 
 
 def test_int8_stores_recover_too(sampled: tuple[Tiny, torch.Tensor], tmp_path: Path) -> None:
     tiny, tokens = sampled
     mask = random_mask(tiny.spec, off=0.3, seed=1)
     native, int8 = (
-        _recover(tiny, mask, tokens, tmp_path / weights, weights=weights)[0]
+        _recover(tiny, mask, tokens, tmp_path / weights, weights=weights)
         for weights in (NATIVE, INT8)
     )
     assert float(int8.losses_NS.mean()) == pytest.approx(float(native.losses_NS.mean()), rel=0.05)

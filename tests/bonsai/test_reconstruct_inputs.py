@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from reconstructions import RIDGE, Outcome, reconstruct
 from tiny_models import BIASES, Tiny, sampled_windows, tiny_llama
 
-from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
-from frugal_bonsai.bonsai.reconstruction.inputs import input_projections
-from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstructed, Reconstruction
+from frugal_bonsai.bonsai.reconstruction.input_rows import input_projections
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.stream.store import build_store
-
-RIDGE = 1e-3
 
 
 def recover(
@@ -24,22 +21,11 @@ def recover(
     folder: Path,
     *,
     inputs: bool = True,
-    keep: bool = True,
-    ridge: float = RIDGE,
-) -> tuple[Reconstructed, dict[str, torch.Tensor]]:
+    **given: Any,
+) -> Outcome:
     engine = tiny.engine(micro_batch=3)
-    refits: dict[str, torch.Tensor] = {}
-    recovery = Reconstruction(
-        engine.sweep,
-        ridge=ridge,
-        keep_inputs=keep,
-        save=lambda layer, weights: refits.update({n: w.clone() for n, w in weights.items()}),
-        mask=mask if inputs else None,
-    )
-    builder = ImportanceBuilder("exact", mask, damping=ridge, generator=torch.Generator())
-    store = build_store(folder, tiny.checkpoint, tiny.spec, weights="native", mask=mask)
-    with engine.dense_stream(tiny.source()) as dense, engine.dense_stream(store) as pruned:
-        return recovery.run(dense, pruned, engine.head, tokens_NS, builder), refits
+    refitted = mask if inputs else None
+    return reconstruct(tiny, mask, tokens_NS, folder, engine=engine, mask=refitted, **given)
 
 
 @pytest.fixture
@@ -72,7 +58,8 @@ def test_which_projections_read_one_input(tiny: Tiny) -> None:
 
 
 def test_nothing_removed_changes_nothing(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
-    result, refits = recover(tiny, KeepMask(tiny.spec.table), tokens, tmp_path / "s")
+    result = recover(tiny, KeepMask(tiny.spec.table), tokens, tmp_path / "s")
+    refits = result.refits
     for name, weight in refits.items():
         assert torch.allclose(weight, tiny.checkpoint.read(name), atol=2e-4), name
     assert torch.allclose(result.losses_NS, result.dense_losses_NS, atol=1e-3)
@@ -82,7 +69,7 @@ def test_first_attention_reads_what_the_dense_one_reads(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     mask = cut(tiny)
-    _, refits = recover(tiny, mask, tokens, tmp_path / "s")
+    refits = recover(tiny, mask, tokens, tmp_path / "s").refits
     attention = tiny.spec.table.of_layer(0)[0]
     for piece in attention.slices:
         if piece.axis == 0 and "weight" in piece.tensor:
@@ -96,7 +83,7 @@ def test_gate_and_up_solve_the_least_squares(
 ) -> None:
     """Layer 0: dense inputs from Hugging Face, pruned ones from its attention with the refit."""
     mask = cut(tiny)
-    _, refits = recover(tiny, mask, tokens, tmp_path / "s")
+    refits = recover(tiny, mask, tokens, tmp_path / "s").refits
     attention, ffn = tiny.spec.table.of_layer(0)
     seen: list[torch.Tensor] = []
     pruned = tiny.hugging_face()
@@ -126,8 +113,9 @@ def test_gate_and_up_solve_the_least_squares(
 
 def test_both_memory_modes_agree(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
     mask = cut(tiny)
-    kept, refits = recover(tiny, mask, tokens, tmp_path / "a")
-    again, others = recover(tiny, mask, tokens, tmp_path / "b", keep=False)
+    kept = recover(tiny, mask, tokens, tmp_path / "a")
+    again = recover(tiny, mask, tokens, tmp_path / "b", keep_inputs=False)
+    refits, others = kept.refits, again.refits
     assert refits.keys() == others.keys()
     for name in refits:
         assert torch.allclose(refits[name], others[name], atol=1e-5), name
@@ -138,8 +126,8 @@ def test_it_brings_the_model_nearer_to_the_dense_one(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     mask = cut(tiny)
-    outputs, names = recover(tiny, mask, tokens, tmp_path / "a", inputs=False)
-    everything, more = recover(tiny, mask, tokens, tmp_path / "b")
-    assert names.keys() < more.keys()
+    outputs = recover(tiny, mask, tokens, tmp_path / "a", inputs=False)
+    everything = recover(tiny, mask, tokens, tmp_path / "b")
+    assert outputs.refits.keys() < everything.refits.keys()
     assert sum(everything.residual) < sum(outputs.residual)
     assert everything.losses_NS.mean() < outputs.losses_NS.mean()

@@ -15,6 +15,7 @@ from frugal_bonsai.bonsai.importance.experts import measure_saliency
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.masks.design import draw_pools
 from frugal_bonsai.bonsai.masks.estimators import GroupQuestion
+from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.bonsai.selection.cut import Curve, cut
 from frugal_bonsai.bonsai.selection.whole import check_experts, drop_experts
@@ -164,9 +165,9 @@ def test_an_expert_without_tokens_keeps_its_weights(tmp_path: Path) -> None:
     def save(_: int, refits: dict[str, torch.Tensor]) -> None:
         saved.update({name: weight.clone() for name, weight in refits.items()})
 
-    recovery = Reconstruction(engine.sweep, ridge=1e-3, keep_inputs=True, save=save)
+    reconstruction = Reconstruction(engine.sweep, ReconstructionOptions(ridge=1e-3), save=save)
     with engine.native() as dense, engine.native() as same:
-        recovery.run(dense, same, engine.head, tokens_NS)
+        reconstruction.run(dense, same, tokens_NS)
     for group in tiny.spec.table.groups:
         if group.expert == 4:
             before = tiny.checkpoint.read(group.output_weight)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from frugal_bonsai import load_pruned, row_blocks
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.model.cut import Refit
@@ -307,7 +308,7 @@ class FamilyContract:
         found = {
             "outputs": self._recover(tiny, mask, tmp_path / "a"),
             "all": self._recover(tiny, mask, tmp_path / "b", inputs=True),
-            "refined": self._recover(tiny, mask, tmp_path / "c", inputs=True, refine=4),
+            "refined": self._recover(tiny, mask, tmp_path / "c", inputs=True, updates=4),
         }
         away = {"none": self._distance(tiny, mask, {}, tokens_NS, dense)}
         for what, (tensors, _) in found.items():
@@ -357,7 +358,7 @@ class FamilyContract:
         assert relative(found, streamed_logits(tiny, tokens_NS, mask=mask)) < 1e-5
 
     def test_an_accelerator_computes_it_in_bf16(self, tmp_path: Path) -> None:
-        """Statistics, masked losses, recovery with refinement, as on a CPU in the same arithmetic.
+        """Statistics, masked losses and a reconstruction, as on a CPU in the same arithmetic.
 
         On the stand-in device: no tensors of two devices meet, and no access lacks its order.
         """
@@ -378,21 +379,15 @@ class FamilyContract:
             with engine.stream(stores["whole"]) as stream:
                 engine.sweep.run(stream, tokens_NS, tap=prior)
             native = tiny.source(mask=mask)
-            recovery = Reconstruction(
-                engine.sweep,
-                ridge=1e-1,
-                keep_inputs=True,
-                save=lambda layer, weights: None,
-                mask=mask,
-                refine=1,
-            )
+            options = ReconstructionOptions(ridge=1e-1, mask=mask, channel_updates=1)
+            reconstruction = Reconstruction(engine.sweep, options, save=lambda layer, weights: None)
             with (
                 engine.stream(native) as stream,
                 engine.dense_stream(stores["whole"]) as dense,
                 engine.dense_stream(stores["pruned"]) as pruned,
             ):
                 masked = engine.losses(stream, tokens_NS, "masked")
-                left = recovery.run(dense, pruned, engine.head, tokens_NS).residual
+                left = reconstruction.run(dense, pruned, tokens_NS).residual
             return {
                 "scores": prior.build().score_N,
                 "masked": masked,
@@ -410,7 +405,7 @@ class FamilyContract:
         assert torch.allclose(found["left"], expected["left"], atol=0.1)
 
     def _recover(
-        self, tiny: Tiny, mask: KeepMask, folder: Path, *, inputs: bool = False, refine: int = 0
+        self, tiny: Tiny, mask: KeepMask, folder: Path, *, inputs: bool = False, updates: int = 0
     ) -> tuple[dict[str, torch.Tensor], list[float]]:
         """The refits of a recovery on many windows, and what they leave of each target."""
         saved: dict[str, torch.Tensor] = {}
@@ -424,20 +419,16 @@ class FamilyContract:
             stores[name] = build_store(
                 folder / name, tiny.checkpoint, tiny.spec, weights="native", mask=kept
             )
-        recovery = Reconstruction(
-            engine.sweep,
-            ridge=1e-5,
-            keep_inputs=True,
-            save=save,
-            mask=mask if inputs else None,
-            refine=refine,
+        options = ReconstructionOptions(
+            ridge=1e-5, mask=mask if inputs else None, channel_updates=updates
         )
+        reconstruction = Reconstruction(engine.sweep, options, save=save)
         tokens_NS = random_windows(64, WINDOW, seed=4, vocabulary=tiny.spec.vocabulary)
         with (
             engine.dense_stream(stores["dense"]) as dense,
             engine.dense_stream(stores["pruned"]) as pruned,
         ):
-            result = recovery.run(dense, pruned, engine.head, tokens_NS)
+            result = reconstruction.run(dense, pruned, tokens_NS)
         for store in stores.values():
             store.close()
         return saved, result.residual

@@ -11,6 +11,7 @@ import torch
 from tiny_models import random_mask
 
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import ShardedWriter
@@ -150,16 +151,17 @@ def test_peak_stays_under_the_cap(
         with engine.stream(store) as stream:
             engine.sweep.run(stream, _tokens(WINDOWS), tap=prior)
             engine.sweep.losses(stream, engine.head, _tokens(2 * WINDOWS), masker=masker)
-        recovery = Reconstruction(
-            engine.sweep,
+        options = ReconstructionOptions(
             ridge=1e-3,
-            keep_inputs=plan.keep_inputs,
-            save=lambda layer, weights: None,
-            saved_dtype=lambda name: torch.bfloat16,
             mask=mask,
+            keep_inputs=plan.keep_inputs,
+            saved_dtype=lambda name: torch.bfloat16,
         )
+        reconstruction = Reconstruction(engine.sweep, options, save=lambda layer, weights: None)
         with engine.dense_stream(store) as dense, engine.dense_stream(store) as pruned:
-            recovery.run(dense, pruned, engine.head, _tokens(WINDOWS), prior)
+            result = reconstruction.run(dense, pruned, _tokens(WINDOWS), prior)
+        with torch.inference_mode():
+            engine.head.nll(result.hidden_pruned, _tokens(WINDOWS))
         peak = torch.cuda.max_memory_reserved(device) + budget.context_bytes
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -13,6 +13,7 @@ from bench_streaming import HalfOff
 
 from frugal_bonsai.accelerator import synchronize
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.memory.budget import make_budget
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
@@ -143,16 +144,18 @@ def _sweep_and_recover(
     with engine.stream(store) as stream:
         engine.sweep.run(stream, some, tap=prior)
         engine.sweep.losses(stream, engine.head, some.repeat(2, 1), masker=HalfOff())
-    recovery = Reconstruction(
-        engine.sweep,
+    options = ReconstructionOptions(
         ridge=1e-3,
-        keep_inputs=plan.keep_inputs,
-        save=_forget,
-        saved_dtype=lambda name: torch.bfloat16,
         mask=mask,
+        keep_inputs=plan.keep_inputs,
+        saved_dtype=lambda name: torch.bfloat16,
     )
+    reconstruction = Reconstruction(engine.sweep, options, save=_forget)
     with engine.dense_stream(store) as dense, engine.dense_stream(store) as pruned:
-        recovery.run(dense, pruned, engine.head, some, prior)
+        result = reconstruction.run(dense, pruned, some, prior)
+    with torch.inference_mode():
+        engine.head.nll(result.hidden_pruned, some)
+        engine.head.nll(result.hidden_dense, some)
 
 
 def _forget(layer: int, weights: Any) -> None:

@@ -1,12 +1,12 @@
-"""Second moments of the inputs of output projections, and the two closed forms that use them.
+"""Second moments of the inputs of output projections, and the exact layerwise loss.
 
-Comes in: micro-batches of inputs. Goes out: means, variances and Gram matrices; the loss that
-remains after optimal compensation when a unit is removed; the ridge refit of a projection.
+Comes in: micro-batches of inputs. Goes out: means, variances and Gram matrices, and the loss that
+remains after optimal compensation when a unit is removed.
 
 Memory: one ``[C, C]`` fp32 matrix a group on the compute device (0.8 GB for Llama-3-8B's FFN).
 factor.py factorises and inverts it in place.
 
-Shape suffixes: C columns of an output projection, U units, H hidden, R some rows of H, T tokens, M
+Shape suffixes: C columns of an output projection, U units, H hidden, T tokens, M
 and N columns of two factors, K columns of a unit, B windows of a micro-batch, S tokens of a window.
 """
 
@@ -16,7 +16,6 @@ import torch
 
 from frugal_bonsai.accelerator import CUDA, sum_dtype
 from frugal_bonsai.bonsai.importance.factor import DampedFactor
-from frugal_bonsai.memory.work import refit_rows
 
 # Columns of a weight whose norms are computed together.
 _COLUMNS = 128
@@ -159,28 +158,3 @@ def exact_loss_U(
         solved_KH = torch.linalg.solve(inverse_KK, block_HK.T)
         losses.append((block_HK.T * solved_KH).sum())
     return torch.stack(losses)
-
-
-def ridge_refit_(factor: DampedFactor, cross_HC: torch.Tensor, anchor_HC: torch.Tensor) -> float:
-    """Replace ``cross_HC`` by ``argmin ||T - X W'^T||^2 + lambda ||W' - W||^2``.
-
-    Args:
-        factor: of X^T X + lambda I.
-        cross_HC: T^T X, fp32; overwritten by W'.
-        anchor_HC: W, the present weight, in any floating dtype.
-
-    Returns:
-        Energy of T that W' explains: ``2 <X W'^T, T> - ||X W'^T||^2``.
-    """
-    explained, rows = 0.0, refit_rows(cross_HC.device.type)
-    for start in range(0, len(cross_HC), rows):
-        cross_RC = cross_HC[start : start + rows]
-        anchor_RC = anchor_HC[start : start + rows].float()
-        # The change D = W' - W solves D (G + lambda I) = T^T X - W G.
-        change_RC = factor.solve(cross_RC - factor.times_gram(anchor_RC))
-        refit_RC = anchor_RC + change_RC
-        # W' G = T^T X - lambda D reduces the explained energy to two inner products.
-        explained += float((refit_RC * cross_RC).sum())
-        explained += factor.added * float((refit_RC * change_RC).sum())
-        cross_RC.copy_(refit_RC)
-    return explained

@@ -1,1 +1,1 @@
-"""What is left of a layer, refitted to the dense model without gradients."""
+"""Reconstruction: refit the remaining weights to the dense model's activations."""

@@ -1,336 +1,311 @@
-"""Refining a sublayer's own inputs: gate and up, so that fewer channels do the work of all.
+"""Channel updates: change the FFN's gate and up projections so that fewer channels do all the work.
 
-In: a layer of both models whose FFN has been refitted. Out: better weights for the projections into
-it. A refit of down_proj can only mix the channels that are left; this moves the channels
-themselves. With p = x W^T the channels' pre-activations, phi(p) their activations and D down_proj,
+Comes in: a layer of both models whose FFN is refitted. Goes out: better weights of the projections
+into and out of it. A refit of down_proj can only mix the remaining channels; an update changes the
+channels themselves. With p = x W^T the channels' pre-activations, phi(p) their activations, D
+down_proj and T the sublayer's target,
 
-    argmin over dW of || T - (phi(p) + phi'(p) * x dW^T) D^T ||^2 + mu ||dW||^2 ,
+    argmin over dW of || T - (phi(p) + phi'(p) * x dW^T) D^T ||^2 + mu ||dW||^2 .
 
-a linear least-squares problem (exactly linear in up alone, which phi is linear in; linearised in
-gate). It is far too large for a Cholesky factor and is solved by a few conjugate-gradient steps,
-in coordinates in which the inputs are white and every channel weighs the same. All of it happens
-inside one sublayer: no backward pass through the model, no optimiser. phi is Hugging Face's own
-module and phi' a difference of two of its values, so the activation function is written nowhere.
-Channels are moved block by block: all but the weights is of one block. Holds the inputs of all
-windows, one micro-batch's activations, the new weights (in fp32 where the dense layer's lay), and,
-if the plan allows, what the sublayer should give and phi' of a block, else they are computed again.
+This is a linear least-squares problem: exact in up, in which phi is linear, and linearised in gate.
+It is far too large for a Cholesky factor. A few conjugate-gradient iterations solve it in
+coordinates in which the inputs are white and all channels have the same weight. There is no
+backward pass through the model and no optimiser. Blocks of channels are updated in sequence, so
+that all values except the weights are those of one block.
 
-Shape suffixes: B windows of a micro-batch, S tokens, T tokens of a micro-batch, H hidden, R
-channels (rows of the input projections, columns of the output projection), K input projections.
+Memory: the inputs of all windows, one micro-batch's activations, the new weights (in fp32 where the
+dense layer's were), and where the plan allows it the targets and a block's slopes phi'; otherwise
+these are computed again.
+
+Shape suffixes: B windows of a micro-batch, S tokens, T tokens of a micro-batch, N windows of a
+step, H hidden, R channels (rows of the input projections, columns of the output projection), K
+input projections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from torch import nn
 
-from frugal_bonsai.accelerator import sum_dtype, tensor_cores
+from frugal_bonsai.accelerator import tensor_cores
 from frugal_bonsai.bonsai.importance.factor import DampedFactor
 from frugal_bonsai.bonsai.importance.gram import add_product_
-from frugal_bonsai.bonsai.reconstruction.inputs import Rows
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
+from frugal_bonsai.bonsai.reconstruction.least_squares import conjugate_gradients
+from frugal_bonsai.bonsai.reconstruction.outputs import OutputRefit, refit_output
+from frugal_bonsai.bonsai.reconstruction.sublayer import Sublayer
 from frugal_bonsai.memory.work import REFINE_ITERATIONS, refined_blocks, refining_passes
 from frugal_bonsai.model.units import UnitGroup
-from frugal_bonsai.stream.hidden import HiddenStates
+from frugal_bonsai.stream.micro_batch import memory_for
 
-# mu as a share of what a channel of mean weight gives on white inputs.
+# mu as a share of the curvature of a channel of mean weight on white inputs.
 DAMPING = 1e-2
-# Shares of the pre-activations' root mean square between which phi' is the difference.
-_DIFFERENCE = 1e-2
 _WHITENING = 1e-4
 
 
-class ChannelUpdate:
-    """One sublayer's problem.
+def update_channels(
+    work: LayerPass, group: UnitGroup, refit: OutputRefit, *, steps: int, keep: bool
+) -> OutputRefit:
+    """Update the channels and refit the output projection in turn, while the residual decreases.
+
+    The layer computes with the new input projections from then on.
 
     Args:
-        work: the layer of both models; everything before the sublayer is refitted.
-        group: the sublayer's units, one channel each.
-        projections: the rows that the group owns, see :func:`input_rows`.
-        windows: how many are in flight.
-        inputs: room for the projections' inputs.
-        targets: room for what the sublayer should give; None computes it whenever it is needed.
-        keep: hold phi' of a block for all windows while a problem is solved.
-        iterations: conjugate-gradient steps on one problem.
+        work: the layer of both models.
+        group: the FFN's units, one channel each.
+        refit: of the output projection.
+        steps: maximum number of updates; each learns from other windows, so that more steps cost
+            no more tokens.
+        keep: hold the targets and a block's slopes.
+
+    Returns:
+        The output projection's best refit.
+    """
+    refit = _set_aside(work, group, refit)
+    with memory_for(f"channel update of {group.name}"):
+        update = ChannelUpdate(work, group, keep=keep)
+        names = update.sublayer.names
+        sizes = sum(work.pruned[name].numel() for name in (*names, f"{group.output}.weight"))
+        passes = float(keep)  # the layer's end computes the inputs once more
+        for part in _split(work.pair.fitted, min(steps, work.pair.fitted)):
+            before = {name: work.pruned[name] for name in names}
+            moved = update.improve(refit.weight_HC, part)
+            tried = refit_output(work, group, update.target, keep=False, most_left=refit.left)
+            passes += 1 + update.passes * (part.stop - part.start) / work.pair.fitted
+            work.pruned.update(before)
+            if tried.left >= refit.left:
+                break
+            refit = _set_aside(work, group, tried)
+            del tried
+            for name in names:
+                work.adopt(name, moved.pop(name))
+    work.extra_passes += passes * sizes / work.spec.block_parameters
+    return refit
+
+
+def _set_aside(work: LayerPass, group: UnitGroup, refit: OutputRefit) -> OutputRefit:
+    """Move the refit weight into the memory of the dense layer's weight, if it fits there."""
+    weight_HC = work.borrow(f"{group.output}.weight", refit.weight_HC)
+    return replace(refit, weight_HC=weight_HC)
+
+
+class ChannelUpdate:
+    """The least-squares problems of one FFN's channels.
+
+    Args:
+        work: the layer of both models; all that precedes the FFN is refitted.
+        group: the FFN's units, one channel each.
+        keep: hold the slopes of a block while its problem is solved.
+        iterations: conjugate-gradient iterations on one block.
     """
 
     def __init__(
         self,
         work: LayerPass,
         group: UnitGroup,
-        projections: Sequence[Rows],
-        windows: int,
         *,
-        inputs: HiddenStates,
-        targets: HiddenStates | None,
         keep: bool,
         iterations: int = REFINE_ITERATIONS,
     ) -> None:
-        self._work, self._group, self._windows = work, group, windows
-        self._rows = tuple(projections)
-        self._first = self._rows[0].projection
-        self._inputs, self._targets, self._keep = inputs, targets, keep
-        self._iterations = iterations
-        self._slopes_KNSR: torch.Tensor | None = None
-        self._batches = work.sweep.batches
-        # All of it is fp32: as many windows as take what a layer's activations take.
-        self._weight = torch.float32.itemsize // work.sweep.skeleton.dtype.itemsize
-        family = work.sweep.skeleton.spec.family
-        owner = family.ffn_activation or group.output.rpartition(".")[0]
-        self._sublayer = work.module.get_submodule(owner)
-        hidden = work.pruned[f"{self._first}.weight"].shape[1]
-        gram_HH = torch.zeros(hidden, hidden, device=work.sweep.skeleton.device)
-        self._window = work.hidden_pruned.window
-        self._now = slice(0, windows)
+        assert work.pair.dense_inputs is not None
+        self.work, self.group, self.keep, self.iterations = work, group, keep, iterations
+        self.sublayer = Sublayer(work, group)
+        # The refit of the input projections has read the dense inputs for the last time.
+        self.inputs = work.pair.dense_inputs
+        self.window = work.pair.hidden_pruned.window
+        self.factor = self._whiten()
+
+    def _whiten(self) -> DampedFactor:
+        """Store the FFN's inputs and targets; return the factor of the inputs' mean square."""
+        work, pair, projection = self.work, self.work.pair, self.sublayer.projection
+        hidden = work.pruned[f"{projection}.weight"].shape[1]
+        gram_HH = torch.zeros(hidden, hidden, device=work.device)
 
         def add(items: slice) -> None:
-            input_BSH = work.inputs(self._first, items)
-            inputs.write(items, input_BSH)
-            if targets is not None:
-                targets.write(items, work.last_target(group.output, items))
+            input_BSH = work.inputs(projection, items)
+            self.inputs.write(items, input_BSH)
+            if pair.targets is not None:
+                pair.targets.write(items, work.last_target(self.group, items))
             input_TH = input_BSH.flatten(0, 1)
             add_product_(gram_HH, input_TH, input_TH)
 
-        self._batches.run(windows, add, weight=self._weight)
-        gram_HH.div_(windows * self._window)
-        self._factor = DampedFactor(gram_HH, _WHITENING, where=f"refinement of {group.name}")
+        self.run(slice(0, pair.fitted), add)
+        gram_HH.div_(pair.fitted * self.window)
+        return DampedFactor(gram_HH, _WHITENING, where=f"channel update of {self.group.name}")
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Blocks of channels that are updated in sequence."""
+        return _split(self.sublayer.channels, refined_blocks(self.sublayer.channels))
 
     @property
     def passes(self) -> int:
-        """How often one :meth:`improve` takes its tokens through the sublayer, there or back."""
-        blocks = len(self._blocks())
-        return refining_passes(blocks, keep=self._keep, iterations=self._iterations)
-
-    def parts(self, count: int) -> list[slice]:
-        """The windows in ``count`` parts of like size, fewer where there are fewer windows."""
-        return _split(self._windows, min(count, self._windows))
+        """Number of passes of :meth:`improve` over its tokens through the FFN, in any direction."""
+        return refining_passes(len(self.blocks), keep=self.keep, iterations=self.iterations)
 
     def target(self, items: slice) -> tuple[torch.Tensor, Callable[[], None]]:
-        """What the sublayer should give, its bias included; nothing is to be kept."""
-        if self._targets is not None:
-            return self._targets.read(items), _nothing
-        return self._work.last_target(self._group.output, items), _nothing
+        """Return the FFN's target, bias included, and a function that stores nothing."""
+        targets = self.work.pair.targets
+        if targets is not None:
+            return targets.read(items), _nothing
+        return self.work.last_target(self.group, items), _nothing
 
     def improve(self, weight_HR: torch.Tensor, windows: slice) -> dict[str, torch.Tensor]:
-        """New weights of the input projections, given the output projection: name -> ``[R, H]``.
+        """Update the input projections, given the output projection.
 
-        Blocks of channels are moved in turn. The layer pass computes with what is returned, in the
-        memory of the dense layer's own, which are not needed any more.
+        The layer computes with the new weights afterwards. They lie in the memory of the dense
+        layer's weights, which nothing reads any more.
 
         Args:
             weight_HR: the output projection's weight.
-            windows: those that the problem is about.
+            windows: the windows that the update learns from.
+
+        Returns:
+            New weights by name inside the layer, fp32 ``[R, H]``.
         """
-        self._now = windows
-        names = list(dict.fromkeys(f"{rows.projection}.weight" for rows in self._rows))
-        pruned, dtype = self._work.pruned, self._work.sweep.skeleton.dtype
-        # The stream's own buffers stay as they are: the caller may go back to them.
-        pruned.update({name: self._work.borrow(name, pruned[name]) for name in names})
+        names, pruned = self.sublayer.names, self.work.pruned
+        dtype = self.work.pair.sweep.skeleton.dtype
+        # The stream's own buffers stay as they are: the caller may return to them.
+        pruned.update({name: self.work.borrow(name, pruned[name]) for name in names})
         moved_by_name = {name: pruned[name].float() for name in names}
-        for block in self._blocks():
+        for block in self.blocks:
             with tensor_cores(weight_HR.device):
-                moved_KRH = self._improve_rows(weight_HR, block)
-            for rows, moved_RH in zip(self._rows, moved_KRH, strict=True):
+                moved_KRH = _BlockProblem(self, weight_HR, block, windows).solve()
+            for rows, moved_RH in zip(self.sublayer.rows, moved_KRH, strict=True):
                 name = f"{rows.projection}.weight"
                 rows.take(moved_by_name[name])[block] = moved_RH
                 rows.take(pruned[name])[block] = moved_RH.to(dtype)  # the same memory in fp32
         return moved_by_name
 
-    def _blocks(self) -> list[slice]:
-        channels = len(self._rows[0].take(self._work.pruned[f"{self._first}.weight"]))
-        return _split(channels, refined_blocks(channels))
+    def run(self, windows: slice, body: Callable[[slice], None]) -> None:
+        """Call ``body`` with micro-batches of some windows.
 
-    def _improve_rows(self, weight_HR: torch.Tensor, rows: slice) -> torch.Tensor:
-        """New weights ``[K, R, H]`` of a block of channels."""
-        tokens = (self._now.stop - self._now.start) * self._window
-        weight_KRH = torch.stack(self._weights(rows))
-        pull_KRH, square_KR = self._start(weight_HR, rows)
-        weight_HR = weight_HR[:, rows]
-        scale_KR = (weight_HR.square().sum(0) * square_KR / tokens).sqrt()
-        # A channel that is never on has no scale and no pull: it stays as it is.
-        least = max(1e-6 * float(scale_KR.max()), 1e-30)
-        scale_KR1: torch.Tensor = scale_KR.clamp_min(least)[..., None]
-
-        def outward(step_KRH: torch.Tensor) -> torch.Tensor:
-            return self._factor.times_inverse(step_KRH / scale_KR1)
-
-        def inward(pull_KRH: torch.Tensor) -> torch.Tensor:
-            return self._factor.times_inverse_transposed(pull_KRH).div_(scale_KR1)
-
-        def normal(step_KRH: torch.Tensor) -> torch.Tensor:
-            """J^T J + mu of the linearised problem, in white coordinates."""
-            pushed_KRH = self._there_and_back(weight_KRH, weight_HR, outward(step_KRH), rows)
-            image_KRH: torch.Tensor = inward(pushed_KRH).add_(step_KRH, alpha=DAMPING * tokens)
-            return image_KRH
-
-        right_KRH = inward(pull_KRH)
-        del pull_KRH
-        step_KRH = conjugate_gradients(normal, right_KRH, self._iterations)
-        self._slopes_KNSR = None
-        return weight_KRH + outward(step_KRH)
-
-    def _weights(self, rows: slice) -> list[torch.Tensor]:
-        """A block of each input projection's weight, fp32."""
-        pruned = self._work.pruned
-        return [own.take(pruned[f"{own.projection}.weight"])[rows].float() for own in self._rows]
-
-    def _run(self, body: Callable[[slice], None]) -> None:
-        """Micro-batches of the windows that the problem is about."""
-        first = self._now.start
+        All values are fp32: a micro-batch has as many windows as fill a layer's activations.
+        """
+        first = windows.start
+        weight = torch.float32.itemsize // self.work.pair.sweep.skeleton.dtype.itemsize
 
         def shifted(items: slice) -> None:
             body(slice(items.start + first, items.stop + first))
 
-        self._batches.run(self._now.stop - first, shifted, weight=self._weight)
+        self.work.batches.run(windows.stop - first, shifted, weight=weight)
 
-    def _own(self, items: slice) -> slice:
-        """Where these windows' slopes lie."""
-        return slice(items.start - self._now.start, items.stop - self._now.start)
 
-    def _start(self, weight_HR: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """J^T residual ``[K, R, H]`` and the sum of phi'^2 ``[K, R]`` of a block."""
-        pull_KRH = torch.zeros_like(torch.stack(self._weights(rows)))
-        square_KR = torch.zeros_like(pull_KRH[..., 0])
-        bias_H = self._work.pruned.get(f"{self._group.output}.bias")
-        inputs, channels = len(pull_KRH), rows.stop - rows.start
-        if self._keep:
-            windows = self._now.stop - self._now.start
-            self._slopes_KNSR = pull_KRH.new_empty(inputs, windows, self._window, channels)
+class _BlockProblem:
+    """The linearised problem of one block of channels on some windows.
+
+    J is the derivative of the FFN's output with respect to the block's weights.
+
+    Args:
+        update: the FFN.
+        weight_HC: the output projection's weight.
+        block: the channels.
+        windows: the windows that the update learns from.
+    """
+
+    def __init__(
+        self, update: ChannelUpdate, weight_HC: torch.Tensor, block: slice, windows: slice
+    ) -> None:
+        self._update, self._sublayer, self._inputs = update, update.sublayer, update.inputs
+        self._block, self._windows = block, windows
+        self._output_HC, self._output_HR = weight_HC, weight_HC[:, block]
+        self._weight_KRH = torch.stack(update.sublayer.weights(block))
+        self._slopes_KNSR: torch.Tensor | None = None
+
+    def solve(self) -> torch.Tensor:
+        """Return the block's new weights ``[K, R, H]``."""
+        factor = self._update.factor
+        tokens = (self._windows.stop - self._windows.start) * self._update.window
+        gradient_KRH, square_KR = self._linearise()
+        scale_KR = (self._output_HR.square().sum(0) * square_KR / tokens).sqrt()
+        # A channel that is never active has no scale and no gradient: it does not change.
+        least = max(1e-6 * float(scale_KR.max()), 1e-30)
+        scale_KR1: torch.Tensor = scale_KR.clamp_min(least)[..., None]
+
+        def from_white(step_KRH: torch.Tensor) -> torch.Tensor:
+            return factor.times_inverse(step_KRH / scale_KR1)
+
+        def to_white(gradient_KRH: torch.Tensor) -> torch.Tensor:
+            return factor.times_inverse_transposed(gradient_KRH).div_(scale_KR1)
+
+        def operator(step_KRH: torch.Tensor) -> torch.Tensor:
+            """J^T J + mu in white coordinates."""
+            image_KRH = to_white(self._times_jtj(from_white(step_KRH)))
+            return image_KRH.add_(step_KRH, alpha=DAMPING * tokens)
+
+        right_KRH = to_white(gradient_KRH)
+        del gradient_KRH
+        step_KRH = conjugate_gradients(operator, right_KRH, self._update.iterations)
+        self._slopes_KNSR = None
+        return self._weight_KRH + from_white(step_KRH)
+
+    def _linearise(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return J^T times the residual ``[K, R, H]``, and the sum of phi'^2 ``[K, R]``."""
+        update, sublayer = self._update, self._sublayer
+        gradient_KRH = torch.zeros_like(self._weight_KRH)
+        square_KR = torch.zeros_like(gradient_KRH[..., 0])
+        bias_H = update.work.pruned.get(f"{update.group.output}.bias")
+        inputs, channels = gradient_KRH.shape[:2]
+        if update.keep:
+            windows = self._windows.stop - self._windows.start
+            self._slopes_KNSR = gradient_KRH.new_empty(inputs, windows, update.window, channels)
 
         def add(items: slice) -> None:
-            left_TH = self.target(items)[0].flatten(0, 1).float()
+            left_TH = update.target(items)[0].flatten(0, 1).float()
             if bias_H is not None:
                 left_TH = left_TH - bias_H.float()
             input_TH = self._inputs.read(items).flatten(0, 1).float()
-            for block in self._blocks():
-                before = self._before(self._weights(block), input_TH, block)
-                left_TH = left_TH - self._activation(before) @ weight_HR[:, block].T
-            slope_KTR = self._slope(self._before(self._weights(rows), input_TH, rows))
-            pull_KTR = slope_KTR * (left_TH @ weight_HR[:, rows])
+            for block in update.blocks:
+                before = sublayer.pre_activations(sublayer.weights(block), input_TH, block)
+                left_TH = left_TH - sublayer.activation(before) @ self._output_HC[:, block].T
+            slope_KTR = self._compute_slopes(input_TH)
+            pull_KTR = slope_KTR * (left_TH @ self._output_HR)
             own_KR = slope_KTR.square().sum(1)
-            pull_KRH.baddbmm_(pull_KTR.transpose(1, 2), input_TH.expand(inputs, -1, -1))
+            gradient_KRH.baddbmm_(pull_KTR.transpose(1, 2), input_TH.expand(inputs, -1, -1))
             square_KR.add_(own_KR)
             if self._slopes_KNSR is not None:
-                own_KBSR = self._slopes_KNSR[:, self._own(items)]
+                own_KBSR = self._held_slopes(self._slopes_KNSR, items)
                 own_KBSR.copy_(slope_KTR.view_as(own_KBSR))
 
-        self._run(add)
-        return pull_KRH, square_KR
+        update.run(self._windows, add)
+        return gradient_KRH, square_KR
 
-    def _there_and_back(
-        self,
-        weight_KRH: torch.Tensor,
-        weight_HR: torch.Tensor,
-        step_KRH: torch.Tensor,
-        rows: slice,
-    ) -> torch.Tensor:
-        """J^T J of a change of the input projections' weights, all of one block."""
-        pull_KRH = torch.zeros_like(weight_KRH)
+    def _times_jtj(self, step_KRH: torch.Tensor) -> torch.Tensor:
+        """Return J^T J times a change of the block's weights."""
+        image_KRH = torch.zeros_like(self._weight_KRH)
 
         def add(items: slice) -> None:
             input_TH = self._inputs.read(items).flatten(0, 1).float()
             if self._slopes_KNSR is None:
-                slope_KTR = self._slope(self._before(weight_KRH, input_TH, rows))
+                slope_KTR = self._compute_slopes(input_TH)
             else:
-                slope_KTR = self._slopes_KNSR[:, self._own(items)].flatten(1, 2)
+                slope_KTR = self._held_slopes(self._slopes_KNSR, items).flatten(1, 2)
             moved_TR = (slope_KTR * (input_TH @ step_KRH.transpose(1, 2))).sum(0)
-            back_TR = moved_TR @ weight_HR.T @ weight_HR
+            back_TR = moved_TR @ self._output_HR.T @ self._output_HR
             back_KTR = slope_KTR * back_TR
-            pull_KRH.baddbmm_(back_KTR.transpose(1, 2), input_TH.expand(len(weight_KRH), -1, -1))
+            image_KRH.baddbmm_(back_KTR.transpose(1, 2), input_TH.expand(len(step_KRH), -1, -1))
 
-        self._run(add)
-        return pull_KRH
+        self._update.run(self._windows, add)
+        return image_KRH
 
-    def _before(
-        self, weights: Sequence[torch.Tensor] | torch.Tensor, input_TH: torch.Tensor, rows: slice
-    ) -> list[torch.Tensor]:
-        """Pre-activations of a block, ``[T, R]`` for each projection."""
-        before = []
-        for own, weight_RH in zip(self._rows, weights, strict=True):
-            before.append(input_TH @ weight_RH.T)
-            bias = self._work.pruned.get(f"{own.projection}.bias")
-            if bias is not None:
-                before[-1] += own.take(bias)[rows].float()
-        return before
+    def _compute_slopes(self, input_TH: torch.Tensor) -> torch.Tensor:
+        before = self._sublayer.pre_activations(self._weight_KRH, input_TH, self._block)
+        return self._sublayer.slopes(before)
 
-    def _activation(self, before: Sequence[torch.Tensor]) -> torch.Tensor:
-        """phi: what the sublayer makes of its channels' pre-activations, ``[T, R]``."""
-        given: dict[str, torch.Tensor] = {}
-        for own, one_TR in zip(self._rows, before, strict=True):
-            earlier_TR = given.get(own.projection)
-            whole = one_TR if earlier_TR is None else torch.cat([earlier_TR, one_TR], dim=-1)
-            given[own.projection] = whole
-        with _given(self._work.module, given, self._group.output):
-            activation_TR: torch.Tensor = self._sublayer(before[0])
-        return activation_TR
-
-    def _slope(self, before: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Phi' with respect to each projection ``[K, T, R]``, from central differences."""
-        slope_KTR = before[0].new_empty(len(before), *before[0].shape)
-        for at, one_TR in enumerate(before):
-            size = one_TR.square().mean().sqrt().to(sum_dtype(one_TR.device))
-            reach = size.mul_(_DIFFERENCE).add_(1e-12)  # stays on the device: nothing waits for it
-            moved = list(before)
-            moved[at] = one_TR + reach
-            slope_KTR[at] = self._activation(moved)
-            moved[at] = one_TR - reach
-            slope_KTR[at] -= self._activation(moved)
-            slope_KTR[at] /= 2 * reach
-        return slope_KTR
+    def _held_slopes(self, slopes_KNSR: torch.Tensor, items: slice) -> torch.Tensor:
+        """Return the held slopes of some windows, a view ``[K, B, S, R]``."""
+        first = self._windows.start
+        return slopes_KNSR[:, items.start - first : items.stop - first]
 
 
 def _nothing() -> None:
-    """Nothing is to be kept."""
+    """Store nothing."""
 
 
 def _split(count: int, parts: int) -> list[slice]:
+    """Split a range into parts of nearly equal length."""
     ends = [count * part // parts for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(ends)]
-
-
-def conjugate_gradients(
-    normal: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor, iterations: int
-) -> torch.Tensor:
-    """Solve ``normal(x) = right`` for a symmetric positive definite operator, from zero.
-
-    Args:
-        normal: the operator (Hestenes and Stiefel 1952).
-        right: right side, any shape.
-        iterations: at most this many; fewer when the residual is zero.
-    """
-    solution = torch.zeros_like(right)
-    left, direction = right.clone(), right.clone()
-    size = _square(left)
-    for _ in range(iterations):
-        if size == 0.0:
-            break
-        image = normal(direction)
-        length = size / float((direction * image).sum(dtype=sum_dtype(right.device)))
-        solution.add_(direction, alpha=length)
-        left.sub_(image, alpha=length)
-        before, size = size, _square(left)
-        direction.mul_(size / before).add_(left)
-    return solution
-
-
-def _square(value: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(value, dtype=sum_dtype(value.device))) ** 2
-
-
-@contextmanager
-def _given(module: nn.Module, outputs: dict[str, torch.Tensor], last: str) -> Iterator[None]:
-    """Within the context these projections return what is given, the last one its own input."""
-    with ExitStack() as stack:
-        for name, output in outputs.items():
-            _shadow(stack, module.get_submodule(name), lambda _, output=output: output)
-        _shadow(stack, module.get_submodule(last), lambda value: value)
-        yield
-
-
-def _shadow(stack: ExitStack, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
-    module.forward = forward  # shadows the class's forward
-    stack.callback(delattr, module, "forward")

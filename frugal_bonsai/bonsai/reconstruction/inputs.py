@@ -1,102 +1,50 @@
-"""Refitting the projections into a sublayer: q, k, v, gate and up.
+"""Refit the projections into a sublayer: q, k, v, gate and up.
 
-In: a layer of both models before one of its sublayers runs. Out: new weights for the sublayer's
-input projections. Pruning makes the residual stream drift, and with it what these projections read.
-With X the pruned model's input to them, N the dense model's, W_d the dense weight's kept rows,
+Comes in: a layer of both models before one of its sublayers runs. Goes out: new weights of the
+sublayer's input projections. Pruning makes the residual stream drift, and with it the inputs of
+these projections. With X the pruned model's inputs, N the dense model's and W_d the dense weight's
+remaining rows,
 
     W' = argmin ||N W_d^T - X W'^T||^2 + lambda ||W' - W||^2 ,
 
-so that they give on the drifted input what the dense ones give on the true one. The targets are
-linear in N, hence N^T X is all that has to be summed: no projection is computed for it, and the
-sweep spends no more tokens. Holds two ``[H, H]`` matrices.
+so that a projection returns on the drifted input what the dense projection returns on its own. The
+targets are linear in N, so only N^T X is summed: no projection is computed for it, and the sweep
+spends no more tokens.
 
-Shape suffixes: H hidden, R kept rows of a projection.
+Memory: two ``[H, H]`` matrices.
+
+Shape suffixes: H hidden, R remaining rows of a projection, B windows of a micro-batch, S tokens.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 
 from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.bonsai.importance.factor import BLOCK
-from frugal_bonsai.bonsai.importance.gram import Moments, add_product_, ridge_refit_
+from frugal_bonsai.bonsai.importance.gram import Moments, add_product_
+from frugal_bonsai.bonsai.reconstruction.input_rows import input_projections
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
+from frugal_bonsai.bonsai.reconstruction.least_squares import ridge_refit_
 from frugal_bonsai.model.cut import kept_indices
-from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.call import capture_input
 
 
-def input_projections(spec: ModelSpec, group: UnitGroup) -> list[str]:
-    """Modules inside the layer whose output rows the group's units own, all of one input."""
-    prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
-    found = [piece.tensor.removeprefix(prefix) for piece in group.slices if piece.axis == 0]
-    names = dict.fromkeys(found)  # a fused one has several pieces
-    return [name.removesuffix(".weight") for name in names if len(shapes[name]) == 2]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one kind in a projection into the FFN: all of ``up_proj``, half of ``gate_up``.
-
-    Attributes:
-        projection: module inside the layer.
-        at: which of its parts these rows are.
-        of: how many parts of one size it has.
-    """
-
-    projection: str
-    at: int
-    of: int
-
-    def take(self, value: torch.Tensor) -> torch.Tensor:
-        """These rows of the projection's weight or bias, a view."""
-        return value.chunk(self.of)[self.at]
-
-
-def input_rows(spec: ModelSpec, group: UnitGroup) -> list[Rows]:
-    """The rows that a group's units own, one entry a kind of row."""
-    prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
-    names = [piece.tensor.removeprefix(prefix) for piece in group.slices if piece.axis == 0]
-    names = [name for name in names if len(shapes[name]) == 2]
-    return [
-        Rows(name.removesuffix(".weight"), names[:index].count(name), names.count(name))
-        for index, name in enumerate(names)
-    ]
-
-
-def refit_inputs(
-    work: LayerPass,
-    group: UnitGroup,
-    mask: KeepMask,
-    windows: int,
-    *,
-    ridge: float,
-    first: bool,
-) -> dict[str, torch.Tensor]:
-    """Refit a group's input projections; the layer pass computes with them from then on.
+def refit_inputs(work: LayerPass, group: UnitGroup, *, first: bool) -> None:
+    """Refit a group's input projections; the layer computes with them from then on.
 
     Args:
         work: the layer of both models.
-        group: whose sublayer comes next.
-        mask: the kept units, which are the pruned projections' rows.
-        windows: how many are in flight.
-        ridge: lambda as a share of the mean diagonal.
-        first: the group's sublayer is the layer's first; else the dense inputs are those that the
-            layer pass kept.
-
-    Returns:
-        Full tensor name -> new weight ``[R, H]``, fp32.
+        group: units of the next sublayer.
+        first: True for the layer's first sublayer; the dense inputs of the last one were stored.
     """
-    spec = work.sweep.skeleton.spec
-    projections = input_projections(spec, group)
+    options, batches = work.pair.options, work.batches
+    assert options.mask is not None
+    projections = input_projections(work.spec, group)
     hidden = work.pruned[f"{projections[0]}.weight"].shape[1]
-    device = work.sweep.skeleton.device
-    moments = Moments(hidden, device=device, gram=True)
-    cross_HH = torch.zeros(hidden, hidden, device=device)  # N^T X
-    batches = work.sweep.batches
+    moments = Moments(hidden, device=work.device, gram=True)
+    cross_HH = torch.zeros(hidden, hidden, device=work.device)  # N^T X
 
     def add(items: slice) -> None:
         input_BSH = work.inputs(projections[0], items)
@@ -109,36 +57,34 @@ def refit_inputs(
             ),
         )
 
-    batches.run(windows, add)
-    refits = {}
+    batches.run(work.pair.fitted, add)
     for projection in projections:
         name = f"{projection}.weight"
-        full = spec.prefix(work.layer) + name
+        full = work.spec.prefix(work.layer) + name
         pieces = [(group, piece) for piece in group.slices if piece.tensor == full]
         dense_RH = work.dense[name]
-        rows = to_device(kept_indices(len(dense_RH), pieces, mask), device)
-        factor = moments.factor(ridge, where=f"recovery of {full}")
+        rows = to_device(kept_indices(len(dense_RH), pieces, options.mask), work.device)
+        factor = moments.factor(options.ridge, where=f"reconstruction of {full}")
         weight_RH = _rows_times(dense_RH, rows, cross_HH)
         ridge_refit_(factor, weight_RH, work.pruned[name])
-        refits[full] = work.adopt(name, weight_RH)
-    return refits
+        work.adopt(name, weight_RH)
+
+
+def _dense_input(work: LayerPass, projection: str, items: slice, *, first: bool) -> torch.Tensor:
+    """Return the dense model's input of a projection, ``[B, S, H]``."""
+    if first:
+        hidden_BSH = work.pair.hidden_dense.read(items)
+        return capture_input(work.module, work.dense, hidden_BSH, work.kwargs, projection)
+    assert work.pair.dense_inputs is not None
+    return work.pair.dense_inputs.read(items)
 
 
 def _rows_times(
     weight_RH: torch.Tensor, rows: torch.Tensor, right_HH: torch.Tensor
 ) -> torch.Tensor:
-    """Some rows of a weight times a matrix, fp32, without a copy of all these rows."""
+    """Multiply some rows of a weight with a matrix in fp32, copying only a block of these rows."""
     product_RH = torch.empty(len(rows), right_HH.shape[1], device=right_HH.device)
     for start in range(0, len(rows), BLOCK):
         some = slice(start, start + BLOCK)
         torch.mm(weight_RH[rows[some]].float(), right_HH, out=product_RH[some])
     return product_RH
-
-
-def _dense_input(work: LayerPass, projection: str, items: slice, *, first: bool) -> torch.Tensor:
-    """The dense model's input of a projection, ``[B, S, H]``."""
-    if first:
-        hidden_BSH = work.hidden_dense.read(items)
-        return capture_input(work.module, work.dense, hidden_BSH, work.kwargs, projection)
-    assert work.dense_inputs is not None
-    return work.dense_inputs.read(items)

@@ -1,7 +1,10 @@
-"""One layer of the dense and the pruned model while its projections are refitted in turn.
+"""One layer of the dense and the pruned model while the pruned layer's projections are refitted.
 
-In: both layers' parameters and hidden states. Out: for a micro-batch, the inputs of the pruned
-model's projections and its residual stream, given the refits made so far. Holds what it is given.
+Comes in: parameters and hidden states of both models. Goes out, for a micro-batch: the inputs of
+the pruned model's projections and its residual stream after the refits so far, and the outputs that
+the projections should have.
+
+Memory: one layer of each model and the hidden states, which belong to the caller.
 
 Shape suffixes: B windows of a micro-batch, S tokens, H hidden, C columns of a projection.
 """
@@ -17,97 +20,258 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import linear
 
-from frugal_bonsai.stream.call import capture_input, replaced
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.reconstruction.input_rows import input_projections
+from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.stream.call import call_layer, capture_input, capture_outputs, replaced
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import Parameters
 
+Batch = Callable[[slice], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionOptions:
+    """Which projections a reconstruction refits, and what it may hold.
+
+    Attributes:
+        ridge: lambda as a share of a Gram matrix's mean diagonal.
+        mask: the remaining units, where input projections are refitted; None leaves them.
+        channel_updates: maximum number of updates of each FFN's channels.
+        keep_inputs: hold the inputs of one layer's output projections for all windows.
+        keep_updates: hold the targets and slopes of the channel updates.
+        saved_dtype: full name of a weight -> dtype in which its refit is saved.
+    """
+
+    ridge: float
+    mask: KeepMask | None = None
+    channel_updates: int = 0
+    keep_inputs: bool = True
+    keep_updates: bool = True
+    saved_dtype: Callable[[str], torch.dtype] = lambda _: torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedSweep:
+    """Values that all layers of a reconstruction share.
+
+    Attributes:
+        sweep: device, micro-batches and progress.
+        options: of the reconstruction.
+        hidden_dense: the dense model's hidden states.
+        hidden_pruned: the pruned model's hidden states.
+        fitted: number of windows that refits learn from; they come first.
+        held_out: number of windows after them, which only pass through the pruned model.
+        scores: computes the next round's importance from the same moments; None computes none.
+        dense_inputs: buffer for the dense inputs of the last sublayer, where they are needed.
+        dense_outputs: buffer for the dense outputs of the last output projection, where a norm
+            follows it.
+        targets: buffer for the last sublayer's targets; None computes them again when needed.
+    """
+
+    sweep: Sweep
+    options: ReconstructionOptions
+    hidden_dense: HiddenStates
+    hidden_pruned: HiddenStates
+    fitted: int
+    held_out: int
+    scores: ImportanceBuilder | None
+    dense_inputs: HiddenStates | None
+    dense_outputs: HiddenStates | None
+    targets: HiddenStates | None
+
 
 @dataclass
 class LayerPass:
-    """One layer of both models while its projections are refitted in turn."""
+    """One layer of both models.
 
-    sweep: Sweep
+    Attributes:
+        pair: values that all layers share.
+        layer: index of the layer.
+        dense: the dense layer's parameters.
+        pruned: the pruned layer's parameters; refits overwrite them.
+        kwargs: keyword arguments that the model calls this layer with.
+        outputs: refitted output projection -> its output for a micro-batch.
+        refits: refit weights by full name, as they are to be saved.
+        left: share of each target's energy that its refit leaves.
+        extra_passes: passes over all fitted windows beyond those of every layer, counted by the
+            share of the model's parameters.
+    """
+
+    pair: PairedSweep
     layer: int
     dense: Parameters
     pruned: Parameters
-    hidden_dense: HiddenStates
-    hidden_pruned: HiddenStates
     kwargs: dict[str, Any]
-    # In which dtype a refit weight, by its full name, will be saved.
-    saved_dtype: Callable[[str], torch.dtype]
-    # The dense model's inputs of the last sublayer's projections, when those are refitted too.
-    dense_inputs: HiddenStates | None = None
-    # The dense model's output of the last output projection, where a norm lies behind that.
-    dense_outputs: HiddenStates | None = None
-    # Outputs of the sublayers that have been refitted, as functions of a micro-batch.
-    outputs: dict[str, Callable[[slice], torch.Tensor]] = field(default_factory=dict)
+    outputs: dict[str, Batch] = field(default_factory=dict)
+    refits: dict[str, torch.Tensor] = field(default_factory=dict)
+    left: list[float] = field(default_factory=list)
+    extra_passes: float = 0.0
 
-    @property
-    def module(self) -> torch.nn.Module:
-        """Hugging Face's layer."""
-        return self.sweep.skeleton.layers[self.layer]
+    def __post_init__(self) -> None:
+        skeleton = self.pair.sweep.skeleton
+        self.batches, self.spec = self.pair.sweep.batches, skeleton.spec
+        self.module, self.device = skeleton.layers[self.layer], skeleton.device
 
-    def adopt(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Compute with a refit weight from now on; the weight as it is to be saved.
+    # -- weights --------------------------------------------------------------------------------
+    def adopt(self, name: str, weight: torch.Tensor) -> None:
+        """Compute with a refit weight from now on, and keep it to be saved.
 
-        It overwrites the parameter that it replaces and is held a second time, on the host, only
-        where the compute dtype would lose what the saved one keeps.
+        It overwrites the parameter. A second copy, on the host, exists only where the compute dtype
+        would lose precision that the saved dtype has.
         """
-        parameter = self.pruned[name]
+        parameter, full = self.pruned[name], self.spec.prefix(self.layer) + name
         parameter.copy_(weight)
-        saved = self.saved_dtype(self.sweep.skeleton.spec.prefix(self.layer) + name)
-        if parameter.dtype in (weight.dtype, saved):
-            return parameter
-        return weight.to(device="cpu", dtype=saved)
+        saved = self.pair.options.saved_dtype(full)
+        exact = parameter.dtype in (weight.dtype, saved)
+        self.refits[full] = parameter if exact else weight.to(device="cpu", dtype=saved)
 
     def borrow(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """A copy of a weight in the memory of the dense layer's, once nothing reads that any more.
+        """Copy a weight into the memory of the dense layer's, which nothing reads any more.
 
-        What is wider than the dense layer's dtype stays where it is.
+        A weight of another dtype than the dense layer's is returned itself.
         """
         dense = self.dense[name]
         if weight.dtype != dense.dtype:
             return weight
         return dense.view(-1)[: weight.numel()].view(weight.shape).copy_(weight)
 
-    def room(self, columns: int) -> HiddenStates:
-        """Room on the device for the inputs of a projection of all windows, not written yet."""
-        skeleton, hidden = self.sweep.skeleton, self.hidden_pruned
+    # -- the pruned model -----------------------------------------------------------------------
+    def inputs(self, projection: str, items: slice) -> torch.Tensor:
+        """Return the input ``[B, S, C]`` of a projection after the refits so far."""
+        hidden_BSH = self.pair.hidden_pruned.read(items)
+        with self.with_refits(items):
+            return capture_input(self.module, self.pruned, hidden_BSH, self.kwargs, projection)
+
+    def inputs_buffer(self, columns: int) -> HiddenStates:
+        """Allocate a buffer on the device for a projection's inputs of all windows."""
+        hidden = self.pair.hidden_pruned
         return HiddenStates(
             hidden.windows,
             hidden.window,
             columns,
-            device=skeleton.device,
-            dtype=skeleton.dtype,
+            device=self.device,
+            dtype=self.pair.sweep.skeleton.dtype,
             resident=hidden.windows,
         )
 
-    def known(self, items: slice) -> ExitStack:
-        """A context in which the refitted sublayers return their new outputs."""
-        # All outputs first: one that is computed again runs the module, which must be whole.
+    def recompute_inputs(self, projection: str) -> Batch:
+        """Return a function that computes a projection's inputs with the refits of this moment."""
+        before = dict(self.outputs)
+
+        def compute(items: slice) -> torch.Tensor:
+            now, self.outputs = self.outputs, before
+            try:
+                return self.inputs(projection, items)
+            finally:
+                self.outputs = now
+
+        return compute
+
+    def register_output(self, projection: str, inputs: Batch) -> None:
+        """Compute a refitted projection's output from these inputs from now on."""
+        weight_HC = self.pruned[f"{projection}.weight"]
+        bias_H = self.pruned.get(f"{projection}.bias")
+        self.outputs[projection] = lambda items: linear(inputs(items), weight_HC, bias_H)
+
+    def with_refits(self, items: slice) -> ExitStack:
+        """Return a context in which refitted sublayers return their new outputs."""
+        # All outputs first: recomputing one runs the module, which must be whole.
         outputs = {projection: output(items) for projection, output in self.outputs.items()}
         stack = ExitStack()
         for projection, output_BSH in outputs.items():
-            attention = projection == self.sweep.skeleton.spec.family.attention_output
+            attention = projection == self.spec.family.attention_output
             stack.enter_context(
                 replaced(self.module, projection, output_BSH, returns_tuple=attention)
             )
         return stack
 
-    def residual(self, items: slice) -> torch.Tensor:
-        """The pruned model's residual stream before the sublayer that comes next."""
-        hidden_BSH = self.hidden_pruned.read(items)
+    def advance(self) -> None:
+        """Replace the pruned model's hidden states by the refit layer's outputs."""
+        hidden = self.pair.hidden_pruned
+
+        def body(items: slice) -> None:
+            hidden_BSH = hidden.read(items)
+            with self.with_refits(items):
+                output_BSH = call_layer(self.module, self.pruned, hidden_BSH, self.kwargs)
+            hidden.write(items, output_BSH)
+
+        self.batches.run(self.pair.fitted + self.pair.held_out, body)
+        # Recomputed outputs refer to this pass, which holds them: a cycle of tensors.
+        self.outputs.clear()
+
+    # -- targets --------------------------------------------------------------------------------
+    def first_target(
+        self, group: UnitGroup, items: slice
+    ) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Return the output that the first sublayer's projection should have, bias included.
+
+        This computes the dense layer, once for both sublayers. The second result stores the dense
+        layer's output, and the other dense activations that the last sublayer needs; it is called
+        after everything that allocates memory.
+        """
+        pair, family = self.pair, self.spec.family
+        before_BSH = pair.hidden_dense.read(items)
+        outputs = [group.output]
+        if pair.dense_outputs is not None:
+            outputs.append(family.ffn_output)
+        captured = capture_outputs(
+            self.module,
+            self.dense,
+            before_BSH,
+            self.kwargs,
+            outputs,
+            input_of=self._kept_input(),
+        )
+        own_BSH, last_BSH = captured.outputs[group.output], captured.outputs.get(family.ffn_output)
+        result_BSH, input_BSH = captured.result_BSH, captured.input_BSH
+        del captured  # frees the activations that are not needed
+        missing_BSH = before_BSH + self._added(group.output, own_BSH, self.dense)
+        missing_BSH = missing_BSH - self._residual(items)
+        target_BSH = self._output_for(group.output, missing_BSH, own_BSH)
+
+        def store() -> None:
+            if pair.dense_inputs is not None and input_BSH is not None:
+                pair.dense_inputs.write(items, input_BSH)
+            if pair.dense_outputs is not None and last_BSH is not None:
+                pair.dense_outputs.write(items, last_BSH)
+            pair.hidden_dense.write(items, result_BSH)
+
+        return target_BSH, store
+
+    def last_target(self, group: UnitGroup, items: slice) -> torch.Tensor:
+        """Return the output that the last sublayer's projection should have, bias included.
+
+        :meth:`first_target` has computed the dense layer.
+        """
+        if self.pair.dense_outputs is not None:
+            return self.pair.dense_outputs.read(items)
+        missing_BSH = self.pair.hidden_dense.read(items) - self._residual(items)
+        return self._output_for(group.output, missing_BSH, None)
+
+    def _kept_input(self) -> str | None:
+        """Return the module whose dense input the refit of the last sublayer's inputs needs."""
+        last = self.spec.table.of_layer(self.layer)[-1]
+        if self.pair.options.mask is None or last.expert is not None:
+            return None
+        return input_projections(self.spec, last)[0]
+
+    def _residual(self, items: slice) -> torch.Tensor:
+        """Return the pruned model's residual stream before the next sublayer."""
+        hidden_BSH = self.pair.hidden_pruned.read(items)
         for projection, output in self.outputs.items():
-            hidden_BSH = hidden_BSH + self.added(projection, output(items), self.pruned)
+            hidden_BSH = hidden_BSH + self._added(projection, output(items), self.pruned)
         return hidden_BSH
 
-    def added(
+    def _added(
         self, projection: str, output_BSH: torch.Tensor, parameters: Parameters
     ) -> torch.Tensor:
-        """What a projection's output adds to the residual stream: behind norm and multiplier."""
-        spec = self.sweep.skeleton.spec
-        norm = spec.family.norm_behind(projection)
+        """Return the contribution of a projection's output to the residual stream.
+
+        A norm that follows the projection and the family's residual multiplier are applied.
+        """
+        norm, scale = self.spec.family.norm_behind(projection), self.spec.residual_scale
         if norm is not None:
             own = {
                 name.removeprefix(f"{norm}."): value
@@ -115,68 +279,18 @@ class LayerPass:
                 if name.startswith(f"{norm}.")
             }
             output_BSH = functional_call(self.module.get_submodule(norm), own, (output_BSH,))
-        scale = spec.residual_scale
         return output_BSH if scale == 1.0 else output_BSH * scale
 
-    def to_give(
-        self, projection: str, residual_BSH: torch.Tensor, dense_BSH: torch.Tensor | None
+    def _output_for(
+        self, projection: str, missing_BSH: torch.Tensor, dense_BSH: torch.Tensor | None
     ) -> torch.Tensor:
-        """What a projection should give, its bias included.
+        """Return the projection's output that adds ``missing_BSH`` to the residual stream.
 
-        Args:
-            projection: whose output it is.
-            residual_BSH: what the sublayer should add to the pruned model's residual stream.
-            dense_BSH: the dense projection's own output. A norm behind the projection cannot give
-                whatever it is asked for: there this is the aim, and drift stays what it is.
+        A norm after the projection cannot produce any value. There the target is the dense
+        projection's own output ``dense_BSH``, and drift is not corrected.
         """
-        spec = self.sweep.skeleton.spec
-        if spec.family.norm_behind(projection) is not None:
+        if self.spec.family.norm_behind(projection) is not None:
             assert dense_BSH is not None
             return dense_BSH
-        scale = spec.residual_scale
-        return residual_BSH if scale == 1.0 else residual_BSH / scale
-
-    def last_target(self, projection: str, items: slice) -> torch.Tensor:
-        """What the last sublayer's projection should give; the dense layer has been computed."""
-        if self.dense_outputs is not None:
-            return self.dense_outputs.read(items)
-        missing_BSH = self.hidden_dense.read(items) - self.residual(items)
-        return self.to_give(projection, missing_BSH, None)
-
-    def inputs(self, projection: str, items: slice) -> torch.Tensor:
-        """The pruned model's input of a projection, given the refits before it."""
-        hidden_BSH = self.hidden_pruned.read(items)
-        with self.known(items):
-            return capture_input(self.module, self.pruned, hidden_BSH, self.kwargs, projection)
-
-
-class InputsAgain:
-    """Computes a projection's inputs again, with the refits that stood before it."""
-
-    def __init__(self, work: LayerPass, projection: str) -> None:
-        self._work, self._projection = work, projection
-        self._before = dict(work.outputs)
-
-    def __call__(self, items: slice) -> torch.Tensor:
-        """``[B, S, C]`` of a micro-batch."""
-        now, self._work.outputs = self._work.outputs, dict(self._before)
-        try:
-            return self._work.inputs(self._projection, items)
-        finally:
-            self._work.outputs = now
-
-
-class RefitOutput:
-    """A refitted projection's output for a micro-batch."""
-
-    def __init__(
-        self,
-        inputs: Callable[[slice], torch.Tensor],
-        weight_HC: torch.Tensor,
-        bias_H: torch.Tensor | None,
-    ) -> None:
-        self._inputs, self._weight_HC, self._bias_H = inputs, weight_HC, bias_H
-
-    def __call__(self, items: slice) -> torch.Tensor:
-        """``[B, S, H]`` of a micro-batch."""
-        return linear(self._inputs(items), self._weight_HC, self._bias_H)
+        scale = self.spec.residual_scale
+        return missing_BSH if scale == 1.0 else missing_BSH / scale

@@ -1,0 +1,118 @@
+"""An FFN's activations as a function of its channels' pre-activations, and their slopes.
+
+Comes in: a layer whose FFN is refitted, and some of its channels. Goes out: pre-activations,
+activations phi, slopes phi'. phi is Hugging Face's own module and phi' a difference of two of its
+values, so no activation function is written here.
+
+Memory: one micro-batch of a block's values.
+
+Shape suffixes: T tokens, H hidden, R channels of a block, K input projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from frugal_bonsai.accelerator import sum_dtype
+from frugal_bonsai.bonsai.reconstruction.input_rows import input_rows
+from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
+from frugal_bonsai.model.units import UnitGroup
+
+# Half the distance of the two values of a difference, as a share of the pre-activations' root mean
+# square.
+_DIFFERENCE = 1e-2
+
+
+class Sublayer:
+    """The pruned layer's FFN.
+
+    Attributes:
+        rows: rows of the input projections that the FFN's channels own.
+        projection: first of its input projections.
+        names: its input projections' weights.
+
+    Args:
+        work: the layer of both models.
+        group: the FFN's units, one channel each.
+    """
+
+    def __init__(self, work: LayerPass, group: UnitGroup) -> None:
+        self._parameters, self._module, self._output = work.pruned, work.module, group.output
+        self.rows = tuple(input_rows(work.spec, group))
+        self.projection = self.rows[0].projection
+        self.names = list(dict.fromkeys(f"{rows.projection}.weight" for rows in self.rows))
+        owner = work.spec.family.ffn_activation or group.output.rpartition(".")[0]
+        self._activation_module = work.module.get_submodule(owner)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return len(self.rows[0].take(self._parameters[f"{self.projection}.weight"]))
+
+    def weights(self, block: slice) -> list[torch.Tensor]:
+        """Return a block of each input projection's weight, fp32 ``[R, H]``."""
+        return [
+            rows.take(self._parameters[f"{rows.projection}.weight"])[block].float()
+            for rows in self.rows
+        ]
+
+    def pre_activations(
+        self, weights: Sequence[torch.Tensor] | torch.Tensor, input_TH: torch.Tensor, block: slice
+    ) -> list[torch.Tensor]:
+        """Return a block's pre-activations, ``[T, R]`` for each input projection."""
+        before = []
+        for rows, weight_RH in zip(self.rows, weights, strict=True):
+            before.append(input_TH @ weight_RH.T)
+            bias = self._parameters.get(f"{rows.projection}.bias")
+            if bias is not None:
+                before[-1] += rows.take(bias)[block].float()
+        return before
+
+    def activation(self, before: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return phi: the channels' activations ``[T, R]``, given their pre-activations."""
+        outputs: dict[str, torch.Tensor] = {}
+        for rows, one_TR in zip(self.rows, before, strict=True):
+            earlier_TR = outputs.get(rows.projection)
+            whole = one_TR if earlier_TR is None else torch.cat([earlier_TR, one_TR], dim=-1)
+            outputs[rows.projection] = whole
+        with _replaced_outputs(self._module, outputs, self._output):
+            activation_TR: torch.Tensor = self._activation_module(before[0])
+        return activation_TR
+
+    def slopes(self, before: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return phi' with respect to each input projection, ``[K, T, R]``.
+
+        These are central differences.
+        """
+        slope_KTR = before[0].new_empty(len(before), *before[0].shape)
+        for at, one_TR in enumerate(before):
+            size = one_TR.square().mean().sqrt().to(sum_dtype(one_TR.device))
+            reach = size.mul_(_DIFFERENCE).add_(1e-12)  # stays on the device: nothing waits for it
+            moved = list(before)
+            moved[at] = one_TR + reach
+            slope_KTR[at] = self.activation(moved)
+            moved[at] = one_TR - reach
+            slope_KTR[at] -= self.activation(moved)
+            slope_KTR[at] /= 2 * reach
+        return slope_KTR
+
+
+@contextmanager
+def _replaced_outputs(
+    module: nn.Module, outputs: dict[str, torch.Tensor], last: str
+) -> Iterator[None]:
+    """Within the context projections return ``outputs``, and the last one returns its input."""
+    with ExitStack() as stack:
+        for name, output in outputs.items():
+            _shadow(stack, module.get_submodule(name), lambda _, output=output: output)
+        _shadow(stack, module.get_submodule(last), lambda value: value)
+        yield
+
+
+def _shadow(stack: ExitStack, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+    module.forward = forward  # shadows the class's forward
+    stack.callback(delattr, module, "forward")
