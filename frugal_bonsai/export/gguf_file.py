@@ -21,7 +21,7 @@ from frugal_bonsai.errors import CheckpointError, OptionError, OutputError, Unsu
 from frugal_bonsai.export.gguf_tensor import GgufTensor
 from frugal_bonsai.export.shape import describe_shape, model_keys
 from frugal_bonsai.export.tensors import DTYPES, list_tensors
-from frugal_bonsai.export.tokenizer import read_tokenizer
+from frugal_bonsai.export.tokenizer import end_note, read_tokenizer
 from frugal_bonsai.model.family import ModelSpec
 
 if TYPE_CHECKING:
@@ -93,17 +93,17 @@ def write_gguf(
         out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(out) as file:
         with closing(gguf.GGUFWriter(Path(file.name), shape.architecture)) as writer:
-            keys = model_keys(spec, shape, name, dtype) | tokenizer.keys
+            keys = model_keys(spec, shape, name, dtype) | tokenizer
             for method, value in keys.items():
                 getattr(writer, method)(value)
             _write_tensors(writer, shape.factors, tensors)
         _require_no_file(out)
     return GgufSummary(
         architecture=shape.architecture,
-        tokenizer=tokenizer.name,
+        tokenizer=f"{tokenizer['add_tokenizer_model']} ({tokenizer['add_tokenizer_pre']})",
         formats=dict(Counter(tensor.kind.name.lower() for tensor in tensors)),
         size_bytes=out.stat().st_size,
-        notes=tokenizer.notes,
+        notes=end_note(tokenizer),
     )
 
 
