@@ -1,1 +1,1 @@
-"""Physical shrink: a checkpoint and a keep mask in, a smaller model that loads elsewhere out."""
+"""Write the pruned model: a checkpoint and a keep mask in, a smaller checkpoint out."""

@@ -1,8 +1,8 @@
-"""The small files that belong to a model: generation settings and the tokenizer.
+"""Copy the small files of a model: generation settings and tokenizer.
 
-In: the source's folder. Out: copies in the pruned model's folder. Not the config (the layout writes
-it), not weights, not the README (the model card is new), and no code: ``*.py`` files that a
-tokenizer may name are left behind. Holds one file.
+In: the source's folder. Out: copies in the pruned model's folder. Config, weights and README are
+not copied, because the layout, the rewriter and the model card replace them. Code is not copied
+either (``*.py`` files that a tokenizer may name). Holds one file.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ COMPANIONS = (
 
 
 def write_companions(source_folder: Path, folder: Path) -> tuple[str, ...]:
-    """Copy the companion files that the source has.
+    """Copy those of the files in :data:`COMPANIONS` that the source has.
 
     Args:
-        source_folder: the dense model; links are followed, the hub's cache is made of them.
+        source_folder: the dense model's folder. Links are followed, as in the hub's cache.
         folder: an existing directory.
 
     Returns:
-        Names of the copies, relative to ``folder``, sorted.
+        Names of the copies relative to ``folder``, sorted.
 
     Raises:
         CheckpointError: a file cannot be read.

@@ -1,9 +1,9 @@
-"""Tensors of the source on their way to the output, a few megabytes at a time.
+"""Read tensors of the source and cut them, a few megabytes at a time.
 
-In: a :class:`Checkpoint` and, for each tensor, which indices of its dimensions stay. Out: the
-output's bytes as pieces of rows, in order. A thread reads the next piece while the last one is cut
-and written. What is held does not depend on the size of a tensor: a few pieces of
-:data:`PIECE_BYTES`, reused throughout, so that the system has no new memory to clear.
+In: a :class:`Checkpoint` and, for each tensor, the indices that stay in each dimension. Out: the
+rows of the output, piece by piece and in order. A thread reads the next piece while the caller
+writes the last one. Holds a few pieces of :data:`PIECE_BYTES`, whatever the size of a tensor. The
+buffers are reused, so the system does not have to clear new memory.
 
 Shape suffixes: R rows of dimension 0 of the source, P rows of the output.
 """
@@ -22,28 +22,28 @@ from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.dtypes import torch_dtype
 
-PIECE_BYTES = 2**21  # measured: larger ones do not stay in the cache from reading to writing
-_BUFFERS = 2  # one is read while the other is cut and written
-# Indices are taken from whole numbers of the same width: numpy has no bfloat16.
+PIECE_BYTES = 2**21  # measured: larger pieces leave the processor's cache before they are written
+_BUFFERS = 2  # one is filled while the other is cut and written
+# Bytes per element -> integer dtype as which numpy sees the data: it has no bfloat16.
 _WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
 class TensorCut:
-    """What of one tensor is written.
+    """The part of one tensor that is written.
 
     Attributes:
         name: the tensor.
-        indices: for each dimension that changes, the indices that stay, int64, ascending; -1 is a
-            place that zeros fill. Dimensions are those of the tensor as it is read; what is read
-            and written here is the file's own, which may be turned.
+        indices: dimension -> source index of every output index, int64, ascending; -1 stands for
+            zeros. Dimensions without an entry stay whole. Dimensions count in the canonical
+            orientation (``[out, in]``); the stream itself works in the file's orientation.
     """
 
     name: str
     indices: Mapping[int, torch.Tensor]
 
     def stored(self, entry: TensorEntry) -> TensorCut:
-        """The same with the file's dimensions."""
+        """Return the cut with the dimensions counted in the file's orientation."""
         if not entry.transposed:
             return self
         return TensorCut(self.name, {1 - axis: kept for axis, kept in self.indices.items()})
@@ -51,13 +51,14 @@ class TensorCut:
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """Some neighbouring rows of a tensor, and what they become.
+    """Neighbouring rows of a tensor, and the output rows made from them.
 
     Attributes:
-        cut: the tensor.
+        cut: the cut of the tensor.
         start: first row in the source.
-        stop: one past the last.
-        rows_P: rows of the output, counted from ``start``; -1 is zeros. None takes all.
+        stop: one past the last row.
+        rows_P: source row of each output row, counted from ``start``; -1 stands for zeros. None
+            takes all rows.
     """
 
     cut: TensorCut
@@ -73,11 +74,11 @@ def stream_cuts(
 
     Args:
         checkpoint: the source.
-        cuts: what to take of each tensor, in the order in which they are wanted.
+        cuts: the tensors and their cuts, in the order of the output.
 
     Yields:
-        Name and the next rows of a tensor, contiguous on the CPU, in the source's dtype; valid
-        until the next one is asked for.
+        Name and next rows of a tensor, contiguous, on the CPU, in the source's dtype and the file's
+        orientation. They are valid until the next iteration.
 
     Raises:
         CheckpointError: a failing read.
@@ -98,7 +99,7 @@ def stream_cuts(
 
 
 def _pieces(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[_Piece]:
-    """A tensor as runs of rows; a single number is one piece."""
+    """Split a tensor into pieces of rows. A scalar is one piece."""
     entry = checkpoint.tensors[cut.name]
     rows = entry.stored_shape[0] if entry.shape else 1
     step = max(1, PIECE_BYTES * rows // max(1, entry.size_bytes))
@@ -108,29 +109,29 @@ def _pieces(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[_Piece]:
             yield _Piece(cut, max(0, stop - 1) // step * step, stop, None)
         return
     indices_P = cut.indices[0]
-    # A zero comes with the row before it, which keeps the order of the output.
+    # A zero row belongs to the piece of the kept row before it, so the output stays in order.
     place_P = torch.cummax(indices_P, 0).values.clamp_(min=0)
     ends = torch.searchsorted(place_P, torch.tensor(stops)).tolist()
     for begin, end in zip([0, *ends], ends, strict=False):
-        # At most a step of kept rows lies between two stops; what goes beyond are zeros.
+        # Between two stops are at most ``step`` kept rows; any further rows are zeros.
         for rows_P in torch.split(indices_P[begin:end], step):
             if begin == end and len(indices_P):
-                continue  # nothing stays of these rows
+                continue  # no row stays
             kept = rows_P[rows_P >= 0]
-            # What lies between pieces' kept rows is not read.
+            # Rows before the first and after the last kept row are not read.
             first, last = (int(kept[0]), int(kept[-1])) if len(kept) else (0, -1)
             yield _Piece(cut, first, last + 1, torch.where(rows_P < 0, -1, rows_P - first))
 
 
 def _size_bytes(checkpoint: Checkpoint, piece: _Piece) -> int:
-    """Bytes of the piece's rows in the source."""
+    """Return the bytes of the piece's rows in the source."""
     entry = checkpoint.tensors[piece.cut.name]
     rows = entry.stored_shape[0] if entry.shape else 1
     return (piece.stop - piece.start) * entry.size_bytes // max(1, rows)
 
 
 def _read(checkpoint: Checkpoint, piece: _Piece, buffer_uint8: torch.Tensor) -> torch.Tensor:
-    """The piece's rows of the source, ``[R, ...]``, in the buffer."""
+    """Read the piece's rows ``[R, ...]`` into the buffer."""
     name, entry = piece.cut.name, checkpoint.tensors[piece.cut.name]
     if not entry.shape:
         return checkpoint.read_into(name, buffer_uint8)
@@ -140,13 +141,13 @@ def _read(checkpoint: Checkpoint, piece: _Piece, buffer_uint8: torch.Tensor) -> 
 
 
 class _Scratch:
-    """Memory that cut pieces lie in, some for each dimension that is cut."""
+    """Reused memory for cut pieces: one buffer for each dimension that is cut."""
 
     def __init__(self) -> None:
         self._memory: dict[int, torch.Tensor] = {}
 
     def cut(self, source: torch.Tensor, piece: _Piece) -> torch.Tensor:
-        """The piece without what goes and with its zeros."""
+        """Return the piece without removed rows and columns, and with zeros."""
         if piece.rows_P is not None:
             source = self._take(source, 0, piece.rows_P)
         for axis, indices in piece.cut.indices.items():
@@ -155,19 +156,21 @@ class _Scratch:
         return source
 
     def _take(self, source: torch.Tensor, axis: int, indices: torch.Tensor) -> torch.Tensor:
+        """Return the given indices of one dimension; -1 gives zeros."""
         shape = (*source.shape[:axis], len(indices), *source.shape[axis + 1 :])
-        out = self._room(axis, math.prod(shape) * source.element_size())
+        out = self._buffer(axis, math.prod(shape) * source.element_size())
         out = out.view(source.dtype).view(shape)
         if source.shape[axis]:
-            # numpy's take is several times as fast as torch's index_select along a row; to clip,
-            # which also turns -1 into 0, spares it a copy.
+            # numpy's take is several times as fast as torch's index_select within rows. With
+            # mode="clip", which turns -1 into 0, it makes no copy.
             number = _WHOLE_NUMBERS[source.element_size()]
-            there, here = out.view(number).numpy(), source.view(number).numpy()
-            numpy.take(here, indices.numpy(), axis=axis, out=there, mode="clip")
+            values, taken = source.view(number).numpy(), out.view(number).numpy()
+            numpy.take(values, indices.numpy(), axis=axis, out=taken, mode="clip")
         zeros = (indices < 0).nonzero().flatten()
         return out.index_fill_(axis, zeros, 0) if len(zeros) else out
 
-    def _room(self, axis: int, size_bytes: int) -> torch.Tensor:
+    def _buffer(self, axis: int, size_bytes: int) -> torch.Tensor:
+        """Return memory of this size; it is enlarged if need be."""
         if axis not in self._memory or self._memory[axis].numel() < size_bytes:
             self._memory[axis] = torch.empty(size_bytes, dtype=torch.uint8)
         return self._memory[axis][:size_bytes]

@@ -1,7 +1,7 @@
-"""Loading what the rewriter wrote, in any layout, without remote code.
+"""Load a pruned model of any layout without remote code.
 
-In: a folder. Out: transformers' model. The ``per-layer`` layout is built by the class
-in this package that the output also carries as a file; that file is not run. Holds the model.
+In: a folder. Out: a model of transformers. A model of the ``per-layer`` layout is built by a class
+of this package. The copy of that class in the folder is not run. Holds the model.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path: folder with ``config.json`` and safetensors weights.
-        kwargs: what ``from_pretrained`` takes (``dtype``, ``device_map``, ``attn_implementation``
-            and others), but ``trust_remote_code``, which is never needed.
+        kwargs: arguments of ``from_pretrained`` (``dtype``, ``device_map``, ``attn_implementation``
+            and others), except ``trust_remote_code``, which is not needed.
 
     Returns:
         The causal language model, in evaluation mode.
 
     Raises:
-        CheckpointError: no such folder, no config, no weights, or a weight is missing.
-        UnsupportedModelError: layers of different widths in an architecture that transformers has
-            no causal language model of, or in a transformers that is too old for them.
+        CheckpointError: the folder, the config, the weights or one of the weights is missing.
+        UnsupportedModelError: the layers differ in width, and transformers is too old for that or
+            has no causal language model of the architecture.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -51,7 +51,7 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 def _bundled(config: Mapping[str, Any], *, source: str) -> BundledModel | None:
-    """The bundled model that this config needs; None where transformers' own class will do."""
+    """Return the bundled model that a config needs, or None if transformers' class suffices."""
     model_type = config.get("model_type")
     if config.get("per_layer_config"):
         return find_bundled(model_type, source=source)
@@ -61,13 +61,13 @@ def _bundled(config: Mapping[str, Any], *, source: str) -> BundledModel | None:
 
 
 def _model_class(config: Mapping[str, Any], *, source: str) -> Any:
-    """The class whose ``from_pretrained`` builds this model."""
+    """Return the class whose ``from_pretrained`` builds this model."""
     bundled = _bundled(config, source=source)
     if bundled is None:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
-    # By name: a bundled file stands alone and is not type-checked with the package.
+    # Imported by name: the bundled file is independent and not type-checked with the package.
     try:
         module = import_module(f"frugal_bonsai.rewrite.layouts.{MODULE}")
     except ImportError as error:  # transformers is too old

@@ -1,8 +1,8 @@
-"""Verify: the rewritten model computes what the masked parent computes.
+"""Verify that the rewritten model computes the same logits as the masked parent.
 
-In: two engines, the parent's with masks and refits, the rewritten model's own. Out: the largest
-difference of their logits. Both are streamed under the same caps. Holds two windows' hidden states
-and one window's logits of each.
+In: the engines of the parent (with mask and refits) and of the rewritten model. Out: the largest
+difference of their logits. Both models are streamed under the same memory caps. Holds the hidden
+states of all windows and the logits of one window, for both models.
 
 Shape suffixes: N windows, S tokens.
 """
@@ -15,39 +15,40 @@ from frugal_bonsai.errors import VerifyError
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.source import CheckpointSource
 
-# Relative to the largest logit. The two differ only in the order of sums over zeros.
+# Largest difference relative to the largest logit. The models differ only by rounding: the parent's
+# sums contain zeros.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
-# Enough tokens to pass through every weight, few enough that their logits are small.
+# Tokens of a window that are compared; more would make the logits large.
 VERIFY_TOKENS = 64
 
 
 def compare_logits(
     parent: Engine, masked: CheckpointSource, rewritten: Engine, windows_NS: torch.Tensor
 ) -> float:
-    """Largest difference of logits, relative to the parent's largest logit.
+    """Return the largest difference of logits, relative to the parent's largest logit.
 
     Args:
         parent: the dense model's engine.
-        masked: the dense model's layers through the final mask, with the refits.
+        masked: the dense model's layers with the final mask and the refits.
         rewritten: the rewritten model's engine.
-        windows_NS: a few windows; their first tokens are used.
+        windows_NS: int64 ``[N, S]``, a few windows. Their first tokens are used.
 
     Raises:
-        VerifyError: the difference is larger than the compute dtype explains, or is no number.
+        VerifyError: the difference is NaN or larger than rounding in the compute dtype explains.
     """
     tokens_NS = windows_NS[:, :VERIFY_TOKENS]
     with parent.stream(masked) as stream:
         expected = parent.sweep.run(stream, tokens_NS, name="verify: masked parent")
     with rewritten.native() as stream:
         found = rewritten.sweep.run(stream, tokens_NS, name="verify: rewritten model")
-    # Tensors: Python's max would drop a NaN.
+    # Tensors, because Python's max drops a NaN.
     largest = scale = torch.zeros((), device=parent.device)
     with torch.inference_mode():
         for window in range(len(tokens_NS)):
             one = slice(window, window + 1)
-            wanted_SV = parent.head.logits(expected.read(one))
-            difference_SV = wanted_SV - rewritten.head.logits(found.read(one))
-            scale = torch.maximum(scale, wanted_SV.abs().max())
+            expected_SV = parent.head.logits(expected.read(one))
+            difference_SV = expected_SV - rewritten.head.logits(found.read(one))
+            scale = torch.maximum(scale, expected_SV.abs().max())
             largest = torch.maximum(largest, difference_SV.abs().max())
     relative = float(largest) / max(float(scale), 1e-30)
     if not relative <= TOLERANCE[parent.dtype]:

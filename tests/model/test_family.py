@@ -189,9 +189,9 @@ def test_real_model_is_described(stories3m: Path) -> None:
     [
         ("gpt2", {"add_cross_attention": True}, "reads a second input"),
         ("opt", {"word_embed_proj_dim": 12}, r"word_embed_proj_dim is 12: .*project_in"),
-        ("opt", {"do_layer_norm_before": False}, "norms stand in the residual stream"),
+        ("opt", {"do_layer_norm_before": False}, "norms are in the residual stream"),
         ("opt", {"_remove_final_layer_norm": True}, "no norm before the head"),
-        ("falcon-groups", {"alibi": True}, "position biases belong to heads"),
+        ("falcon-groups", {"alibi": True}, "position biases depend on the index of a head"),
     ],
 )
 def test_kinds_of_a_family_that_are_refused(
@@ -231,14 +231,14 @@ def test_why_attention_stays_whole(tmp_path: Path) -> None:
     config = {**tiny.checkpoint.config, "rope_scaling": {"type": "longrope"}}
     spec = describe_model(config, tiny.checkpoint.shapes)
     assert spec.whole_attention == (
-        "its config checks the rotary factors' length against the number of heads"
+        "its config checks the number of rotary factors against the number of heads"
     )
     assert [g.removable for g in spec.table.groups] == [False, True, False, True]
     assert tiny_family(tmp_path / "olmo2", "olmo2").spec.whole_attention == (
         "its q_norm and k_norm run over all heads at once"
     )
     parallel = tiny_family(tmp_path / "stablelm", "stablelm-parallel").spec
-    assert parallel.whole_attention == "qk_layernorm gives every head tensors of its own"
+    assert parallel.whole_attention == "qk_layernorm gives each head separate tensors"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "pythia"])

@@ -239,7 +239,9 @@ def test_bundled_config_checks_each_layer() -> None:
 
 
 def test_architecture_that_transformers_does_not_have() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"it has none for model_type 't5'"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"has none for model_type 't5'; take --layout uniform"
+    ):
         find_bundled("t5")
 
 

@@ -1,4 +1,4 @@
-"""One table per architecture; the key is ``config.model_type``."""
+"""The tables of all supported architectures, by ``config.model_type``."""
 
 from __future__ import annotations
 

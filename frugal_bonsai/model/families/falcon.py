@@ -1,4 +1,4 @@
-"""Falcon: one KV head or groups of them interleaved in one projection, parallel attention."""
+"""Falcon: q, k and v in one projection (one KV head, or groups in a row), parallel attention."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ FALCON = Family(
     sized_by={"num_heads": "query", "num_kv_heads": "kv"},
     activation_key="activation",
     activation="gelu",
-    # Groups are repeated to as many heads as there are queries.
+    # Keys and values are repeated to one per query head.
     peaks=(Peak(hidden=3, ffn=2), Peak(hidden=2, attention=8, key=2)),
     masks=1,
     refused=(
         Condition(
-            key="alibi", value=True, reason="its position biases belong to heads by their number"
+            key="alibi", value=True, reason="its position biases depend on the index of a head"
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Gemma 2: norms on both sides of a sublayer, scaled embedding, soft-capped scores and logits."""
+"""Gemma 2: norms before and after each sublayer, scaled embedding, soft-capped scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GEMMA2 = replace(
     logits_softcap_key="final_logit_softcapping",
     activation_key="hidden_activation",
     activation="gelu_pytorch_tanh",
-    # Soft-capped scores are held: no fused attention has them.
+    # Soft-capped scores need eager attention, which holds the scores.
     peaks=(
         Peak(hidden=2, ffn=3, scores=1),
         Peak(hidden=7),

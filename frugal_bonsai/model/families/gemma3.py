@@ -1,4 +1,4 @@
-"""Gemma 3, text: Gemma 2 with norms over each query and key head, without soft-capping."""
+"""Gemma 3, text: Gemma 2 with a norm over each query and key head, without soft-capping."""
 
 from __future__ import annotations
 

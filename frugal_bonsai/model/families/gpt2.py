@@ -1,4 +1,4 @@
-"""GPT-2: weights stored as [input, output], one projection for q, k and v, learned positions."""
+"""GPT-2: weights stored as [input, output], q, k and v in one projection, learned positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-Neo: every other layer attends to a window of tokens; scores are fp32 and not scaled."""
+"""GPT-Neo: sliding-window attention in every other layer; scores in fp32 without scaling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: q, k and v interleaved head by head, parallel residual, no gate."""
+"""GPT-NeoX and Pythia: q, k and v interleaved per head, parallel residual, FFN without a gate."""
 
 from __future__ import annotations
 

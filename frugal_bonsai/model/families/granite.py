@@ -1,4 +1,4 @@
-"""Granite: Llama with multipliers at embedding, attention, residual stream and logits."""
+"""Granite: Llama with multipliers for embedding, attention, residual stream and logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window and free head counts."""
+"""Mistral: Llama with a sliding window, and any number of heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral whose FFN is one of several experts, two of them a token."""
+"""Mixtral: Mistral with experts as FFNs, two per token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from frugal_bonsai.model.families.mistral import MISTRAL
 from frugal_bonsai.model.family_schema import GATED_PEAKS, Experts, Part, Peak
 
-# Older checkpoints and transformers' own writer call an expert's projections so.
+# Names of an expert's projections in older checkpoints, which transformers writes, too.
 _STORED = {
     ".mlp.": ".block_sparse_moe.",
     ".gate_proj.": ".w1.",
@@ -21,8 +21,8 @@ EXPERT_PARTS = (
     Part(tensor="mlp.experts.{expert}.down_proj.weight", axis=1),
 )
 EXPERT_OUTPUT = "mlp.experts.{expert}.down_proj"
-# All tokens of a micro-batch may be sent to the same expert; what it takes and gives is held beside
-# what goes around it, and while it is masked its input is held for all tokens.
+# All tokens of a micro-batch may go to the same expert. The layer then holds the expert's input and
+# output beside the residual stream; while the expert is masked, it holds its input for all tokens.
 EXPERT_PEAKS = (Peak(hidden=5, ffn=3), Peak(hidden=6, ffn=2), *GATED_PEAKS[1:])
 
 MIXTRAL = replace(

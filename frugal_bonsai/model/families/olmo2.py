@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind the sublayers instead of before them, and over all heads of q and k."""
+"""OLMo 2: norms after the sublayers instead of before them, and over all heads of q and of k."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMoE: norms over all heads of q and k, an FFN of eight of many experts a token."""
+"""OLMoE: norms over all heads of q and of k, many experts as FFNs, eight per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OPT: positions from 2 on, an FFN without a module of its own, biases everywhere."""
+"""OPT: positions count from 2, the FFN is not one module, biases in all projections."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OPT = Family(
             key="do_layer_norm_before",
             value=False,
             default=True,
-            reason="its norms stand in the residual stream, behind the sublayers",
+            reason="its norms are in the residual stream, after the sublayers",
         ),
         Condition(
             key="_remove_final_layer_norm", value=True, reason="it has no norm before the head"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from frugal_bonsai.model.families.llama import LLAMA
 from frugal_bonsai.model.family_schema import Condition, Part, Peak
 
-_FACTORS = "its config checks the rotary factors' length against the number of heads"
+_FACTORS = "its config checks the number of rotary factors against the number of heads"
 
 PHI3 = replace(
     LLAMA,

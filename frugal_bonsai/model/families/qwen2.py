@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases at q, k and v."""
+"""Qwen2 and Qwen2.5: Llama with biases in the q, k and v projections."""
 
 from __future__ import annotations
 

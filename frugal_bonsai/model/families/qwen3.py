@@ -1,4 +1,4 @@
-"""Qwen3: Llama with norms over each query and key head."""
+"""Qwen3: Llama with a norm over each query and key head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 whose FFN is eight of many narrow experts a token."""
+"""Qwen3-MoE: Qwen3 with many narrow experts as FFNs, eight per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama of which some layers do without rotary embeddings."""
+"""SmolLM3: Llama without rotary embeddings in some layers."""
 
 from __future__ import annotations
 

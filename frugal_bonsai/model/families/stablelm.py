@@ -1,4 +1,4 @@
-"""StableLM: LayerNorms, rotary embeddings on part of a head, optionally a parallel residual."""
+"""StableLM: LayerNorms, rotary embeddings on a part of each head, optional parallel residual."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ STABLELM = replace(
     head_dim_key=None,
     heads_divide_hidden=False,
     bias_keys={},
-    # A quarter of each head rotates.
+    # Rotary embeddings apply to a quarter of each head.
     peaks=(Peak(hidden=4, ffn=3), Peak(hidden=1, attention=4.25, key=3.25)),
     sized_by={"num_heads": "query", "num_key_value_heads": "kv"},
     whole_attention=(
         Condition(
             key="qk_layernorm",
             value=True,
-            reason="qk_layernorm gives every head tensors of its own",
+            reason="qk_layernorm gives each head separate tensors",
         ),
     ),
 )

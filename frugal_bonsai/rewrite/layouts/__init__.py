@@ -1,7 +1,7 @@
-"""Output layouts: one file each, and the table that finds them by name.
+"""Output layouts: one file each, and a table of them by name.
 
-A layout writes ``config.json`` of the pruned model (and what must lie beside it); the weights are
-the same in all of them, but for the zeros that ``padded`` adds.
+A layout writes the pruned model's ``config.json`` and the files that this config needs. The weights
+are the same in all layouts, except for the zeros that ``padded`` adds.
 """
 
 from __future__ import annotations

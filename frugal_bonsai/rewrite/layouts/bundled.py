@@ -1,8 +1,8 @@
-"""The model file that the ``per-layer`` layout puts beside the weights, and its classes' names.
+"""The model file of the ``per-layer`` layout, and the names of its classes.
 
-In: a ``model_type``. Out: names of classes and the file's bytes. The bundled file is a module of
-this folder too, so that ``load_pruned`` needs no remote code; it imports nothing of this package.
-This one does not import it: it needs torch and transformers.
+In: a ``model_type``. Out: class names, and the content of the file. ``modeling_pruned.py`` is a
+module of this folder, so that ``load_pruned`` needs no remote code, and imports nothing from this
+package. It is not imported here, because it imports torch and transformers.
 """
 
 from __future__ import annotations
@@ -19,24 +19,29 @@ _PREFIX = "Pruned"
 
 @dataclass(frozen=True, kw_only=True)
 class BundledModel:
-    """The classes of one architecture."""
+    """The names of the classes of one architecture.
 
-    standard_config: str  # transformers' own classes
+    Attributes:
+        standard_config: config class of transformers.
+        standard_class: causal language model class of transformers.
+    """
+
+    standard_config: str
     standard_class: str
 
     @property
     def config_class(self) -> str:
-        """The config whose layers may differ."""
+        """Name of the config class whose layers may differ in width."""
         return _PREFIX + self.standard_config
 
     @property
     def model_class(self) -> str:
-        """The model whose layers may differ."""
+        """Name of the model class whose layers may differ in width."""
         return _PREFIX + self.standard_class
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """Which class stands for which of transformers' Auto classes."""
+        """The config's ``auto_map``: transformers' Auto class -> bundled class."""
         return {
             "AutoConfig": f"{MODULE}.{self.config_class}",
             "AutoModelForCausalLM": f"{MODULE}.{self.model_class}",
@@ -44,12 +49,12 @@ class BundledModel:
 
 
 def read_bundled() -> bytes:
-    """The bundled file's content."""
+    """Return the content of the bundled file."""
     return files(__package__).joinpath(FILE).read_bytes()
 
 
 def find_bundled(model_type: object, *, source: str = "config.json") -> BundledModel:
-    """The bundled classes of an architecture.
+    """Return the names of the bundled classes of an architecture.
 
     Raises:
         UnsupportedModelError: transformers has no causal language model of this type.
@@ -60,6 +65,6 @@ def find_bundled(model_type: object, *, source: str = "config.json") -> BundledM
     if model_type not in CONFIGS or model_type not in MODELS:
         raise UnsupportedModelError(
             f"{source}: layers of different widths need a causal language model of transformers, "
-            f"and it has none for model_type {model_type!r}. The uniform layout needs none"
+            f"which has none for model_type {model_type!r}; take --layout uniform, which needs none"
         )
     return BundledModel(standard_config=CONFIGS[model_type], standard_class=MODELS[model_type])

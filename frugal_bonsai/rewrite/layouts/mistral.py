@@ -1,9 +1,9 @@
-"""A Llama written as a Mistral: the same function in a config that takes any number of heads.
+"""Write a Llama as a Mistral, whose config class accepts any number of heads.
 
-transformers' MistralModel without a sliding window computes what LlamaModel without biases does;
-their tensors have the same names. MistralConfig does not ask that hidden_size is a multiple of the
-number of heads, LlamaConfig does. In: the source's spec and the new config. Out: the config to be
-written. Holds the config.
+LlamaConfig requires that hidden_size is a multiple of the number of heads; MistralConfig does not.
+transformers' MistralModel without a sliding window computes the same as LlamaModel without biases,
+and their tensors have the same names. In: the source's spec and the new config. Out: the config to
+write. Holds the config.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.default_config import default_config
 from frugal_bonsai.model.family import ModelSpec
 
-# Keys of both config classes that shape the function; where the source leaves one out, what
-# LlamaConfig takes is written down, for MistralConfig may take something else.
+# Keys of both config classes that change the result. If the source omits one, LlamaConfig's default
+# is stated, because MistralConfig's may differ.
 _SHARED_KEYS = (
     "vocab_size",
     "hidden_act",
@@ -31,11 +31,11 @@ _SHARED_KEYS = (
 
 
 def as_mistral(spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
-    """The Mistral that computes what this Llama does.
+    """Return the config of the Mistral that computes the same as this Llama.
 
     Args:
         spec: the Llama.
-        config: to be written, head_dim explicit.
+        config: the pruned Llama's config, with an explicit head_dim.
 
     Raises:
         OptionError: the config asks for biases.

@@ -1,10 +1,10 @@
-"""Models whose layers have different widths, as frugal-bonsai's ``per-layer`` layout writes them.
+"""Models whose layers differ in width, as frugal-bonsai's ``per-layer`` layout writes them.
 
-This file lies beside the weights, so that transformers loads them with ``trust_remote_code=True``.
-It adds no computation: for every architecture of transformers, say Llama, it has the classes
-``PrunedLlamaConfig`` and ``PrunedLlamaForCausalLM``, made when they are asked for. The second one
-builds transformers' own layers, each with its own sizes from the config's ``per_layer_config``. It
-needs transformers 5.14 or newer and nothing else.
+transformers loads this file from the folder of the weights with ``trust_remote_code=True``. For
+every architecture of transformers, for example Llama, it has the classes ``PrunedLlamaConfig`` and
+``PrunedLlamaForCausalLM``, which are made when they are first used. The model consists of
+transformers' own layers, each with its sizes from the config's ``per_layer_config``; no computation
+is added. The file needs transformers 5.14 or newer and nothing else.
 """
 
 import copy
@@ -29,13 +29,13 @@ COUNTS = ("num_heads", "num_key_value_heads", "num_kv_heads", "split_size")
 
 
 def __getattr__(name):
-    """Make ``Pruned`` + the name of one of transformers' config or model classes."""
+    """Make the class whose name is ``Pruned`` + a config or model class of transformers."""
     base = getattr(transformers, name.removeprefix(PREFIX), None) if PREFIX in name else None
     if isinstance(base, type) and issubclass(base, PreTrainedConfig):
         made = strict(_config_class(base))
     elif isinstance(base, type) and issubclass(base, PreTrainedModel):
         made = _model_class(base)
-        # Where transformers renames tensors as it reads them, it does so by the class's name.
+        # transformers looks up the renaming of tensors by the name of the class.
         renames = get_checkpoint_conversion_mapping(base.__name__)
         renames = renames or get_checkpoint_conversion_mapping(base.config_class.model_type)
         if renames:
@@ -43,12 +43,15 @@ def __getattr__(name):
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     made.__name__ = made.__qualname__ = name
-    globals()[name] = made  # one class a name, however often it is asked for
+    globals()[name] = made  # the same class at every access
     return made
 
 
 def _config_class(base):
-    """The architecture's config, checked layer by layer; heads need not divide hidden_size."""
+    """Return the architecture's config class with checks for each layer.
+
+    The number of heads need not divide hidden_size.
+    """
 
     class PrunedConfig(base):
         _auto_class = "AutoConfig"
@@ -60,7 +63,7 @@ def _config_class(base):
             return [self.per_layer_config[i] if self.is_heterogeneous else self for i in layers]
 
         def validate_architecture(self):
-            """Check that each layer's KV heads are read by equally many query heads."""
+            """Check that each layer's query heads divide evenly among its KV heads."""
             for index, layer in enumerate(self.layer_configs):
                 heads = getattr(layer, "num_attention_heads", 1)
                 kv_heads = getattr(layer, "num_key_value_heads", None) or heads
@@ -71,14 +74,14 @@ def _config_class(base):
                     )
 
         def validate_rope(self):
-            """Check the rotary settings with one layer's sizes; heads are equally wide in all."""
+            """Check the rotary settings with layer 0's sizes: all heads have the same width."""
             base.validate_rope(self.layer_configs[0])
 
     return PrunedConfig
 
 
 def _model_class(base):
-    """The architecture's model with every layer built from its own config."""
+    """Return the architecture's model class with each layer built from its own config."""
 
     class PrunedModel(base):
         config_class = globals().get(PREFIX + base.config_class.__name__) or __getattr__(
@@ -90,7 +93,7 @@ def _model_class(base):
             """Build the model with layer 0's sizes, then replace the layers."""
             super().__init__(_dense_heads(config.layer_configs[0]))
             config._attn_implementation_internal = self.config._attn_implementation_internal
-            # Itself and the base model; rotary embeddings read sizes, and keep layer 0's.
+            # The model and its base model. Rotary embeddings keep layer 0's config for its sizes.
             for module in self.modules():
                 if isinstance(module, PreTrainedModel):
                     module.config = config
@@ -115,7 +118,7 @@ def _model_class(base):
 
 
 def _dense_heads(config):
-    """The config with as many heads as hidden_size has room for, where their width is computed."""
+    """Return the config with the dense model's heads if the architecture computes their width."""
     head_dim = getattr(config, "pruned_head_dim", None)
     if head_dim is None:
         return config
@@ -128,7 +131,7 @@ def _dense_heads(config):
 
 
 def _shrink_heads(layer, kept, dense):
-    """Leave ``kept`` of an attention module's ``dense`` heads."""
+    """Reduce an attention module from ``dense`` to ``kept`` heads."""
     if kept == dense:
         return
     for attention in layer.modules():
@@ -143,25 +146,25 @@ def _shrink_heads(layer, kept, dense):
 
 
 def _shrink_projection(projection, kept, dense, *, output):
-    """Leave a share of the inputs of an output projection, of the outputs of another."""
-    turned = isinstance(projection, Conv1D)  # its weight is [in, out]
+    """Reduce the inputs of an output projection, or the outputs of any other projection."""
+    transposed = isinstance(projection, Conv1D)  # its weight is [in, out]
     shape = list(projection.weight.shape)
-    shape[output != turned] = shape[output != turned] * kept // dense
+    shape[output != transposed] = shape[output != transposed] * kept // dense
     projection.weight = Parameter(projection.weight.new_empty(shape))
     if not output and projection.bias is not None:
         size = len(projection.bias) * kept // dense
         projection.bias = Parameter(projection.bias.new_empty(size))
-    names = ("nx", "nf") if turned else ("in_features", "out_features")
-    setattr(projection, names[not output], shape[output != turned])
+    names = ("nx", "nf") if transposed else ("in_features", "out_features")
+    setattr(projection, names[not output], shape[output != transposed])
 
 
 class _LayerConfig:
-    """One layer's config, of which the model's says which attention kernel runs."""
+    """One layer's config. The attention implementation is read from the model's config."""
 
     def __init__(self, own, whole):
         self.__dict__.update(own=own, whole=whole)
 
     def __getattr__(self, name):
-        if name in ("own", "whole"):  # while it is being copied
+        if name in ("own", "whole"):  # during copying, before they are set
             raise AttributeError(name)
         return getattr(self.whole if "_implementation" in name else self.own, name)

@@ -1,10 +1,10 @@
-"""Layout ``padded``: units kept layer by layer, zero-filled to the widest layer.
+"""Layout ``padded``: each layer keeps its own units, padded with zeros to the widest layer.
 
-In: a model, its mask and a folder. Out: the source's ``config.json`` with the widest layer's
-numbers; no custom code. The zeros change nothing: a zero unit's input to the output projection is
-multiplied by zero columns (a KV group of zeros attends evenly to zero values; a channel of zeros is
-activation(0) times zero). So everything that loads the architecture loads it; it is smaller only by
-what no layer needs. Holds the config.
+In: a model, its mask and a folder. Out: the source's ``config.json`` with the widest layer's sizes.
+The output needs no custom code and loads wherever the architecture loads; it saves only what no
+layer needs. The zeros do not change the result, because the output projection's columns of a zero
+unit are zero (a zero KV group attends evenly to zero values, a zero channel is activation(0) x 0).
+Holds the config.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from frugal_bonsai.rewrite.layouts.widths import count_widths, equal_layers_conf
 
 
 def padded_counts(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> dict[str, int] | None:
-    """Units of each kind that every layer is stored with; None where a layout stores those kept.
+    """Return kind -> number of units with which each layer is stored; None for other layouts.
 
-    The widest layer's count, for attention the next one that the architecture's config accepts.
+    The number is the widest layer's; for attention, the next number that the architecture's config
+    accepts.
 
     Raises:
-        OptionError: the config accepts none that is large enough.
+        OptionError: the config accepts no number that is large enough.
     """
     if rules.layout != PADDED:
         return None
@@ -49,7 +50,8 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     """Write ``config.json``.
 
     Raises:
-        OptionError: the mask is another model's, or leaves a layer without a unit of some kind.
+        OptionError: the mask is another model's, leaves a layer without a unit of some kind, or
+            keeps different numbers of experts in the layers.
         OutputError: the file cannot be written.
     """
     require_units(spec, mask)
@@ -60,8 +62,8 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     if len(experts) > 1:
         raise OptionError(
             f"padded layout: layers keep {min(experts)} to {max(experts)} experts, and zeros "
-            "cannot stand for one that is gone: the router would send tokens there; keep the same "
-            "number in every layer, or take --layout per-layer"
+            "cannot replace a removed one, because the router would send tokens there; keep the "
+            "same number in every layer, or take --layout per-layer"
         )
     widths = count_widths(spec, counts, *experts)
     write_json(folder / CONFIG_FILE, equal_layers_config(spec, widths))

@@ -1,8 +1,8 @@
-"""Layout ``per-layer``: each layer as wide as the search left it.
+"""Layout ``per-layer``: each layer has its own widths.
 
-In: a model, its mask and a folder. Out: ``config.json`` with transformers' standard key
-``per_layer_config``, and the bundled model file that builds the layers from it. Plain transformers
-accepts the key and has no models for it (5.23); without remote code it raises, it never builds
+In: a model, its mask and a folder. Out: ``config.json`` with transformers' key
+``per_layer_config``, and the bundled model file that builds the layers from it. transformers 5.23
+accepts the key but has no models for it: without remote code it raises an error and does not build
 wrong widths. Holds the config.
 """
 
@@ -23,9 +23,9 @@ from frugal_bonsai.rewrite.layouts.widths import layer_widths, shared_config
 def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
     """Write ``config.json`` and the bundled model file.
 
-    The global widths are the widest layer's, kind by kind, so that whatever is sized by them is
-    large enough; ``per_layer_config`` lists what differs. Where nothing differs and the
-    architecture accepts the head count, the config is a plain one: no custom code is needed.
+    The global widths are the largest of all layers, so that buffers sized by them are large
+    enough. ``per_layer_config`` lists the differences. If there are none and the architecture
+    accepts the number of heads, the config is a standard one and needs no custom code.
 
     Raises:
         OptionError: the mask is another model's, or leaves a layer without a unit of some kind.

@@ -1,7 +1,7 @@
-"""Layout ``uniform``: the same widths in every layer, so that everything loads it.
+"""Layout ``uniform``: the same widths in every layer.
 
-In: a model, its mask and a folder. Out: the source's ``config.json`` with new numbers; no custom
-code. Holds the config.
+In: a model, its mask and a folder. Out: the source's ``config.json`` with new sizes. The output
+needs no custom code and loads wherever the architecture loads. Holds the config.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from frugal_bonsai.rewrite.layouts.widths import equal_layers_config, layer_widt
 
 
 def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Path) -> None:
-    """Write ``config.json`` with query heads, KV heads, head_dim and FFN channels of every layer.
+    """Write ``config.json`` with the numbers of heads and FFN channels of every layer.
 
     Raises:
-        OptionError: a layer keeps another number of units than the first one, or a number of heads
-            that the architecture's config class refuses; the text names the layer, kind and count.
+        OptionError: the layers keep different numbers of units, or the architecture's config class
+            refuses the number of heads. The text names the layer, the kind and the number.
         OutputError: the file cannot be written.
     """
     widths = layer_widths(spec, mask)[0]
@@ -40,7 +40,7 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
 
 
 def _require_equal(spec: ModelSpec, mask: KeepMask) -> None:
-    """Every layer that stays keeps as many units of a kind, and experts, as the first one."""
+    """Check that all kept layers keep the same numbers of units and experts."""
     dropped = mask.dropped_layers()
     whole = {} if spec.family.experts is None else {"expert": mask.experts()}
     for kind, counts in {**whole, **mask.counts()}.items():
@@ -55,6 +55,6 @@ def _require_equal(spec: ModelSpec, mask: KeepMask) -> None:
 
 
 def _legal(spec: ModelSpec) -> str:
-    """The legal numbers of KV groups, for the error text."""
+    """Return the legal numbers of KV groups as text for an error."""
     per_group = spec.query_heads_per_group
     return ", ".join(str(n) for n in range(1, spec.kv_heads + 1) if heads_fit(spec, n * per_group))

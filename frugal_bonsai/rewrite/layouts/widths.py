@@ -1,6 +1,6 @@
-"""What a mask makes of the config: the widths of each layer, and the keys that all layouts share.
+"""The widths of the layers that a mask leaves, and the config keys that all layouts share.
 
-In: a :class:`ModelSpec` and a :class:`KeepMask`. Out: config keys as dicts. Writes nothing.
+In: a :class:`ModelSpec` and a :class:`KeepMask`. Out: config keys as dicts. Writes no files.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from frugal_bonsai.rewrite.layouts.mistral import as_mistral
 
 
 def layer_widths(spec: ModelSpec, mask: KeepMask) -> list[dict[str, int]]:
-    """The width keys of each kept layer's config: query heads, KV heads, FFN channels, experts.
+    """Return the config keys of each kept layer's widths: heads, FFN channels and experts.
 
     Raises:
-        OptionError: the mask is another model's, or leaves a layer without a unit of some kind, or
-            a layer's experts differ in width.
+        OptionError: the mask is another model's, leaves a layer without a unit of some kind, or
+            leaves the experts of a layer with different widths.
     """
     require_units(spec, mask)
     dropped, experts = mask.dropped_layers(), mask.experts()
@@ -35,18 +35,22 @@ def layer_widths(spec: ModelSpec, mask: KeepMask) -> list[dict[str, int]]:
             first, second = [g for (kind, _), g in kept.items() if kind == FFN][:2]
             raise OptionError(
                 f"{first.name} keeps {mask.kept(first)} units, {second.name} keeps "
-                f"{mask.kept(second)}: transformers holds a layer's experts in one tensor, which "
-                "are equally wide; keep the same number in all experts of a layer, or take "
-                "--layout padded"
+                f"{mask.kept(second)}: transformers holds the experts of a layer in one tensor, so "
+                "they must be equally wide; keep the same number in all experts of a layer, or "
+                "take --layout padded"
             )
         widths.append(count_widths(spec, counts, experts[layer] if experts else 0))
     return widths
 
 
 def count_widths(spec: ModelSpec, counts: Mapping[str, int], experts: int = 0) -> dict[str, int]:
-    """The width keys of a config for so many units of each kind in a layer.
+    """Return the config keys of a layer's widths.
 
-    A token is sent to as many experts as before, or to all that are left if they are fewer.
+    Args:
+        spec: the dense model.
+        counts: kind -> number of units.
+        experts: number of experts. A token is sent to as many experts as before, or to all of them
+            if they are fewer.
     """
     family = spec.family
     widths = {
@@ -62,9 +66,10 @@ def count_widths(spec: ModelSpec, counts: Mapping[str, int], experts: int = 0) -
 
 
 def equal_layers_config(spec: ModelSpec, widths: Mapping[str, int]) -> dict[str, Any]:
-    """The config of a model whose layers are alike; a Mistral's where Llama's refuses the heads.
+    """Return the config of a model with equal layers.
 
-    Whether it may be one is the layout rules' to say, before.
+    If a Llama's config class refuses the number of heads, the config is a Mistral's. The layout
+    rules have checked before that this is allowed.
     """
     config = {**shared_config(spec), **widths}
     if heads_fit(spec, widths[spec.family.heads_key]):
@@ -73,10 +78,10 @@ def equal_layers_config(spec: ModelSpec, widths: Mapping[str, int]) -> dict[str,
 
 
 def require_units(spec: ModelSpec, mask: KeepMask) -> None:
-    """Check that the mask fits the model and keeps a unit of each kind in every layer it keeps.
+    """Check that the mask fits the model and that every kept layer keeps a unit of each kind.
 
     Raises:
-        OptionError: it does not; the text names the layer and the kind.
+        OptionError: the mask does not. The text names the layer and the kind.
     """
     if mask.table != spec.table:
         raise OptionError(
@@ -98,12 +103,12 @@ def require_units(spec: ModelSpec, mask: KeepMask) -> None:
 
 
 def shared_config(spec: ModelSpec) -> dict[str, Any]:
-    """The source's config without anything that speaks of bundled or custom code.
+    """Return the source's config without references to bundled or custom code.
 
-    ``head_dim`` is made explicit: the default, hidden_size / num_attention_heads, would change with
-    the heads (where a config cannot state it, the heads stay). So is a tied head, which the family
-    table may have seen from the tensors alone. An ``auto_map`` is dropped, because code files are
-    not carried along and were not run.
+    ``head_dim`` is stated, because its default (hidden_size / num_attention_heads) changes with the
+    number of heads; a config that cannot state it keeps its heads. A tied head is stated, because
+    the source may show it only by the missing tensor. ``auto_map`` is removed, because code files
+    are neither run nor copied.
     """
     config = dict(spec.config)
     config.pop("per_layer_config", None)
