@@ -1,7 +1,8 @@
-"""Row-wise int8: quantise once, dequantise into a reused buffer at every layer visit.
+"""Row-wise int8 quantisation of weights.
 
-In: a weight matrix. Out: int8 codes and one fp32 scale a row, W ~ codes * scales / 127
-(LLM.int8(), Dettmers et al. 2022, section 3.1, without outliers). Holds one row block in fp32.
+In: a weight matrix. Out: int8 codes and one fp32 scale per row, W ~ codes * scales / 127
+(LLM.int8(), Dettmers et al. 2022, section 3.1, without outliers); and the weight again. Holds one
+block of rows in fp32.
 
 Shape suffixes: O output rows, I input columns.
 """
@@ -14,32 +15,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Tokens that the int8 products of stream/int8_linear.py hold at a time on a CPU: with fewer the
-# weight is packed too often, with more the sums leave the cache (measured: 128 takes 10% longer).
+# Tokens that an int8 product of stream/int8_linear.py holds at a time on a CPU. With fewer tokens
+# the weight is packed too often (measured: 128 tokens take 10% longer); with more the sums do not
+# fit into the cache.
 PRODUCT_TOKENS = 256
 
-# Activations of a projection that is multiplied so: with more the passes over them leave the cache,
-# and freed blocks go back to the system, which clears them page by page (measured: 10% of a sweep).
+# Bytes of a projection's activations that a CPU computes together in int8. Larger ones do not fit
+# into the cache, and their memory goes back to the system, which clears it page by page (measured:
+# 10% of a sweep).
 _PRODUCT_BYTES = 8 * 2**20
 
-# Rows are quantised in blocks, so that the fp32 product never holds more than this; as many bytes
-# again hold what it is rounded from and to.
+# Bytes of a block of rows in fp32 that is quantised at a time, and how many tensors of this size
+# are held meanwhile.
 QUANTISED_BLOCK_BYTES, QUANTISED_COPIES = 8 * 2**20, 4
 
 
 def product_scratch_bytes(tokens: int, rows: int, columns: int) -> int:
-    """What int8 products of so many tokens hold for weights of at most ``rows`` and ``columns``.
+    """Return the bytes that int8 products hold for weights of at most ``rows`` and ``columns``.
 
-    Two digits of each input in int8 and in fp32, two sums of each output in int32.
+    These are two digits of each input, in int8 and in fp32, and two int32 sums of each output.
     """
     return tokens * (2 * (1 + 4) * columns + 2 * 4 * rows)
 
 
 def product_tokens(widest: int) -> int:
-    """Tokens that a CPU computes together where its products are int8.
+    """Return the number of tokens that a CPU computes together with int8 products.
 
     Args:
-        widest: rows or columns of the widest projection, whichever are more.
+        widest: largest number of rows or columns of a projection.
     """
     return max(PRODUCT_TOKENS, _PRODUCT_BYTES // (4 * widest))
 
@@ -48,10 +51,10 @@ def has_bitsandbytes() -> bool:
     """Whether bitsandbytes can be imported here (it has no wheel for some platforms)."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
-    # It warns of kernels of its 4-bit path, which nothing here needs.
+    # It warns about kernels for 4-bit weights, which are not used here.
     logger.setLevel(logging.ERROR)
     try:
-        import bitsandbytes  # noqa: F401  # the import is the question
+        import bitsandbytes  # noqa: F401  # the import is the test
     except ImportError:
         return False
     finally:
@@ -60,13 +63,14 @@ def has_bitsandbytes() -> bool:
 
 
 def quantise_rows(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a matrix row by row to int8, where it lies.
+    """Quantise a matrix row by row to int8, on its device.
 
-    The codes and scales of ``bitsandbytes.functional.int8_vectorwise_quant`` to the bit, which is
-    the oracle of the test: on a CPU that takes twice as long, and its import 2 s and 46 MiB.
+    Codes and scales equal those of ``bitsandbytes.functional.int8_vectorwise_quant`` to the bit (a
+    test compares them). That function takes twice as long on a CPU, and importing it takes 2 s and
+    46 MiB.
 
     Args:
-        weight_OI: floating ``[O, I]``; goes through fp16, as bitsandbytes asks.
+        weight_OI: floating ``[O, I]``; converted to fp16 first, as bitsandbytes requires.
 
     Returns:
         Codes int8 ``[O, I]`` and scales fp32 ``[O]``, on the weight's device. A row of zeros has
@@ -95,10 +99,10 @@ def _quantise_block(block_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 def dequantise_into(
     out_OI: torch.Tensor, codes_OI: torch.Tensor, scales_O: torch.Tensor
 ) -> torch.Tensor:
-    """Write codes * scales / 127 into ``out_OI`` in place and return it.
+    """Write codes * scales / 127 into ``out_OI`` and return it.
 
-    ``bitsandbytes.functional.int8_vectorwise_dequant`` allocates an fp32 copy and is ten times
-    slower; it is the oracle of the test.
+    The values equal those of ``bitsandbytes.functional.int8_vectorwise_dequant`` (a test compares
+    them), which allocates an fp32 copy and is ten times slower.
     """
     out_OI.copy_(codes_OI)
     return out_OI.mul_((scales_O / 127.0)[:, None])

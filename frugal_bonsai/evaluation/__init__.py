@@ -1,1 +1,1 @@
-"""Measuring models: perplexity, streamed under the same caps."""
+"""Measurements of models: perplexity and latency."""

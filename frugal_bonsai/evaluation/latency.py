@@ -1,7 +1,8 @@
-"""How long a model takes to read a prompt (prefill) and to make tokens (decode).
+"""The time that a model takes for a prompt (prefill) and for new tokens (decode).
 
-In: a loaded model or a GGUF file, and token ids. Out: seconds of each. Two runtimes: transformers,
-and llama.cpp (``xllamacpp``), which times itself. Holds the model and one KV cache.
+In: a loaded model or a GGUF file, and token ids. Out: seconds of both. There are two runtimes:
+transformers, and llama.cpp (``xllamacpp``), which measures its own time. Holds the model and one KV
+cache.
 
 Shape suffixes: B batch of one, S tokens.
 """
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """One run.
+    """Times of one run.
 
     Attributes:
-        prefill_seconds: of the whole prompt, up to the logits of its last token.
-        decode_seconds: of all new tokens, one after the other.
+        prefill_seconds: time of the whole prompt, up to the logits of its last token.
+        decode_seconds: time of all new tokens, one after the other.
     """
 
     prefill_seconds: float
@@ -34,10 +35,10 @@ class Latency:
 
 
 class Timed(Protocol):
-    """A model that can be timed."""
+    """A model whose time can be measured."""
 
     def run(self, prompt: list[int], new_tokens: int) -> Latency:
-        """Read the prompt, make so many tokens greedily, whatever they are."""
+        """Read the prompt and generate ``new_tokens`` tokens greedily."""
 
 
 class TransformersModel:
@@ -51,7 +52,7 @@ class TransformersModel:
         self._model = model
 
     def run(self, prompt: list[int], new_tokens: int) -> Latency:
-        """See :class:`Timed`; a dynamic KV cache, the head for the last token alone."""
+        """See :class:`Timed`. Uses a dynamic KV cache, and the head for the last token only."""
         import torch
 
         tokens_BS = torch.tensor([prompt], device=self._model.device)
@@ -66,23 +67,23 @@ class TransformersModel:
         return Latency(prefill_seconds=read - started, decode_seconds=ended - read)
 
     def _now(self) -> float:
-        """The time when everything that was asked of the device is done."""
+        """Return the time after the device has finished all its work."""
         device: torch.device = self._model.device
         synchronize(device)
         return time.perf_counter()
 
 
 class LlamaCppModel:
-    """A GGUF file in llama.cpp, with its defaults but one sequence and no kept prompts.
+    """A GGUF file in llama.cpp, with default settings but one sequence and no prompt cache.
 
     Args:
-        path: of the file.
-        context_tokens: prompt and new tokens together.
-        threads: None leaves llama.cpp's choice.
+        path: the file.
+        context_tokens: number of tokens of prompt and answer together.
+        threads: number of CPU threads; None leaves it to llama.cpp.
 
     Raises:
-        OptionError: no ``xllamacpp`` package.
-        BenchError: the file does not load.
+        OptionError: the ``xllamacpp`` package is missing.
+        BenchError: llama.cpp cannot load the file.
     """
 
     def __init__(self, path: Path, context_tokens: int, threads: int | None) -> None:
@@ -104,15 +105,15 @@ class LlamaCppModel:
             raise BenchError(f"{path}: llama.cpp cannot load it ({error})") from error
 
     def run(self, prompt: list[int], new_tokens: int) -> Latency:
-        """See :class:`Timed`; llama.cpp's own times.
+        """See :class:`Timed`. Returns the times that llama.cpp measures.
 
         Raises:
-            BenchError: llama.cpp refuses.
+            BenchError: llama.cpp did not read the whole prompt.
         """
         made = self._server.handle_completions(
             {
                 "prompt": prompt,
-                # It makes the first one of the prompt's logits and does not count that as decoding.
+                # The first token comes from the prompt's logits and does not count as decoding.
                 "max_tokens": new_tokens + 1,
                 "temperature": 0,
                 "cache_prompt": False,

@@ -1,8 +1,8 @@
 """Perplexity over windows without overlap.
 
-In: a stream of a model's layers and token windows. Out: exp(mean NLL of tokens 2..S of each
-window), no special tokens added. Peers' figures differ for want of the window length: always say
-it. Holds what the sweep holds.
+In: a stream of a model's layers, and token windows. Out: exp(mean NLL of tokens 2..S of each
+window), without special tokens. A perplexity can only be compared with others of the same window
+length, so reports name the length. Holds what the sweep holds.
 
 Shape suffixes: N windows, S tokens.
 """
@@ -25,8 +25,8 @@ class Perplexity:
     """A measured perplexity.
 
     Attributes:
-        nll: mean negative log-likelihood of a token, nats.
-        tokens: tokens that were predicted.
+        nll: mean negative log-likelihood of a token, in nats.
+        tokens: number of predicted tokens.
     """
 
     nll: float
@@ -41,17 +41,23 @@ class Perplexity:
 def measure_perplexity(
     engine: Engine, stream: LayerStream, windows_NS: torch.Tensor, *, name: str = "perplexity"
 ) -> Perplexity:
-    """Perplexity of a streamed model on windows of tokens.
+    """Measure the perplexity of a streamed model on token windows.
+
+    Args:
+        engine: the model's.
+        stream: a stream of its layers.
+        windows_NS: the windows.
+        name: name of the sweep for the progress.
 
     Raises:
-        CheckpointError: the mean loss is no finite number; names the weights that cause it.
+        CheckpointError: the mean loss is not finite; names the weights that cause it.
     """
     losses_NS = engine.losses(stream, windows_NS, name)
     nll = float(losses_NS.double().mean())
     if not math.isfinite(nll):
         require_finite(engine.checkpoint, engine.checkpoint.tensors)
         raise CheckpointError(
-            f"{engine.checkpoint.folder}: {name}: the mean loss is {nll}, though all weights are "
-            f"finite: the model overflows in {engine.dtype}; use another checkpoint"
+            f"{engine.checkpoint.folder}: {name}: the mean loss is {nll}, although all weights "
+            f"are finite: the model overflows in {engine.dtype}; use another checkpoint"
         )
     return Perplexity(nll=nll, tokens=losses_NS.numel())

@@ -1,7 +1,7 @@
-"""The model card of what ``adapt`` wrote.
+"""The model card of an adapted model.
 
-In: its summary as plain values. Out: Markdown with a YAML head. No local path goes into it: of a
-folder or file only its name.
+In: the summary of ``adapt`` as plain values. Out: Markdown with a YAML head. The card has no local
+paths, only the names of folders and files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TERMS = {
 
 
 def adapt_card(summary: Values) -> str:
-    """The text of the adapted model's README.md.
+    """Return the text of the adapted model's README.md.
 
     Args:
         summary: what :func:`frugal_bonsai.adapt_pruned` returns; "out" and "load" are not used.
@@ -62,13 +62,13 @@ def adapt_card(summary: Values) -> str:
                 for row in summary["training"]["history"]
             ],
         ),
-        "How it was pruned is in `pruning_report.json`, where the pruned model had one.\n",
+        "`pruning_report.json`, if there is one, says how the model was pruned.\n",
     ]
     return "\n".join(parts)
 
 
 def figure_rows(summary: Values, where: str) -> list[tuple[str, str, str, str]]:
-    """Sizes and perplexities of the pruned and of the adapted model."""
+    """Return rows of sizes and perplexities of the pruned and of the adapted model."""
     before, after, window = summary["before"], summary["after"], summary["data"]["window"]
     rows = size_rows(before, after, where)
     names = {"perplexity": f"perplexity, held-out data, window {window}"}
@@ -85,14 +85,14 @@ def figure_rows(summary: Values, where: str) -> list[tuple[str, str, str, str]]:
 
 
 def bounds_text(summary: Values) -> str:
-    """How well the divergence is known; empty without a teacher's cache."""
+    """Explain the bounds of the divergence; empty without a teacher's cache."""
     cache, after = summary["cache"], summary["after"]
     if cache is None:
         return ""
     return (
-        f"the divergence is a lower bound: the teacher's {cache['top']} likeliest followers of "
-        f"each token are known, {cache['rest_mass']:.2%} of the mass lies outside; the upper bound "
-        f"of the adapted model's is {number(after['kl_upper'], 3)}"
+        f"the divergence is a lower bound, from the teacher's {cache['top']} most likely next "
+        f"tokens, which leave out {cache['rest_mass']:.2%} of its probability; the upper bound for "
+        f"the adapted model is {number(after['kl_upper'], 3)}"
     )
 
 
@@ -100,10 +100,11 @@ def _explained(summary: Values) -> str:
     bounds = bounds_text(summary)
     verify = summary["verify"]
     return (
-        f"Perplexity is exp(mean NLL of tokens 2..S) over windows of S tokens without overlap and "
-        f"without special tokens.{f' {bounds[0].upper()}{bounds[1:]}.' if bounds else ''} "
-        f"Verified: the file's logits equal the merged weights' within "
-        f"{verify['max_relative_difference']:.1e} of the largest logit, and the student's within "
+        f"Perplexity is exp(mean NLL of tokens 2..S) over windows of S tokens, without overlap "
+        f"and without special tokens.{f' {bounds[0].upper()}{bounds[1:]}.' if bounds else ''} "
+        f"Verified in fp32: the file's logits equal the merged weights' within "
+        f"{verify['max_relative_difference']:.1e} of the largest logit; the merged weights' logits "
+        f"before rounding equal those of the trained adapters or projections within "
         f"{verify['student_difference']:.1e} ({plural(verify['windows'], 'window')}).\n"
     )
 

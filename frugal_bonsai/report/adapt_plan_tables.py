@@ -1,7 +1,6 @@
-"""What ``adapt --plan-only`` prints: the verdict first, then what it rests on.
+"""The output of ``adapt --plan-only``: whether the adaptation fits, then every item.
 
-In: the plan that ``--json`` prints. Out: text and tables on a rich console. Computes nothing but
-shares.
+In: the plan as plain values (``--json`` prints them). Out: text and tables on a rich console.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ _PLACES = {"gpu": "GPU memory", "host": "host memory"}
 
 
 def render_adapt_plan(plan: Values, console: Console) -> None:
-    """Whether it fits and what each part needs; then every item of the training.
+    """Print totals and caps, the bytes of each part, and every item of the training.
 
     Args:
         plan: what :func:`frugal_bonsai.plan_adapt` returns.
-        console: where to.
+        console: console to print to.
     """
     plan, sheet = all_printable(plan, console.encoding), Sheet(console)
     taught = "" if plan["teacher"] is None else f", with {plan['teacher']} as its teacher"
@@ -62,7 +61,7 @@ def render_adapt_plan(plan: Values, console: Console) -> None:
     )
     sheet.say(f"data: {', '.join(plan['data'])}, {plural(plan['windows'], 'window')}")
     if plan["cache_bytes"]:
-        sheet.say(f"disk: {format_bytes(plan['cache_bytes'])} for what the teacher says")
+        sheet.say(f"disk: {format_bytes(plan['cache_bytes'])} for the teacher's answers")
     for note in plan["notes"]:
         sheet.say(f"note: {note}")
 
@@ -73,12 +72,12 @@ def _share(plan: Values, where: str) -> str:
 
 
 def _part(part: Values, places: Sequence[str]) -> tuple[str, ...]:
-    """A part's name, its largest phase at the first place, its bytes."""
+    """Return a part's name, its largest phase in the first place's memory, and its bytes."""
     largest = max(part["phases"], key=lambda phase: phase[f"{places[0]}_bytes"])
     sizes = (format_bytes(part[f"{where}_bytes"]) for where in places)
     return (part["name"], largest["name"], *sizes)
 
 
 def _while(phases: Sequence[str]) -> str:
-    """``layers`` or ``head`` where an item is not always held."""
+    """Return the phase that holds an item, or ``always``."""
     return "always" if len(phases) > 1 else phases[0].removeprefix("training: ")

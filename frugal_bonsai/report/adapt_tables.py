@@ -1,6 +1,6 @@
-"""What ``adapt`` prints: plain values in, a rich console out.
+"""The output of ``adapt``.
 
-In: the summary that ``--json`` prints. Out: tables and a few lines of text.
+In: the summary as plain values (``--json`` prints them). Out: tables and text on a rich console.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def render_adapt(summary: Mapping[str, Any], console: Console) -> None:
-    """Before and after, the course of the training, memory, where it was saved.
+    """Print figures before and after, the training's measurements, memory, and the output folder.
 
     Args:
         summary: what :func:`frugal_bonsai.adapt_pruned` returns.
-        console: where to.
+        console: console to print to.
     """
     summary, sheet = all_printable(summary, console.encoding), Sheet(console)
     training, data, memory = summary["training"], summary["data"], summary["memory"]
@@ -66,8 +66,8 @@ def render_adapt(summary: Mapping[str, Any], console: Console) -> None:
     )
     verify = summary["verify"]
     sheet.say(
-        f"verified: logits equal the merged weights' within "
-        f"{verify['max_relative_difference']:.1e}, the student's within "
+        f"verified in fp32: logits equal the merged weights' within "
+        f"{verify['max_relative_difference']:.1e}, the trained student's within "
         f"{verify['student_difference']:.1e}, on {plural(verify['windows'], 'window')}"
     )
     for note in summary["notes"]:
