@@ -19,18 +19,18 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from frugal_bonsai.adapt.objective import Objective
-from frugal_bonsai.adapt.part import Part, Sums
+from frugal_bonsai.adapt.objective import Objective, Sums
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.state import TrainingFolder
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.train import Trainer
-from frugal_bonsai.adapt.training_data import Lessons
+from frugal_bonsai.adapt.training_data import MicroBatch, TrainingData
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.dtypes import TORCH_NAMES
 from frugal_bonsai.memory.meter import peak_resident_bytes
@@ -48,7 +48,7 @@ class ResidentStudent:
         self.spec, self.checkpoint = opened.spec, opened.checkpoint
         self._student, self._teacher = student, teacher
 
-    def gradients(self, parts: list[Part], objective: Objective, *, scale: float) -> Sums:
+    def gradients(self, parts: list[MicroBatch], objective: Objective, *, scale: float) -> Sums:
         """Add the gradients of ``scale`` times the loss."""
         total = Sums()
         for part in parts:
@@ -58,14 +58,14 @@ class ResidentStudent:
         return total
 
     @torch.no_grad()
-    def measure(self, parts: list[Part], objective: Objective) -> Sums:
+    def measure(self, parts: list[MicroBatch], objective: Objective) -> Sums:
         """The sums alone."""
         total = Sums()
         for part in parts:
             total.add(self._loss(part, objective)[1])
         return total
 
-    def _loss(self, part: Part, objective: Objective) -> tuple[torch.Tensor, Sums]:
+    def _loss(self, part: MicroBatch, objective: Objective) -> tuple[torch.Tensor, Sums]:
         logits = self._student(part.tokens_BS).logits[:, :-1].float().flatten(0, 1)
         following = part.tokens_BS[:, 1:].flatten()
         nll = torch.nn.functional.cross_entropy(logits, following, reduction="sum")
@@ -131,7 +131,7 @@ def reference(job_file: Path) -> dict[str, Any]:
         trainer = Trainer(
             cast(Student, ResidentStudent(model, teacher, opened)),
             parameters,
-            Lessons(windows_NS=job["windows_NS"], held_out=job["held_out"]),
+            TrainingData(windows_NS=job["windows_NS"], held_out=job["held_out"]),
             settings,
             objective,
             micro_batch=job["micro_batch"],
@@ -159,7 +159,7 @@ def prepare(words: list[str], summary: dict[str, Any], dtype: str, path: Path) -
     from frugal_bonsai.cli.adapt import _adapt_options, adapt_command
     from frugal_bonsai.run.adapt_plan import plan_adaptation
     from frugal_bonsai.run.adaptation import prepare_adaptation
-    from frugal_bonsai.run.training_data import make_lessons
+    from frugal_bonsai.run.training_data import make_training_data
 
     given = adapt_command.make_context("adapt", list(words)).params
     pruned = given.pop("model")
@@ -167,20 +167,9 @@ def prepare(words: list[str], summary: dict[str, Any], dtype: str, path: Path) -
         given.pop(name)
     options = _adapt_options(given)
     with ExitStack() as stack:
-        job = prepare_adaptation(
-            pruned, options, path.parent, resume=False, progress=Silent(), stack=stack
-        )
-        lessons = make_lessons(
-            job.teacher,
-            plan_adaptation(job, options)[0],
-            job.sources,
-            None,
-            folder=job.caches,
-            window=job.window,
-            seed=job.settings.seed,
-            device=job.device,
-            progress=Silent(),
-        )
+        job = prepare_adaptation(pruned, options, path.parent, stack=stack, progress=Silent())
+        teacher_plan = plan_adaptation(job).teacher
+        data = make_training_data(replace(job, teacher_settings=None), teacher_plan)
         stored = {entry.dtype for entry in job.pruned.checkpoint.tensors.values()}
         torch.save(
             {
@@ -188,9 +177,9 @@ def prepare(words: list[str], summary: dict[str, Any], dtype: str, path: Path) -
                 "teacher": None if options.teacher is None else str(find_model(options.teacher)),
                 "settings": summary["settings"],
                 "temperature": options.temperature,
-                "windows_NS": lessons.windows_NS,
-                "held_out": lessons.held_out,
-                "eval_NS": job.eval_NS,
+                "windows_NS": data.windows_NS,
+                "held_out": data.held_out,
+                "eval_NS": None if job.eval_text is None else job.eval_text[1],
                 "micro_batch": summary["training"]["micro_batch"],
                 "dtype": dtype,
                 "stored": TORCH_NAMES[min(stored)],

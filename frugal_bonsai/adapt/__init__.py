@@ -1,1 +1,1 @@
-"""Adaptation after pruning: a teacher's cache, a student of frozen weights and adapters."""
+"""Adaptation after pruning: a teacher's cached predictions, a student, its training, the merge."""

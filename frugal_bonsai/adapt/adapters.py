@@ -1,8 +1,9 @@
-"""What is trained: low-rank adapters beside every block projection, or the projections themselves.
+"""The trained parameters: LoRA adapters beside every block projection, or the projections.
 
-In: a student. Out: named parameters. Adapters are peft's (LoRA, Hu et al. 2021, section 4.1:
-W + (alpha / R) B A, B zero at first); their first values come from a generator that is seeded here,
-not from torch's own. Holds the adapters in fp32. What they make of the weights is merge.py's.
+In: a student whose weights are loaded. Out: its trained parameters by name, in a fixed order. The
+adapters are peft's (LoRA, Hu et al. 2021, section 4.1: W + (alpha / R) B A, with B = 0 at the
+start). Their initial values come from a seeded generator, not from torch's global one. merge.py
+adds the adapters to the weights. Holds the adapters in fp32.
 
 Shape suffixes: I input columns of a projection, R rank.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,99 +21,67 @@ from frugal_bonsai.errors import OptionError
 
 LORA, FULL = "lora", "full"
 METHODS = (LORA, FULL)
-# Endings of the adapters' names, behind the projection's.
+# Suffixes of the adapters' names, after the projection's name: A and B.
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-_NAME = "default"  # of the only adapter, in peft
+_NAME = "default"  # peft's name of the adapter
 
 
-class Adapters:
-    """LoRA adapters of a student whose frozen weights are in place.
+def add_adapters(
+    student: Student, *, rank: int, alpha: float, seed: int
+) -> dict[str, nn.Parameter]:
+    """Wrap every block projection of a student in a LoRA adapter.
 
     Args:
-        student: gets them.
+        student: its weights are loaded and frozen.
         rank: R.
-        alpha: the adapters' product counts alpha / R.
-        seed: of A's first values.
+        alpha: the product B A is scaled by alpha / R.
+        seed: seeds the initial values of A, uniform in +-1 / sqrt(I).
+
+    Returns:
+        A and B of each projection, fp32 ``[R, I]`` and ``[O, R]``.
 
     Raises:
-        OptionError: no ``peft`` package.
+        OptionError: the ``peft`` package is missing.
     """
-
-    def __init__(self, student: Student, *, rank: int, alpha: float, seed: int) -> None:
-        peft = _import_peft()
-        self._student = student
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(student.projections)
-        )
-        with torch.random.fork_rng(devices=[]):  # peft draws values that are replaced below
-            peft.inject_adapter_in_model(config, student.layers, adapter_name=_NAME)
-        generator = torch.Generator().manual_seed(seed)
-        for _, module in self._modules():
-            down, up = module.lora_A[_NAME], module.lora_B[_NAME]
-            bound = 1.0 / math.sqrt(down.in_features)
-            values_RI = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator)
-            down.weight = nn.Parameter(values_RI.to(student.device))
-            up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=student.device))
-
-    def _modules(self) -> list[tuple[str, Any]]:
-        """(name of the projection's weight in the checkpoint, peft's module), in order."""
-        student = self._student
-        return [
-            (
-                f"{student.spec.prefix(layer)}{path}.weight",
-                student.layers[layer].get_submodule(path),
-            )
-            for layer in range(student.spec.layers)
-            for path in student.projections
-        ]
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name, in a fixed order."""
-        named: dict[str, nn.Parameter] = {}
-        for name, module in self._modules():
-            bare = name.removesuffix(".weight")
-            named[bare + DOWN] = module.lora_A[_NAME].weight
-            named[bare + UP] = module.lora_B[_NAME].weight
-        return named
+    peft = require_peft()
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(student.projections)
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws initial values, which are replaced below
+        peft.inject_adapter_in_model(config, student.layers, adapter_name=_NAME)
+    generator = torch.Generator().manual_seed(seed)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, module in student.projection_modules():
+        down, up = module.lora_A[_NAME], module.lora_B[_NAME]
+        bound = 1.0 / math.sqrt(down.in_features)
+        values_RI = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator)
+        down.weight = nn.Parameter(values_RI.to(student.device))
+        up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=student.device))
+        bare = name.removesuffix(".weight")
+        parameters |= {bare + DOWN: down.weight, bare + UP: up.weight}
+    return parameters
 
 
-class Projections:
-    """All block projections of a student, trained themselves."""
-
-    def __init__(self, student: Student) -> None:
-        self._student = student
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name, in a fixed order."""
-        student = self._student
-        return {
-            f"{student.spec.prefix(layer)}{path}.weight": student.layers[layer].get_parameter(
-                f"{path}.weight"
-            )
-            for layer in range(student.spec.layers)
-            for path in student.projections
-        }
+def trained_projections(student: Student) -> dict[str, nn.Parameter]:
+    """Return the weights of all block projections of a student, fp32 ``[O, I]``."""
+    return {name: module.weight for name, module in student.projection_modules()}
 
 
-def _import_peft() -> ModuleType:
+def require_peft() -> ModuleType:
+    """Import and return ``peft``.
+
+    Raises:
+        OptionError: it is not installed.
+    """
     from frugal_bonsai.int8 import has_bitsandbytes
 
-    has_bitsandbytes()  # peft imports it too, and lets it warn of what nothing here needs
+    has_bitsandbytes()  # peft imports bitsandbytes too, whose warnings do not matter here
     try:
         import peft
     except ImportError as error:
         raise OptionError(
             "adapt --method lora needs the peft package: pip install 'frugal-bonsai[adapt]'; or "
-            "take --method full"
+            "choose --method full"
         ) from error
     module: ModuleType = peft
     return module
-
-
-def require_peft() -> None:
-    """Refuse before any work where ``peft`` is missing.
-
-    Raises:
-        OptionError: it is.
-    """
-    _import_peft()

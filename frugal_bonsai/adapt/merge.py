@@ -1,8 +1,9 @@
-"""What training makes of the weights, read from disk one at a time.
+"""The weights after training, computed one at a time.
 
-In: the pruned checkpoint and the best parameters' file. Out: for each projection a function that
-gives its new weight: what the rewriter takes as refitted projections. Adapters are added to the
-checkpoint's own weights, whatever the student computed with. Holds one weight in fp32.
+In: the pruned checkpoint and the file of the best parameters. Out: for each trained projection, a
+function that returns its new weight; the rewriter takes these as refitted projections. Adapters are
+added to the checkpoint's own weights, in whatever form the student held them. Holds one weight in
+fp32.
 
 Shape suffixes: O output rows and I input columns of a projection, R rank.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,41 +26,37 @@ Merged = dict[str, Callable[[], torch.Tensor]]
 
 @contextmanager
 def merged_weights(checkpoint: Checkpoint, file: Path, *, scaling: float) -> Iterator[Merged]:
-    """The new weights, while the file is open.
+    """Open the best parameters and yield the new weights.
 
     Args:
         checkpoint: the pruned model.
         file: parameters as ``TrainingFolder.save_best`` writes them.
-        scaling: alpha / R; of no effect where the weights themselves were trained.
+        scaling: alpha / R; unused if the projections themselves were trained.
 
     Yields:
-        Weight's name -> a function that gives W + scaling * B A, or the trained weight itself,
-        fp32 ``[O, I]``.
+        Name of a weight -> a function that returns W + scaling * B A, or the trained weight, fp32
+        ``[O, I]``. The functions work until the context ends.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     with open_tensors(file) as best:
-        names = dict.fromkeys(_weight(name) for name in best.tensors)
-        yield {name: _merge(checkpoint, best, name, scaling) for name in names}
+        names = dict.fromkeys(_weight_of(name) for name in best.tensors)
+        yield {name: partial(_merge, checkpoint, best, name, scaling) for name in names}
 
 
-def _weight(name: str) -> str:
-    """The weight that a parameter changes."""
-    for ending in (DOWN, UP):
-        if name.endswith(ending):
-            return name.removesuffix(ending) + ".weight"
-    return name
+def _weight_of(parameter: str) -> str:
+    """Return the name of the weight that a trained parameter changes."""
+    for suffix in (DOWN, UP):
+        if parameter.endswith(suffix):
+            return parameter.removesuffix(suffix) + ".weight"
+    return parameter
 
 
-def _merge(
-    checkpoint: Checkpoint, best: Checkpoint, name: str, scaling: float
-) -> Callable[[], torch.Tensor]:
-    def merge() -> torch.Tensor:
-        if name in best.tensors:
-            return best.read(name)
-        bare = name.removesuffix(".weight")
-        up_OR, down_RI = best.read(bare + UP), best.read(bare + DOWN)
-        return (up_OR @ down_RI).mul_(scaling).add_(checkpoint.read(name))
-
-    return merge
+def _merge(checkpoint: Checkpoint, best: Checkpoint, name: str, scaling: float) -> torch.Tensor:
+    """Return a projection's new weight, fp32 ``[O, I]``."""
+    if name in best.tensors:
+        return best.read(name)
+    bare = name.removesuffix(".weight")
+    up_OR, down_RI = best.read(bare + UP), best.read(bare + DOWN)
+    return (up_OR @ down_RI).mul_(scaling).add_(checkpoint.read(name))

@@ -1,8 +1,8 @@
-"""The optimiser of a training: AdamW, with moments in fp32 or in 8 bits.
+"""The optimiser: AdamW with moments in fp32 or in 8 bits.
 
-In: parameters, its name. Out: torch's AdamW (Loshchilov and Hutter 2019) or bitsandbytes'
-block-wise 8-bit one (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization), without
-weight decay, and its state as tensors. Holds two moments: eight bytes an element, or two.
+In: parameters and a name. Out: torch's AdamW (Loshchilov and Hutter 2019) or the block-wise 8-bit
+AdamW of bitsandbytes (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization), both
+without weight decay; and its state as tensors. Holds two moments: 8 bytes an element, or 2.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from frugal_bonsai.memory.training_items import ADAMW, ADAMW_8BIT, EIGHT_BIT_LEA
 AUTO = "auto"
 OPTIMISERS = (AUTO, ADAMW, ADAMW_8BIT)
 BETAS = (0.9, 0.95)
-# Of what an optimiser keeps of a parameter, what is the same for all of them, or counted elsewhere.
+# Entries of a parameter's state that are not saved: shared by all parameters, or saved elsewhere.
 _SHARED = ("step", "qmap1", "qmap2")
 
 
 def allowed_optimisers(asked: str) -> tuple[str, ...]:
-    """What the plan may take, the preferred one first.
+    """Return the optimisers that the plan may choose from, the preferred one first.
 
     Raises:
-        OptionError: 8-bit moments without the bitsandbytes package.
+        OptionError: 8-bit moments were asked for, and bitsandbytes is missing.
     """
     if asked == ADAMW:
         return (ADAMW,)
@@ -37,7 +37,7 @@ def allowed_optimisers(asked: str) -> tuple[str, ...]:
     if asked == ADAMW_8BIT:
         raise OptionError(
             "--optimizer adamw8bit: needs the bitsandbytes package, which is not installed here or "
-            "has no wheel for this platform; take --optimizer adamw"
+            "has no wheel for this platform; choose --optimizer adamw"
         )
     return (ADAMW,)
 
@@ -45,23 +45,19 @@ def allowed_optimisers(asked: str) -> tuple[str, ...]:
 def make_optimiser(
     name: str, parameters: Iterable[nn.Parameter], rate: float
 ) -> torch.optim.Optimizer:
-    """One of :data:`ADAMW` and :data:`ADAMW_8BIT` over these parameters."""
+    """Return :data:`ADAMW` or :data:`ADAMW_8BIT` over these parameters."""
     if name == ADAMW:
         return torch.optim.AdamW(list(parameters), lr=rate, betas=BETAS, weight_decay=0.0)
     from bitsandbytes.optim import AdamW8bit
 
     eight_bit: torch.optim.Optimizer = AdamW8bit(
-        list(parameters),
-        lr=rate,
-        betas=BETAS,
-        weight_decay=0.0,
-        min_8bit_size=EIGHT_BIT_LEAST,
+        list(parameters), lr=rate, betas=BETAS, weight_decay=0.0, min_8bit_size=EIGHT_BIT_LEAST
     )
     return eight_bit
 
 
 def kept_state(optimiser: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    """A parameter's moments and their scales; empty before the first step."""
+    """Return a parameter's moments and their scales; nothing before the first step."""
     state = optimiser.state.get(parameter, {})
     return {
         name: value
@@ -76,7 +72,7 @@ def restore_state(
     kept: Mapping[str, torch.Tensor],
     step: int,
 ) -> None:
-    """Put back what :func:`kept_state` gave after so many steps."""
+    """Restore what :func:`kept_state` returned after this many steps."""
     values: dict[str, Any] = {name: value.to(parameter.device) for name, value in kept.items()}
     if isinstance(optimiser, torch.optim.AdamW):
         optimiser.state[parameter] = {"step": torch.tensor(float(step)), **values}

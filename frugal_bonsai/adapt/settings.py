@@ -1,7 +1,7 @@
-"""How a student is trained.
+"""The settings of a training, and its learning rate.
 
-In: what the user says. Out: a frozen, checked :class:`AdaptSettings`, and from its place in the
-schedule a learning rate. Holds nothing.
+In: the user's options. Out: a frozen, validated :class:`AdaptSettings`, which the model's width and
+the memory plan complete (:meth:`AdaptSettings.resolve`). Holds no tensors.
 """
 
 from __future__ import annotations
@@ -15,37 +15,36 @@ from frugal_bonsai.adapt.objective import KL, KL_HIDDEN, LM, LOSSES, Objective
 from frugal_bonsai.adapt.optimiser import AUTO, OPTIMISERS
 from frugal_bonsai.errors import OptionError
 
-# The learning rate at the top of the schedule when the user names none, times the hidden size: with
-# Adam the best one falls as a model gets wider (Yang et al. 2022, Tensor Programs V, table 3). Set
-# on a model of 192: three times the adapters' makes it diverge (docs/results).
+# The default peak learning rate times the hidden size: with Adam the best rate is inversely
+# proportional to the width (Yang et al. 2022, Tensor Programs V, table 3). Tuned on a model with
+# 192 hidden channels, where three times the adapters' rate diverges (docs/results).
 RATE_TIMES_HIDDEN = {LORA: 0.384, FULL: 0.096}
 DEFAULT_PASSES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptSettings:
-    """What a user may say about the training itself.
+    """Settings of a training. None leaves a value to :meth:`resolve`.
 
     Attributes:
-        method: ``"lora"`` or ``"full"`` (the block projections themselves).
+        method: ``"lora"``, or ``"full"`` to train the block projections themselves.
         loss: ``"lm"``, ``"kl"`` or ``"kl+hidden"``.
-        lm_weight: of language modelling; 0 leaves the teacher alone, which came out worse than both
-            together (docs/results).
-        kl_weight: of the divergence from the teacher.
-        hidden_weight: of the hidden states' error.
-        rank: of the adapters; None lets the plan choose.
-        optimiser: ``"adamw"``, ``"adamw8bit"``, or ``"auto"``: the plan takes 8-bit moments where
-            those in fp32 do not fit.
-        alpha: the adapters' product counts alpha / rank; None is twice the rank.
-        learning_rate: at the top of the schedule; None goes by the
-            model's width, see :meth:`for_width`.
-        warm_up: share of the training in which the rate rises.
-        batch: windows of one step.
-        tokens: to train on; None is four passes over the windows, unless ``seconds`` is given.
-        seconds: to train for, held-out measurements included.
-        evaluations: how often the held-out perplexity is watched.
+        lm_weight: weight of language modelling; 0 trains on the teacher alone, which was worse than
+            both together (docs/results).
+        kl_weight: weight of the divergence from the teacher.
+        hidden_weight: weight of the hidden states' error.
+        rank: rank of the adapters; by default the largest that the memory plan fits.
+        optimiser: ``"adamw"``, ``"adamw8bit"``, or ``"auto"``: the plan chooses 8-bit moments if
+            fp32 moments do not fit.
+        alpha: the adapters' product is scaled by alpha / rank; by default twice the rank.
+        learning_rate: peak learning rate; by default inversely proportional to the hidden size.
+        warm_up: share of the training in which the learning rate rises.
+        batch: number of windows of a step.
+        tokens: number of tokens to train on; by default four passes, unless ``seconds`` is set.
+        seconds: time to train for, with held-out measurements.
+        evaluations: number of held-out measurements during the training.
         clip: largest norm of the gradient.
-        seed: of the adapters' first values and the windows' order.
+        seed: seeds the adapters' initial values and the order of the windows.
     """
 
     method: str = LORA
@@ -84,12 +83,12 @@ class AdaptSettings:
                 option = "--minutes" if name == "seconds" else f"--{name.replace('_', '-')}"
                 raise OptionError(f"{option}: {value} is not a positive number")
         if not 0.0 <= self.warm_up < 1.0:
-            raise OptionError(f"--warm-up: {self.warm_up} is not a share from 0 to below 1")
+            raise OptionError(f"--warm-up: {self.warm_up} is not in 0..1, 1 excluded")
         if self.tokens is not None and self.seconds is not None:
-            raise OptionError("--tokens and --minutes: both say when to stop; give one of them")
+            raise OptionError("--tokens and --minutes: both say when to stop; name one of them")
 
     def objective(self, temperature: float) -> Objective:
-        """The weights of the loss's terms."""
+        """Return the weights of the loss's terms."""
         return Objective(
             lm=self.lm_weight,
             kl=0.0 if self.loss == LM else self.kl_weight,
@@ -97,14 +96,31 @@ class AdaptSettings:
             temperature=temperature,
         )
 
-    def for_width(self, hidden: int) -> AdaptSettings:
-        """With a learning rate for this hidden size, where the user names none."""
-        if self.learning_rate is not None:
-            return self
-        return replace(self, learning_rate=RATE_TIMES_HIDDEN[self.method] / hidden)
+    def resolve(self, *, hidden: int, rank: int) -> AdaptSettings:
+        """Return settings with learning rate, rank and alpha.
+
+        Args:
+            hidden: the model's hidden size.
+            rank: the rank that the memory plan has chosen; unused without adapters.
+        """
+        rate = self.learning_rate
+        if rate is None:
+            rate = RATE_TIMES_HIDDEN[self.method] / hidden
+        if self.method == FULL:
+            return replace(self, learning_rate=rate)
+        alpha = 2.0 * rank if self.alpha is None else self.alpha
+        return replace(self, learning_rate=rate, rank=rank, alpha=alpha)
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the adapters' product B A, of resolved settings; 1 without adapters."""
+        if self.method == FULL:
+            return 1.0
+        assert self.alpha is not None and self.rank is not None
+        return self.alpha / self.rank
 
     def rate(self, share: float) -> float:
-        """The learning rate when this share of the training is done: up, then half a cosine."""
+        """Return the learning rate after a share of the training: a linear rise, half a cosine."""
         assert self.learning_rate is not None
         if share < self.warm_up:
             return self.learning_rate * share / self.warm_up
@@ -112,5 +128,5 @@ class AdaptSettings:
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(left, 1.0)))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the settings as plain values."""
         return asdict(self)

@@ -1,9 +1,9 @@
-"""What a training run needs to go on: one file, replaced whole.
+"""The state of a training on disk, from which it can be resumed.
 
-In: parameters, the optimiser's moments, where the training stands. Out: ``adapt.safetensors`` with
-the numbers in its header, so that both are of the same step; and ``best.safetensors``, the
-parameters of the best held-out perplexity so far, written before it. Draws are seeded by seed and
-pass, so no generator is kept. Holds one tensor.
+In: parameters, the optimiser's moments, progress. Out: ``adapt.safetensors``, with the progress in
+its header so that both always belong to the same step, and ``best.safetensors`` with the parameters
+of the best held-out perplexity. Each file is replaced as a whole. Random numbers are seeded by seed
+and pass, so no generator is saved. Holds one tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import nn
 from frugal_bonsai.adapt.optimiser import kept_state, restore_state
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.header import read_header
-from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import open_tensors, write_tensors
 from frugal_bonsai.errors import CheckpointError, StateError
 
@@ -30,14 +29,14 @@ VERSION = 1
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """Where a training stands.
+    """Progress of a training.
 
     Attributes:
-        step: steps done.
-        seconds: spent so far.
-        best_step: of the best held-out perplexity; 0 is the pruned model as it came.
-        best_perplexity: None before the first measurement.
-        history: one report a measurement.
+        step: number of finished steps.
+        seconds: time spent.
+        best_step: step of the best held-out perplexity; 0 is the untrained model.
+        best_perplexity: best held-out perplexity; None before the first measurement.
+        history: one entry for each measurement.
     """
 
     step: int = 0
@@ -51,8 +50,8 @@ class TrainingFolder:
     """Reads and writes a training's state.
 
     Args:
-        folder: the run directory.
-        identity: what must be equal for a resume, plain values.
+        folder: the run directory; created at the first save.
+        identity: plain values that must be equal for a resume (settings, model, windows).
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -60,7 +59,7 @@ class TrainingFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a state has been saved here."""
+        """Whether a state has been saved."""
         return (self.folder / STATE_FILE).exists()
 
     def save(
@@ -69,50 +68,34 @@ class TrainingFolder:
         parameters: Mapping[str, nn.Parameter],
         optimiser: torch.optim.Optimizer,
     ) -> None:
-        """Replace the state.
+        """Replace the saved state.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
-        with output_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach() for name, value in parameters.items()}
         for name, value in parameters.items():
-            for part, kept in kept_state(optimiser, value).items():
-                tensors[f"{name}.{part}"] = kept
-        said = {"version": VERSION, "identity": self._identity, "state": asdict(state)}
-        write_tensors(self.folder / STATE_FILE, tensors, {"adapt": json.dumps(said)})
+            for entry, kept in kept_state(optimiser, value).items():
+                tensors[f"{name}.{entry}"] = kept
+        header = {"version": VERSION, "identity": self._identity, "state": asdict(state)}
+        self._write(STATE_FILE, tensors, {"adapt": json.dumps(header)})
 
     def load(
         self, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer
     ) -> TrainingState:
-        """Put the saved values into parameters and optimiser; where the training stands.
+        """Copy the saved values into parameters and optimiser; return the progress.
 
         Raises:
-            StateError: damaged, of another version, or made with other options.
+            StateError: the state is damaged, of another version, or made with other options.
         """
-        path = self.folder / STATE_FILE
-        advice = f"delete {self.folder} and start again"
-        try:
-            entries, metadata = read_header(path)
-            said = json.loads(metadata["adapt"])
-            version, identity = said["version"], said["identity"]
-            state = TrainingState(**said["state"])
-        except (CheckpointError, ValueError, KeyError, TypeError) as error:
-            raise StateError(f"{path}: cannot be read ({error}); {advice}") from error
-        if version != VERSION:
-            raise StateError(f"{path}: version {version!r}, expected {VERSION}; {advice}")
-        differ = [key for key in self._identity if identity.get(key) != self._identity[key]]
-        if differ:
-            raise StateError(
-                f"{path}: was made with other options ({', '.join(differ)}); resume with the same "
-                f"ones, or {advice}"
-            )
-        expected = {name: tuple(value.shape) for name, value in parameters.items()}
-        if any(entries[n].shape != s if n in entries else True for n, s in expected.items()):
-            raise StateError(f"{path}: has not the adapters of this model; {advice}")
-        with Checkpoint(self.folder, {}, entries) as file, torch.no_grad():
+        path, state = self.folder / STATE_FILE, self._read_progress()
+        with open_tensors(path) as file, torch.no_grad():
+            entries = file.tensors
             for name, value in parameters.items():
+                if name not in entries or entries[name].shape != tuple(value.shape):
+                    raise StateError(
+                        f"{path}: has no {name!r} of shape {tuple(value.shape)}; {self._advice}"
+                    )
                 value.copy_(file.read(name))
                 kept = {
                     entry.removeprefix(f"{name}."): file.read(entry)
@@ -124,13 +107,11 @@ class TrainingFolder:
         return state
 
     def save_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Keep these parameters as the best so far."""
-        with output_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.folder / BEST_FILE, {n: v.detach() for n, v in parameters.items()})
+        """Save these parameters as the best so far."""
+        self._write(BEST_FILE, {name: value.detach() for name, value in parameters.items()})
 
     def load_best(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Put the best parameters in place.
+        """Copy the best parameters into these.
 
         Raises:
             CheckpointError: their file is missing or damaged.
@@ -138,3 +119,34 @@ class TrainingFolder:
         with open_tensors(self.folder / BEST_FILE) as file, torch.no_grad():
             for name, value in parameters.items():
                 value.copy_(file.read(name))
+
+    @property
+    def _advice(self) -> str:
+        return f"delete {self.folder} and start again"
+
+    def _write(
+        self, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        with output_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.folder / name, tensors, metadata)
+
+    def _read_progress(self) -> TrainingState:
+        """Return the saved progress, if it belongs to this run."""
+        path = self.folder / STATE_FILE
+        try:
+            _, metadata = read_header(path)
+            saved = json.loads(metadata["adapt"])
+            version, identity = saved["version"], saved["identity"]
+            state = TrainingState(**saved["state"])
+        except (CheckpointError, ValueError, KeyError, TypeError) as error:
+            raise StateError(f"{path}: cannot be read ({error}); {self._advice}") from error
+        if version != VERSION:
+            raise StateError(f"{path}: version {version!r}, expected {VERSION}; {self._advice}")
+        differ = [key for key in self._identity if identity.get(key) != self._identity[key]]
+        if differ:
+            raise StateError(
+                f"{path}: was made with other options ({', '.join(differ)}); resume with the same "
+                f"ones, or {self._advice}"
+            )
+        return state

@@ -1,16 +1,16 @@
-"""The student: a pruned model's frozen weights, what is trained beside them, and its gradients.
+"""The student: a pruned model whose adapters or projections are trained.
 
-In: a pruned checkpoint. Out: gradients of a loss over token windows, or its sums alone. Hugging
-Face's own layers compute; embedding rows are read from disk. A layer's input is kept at its
-boundary and its activations are computed again on the way back (gradient checkpointing), so that
-one layer's are held at a time; what comes behind them is head.py's. Nothing is drawn at random in
-a forward pass: dropout is off.
+In: a pruned checkpoint. Out: gradients of a loss over token windows, or the loss's sums. Hugging
+Face's own layers compute; embedding rows are read from disk. Each layer's input is kept, and its
+activations are computed again in the backward pass (gradient checkpointing), so that one layer's
+activations are held at a time. head.py computes the loss. Dropout is off, so a forward pass draws
+no random numbers.
 
-Holds the weights of all layers as stored (int8 or the checkpoint's dtype), the head, adapters and
-their gradients. Where layers are streamed (streamed.py) one layer's.
+Holds the weights of all layers, the head, the trained parameters and their gradients. streamed.py
+holds one layer's weights instead.
 
-Shape suffixes: B windows of a micro-batch, S tokens, H hidden, V vocabulary, O output rows and I
-input columns of a projection.
+Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden channels, V vocabulary, O
+output rows and I input columns of a projection.
 """
 
 from __future__ import annotations
@@ -23,34 +23,48 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from frugal_bonsai.adapt.frozen import FrozenLinear, TrainedLinear
 from frugal_bonsai.adapt.head import DENSE, INT8, StudentHead
-from frugal_bonsai.adapt.objective import Objective, hidden_error
-from frugal_bonsai.adapt.part import Part, Sums
+from frugal_bonsai.adapt.objective import Objective, Sums, hidden_error
+from frugal_bonsai.adapt.stored_linear import StoredLinear
+from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.int8 import quantise_rows
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.skeleton import Skeleton
 
+# Form of projections that are trained themselves; frozen ones are native, int8 or streamed.
+TRAINED = "trained"
+
 
 @dataclass
-class _Walk:
-    """A micro-batch on its way: the inputs of the layers so far, then the gradient."""
+class Activations:
+    """What is kept of a micro-batch between layers.
 
-    part: Part
+    Attributes:
+        batch: the micro-batch.
+        inputs: inputs ``[B, S, H]`` of the layers that the backward pass has not reached, and the
+            last layer's output until the loss is computed.
+        gradient: gradient of the loss at the output of the layer that comes next in the backward
+            pass.
+    """
+
+    batch: MicroBatch
     inputs: list[torch.Tensor] = field(default_factory=list)
     gradient: torch.Tensor | None = None
 
 
 class Student:
-    """A pruned model that can be trained.
+    """A pruned model that can be trained; :meth:`load` comes first.
 
     Args:
         checkpoint: the pruned model; stays open.
         spec: its description.
-        device: where it is computed.
+        device: device to compute on.
         dtype: compute dtype.
-        head_tokens: tokens whose logits are held at a time.
+        head_tokens: number of tokens whose logits are held at a time.
+
+    Attributes:
+        projections: paths of the block projections inside a layer.
     """
 
     def __init__(
@@ -65,160 +79,151 @@ class Student:
         self.checkpoint, self.spec, self.device, self.dtype = checkpoint, spec, device, dtype
         self.skeleton = Skeleton(checkpoint, spec, device=device, dtype=dtype)
         self.layers = nn.ModuleList(self.skeleton.layers)
-        self.projections = projection_names(spec, self.layers)
-        self.head = StudentHead(
-            checkpoint,
-            spec,
-            self.skeleton.norm,
-            device=device,
-            dtype=dtype,
-            head_tokens=head_tokens,
-        )
+        self.projections = projection_paths(spec, self.layers)
+        self.head = StudentHead(checkpoint, self.skeleton, head_tokens=head_tokens)
         self._kwargs: tuple[int, list[dict[str, Any]]] | None = None
 
     # -- weights -------------------------------------------------------------------------------
-    def load_frozen(self, *, int8: bool) -> None:
-        """Read all weights: projections as int8 or as stored, the rest in the compute dtype.
+    def load(self, form: str) -> None:
+        """Read all weights.
 
-        The head is int8 where projections are, else in the compute dtype: it is multiplied for
-        every block of tokens.
+        The head is int8 if the projections are, else in the compute dtype, because it is multiplied
+        for every block of tokens.
+
+        Args:
+            form: of the projections: ``"native"`` (as stored), ``"int8"``, or :data:`TRAINED` (in
+                fp32, with gradients). All other weights are in the compute dtype.
         """
-        self.head.load(INT8 if int8 else DENSE)
-        for layer in range(self.spec.layers):
-            for path in self.place_layer(layer):
-                weight_OI = self.checkpoint.read(f"{self.spec.prefix(layer)}{path}.weight")
-                module = self.layers[layer].get_submodule(path)
-                assert isinstance(module, FrozenLinear)
-                if int8:
-                    module.load(*quantise_rows(weight_OI.to(self.device)))
-                else:
-                    module.load(weight_OI.to(self.device))
+        self.head.load(INT8 if form == INT8 else DENSE)
+        self._place_layers()
+        for name, module in self.projection_modules():
+            weight_OI = self.checkpoint.read(name).to(self.device)
+            if form == INT8:
+                module.load(*quantise_rows(weight_OI))
+            elif form == TRAINED:
+                module.load(weight_OI.float(), trained=True)
+            else:
+                module.load(weight_OI)
 
-    def place_layer(self, layer: int) -> list[str]:
-        """Put modules without weights where a layer's projections are; read all else of it.
+    def projection_modules(self) -> Iterator[tuple[str, Any]]:
+        """Yield each block projection's weight name in the checkpoint, and its module, in order."""
+        for layer, module in enumerate(self.layers):
+            for path in self.projections:
+                yield f"{self.spec.prefix(layer)}{path}.weight", module.get_submodule(path)
 
-        Returns:
-            Names of the projections.
-        """
-        module, prefix = self.layers[layer], self.spec.prefix(layer)
-        tensors = self.spec.layer_tensors[layer]
-        for path in self.projections:
-            outputs, inputs = tensors[f"{path}.weight"]
-            bias_O = None
-            if f"{path}.bias" in tensors:
-                bias_O = self._read(f"{prefix}{path}.bias")
-            frozen = FrozenLinear(inputs, outputs, dtype=self.dtype, bias_O=bias_O)
-            module.set_submodule(path, frozen.to(self.device))
-        owned = {f"{path}.{kind}" for path in self.projections for kind in ("weight", "bias")}
-        for name in tensors:
-            if name not in owned:
+    def _place_layers(self) -> None:
+        """Replace the projections by :class:`StoredLinear` without weights; read all else."""
+        for layer, module in enumerate(self.layers):
+            prefix, tensors = self.spec.prefix(layer), self.spec.layer_tensors[layer]
+            for path in self.projections:
+                outputs, inputs = tensors[f"{path}.weight"]
+                bias = f"{path}.bias"
+                bias_O = self._read(prefix + bias) if bias in tensors else None
+                stored = StoredLinear(inputs, outputs, dtype=self.dtype, bias_O=bias_O)
+                module.set_submodule(path, stored.to(self.device))
+            for name in tensors:
                 owner, _, attribute = name.rpartition(".")
-                value = nn.Parameter(self._read(prefix + name), requires_grad=False)
-                setattr(module.get_submodule(owner), attribute, value)
-        return self.projections
-
-    def load_trained(self) -> None:
-        """Read all weights, projections in fp32: they are trained themselves."""
-        self.head.load(DENSE)
-        for layer in range(self.spec.layers):
-            for path in self.place_layer(layer):
-                frozen = self.layers[layer].get_submodule(path)
-                weight_OI = self.checkpoint.read(f"{self.spec.prefix(layer)}{path}.weight")
-                outputs, inputs = weight_OI.shape
-                whole = TrainedLinear(inputs, outputs, bias=False, device="meta")
-                whole.weight = nn.Parameter(weight_OI.to(self.device, torch.float32))
-                whole.bias = frozen.bias  # type: ignore[assignment]
-                self.layers[layer].set_submodule(path, whole)
+                if owner not in self.projections:
+                    value = nn.Parameter(self._read(prefix + name), requires_grad=False)
+                    setattr(module.get_submodule(owner), attribute, value)
 
     def _read(self, name: str) -> torch.Tensor:
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
     # -- computing -----------------------------------------------------------------------------
-    def gradients(self, parts: Sequence[Part], objective: Objective, *, scale: float) -> Sums:
-        """Add the gradients of ``scale`` times the loss, summed over tokens, to what is trained.
+    def gradients(
+        self, batches: Sequence[MicroBatch], objective: Objective, *, scale: float
+    ) -> Sums:
+        """Add the gradients of ``scale`` times the summed loss to the trained parameters.
 
         Args:
-            parts: micro-batches, which pass each layer one after the other.
+            batches: micro-batches, which pass each layer one after the other.
             objective: the loss.
-            scale: 1 / tokens of the whole batch.
-
-        Returns:
-            The sums.
+            scale: 1 / number of tokens of the whole step.
         """
-        walks, sums = self._forward(parts, objective, keep=True), Sums()
-        for walk in walks:
-            walk.gradient, found = self.head.gradient(
-                walk.part, walk.inputs.pop(), objective, scale
-            )
+        kept, sums = self._forward(batches, objective, keep=True), Sums()
+        for one in kept:
+            output_BSH = one.inputs.pop()
+            one.gradient, found = self.head.gradient(one.batch, output_BSH, objective, scale)
             sums.add(found)
         for layer in self._visit(reverse=True):
-            for walk in walks:
-                sums.hidden += self._layer_gradient(layer, walk, objective, scale)
+            for one in kept:
+                sums.hidden += self._layer_gradient(layer, one, objective, scale)
         return sums
 
-    def measure(self, parts: Sequence[Part], objective: Objective) -> Sums:
-        """The sums without gradients, the upper bound of the divergence too."""
+    def measure(self, batches: Sequence[MicroBatch], objective: Objective) -> Sums:
+        """Return the sums without gradients, with the upper bound of the divergence."""
         sums = Sums()
         with torch.no_grad():
-            for walk in self._forward(parts, objective, keep=False, sums=sums):
-                sums.add(self.head.sums(walk.part, walk.inputs.pop(), objective))
+            for one in self._forward(batches, objective, keep=False, sums=sums):
+                sums.add(self.head.sums(one.batch, one.inputs.pop(), objective))
         return sums
 
     def logits(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """Logits of all tokens, fp32 ``[B, S, V]``."""
+        """Return the logits of all tokens, fp32 ``[B, S, V]``."""
         with torch.no_grad():
-            [walk] = self._forward([Part(tokens_BS)], Objective(lm=1.0), keep=False)
-            return self.head.logits(walk.inputs[-1])
+            [one] = self._forward([MicroBatch(tokens_BS)], Objective(lm=1.0), keep=False)
+            return self.head.logits(one.inputs[-1])
 
     def _forward(
         self,
-        parts: Sequence[Part],
+        batches: Sequence[MicroBatch],
         objective: Objective,
         *,
         keep: bool,
         sums: Sums | None = None,
-    ) -> list[_Walk]:
-        """All micro-batches to the last layer's output, which is the last of their inputs."""
-        walks = [_Walk(part, [self.skeleton.embed(part.tokens_BS).clone()]) for part in parts]
+    ) -> list[Activations]:
+        """Run micro-batches through all layers.
+
+        Args:
+            batches: the micro-batches.
+            objective: names the layers whose hidden states are compared.
+            keep: whether every layer's input is kept, or the last output alone.
+            sums: gets the error of the hidden states.
+        """
+        kept = [Activations(one, [self.skeleton.embed(one.tokens_BS).clone()]) for one in batches]
         with torch.no_grad():
             for layer in self._visit():
-                for walk in walks:
-                    output_BSH = self._call(layer, walk.inputs[-1])
-                    walk.inputs = [*walk.inputs, output_BSH] if keep else [output_BSH]
-                    target_BSH = self._wanted(layer, walk.part, objective)
+                for one in kept:
+                    output_BSH = self._call(layer, one.inputs[-1])
+                    one.inputs = [*one.inputs, output_BSH] if keep else [output_BSH]
+                    target_BSH = self._target(layer, one.batch, objective)
                     if sums is not None and target_BSH is not None:
                         sums.hidden += float(hidden_error(output_BSH, target_BSH)[0])
-        return walks
+        return kept
 
-    def _layer_gradient(self, layer: int, walk: _Walk, objective: Objective, scale: float) -> float:
-        """Compute a layer again from its input and go back through it."""
-        input_BSH = walk.inputs.pop().detach().requires_grad_(layer > 0)
+    def _layer_gradient(
+        self, layer: int, one: Activations, objective: Objective, scale: float
+    ) -> float:
+        """Compute a layer again and backpropagate through it; return its hidden states' error."""
+        input_BSH = one.inputs.pop().detach().requires_grad_(layer > 0)
         with torch.enable_grad():
             output_BSH = self._call(layer, input_BSH)
-        gradient_BSH, error = walk.gradient, 0.0
+        gradient_BSH, error = one.gradient, 0.0
         assert gradient_BSH is not None
-        target_BSH = self._wanted(layer, walk.part, objective)
+        target_BSH = self._target(layer, one.batch, objective)
         if target_BSH is not None:
             total, slope_BSH = hidden_error(output_BSH.detach(), target_BSH)
             error = float(total)
             slope_BSH = slope_BSH.mul_(objective.hidden * scale)
             gradient_BSH = gradient_BSH + slope_BSH.to(gradient_BSH.dtype)
         torch.autograd.backward(output_BSH, gradient_BSH)
-        walk.gradient = input_BSH.grad
+        one.gradient = input_BSH.grad
         return error
 
-    def _wanted(self, layer: int, part: Part, objective: Objective) -> torch.Tensor | None:
-        if part.targets is None or not objective.hidden or layer not in part.targets.hidden:
+    def _target(self, layer: int, batch: MicroBatch, objective: Objective) -> torch.Tensor | None:
+        """Return the teacher's hidden states behind a layer, if the loss compares them."""
+        if batch.targets is None or not objective.hidden or layer not in batch.targets.hidden:
             return None
-        return part.targets.hidden[layer].to(self.device)
+        return batch.targets.hidden[layer].to(self.device)
 
     def _visit(self, *, reverse: bool = False) -> Iterator[int]:
-        """Layers in order or in reverse, each with its weights in place while it is current."""
+        """Yield layers in order or in reverse, each with its weights in place."""
         layers = range(self.spec.layers)
         yield from reversed(layers) if reverse else layers
 
     def close(self) -> None:
-        """Let go of what is held beside tensors: nothing here."""
+        """Close open files and buffers; a resident student has none."""
 
     def _call(self, layer: int, hidden_BSH: torch.Tensor) -> torch.Tensor:
         output = self.layers[layer](hidden_BSH, **self._arguments(hidden_BSH.shape[1])[layer])
@@ -226,7 +231,7 @@ class Student:
         return result
 
     def _arguments(self, window: int) -> list[dict[str, Any]]:
-        """What the model calls its layers with, as tensors that gradients may pass."""
+        """Return the keyword arguments of each layer, as tensors that autograd accepts."""
         if self._kwargs is None or self._kwargs[0] != window:
             copies: dict[int, torch.Tensor] = {}
 
@@ -238,14 +243,14 @@ class Student:
         return self._kwargs[1]
 
 
-def projection_names(spec: ModelSpec, layers: Sequence[nn.Module] | nn.ModuleList) -> list[str]:
-    """The block projections of a layer: the linear modules with a weight that units own."""
+def projection_paths(spec: ModelSpec, layers: Sequence[nn.Module] | nn.ModuleList) -> list[str]:
+    """Return the paths inside a layer of the linear modules whose weights have prunable units."""
     owned = {piece.tensor for group in spec.table.groups for piece in group.slices}
-    names: dict[str, None] = {}
+    paths: dict[str, None] = {}
     for layer, module in enumerate(layers):
         for name, shape in spec.layer_tensors[layer].items():
             path = name.removesuffix(".weight")
-            linear_module = len(shape) == 2 and isinstance(module.get_submodule(path), nn.Linear)
-            if linear_module and spec.prefix(layer) + name in owned:
-                names[path] = None
-    return list(names)
+            is_linear = len(shape) == 2 and isinstance(module.get_submodule(path), nn.Linear)
+            if is_linear and spec.prefix(layer) + name in owned:
+                paths[path] = None
+    return list(paths)

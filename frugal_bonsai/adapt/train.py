@@ -1,10 +1,10 @@
-"""Training a student: steps over windows, a held-out perplexity that is watched, the best kept.
+"""Train a student, measure the held-out perplexity on the way, keep the best parameters.
 
-In: a student, what is trained, windows, what the teacher says of them. Out: parameters of the best
-held-out perplexity in place, and a report. The optimiser is optimiser.py's; its rate rises, then
-falls by half a cosine. The loss of a step is the mean over its tokens, however
-many micro-batches it takes. A loss or gradient that is not finite ends the training before it
-changes anything. Holds the optimiser's two moments and a step's tokens.
+In: a student, its trained parameters, windows, and the teacher's answers. Out: the parameters of
+the best held-out perplexity, in the student and in the run directory, and a report. The loss of a
+step is the mean over its tokens, for any number of micro-batches. A loss or gradient that is not
+finite ends the training before any parameter changes. Holds the optimiser's two moments and the
+tokens of a step.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from frugal_bonsai.adapt.objective import Objective
+from frugal_bonsai.adapt.objective import Objective, Sums
 from frugal_bonsai.adapt.optimiser import make_optimiser
-from frugal_bonsai.adapt.part import Part, Sums
+from frugal_bonsai.adapt.schedule import Schedule
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.state import TrainingFolder, TrainingState
 from frugal_bonsai.adapt.student import Student
-from frugal_bonsai.adapt.training_data import Lessons
+from frugal_bonsai.adapt.training_data import MicroBatch, TrainingData
 from frugal_bonsai.errors import BudgetError, CheckpointError
 from frugal_bonsai.memory.training_items import ADAMW
 from frugal_bonsai.progress import Progress
@@ -32,17 +32,17 @@ from frugal_bonsai.stream.micro_batch import is_out_of_memory
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """How a training went.
+    """Report of a training.
 
     Attributes:
-        steps: done.
-        tokens: trained on.
-        seconds: spent, held-out measurements included.
-        best_step: whose parameters are in place now; 0 is the pruned model as it came.
-        before: held-out measurement of the pruned model.
-        after: the same of the best step.
+        steps: number of finished steps.
+        tokens: number of tokens trained on.
+        seconds: time spent, with held-out measurements.
+        best_step: step whose parameters are in the student now; 0 is the untrained model.
+        before: held-out measurement of the untrained model.
+        after: held-out measurement of the best step.
         history: all measurements.
-        stopped: why it ended early, or None.
+        stopped: why the training ended early, or None.
     """
 
     steps: int
@@ -59,24 +59,25 @@ class Trainer:
     """Trains one student.
 
     Args:
-        student: whose weights and adapters are in place.
-        parameters: what is trained, by name.
-        lessons: windows and teacher.
-        settings: how.
+        student: its weights are loaded.
+        parameters: trained parameters by name.
+        data: windows and the teacher's answers.
+        settings: resolved settings.
         objective: the loss.
-        micro_batch: windows computed together.
-        together: micro-batches that pass a layer one after the other (streamed layers: a step's).
-        optimiser: ``"adamw"`` or ``"adamw8bit"``, whatever the settings leave open.
-        folder: keeps state and best parameters.
-        progress: told of each step.
-        clock: seconds, never backwards.
+        micro_batch: number of windows that are computed together.
+        together: number of micro-batches that pass a layer one after the other; with streamed
+            layers all of a step.
+        optimiser: ``"adamw"`` or ``"adamw8bit"``.
+        folder: saves state and best parameters.
+        progress: gets each step and measurement.
+        clock: returns seconds; never goes backwards.
     """
 
     def __init__(
         self,
         student: Student,
         parameters: Mapping[str, nn.Parameter],
-        lessons: Lessons,
+        data: TrainingData,
         settings: AdaptSettings,
         objective: Objective,
         *,
@@ -87,85 +88,85 @@ class Trainer:
         progress: Progress,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        settings = settings.for_width(student.spec.hidden)
-        self._student, self._parameters, self._lessons = student, dict(parameters), lessons
+        self._student, self._parameters, self._data = student, dict(parameters), data
         self._settings, self._objective = settings, objective
         self._micro_batch, self._together = micro_batch, together
-        self._streamed = together > 1
-        self._folder, self._progress, self._clock = folder, progress, clock
+        self._folder, self._progress = folder, progress
         self._optimiser = make_optimiser(
             optimiser, self._parameters.values(), rate=settings.rate(1.0)
         )
-        self._batch = min(settings.batch, lessons.trained)
-        self._step_tokens = self._batch * lessons.windows_NS.shape[1]
-        self._steps = None if settings.seconds is not None else self._planned_steps()
-        self._state = TrainingState()
-        self._began = 0.0
+        self._batch = min(settings.batch, data.trained)
+        self._step_tokens = self._batch * data.windows_NS.shape[1]
+        self._schedule = Schedule(
+            settings,
+            step_tokens=self._step_tokens,
+            pass_steps=data.trained / self._batch,
+            clock=clock,
+        )
+        self._state, self._recent = TrainingState(), Sums()
         self._stopped: str | None = None
-        self._recent = Sums()
-
-    def _planned_steps(self) -> int:
-        if self._settings.tokens is not None:
-            return max(1, math.ceil(self._settings.tokens / self._step_tokens))
-        from frugal_bonsai.adapt.settings import DEFAULT_PASSES
-
-        return max(1, DEFAULT_PASSES * self._lessons.trained // self._batch)
 
     def run(self, *, resume: bool = False) -> Trained:
-        """Train to the end, then put the best parameters in place.
+        """Train to the end, then load the best parameters.
 
         Raises:
-            StateError: there is nothing to resume, or of another run.
-            CheckpointError: the pruned model's own loss is no finite number.
+            StateError: the saved state is damaged or of another run.
+            CheckpointError: the untrained model's loss is not finite.
+            BudgetError: memory ran out with one window in a micro-batch.
         """
         if resume:
             self._state = self._folder.load(self._parameters, self._optimiser)
-        self._began = self._clock() - self._state.seconds
+        self._schedule.start(self._state.seconds)
         if not resume:
-            self._watch()
-        watched = self._due()
+            self._measure()
+        measured = self._measurements_due()
         self._begin_sweep()
-        while self._share() < 1.0 and self._stopped is None:
+        while not self._is_over():
             self._step()
             self._progress.step("step")
-            if self._stopped is None and (self._due() > watched or self._share() >= 1.0):
-                watched = self._due()
-                self._watch()
-                if self._share() < 1.0:
+            if self._stopped is None and (self._measurements_due() > measured or self._is_over()):
+                measured = self._measurements_due()
+                self._measure()
+                if not self._is_over():
                     self._begin_sweep()
         return self._finish()
 
+    def _is_over(self) -> bool:
+        return self._stopped is not None or self._schedule.share(self._state.step) >= 1.0
+
+    def _measurements_due(self) -> int:
+        return self._schedule.measurements_due(self._state.step)
+
     # -- a step ----------------------------------------------------------------------------------
     def _step(self) -> None:
-        """One batch: gradients, rate, update; nothing changes where a number is not finite."""
-        state = self._state
-        windows = self._windows_of(state.step)
-        scale = 1.0 / (len(windows) * (self._lessons.windows_NS.shape[1] - 1))
-
-        def gradients() -> Sums:
-            self._optimiser.zero_grad(set_to_none=True)  # of a try that ran out of memory too
-            sums = Sums()
-            for parts in self._groups(windows):
-                sums.add(self._student.gradients(parts, self._objective, scale=scale))
-            return sums
-
-        sums = self._within_memory(gradients)
+        """Take one step, unless the loss or the gradient is not finite."""
+        sums = self._within_memory(self._gradients)
         loss = sums.loss(self._objective)
         norm = float(nn.utils.clip_grad_norm_(list(self._parameters.values()), self._settings.clip))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            self._stopped = f"step {state.step + 1}: the {what}; a lower --learning-rate may help"
+            step = self._state.step + 1
+            self._stopped = f"step {step}: the {what}; a lower --learning-rate may help"
             self._progress.note(f"stopped at {self._stopped}; the best step so far is kept")
             return
-        rate = self._settings.rate(self._share(ahead=0.5))
-        for group_ in self._optimiser.param_groups:
-            group_["lr"] = rate
+        rate = self._settings.rate(self._schedule.share(self._state.step, ahead=0.5))
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
         self._optimiser.step()
-        state.step += 1
+        self._state.step += 1
         self._recent.add(sums)
 
+    def _gradients(self) -> Sums:
+        """Compute the gradients of a step; those of an attempt that failed are dropped first."""
+        self._optimiser.zero_grad(set_to_none=True)
+        windows, sums = self._windows_of(self._state.step), Sums()
+        scale = 1.0 / (len(windows) * (self._data.windows_NS.shape[1] - 1))
+        for batches in self._groups(windows):
+            sums.add(self._student.gradients(batches, self._objective, scale=scale))
+        return sums
+
     def _within_memory(self, work: Callable[[], Sums]) -> Sums:
-        """Do the work; where memory runs out, all of it again with half the micro-batch.
+        """Do some work; if memory runs out, start it again with half the micro-batch.
 
         Raises:
             BudgetError: memory ran out with one window.
@@ -180,112 +181,93 @@ class Trainer:
                     first = str(error).partition("\n")[0]
                     raise BudgetError(
                         f"memory ran out with one window in a micro-batch ({first}); close other "
-                        f"programs, lower --max-gpu-mem or --max-cpu-mem below what is really "
-                        f"free, or use a shorter --window"
+                        f"programs, lower --max-gpu-mem or --max-cpu-mem below what is free, or "
+                        f"use a shorter --window"
                     ) from error
-            # Outside the except block: the error holds the frames, and these the activations.
+            # Outside the except block, because the error holds the frames and their activations.
             self._micro_batch //= 2
-            self._together *= 2 if self._streamed else 1
+            self._together *= 2 if self._together > 1 else 1
             self._progress.note(
                 f"memory ran out in a micro-batch; going on with {self._micro_batch} windows"
             )
 
-    def _groups(self, windows: list[int]) -> Iterator[list[Part]]:
-        """Micro-batches that pass a layer one after the other."""
+    def _groups(self, windows: list[int]) -> Iterator[list[MicroBatch]]:
+        """Yield groups of micro-batches that pass a layer one after the other."""
         size = self._micro_batch
-        parts = [windows[at : at + size] for at in range(0, len(windows), size)]
-        for at in range(0, len(parts), self._together):
-            yield [self._lessons.part(part) for part in parts[at : at + self._together]]
+        batches = [windows[at : at + size] for at in range(0, len(windows), size)]
+        for at in range(0, len(batches), self._together):
+            yield [self._data.batch(batch) for batch in batches[at : at + self._together]]
 
     def _windows_of(self, step: int) -> list[int]:
-        """The windows of a step: pass after pass, each in an order of its own."""
-        lessons, seed, chosen = self._lessons, self._settings.seed, list[int]()
-        at = step * self._batch
+        """Return the windows of a step: each pass takes every window once, in its own order."""
+        data, chosen, first = self._data, list[int](), step * self._batch
         while len(chosen) < self._batch:
-            number, place = divmod(at + len(chosen), lessons.trained)
-            order = lessons.order(number, seed)
+            number, place = divmod(first + len(chosen), data.trained)
+            order = data.order(number, self._settings.seed)
             chosen += order[place : place + self._batch - len(chosen)]
         return chosen
 
-    def _share(self, *, ahead: float = 0.0) -> float:
-        """How much of the training is done, or will be after ``ahead`` more steps."""
-        if self._steps is not None:
-            return (self._state.step + ahead) / self._steps
-        assert self._settings.seconds is not None
-        spent = self._clock() - self._began
-        each = spent / self._state.step if self._state.step else 0.0
-        return min(1.0, (spent + ahead * each) / self._settings.seconds)
+    # -- measurements ----------------------------------------------------------------------------
+    def _measure(self) -> None:
+        """Measure the held-out windows, save the state, and the parameters if they are the best.
 
-    def _due(self) -> int:
-        """How many measurements are due at this share of the training."""
-        return int(self._share() * self._settings.evaluations)
-
-    # -- watching --------------------------------------------------------------------------------
-    def _watch(self) -> None:
-        """Measure the held-out windows, keep what is best, save the state."""
+        Raises:
+            CheckpointError: the untrained model's loss is not finite.
+        """
         state, measured = self._state, self.measure_held_out()
         perplexity = measured["perplexity"]
         if not math.isfinite(perplexity):
             if state.best_perplexity is None:
                 raise CheckpointError(
                     f"{self._student.checkpoint.folder}: the held-out loss of the pruned model is "
-                    f"no finite number; was it pruned and saved whole?"
+                    f"not finite; was it pruned and saved completely?"
                 )
             self._stopped = f"step {state.step}: the held-out perplexity is {perplexity}"
             return
         loss = self._recent.loss(self._objective) if self._recent.tokens else None
-        state.seconds = self._clock() - self._began
+        state.seconds = self._schedule.seconds
         state.history.append({"step": state.step, "loss": loss, **measured})
         if state.best_perplexity is None or perplexity < state.best_perplexity:
             state.best_perplexity, state.best_step = perplexity, state.step
             self._folder.save_best(self._parameters)
         self._folder.save(state, self._parameters, self._optimiser)
-        self._say(loss, perplexity)
+        self._report(loss, perplexity)
         self._recent = Sums()
 
     def measure_held_out(self) -> dict[str, Any]:
-        """Perplexity, and the divergence from the teacher between its bounds, in nats a token."""
-        lessons = self._lessons
-        windows = list(range(lessons.trained, len(lessons.windows_NS)))
+        """Return perplexity and both bounds of the divergence from the teacher, in nats a token."""
+        data = self._data
+        windows = list(range(data.trained, len(data.windows_NS)))
 
         def measure() -> Sums:
             total = Sums()
-            for parts in self._groups(windows):
-                total.add(self._student.measure(parts, self._objective))
+            for batches in self._groups(windows):
+                total.add(self._student.measure(batches, self._objective))
             return total
 
         total = self._within_memory(measure)
-        nll = total.lm / total.tokens
-        asked = lessons.cache is not None
+        nll, taught = total.lm / total.tokens, data.cache is not None
         return {
             "perplexity": math.exp(nll) if nll < 700 else math.inf,
-            "kl": total.kl / total.tokens if asked else None,
-            "kl_upper": total.kl_upper / total.tokens if asked else None,
+            "kl": total.kl / total.tokens if taught else None,
+            "kl_upper": total.kl_upper / total.tokens if taught else None,
         }
 
-    def _say(self, loss: float | None, perplexity: float) -> None:
-        from_best = f" (best {self._state.best_perplexity:.3f})"
-        said = [f"{self._share():.0%} of the training"]
+    def _report(self, loss: float | None, perplexity: float) -> None:
+        """Note share, loss, perplexity, speed and time left."""
+        state, share = self._state, self._schedule.share(self._state.step)
+        parts = [f"{share:.0%} of the training"]
         if loss is not None:
-            said.append(f"loss {loss:.3f}")
-        said.append(f"held-out perplexity {perplexity:.3f}{from_best}")
-        spent, share = self._state.seconds, self._share()
-        if self._state.step and share < 1.0:
-            said.append(f"{self._state.step * self._step_tokens / spent:,.0f} tokens/s")
-            said.append(f"about {spent * (1 - share) / share / 60:.1f} min left")
-        self._progress.note(", ".join(said))
+            parts.append(f"loss {loss:.3f}")
+        parts.append(f"held-out perplexity {perplexity:.3f} (best {state.best_perplexity:.3f})")
+        if state.step and share < 1.0:
+            parts.append(f"{state.step * self._step_tokens / state.seconds:,.0f} tokens/s")
+            parts.append(f"about {state.seconds * (1 - share) / share / 60:.1f} min left")
+        self._progress.note(", ".join(parts))
 
     def _begin_sweep(self) -> None:
-        """The steps to the next measurement, for the progress."""
-        evaluations = self._settings.evaluations
-        if self._steps is not None:
-            until = math.ceil((self._due() + 1) * self._steps / evaluations)
-            steps = max(1, min(until, self._steps) - self._state.step)
-        else:
-            spent, seconds = self._clock() - self._began, self._settings.seconds or 1.0
-            each = spent / self._state.step if self._state.step else seconds / evaluations
-            steps = max(1, round(seconds / evaluations / max(each, 1e-9)))
-        best = self._state.best_perplexity
+        """Announce the steps to the next measurement."""
+        steps, best = self._schedule.steps_to_next(self._state.step), self._state.best_perplexity
         name = "adapting" if best is None else f"adapting, best held-out perplexity {best:.2f}"
         self._progress.sweep(name, steps, steps * self._step_tokens)
 
@@ -296,7 +278,7 @@ class Trainer:
         return Trained(
             steps=state.step,
             tokens=state.step * self._step_tokens,
-            seconds=self._clock() - self._began,
+            seconds=self._schedule.seconds,
             best_step=state.best_step,
             before=state.history[0],
             after=by_step[state.best_step],

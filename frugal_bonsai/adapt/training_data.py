@@ -1,8 +1,9 @@
-"""What a student is trained and watched on: windows, and what the teacher says of them.
+"""Token windows to train on, held-out windows, and the teacher's answers for both.
 
-In: token windows, a teacher's cache. Out: micro-batches, the order of a pass. Holds the windows.
+In: token windows and a teacher's cache. Out: micro-batches, and the order of the windows in each
+pass. Holds the windows; the answers stay on disk.
 
-Shape suffixes: N windows, S tokens.
+Shape suffixes: N windows, B windows of a micro-batch, S tokens of a window.
 """
 
 from __future__ import annotations
@@ -11,18 +12,30 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.adapt.part import Part
-from frugal_bonsai.adapt.teacher import TeacherCache
+from frugal_bonsai.adapt.teacher_cache import Targets, TeacherCache
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Windows that are computed together.
+
+    Attributes:
+        tokens_BS: int64.
+        targets: the teacher's answers, on the CPU; None if the loss needs no teacher.
+    """
+
+    tokens_BS: torch.Tensor
+    targets: Targets | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lessons:
-    """What is trained and watched on.
+class TrainingData:
+    """Windows to train on and to hold out.
 
     Attributes:
-        windows_NS: int64, those to train on first, then the held-out ones.
-        held_out: how many of them are held out.
-        cache: the teacher's, of the same windows; None where the loss does not ask.
+        windows_NS: int64; the held-out windows come last.
+        held_out: number of held-out windows.
+        cache: the teacher's answers for these windows; None if the loss needs no teacher.
     """
 
     windows_NS: torch.Tensor
@@ -31,15 +44,20 @@ class Lessons:
 
     @property
     def trained(self) -> int:
-        """Windows to train on."""
+        """Number of windows to train on."""
         return len(self.windows_NS) - self.held_out
 
-    def part(self, windows: list[int]) -> Part:
-        """A micro-batch of these windows, by their numbers."""
+    @property
+    def held_out_NS(self) -> torch.Tensor:
+        """The held-out windows."""
+        return self.windows_NS[self.trained :]
+
+    def batch(self, windows: list[int]) -> MicroBatch:
+        """Return a micro-batch of the windows with these numbers."""
         targets = None if self.cache is None else self.cache.read(windows)
-        return Part(self.windows_NS[windows], targets)
+        return MicroBatch(self.windows_NS[windows], targets)
 
     def order(self, number: int, seed: int) -> list[int]:
-        """The windows' order in pass ``number``."""
+        """Return the order of the training windows in pass ``number``."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         return torch.randperm(self.trained, generator=generator).tolist()

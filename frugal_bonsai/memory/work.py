@@ -21,7 +21,7 @@ REFINE_ITERATIONS = 4
 _CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
 # Of a teacher's cache, windows of at most so much are asked for and written together.
 SHARD_BYTES = 64 * MIB
-# Of a frozen weight, rows of at most so much are dense at the same time (adapt/frozen.py): an int8
+# Bytes of a stored weight that are dense at the same time (adapt/stored_linear.py): an int8
 # head of 128,256 tokens is a gigabyte in fp32.
 DENSE_BLOCK_BYTES = 32 * MIB
 

@@ -1,74 +1,41 @@
-"""The end of ``adapt``: adapters merged into the weights, the output written, verified, measured.
+"""Write the adapted model, verify it and measure it.
 
-In: the pruned model and the best parameters on disk. Out: a checkpoint of the same layout in a
-staging folder, with its papers. The student is gone by then: the weights are read, changed and
-written one at a time.
+In: the pruned model, the best parameters on disk, the trained student's logits. Out: a checkpoint
+of the pruned model's layout in a staging folder, and its figures. The student is freed by then;
+weights are read, merged and written one at a time.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from frugal_bonsai.checkpoint.commit import output_errors, write_bytes, write_json
+import torch
+
+from frugal_bonsai.adapt.merge import Merged, merged_weights
+from frugal_bonsai.adapt.state import BEST_FILE
+from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import VerifyError
+from frugal_bonsai.evaluation.perplexity import measure_perplexity
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.report.adapt_card import adapt_card
-from frugal_bonsai.run.adapt_plan import Plans, named_plans
-from frugal_bonsai.run.plan import plan_items
-from frugal_bonsai.run.prepare import Model, in_fp32, make_engine
-from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE, load_line
+from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.shrink import shrink
+from frugal_bonsai.rewrite.verify import TOLERANCE, compare_logits
+from frugal_bonsai.run.adaptation import Adaptation
+from frugal_bonsai.run.prepare import Model, make_engine
+from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE
+from frugal_bonsai.sizes import parse_bytes
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.layers import LayerStream
+from frugal_bonsai.stream.source import CheckpointSource
 
-if TYPE_CHECKING:
-    import torch
-
-    from frugal_bonsai.run.adaptation import Adaptation
-
-ADAPT_REPORT_FILE = "adaptation_report.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Perplexities of one model; None where there is no such text."""
-
-    held_out: float | None
-    on_text: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """What stands in the staging folder."""
-
-    staged: Path
-    layout: str
-    sizes: Mapping[str, int]
-    measured: Measured
-    verify: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-    def papers(
-        self, summary: Mapping[str, Any], plans: Plans, out: Path, *, seconds: float
-    ) -> dict[str, Any]:
-        """Write card and report; the rest of the summary."""
-        rest = {
-            "memory": _describe_memory(plans),
-            "notes": list(self.notes),
-            "out": str(out),
-            "load": load_line(out, self.layout),
-            "seconds": seconds,
-        }
-        whole = {**summary, **rest}
-        write_json(self.staged / ADAPT_REPORT_FILE, whole)
-        write_bytes(self.staged / "README.md", adapt_card(whole).encode())
-        return rest
+# Held-out windows whose logits the verification compares.
+VERIFY_WINDOWS = 2
 
 
 def measure(
@@ -78,24 +45,34 @@ def measure(
     held_out_NS: torch.Tensor | None,
     *,
     what: str,
-) -> Measured:
-    """Perplexities of a model, streamed, on the held-out windows and on the user's text."""
-    from frugal_bonsai.evaluation.perplexity import measure_perplexity
+) -> dict[str, Any]:
+    """Return a model's sizes and its perplexities, as plain values.
 
-    if held_out_NS is None and job.eval_NS is None:
-        return Measured(held_out=None, on_text=None)
-    engine = make_engine(model.checkpoint, model.spec, plan, job.device, job.progress)
-    held_out = on_text = None
-    with engine.native() as stream:
-        if held_out_NS is not None:
-            held_out = measure_perplexity(
-                engine, stream, held_out_NS, name=f"{what}: held-out perplexity"
-            ).value
-        if job.eval_NS is not None:
-            on_text = measure_perplexity(
-                engine, stream, job.eval_NS, name=f"{what}: perplexity on {job.eval_name}"
-            ).value
-    return Measured(held_out=held_out, on_text=on_text)
+    Args:
+        model: the pruned or the adapted model.
+        plan: memory of the sweeps.
+        job: the adaptation; has the text of ``--eval-text``.
+        held_out_NS: held-out windows; None leaves their perplexity out.
+        what: name of the model for the progress.
+    """
+    sizes = {
+        "parameters": model.spec.parameters,
+        "block_parameters": model.spec.block_parameters,
+        "weight_bytes": model.checkpoint.weight_bytes,
+    }
+    texts: dict[str, tuple[str, torch.Tensor]] = {}
+    if held_out_NS is not None:
+        texts["perplexity"] = (f"{what}: held-out perplexity", held_out_NS)
+    if job.eval_text is not None:
+        name, windows_NS = job.eval_text
+        texts["eval_perplexity"] = (f"{what}: perplexity on {name}", windows_NS)
+    found: dict[str, float | None] = {"perplexity": None, "eval_perplexity": None}
+    if texts:
+        engine = make_engine(model.checkpoint, model.spec, plan, job.device, job.progress)
+        with engine.native() as stream:
+            for key, (name, windows_NS) in texts.items():
+                found[key] = measure_perplexity(engine, stream, windows_NS, name=name).value
+    return {**sizes, **found}
 
 
 def write_adapted(
@@ -103,162 +80,124 @@ def write_adapted(
     plan: MemoryPlan,
     staged: Path,
     *,
-    shard_bytes: int,
     scaling: float,
     held_out_NS: torch.Tensor,
-    verify_NS: torch.Tensor,
-    expected_NSV: torch.Tensor,
-    native: bool,
-) -> Written:
+    student_NSV: torch.Tensor,
+) -> dict[str, Any]:
     """Write the adapted model into the staging folder, verify it, measure it.
 
     Args:
         job: the adaptation.
-        plan: of measuring and writing.
+        plan: memory of this part.
         staged: an empty folder.
-        shard_bytes: tensor bytes of one shard.
-        scaling: of the adapters' product.
-        held_out_NS: windows to measure on.
-        verify_NS: windows whose logits are compared.
-        expected_NSV: the student's logits of their first tokens.
-        native: the student computed with the checkpoint's own weights, so that its logits must be
-            the output's but for the rounding of what is stored.
+        scaling: factor of the adapters' product.
+        held_out_NS: held-out windows.
+        student_NSV: the student's fp32 logits for the first tokens of the first held-out windows.
+
+    Returns:
+        Plain values: the layout, differences that the verification found, figures of the model.
 
     Raises:
-        VerifyError: the output computes something else.
+        VerifyError: the output computes something else than the student.
     """
-    from frugal_bonsai.adapt.merge import merged_weights
-    from frugal_bonsai.adapt.state import BEST_FILE
-    from frugal_bonsai.rewrite.companions import write_companions
-    from frugal_bonsai.rewrite.shrink import shrink
-    from frugal_bonsai.rewrite.verify import compare_logits
-    from frugal_bonsai.stream.source import CheckpointSource
-
-    model, everything = job.pruned, KeepMask(job.pruned.spec.table)
-    layout = _layout_of(model)
-    rules = layout_rules(model.spec, layout, tile=1)
-    with merged_weights(model.checkpoint, job.run / BEST_FILE, scaling=scaling) as merged:
+    model, layout = job.pruned, _layout_of(job.pruned)
+    with merged_weights(model.checkpoint, job.folder / BEST_FILE, scaling=scaling) as merged:
         shrink(
             model.checkpoint,
             model.spec,
-            everything,
+            KeepMask(model.spec.table),
             staged,
-            rules=rules,
+            rules=layout_rules(model.spec, layout, tile=1),
             refit=merged,
-            max_shard_bytes=shard_bytes,
+            max_shard_bytes=parse_bytes(job.options.max_shard_size, option="--max-shard-size"),
         )
         write_companions(model.folder, staged)
-        _carry_papers(model.folder, staged)
+        _copy_reports(model.folder, staged)
         with Checkpoint.open(staged) as output:
             spec = describe_checkpoint(output, source="the adapted config.json")
             adapted = Model(name=str(staged), checkpoint=output, spec=spec)
-            parent = make_engine(model.checkpoint, model.spec, plan, job.device, job.progress)
-            engine = make_engine(output, spec, plan, job.device, job.progress)
-            source = CheckpointSource(model.checkpoint, model.spec, mask=everything, refit=merged)
-            exact = (in_fp32(parent, plan), source, in_fp32(engine, plan))
-            difference = compare_logits(*exact, verify_NS)
-            del exact
-            rounding = _rounding(engine, verify_NS, expected_NSV)
-            del parent, engine
-            _require_rounding(rounding, output, native=native)
-            measured = measure(adapted, plan, job, held_out_NS, what="adapted")
-            sizes = {
-                "parameters": spec.parameters,
-                "block_parameters": spec.block_parameters,
-                "weight_bytes": output.weight_bytes,
-            }
-    return Written(
-        staged=staged,
-        layout=layout,
-        sizes=sizes,
-        measured=measured,
-        verify={
-            "max_relative_difference": difference,
-            "student_difference": rounding,
-            "windows": len(verify_NS),
-        },
-        notes=(*job.budget.notes, *_padding_note(model.folder)),
-    )
+            verify = _verify(job, plan, adapted, merged, held_out_NS, student_NSV)
+            after = measure(adapted, plan, job, held_out_NS, what="adapted")
+    return {"layout": layout, "verify": verify, "after": after}
 
 
 def _layout_of(model: Model) -> str:
-    """Layers of different widths need the bundled model file; all others plain transformers."""
+    """Return the layout; only layers of different widths need the bundled model file."""
     config = model.checkpoint.config
-    differs = config.get("per_layer_config") or config.get("auto_map")
-    return PER_LAYER if differs else UNIFORM
+    return PER_LAYER if config.get("per_layer_config") or config.get("auto_map") else UNIFORM
 
 
-def _rounding(engine: Any, verify_NS: torch.Tensor, expected_NSV: torch.Tensor) -> float:
-    """Largest difference of the output's logits from the student's, relative to the largest."""
-    import torch
-
-    tokens_NS = verify_NS[:, : expected_NSV.shape[1]]
-    with engine.native() as stream:
-        hidden = engine.sweep.run(stream, tokens_NS, name="verify: student")
-    largest = torch.zeros(())
-    with torch.inference_mode():
-        for window in range(len(tokens_NS)):
-            found_SV = engine.head.logits(hidden.read(slice(window, window + 1)))[0].cpu()
-            largest = torch.maximum(largest, (found_SV - expected_NSV[window]).abs().max())
-    return float(largest) / max(float(expected_NSV.abs().max()), 1e-30)
-
-
-def _require_rounding(rounding: float, output: Checkpoint, *, native: bool) -> None:
-    """A student of native weights must be what was written, but for the stored dtype's rounding."""
-    from frugal_bonsai.dtypes import torch_dtype
-    from frugal_bonsai.rewrite.verify import TOLERANCE
-
-    stored = {torch_dtype(entry.dtype) for entry in output.tensors.values()}
-    allowed = max(TOLERANCE[dtype] for dtype in stored)
-    if native and not rounding <= allowed:
-        raise VerifyError(
-            f"the adapted model's logits differ from the student's by {rounding:.2e} of the "
-            f"largest logit, allowed are {allowed:.0e}; nothing was written. This is a defect: "
-            f"please report it with the model's config.json"
-        )
-
-
-def _carry_papers(source: Path, staged: Path) -> None:
-    """How the model was pruned stays beside it."""
+def _copy_reports(source: Path, staged: Path) -> None:
+    """Copy the pruned model's mask and report."""
     for name in (MASK_FILE, REPORT_FILE):
         if (source / name).is_file():
             with output_errors(staged / name):
                 shutil.copyfile(source / name, staged / name)
 
 
-def _padding_note(folder: Path) -> tuple[str, ...]:
-    """Zeros that a padded layout filled its layers up with are weights like any other here."""
-    try:
-        layout = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["layout"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
-    if layout != "padded":
-        return ()
-    return ("padded layout: the zeros that filled layers up have been trained, they are units now",)
+def _verify(
+    job: Adaptation,
+    plan: MemoryPlan,
+    adapted: Model,
+    merged: Merged,
+    windows_NS: torch.Tensor,
+    student_NSV: torch.Tensor,
+) -> dict[str, Any]:
+    """Compare the output with the merged weights, and these with the student, all in fp32.
 
+    The output is compared with merged weights in the stored dtype, the student with merged weights
+    in fp32. So neither difference contains rounding, which would be larger than many defects.
 
-def _describe_memory(plans: Plans) -> dict[str, Any]:
-    """Caps, what the plans predicted for each part of the run, and what was measured."""
-    from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
+    Raises:
+        VerifyError: a difference is larger than sums in another order explain.
+    """
+    parent, output = (
+        make_engine(one.checkpoint, one.spec, plan, job.device, job.progress, dtype=torch.float32)
+        for one in (job.pruned, adapted)
+    )
 
-    budget, gpu = plans[1].budget, plans[1].budget.gpu_bytes is not None
-    parts = named_plans(plans)
-    import torch
+    def merged_source(dtype: str | None = None) -> CheckpointSource:
+        spec, keep = job.pruned.spec, KeepMask(job.pruned.spec.table)
+        return CheckpointSource(job.pruned.checkpoint, spec, mask=keep, refit=merged, dtype=dtype)
 
-    device = torch.device(budget.device)
+    windows_NS = windows_NS[:VERIFY_WINDOWS]
+    difference = compare_logits(parent, merged_source(), output, windows_NS)
     return {
-        "host_cap_bytes": budget.host_bytes,
-        "host_predicted_bytes": max(plan.total_bytes("host") for _, plan in parts),
-        "host_peak_bytes": peak_resident_bytes(),
-        "gpu_cap_bytes": budget.gpu_bytes,
-        "gpu_predicted_bytes": max(p.total_bytes("gpu") for _, p in parts) if gpu else None,
-        "gpu_peak_bytes": peak_gpu_bytes(device, budget.context_bytes),
-        "plans": {
-            name: {
-                "host_bytes": plan.total_bytes("host"),
-                "gpu_bytes": plan.total_bytes("gpu"),
-                "items": plan_items(plan),
-            }
-            for name, plan in parts
-        },
+        "max_relative_difference": difference,
+        "student_difference": _compare_student(
+            parent, merged_source("F32"), windows_NS, student_NSV
+        ),
+        "windows": len(windows_NS),
     }
+
+
+def _compare_student(
+    engine: Engine, merged: CheckpointSource, windows_NS: torch.Tensor, student_NSV: torch.Tensor
+) -> float:
+    """Return the largest difference of the student's logits, relative to its largest logit.
+
+    Args:
+        engine: the pruned model's, in fp32.
+        merged: its layers with the merged weights in fp32.
+        windows_NS: the windows.
+        student_NSV: the student's logits of their first tokens.
+
+    Raises:
+        VerifyError: the difference is larger than sums in another order explain.
+    """
+    tokens_NS, largest = windows_NS[:, : student_NSV.shape[1]], torch.zeros(())
+    # One buffer in fp32 is no larger than the two in 16 bits that the plan has.
+    with LayerStream(merged, device=engine.device, dtype=engine.dtype, buffers=1) as stream:
+        hidden = engine.sweep.run(stream, tokens_NS, name="verify: student")
+    with torch.inference_mode():
+        for window, student_SV in enumerate(student_NSV):
+            found_SV = engine.head.logits(hidden.read(slice(window, window + 1)))[0].cpu()
+            largest = torch.maximum(largest, (found_SV - student_SV).abs().max())
+    relative = float(largest) / max(float(student_NSV.abs().max()), 1e-30)
+    if not relative <= TOLERANCE[torch.float32]:
+        raise VerifyError(
+            f"the merged weights' logits differ from the student's by {relative:.2e} of the "
+            f"largest logit, allowed are {TOLERANCE[torch.float32]:.0e}; nothing was written. This "
+            f"is a defect: please report it with the model's config.json"
+        )
+    return relative

@@ -1,15 +1,19 @@
-"""The memory of an adaptation: of the teacher's sweeps, of the training, of measuring and writing.
+"""Plan the memory of an adaptation: teacher, training, and writing with measuring.
 
-In: a prepared adaptation, or what the user says. Out: three plans that are not held together, and
-the same as plain values. Reads headers and text, no weights; runs nothing.
+In: a prepared adaptation, or the user's options. Out: three memory plans, of which one part runs at
+a time, and the same as plain values. Reads headers and text, no weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
+from frugal_bonsai.adapt.adapters import LORA
+from frugal_bonsai.adapt.optimiser import allowed_optimisers
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.memory.training import TrainingPlan, plan_training
@@ -18,56 +22,69 @@ from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.plan import plan_items, plan_phases
-from frugal_bonsai.run.prepare import measured_base_bytes
-from frugal_bonsai.run.training_data import plan_teacher
+from frugal_bonsai.run.prepare import Model, measured_base_bytes
+from frugal_bonsai.run.training_data import SAMPLED_TOGETHER
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-Plans = tuple[MemoryPlan | None, TrainingPlan, MemoryPlan]
 _Plan = TypeVar("_Plan")
-PARTS = ("teacher", "training", "writing and measuring")
+# Windows of the held-out data that the writing part is planned for at least.
+_LEAST_MEASURED = 16
 
 
-def plan_adapt(pruned: str, options: AdaptOptions, run: Path) -> dict[str, Any]:
-    """What ``adapt`` would hold, part by part and item by item; runs nothing.
+@dataclass(frozen=True, kw_only=True)
+class AdaptPlans:
+    """Memory plans of the parts of an adaptation.
+
+    Attributes:
+        teacher: of sampling and caching; None without a teacher.
+        training: of the training.
+        writing: of writing, verifying and measuring.
+    """
+
+    teacher: MemoryPlan | None
+    training: TrainingPlan
+    writing: MemoryPlan
+
+    def named(self) -> dict[str, MemoryPlan | TrainingPlan]:
+        """Return the plans of the parts that run, by name, in order."""
+        plans = {
+            "teacher": self.teacher,
+            "training": self.training,
+            "writing and measuring": self.writing,
+        }
+        return {name: plan for name, plan in plans.items() if plan is not None}
+
+
+def plan_adapt(pruned: str, options: AdaptOptions, folder: Path) -> dict[str, Any]:
+    """Plan the memory of an adaptation without running it.
 
     Args:
         pruned: folder or hub id of the pruned model.
-        options: what ``adapt`` would be given.
-        run: where it would keep its state.
+        options: options of ``adapt``.
+        folder: run directory that ``adapt`` would use.
 
     Returns:
-        Plain values (what ``adapt --plan-only --json`` prints).
+        Plain values (the output of ``adapt --plan-only --json``).
 
     Raises:
         BudgetError: it does not fit; names the largest item and the smallest cap that works.
-        FrugalBonsaiError: whatever else ``adapt`` would refuse before it begins.
+        FrugalBonsaiError: any other error that ``adapt`` would raise before it begins.
     """
     with ExitStack() as stack:
         job = prepare_adaptation(
-            pruned,
-            options,
-            run,
-            resume=False,
-            progress=Silent(),
-            stack=stack,
-            headers_only=True,
+            pruned, options, folder, stack=stack, progress=Silent(), headers_only=True
         )
-        return _describe(job, plan_adaptation(job, options))
+        return _describe(job, plan_adaptation(job))
 
 
-def plan_adaptation(job: Adaptation, options: AdaptOptions) -> Plans:
-    """The memory of the teacher's sweeps, of the training, of measuring and writing.
+def plan_adaptation(job: Adaptation) -> AdaptPlans:
+    """Plan the memory of all parts.
 
     Raises:
-        BudgetError: one of them does not fit; of several the one that needs most.
+        BudgetError: a part does not fit; of several parts the one that needs most.
     """
-    from frugal_bonsai.adapt.adapters import LORA
-
-    lora = job.settings.method == LORA
-    base = measured_base_bytes(job.pruned.spec, training=lora or job.optimisers != (ADAMW,))
-    top = 0 if job.asked is None else job.asked.top
+    optimisers = allowed_optimisers(job.settings.optimiser)
+    lora, spec = job.settings.method == LORA, job.pruned.spec
+    base = measured_base_bytes(spec, training=lora or optimisers != (ADAMW,))
     refused: list[BudgetError] = []
 
     def attempt(make: Callable[[], _Plan]) -> _Plan | None:
@@ -79,52 +96,63 @@ def plan_adaptation(job: Adaptation, options: AdaptOptions) -> Plans:
 
     asked, teacher = None, job.teacher
     if teacher is not None:
-        asked = attempt(
-            lambda: plan_teacher(
-                teacher, job.budget, job.sources, job.window, top=top, base_bytes=base
-            )
-        )
-    work = TrainingWork(
-        window=job.window,
-        batch=job.settings.batch,
-        lora=lora,
-        rank=job.settings.rank,
-        weights=options.weights,
-        optimisers=job.optimisers,
-        top=top,
-        hidden_layers=0 if job.asked is None else len(job.asked.layers),
-    )
-    training = attempt(lambda: plan_training(job.pruned.spec, job.budget, work, base_bytes=base))
-    windows = max(16, 0 if job.eval_NS is None else len(job.eval_NS))
-    measuring = SweepWorkload(window=job.window, measured=(windows,), rewrite=True)
-    writing = attempt(lambda: plan_memory(job.pruned.spec, job.budget, measuring, base_bytes=base))
+        asked = attempt(lambda: _plan_teacher(job, teacher, base))
+    work = _training_work(job, optimisers)
+    training = attempt(lambda: plan_training(spec, job.budget, work, base_bytes=base))
+    measured = max(_LEAST_MEASURED, 0 if job.eval_text is None else len(job.eval_text[1]))
+    sweeps = SweepWorkload(window=job.window, measured=(measured,), rewrite=True)
+    writing = attempt(lambda: plan_memory(spec, job.budget, sweeps, base_bytes=base))
     if training is None or writing is None or refused:
         same = [error for error in refused if error.option == refused[0].option]
         raise max(same, key=lambda error: error.needed_bytes)
-    return asked, training, writing
+    return AdaptPlans(teacher=asked, training=training, writing=writing)
 
 
-def named_plans(plans: Plans) -> list[tuple[str, MemoryPlan | TrainingPlan]]:
-    """The parts that there are, by name, in the order in which they come."""
-    return [(name, plan) for name, plan in zip(PARTS, plans, strict=True) if plan is not None]
+def _plan_teacher(job: Adaptation, teacher: Model, base_bytes: int) -> MemoryPlan:
+    """Plan the memory of sampling windows and of caching the teacher's answers."""
+    top = 0 if job.teacher_settings is None else job.teacher_settings.top
+    work = SweepWorkload(
+        window=job.window,
+        measured=(job.texts.count,) if top else (),
+        sampled=min(job.texts.sampled, SAMPLED_TOGETHER),
+        top=top,
+    )
+    return plan_memory(teacher.spec, job.budget, work, base_bytes=base_bytes)
 
 
-def _describe(job: Adaptation, plans: Plans) -> dict[str, Any]:
-    """Plans as plain values."""
-    training, budget, cache = plans[1], job.budget, 0
-    if job.asked is not None:
-        each = job.asked.file_bytes(job.window, job.pruned.spec.hidden)
-        cache = job.sources.windows * each
-    parts = [_describe_part(name, plan) for name, plan in named_plans(plans)]
+def _training_work(job: Adaptation, optimisers: tuple[str, ...]) -> TrainingWork:
+    kept = job.teacher_settings
+    return TrainingWork(
+        window=job.window,
+        batch=job.settings.batch,
+        lora=job.settings.method == LORA,
+        rank=job.settings.rank,
+        weights=job.options.weights,
+        optimisers=optimisers,
+        top=0 if kept is None else kept.top,
+        hidden_layers=0 if kept is None else len(kept.layers),
+    )
+
+
+def _describe(job: Adaptation, plans: AdaptPlans) -> dict[str, Any]:
+    """Return the plans as plain values."""
+    training, budget, cache_bytes = plans.training, job.budget, 0
+    if job.teacher_settings is not None:
+        window_bytes = job.teacher_settings.file_bytes(job.window, job.pruned.spec.hidden)
+        cache_bytes = job.texts.count * window_bytes
+    parts = [
+        {"name": name, **describe_part(plan), "phases": plan_phases(plan)}
+        for name, plan in plans.named().items()
+    ]
     return {
         "model": job.pruned.name,
         "teacher": None if job.teacher is None else job.teacher.name,
         "family": job.pruned.spec.family.title,
         "parameters": job.pruned.spec.parameters,
         "device": job.device.type,
-        "data": list(job.sources.names),
+        "data": list(job.texts.names),
         "window": job.window,
-        "windows": job.sources.windows,
+        "windows": job.texts.count,
         "batch": job.settings.batch,
         "method": job.settings.method,
         "weights": training.weights,
@@ -135,7 +163,7 @@ def _describe(job: Adaptation, plans: Plans) -> dict[str, Any]:
         "totals": {
             where: max(part[f"{where}_bytes"] for part in parts) for where in ("host", "gpu")
         },
-        "cache_bytes": cache,
+        "cache_bytes": cache_bytes,
         "parts": parts,
         "items": [
             {
@@ -151,11 +179,10 @@ def _describe(job: Adaptation, plans: Plans) -> dict[str, Any]:
     }
 
 
-def _describe_part(name: str, plan: MemoryPlan | TrainingPlan) -> dict[str, Any]:
+def describe_part(plan: MemoryPlan | TrainingPlan) -> dict[str, Any]:
+    """Return the totals and items of a plan as plain values."""
     return {
-        "name": name,
         "host_bytes": plan.total_bytes("host"),
         "gpu_bytes": plan.total_bytes("gpu"),
-        "phases": plan_phases(plan),
         "items": plan_items(plan),
     }

@@ -1,7 +1,7 @@
-"""An adaptation before it begins: its options checked, its models open, its text read.
+"""Prepare an adaptation: check its options, open its models, read its texts.
 
-In: what the user says. Out: an :class:`Adaptation`, which adapt_plan.py plans and ``adapt`` runs.
-Reads headers and text, no weights.
+In: the user's options. Out: an :class:`Adaptation`, which adapt_plan.py plans and adapt.py runs.
+Reads headers and text, no weights. Holds the token windows of the texts.
 """
 
 from __future__ import annotations
@@ -9,156 +9,239 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from frugal_bonsai.adapt.adapters import LORA, require_peft
+from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.teacher import TeacherSettings
+from frugal_bonsai.bonsai.calibration import window_count
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
-from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.budget import Budget, find_device, make_budget
+from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.options import AdaptOptions
-from frugal_bonsai.run.prepare import (
-    Model,
-    choose_window,
-    open_model,
-    read_windows,
-)
-from frugal_bonsai.run.training_data import Sources, read_sources
+from frugal_bonsai.run.prepare import Model, choose_window, open_model, read_windows
 from frugal_bonsai.text.sources import SELF
 
-if TYPE_CHECKING:
-    import torch
 
-    from frugal_bonsai.adapt.settings import AdaptSettings
-    from frugal_bonsai.adapt.teacher import TeacherSettings
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """The texts of a training, before anything is computed.
+
+    Attributes:
+        names: name of each text in reports.
+        windows: token windows of each text; None for ``self``.
+        sampled: number of windows to sample from the teacher.
+    """
+
+    names: tuple[str, ...]
+    windows: tuple[torch.Tensor | None, ...]
+    sampled: int
+
+    @property
+    def count(self) -> int:
+        """Number of windows of all texts."""
+        return self.sampled + sum(len(text) for text in self.windows if text is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """An adaptation that has been thought through but not begun."""
+    """An adaptation that is checked but has not begun.
 
-    pruned: Model
-    optimisers: tuple[str, ...]
-    teacher: Model | None
+    Attributes:
+        options: the user's.
+        settings: of the training.
+        pruned: the pruned model.
+        teacher: the dense model; None if neither loss nor data need it.
+        teacher_settings: what is kept of its answers; None if the loss does not need them.
+        texts: token windows of the training texts.
+        window: S, tokens of a window.
+        eval_text: name and windows of the text of ``--eval-text``, or None.
+        device: device to compute on.
+        budget: caps on memory.
+        folder: run directory.
+        resume: whether to continue the training in the run directory.
+        progress: gets sweeps, steps and notes.
+    """
+
+    options: AdaptOptions
     settings: AdaptSettings
-    asked: TeacherSettings | None
-    sources: Sources
+    pruned: Model
+    teacher: Model | None
+    teacher_settings: TeacherSettings | None
+    texts: Texts
     window: int
-    eval_name: str | None
-    eval_NS: torch.Tensor | None
+    eval_text: tuple[str, torch.Tensor] | None
     device: torch.device
     budget: Budget
-    run: Path
-    caches: Path
+    folder: Path
     resume: bool
     progress: Progress
+
+    @property
+    def cache_root(self) -> Path:
+        """Folder of the teacher's caches and of sampled windows."""
+        kept = self.options.teacher_cache
+        return self.folder / "teacher" if kept is None else Path(kept)
 
 
 def prepare_adaptation(
     pruned: str,
     options: AdaptOptions,
-    run: Path,
+    folder: Path,
     *,
-    resume: bool,
-    progress: Progress,
     stack: ExitStack,
+    progress: Progress,
+    resume: bool = False,
     headers_only: bool = False,
 ) -> Adaptation:
-    """Check the options against the models; read the texts.
+    """Check the options against the models, and read the texts.
 
     Args:
-        pruned: folder, hub id.
-        options: everything else that the user says.
-        run: the run directory.
-        resume: whether it is to be continued.
-        progress: told of sweeps.
+        pruned: folder or hub id of the pruned model.
+        options: all other options.
+        folder: run directory.
         stack: closes the models.
-        headers_only: of hub models only config and headers are fetched; nothing can be run then.
-    """
-    from frugal_bonsai.adapt.adapters import LORA, require_peft
-    from frugal_bonsai.adapt.optimiser import allowed_optimisers
-    from frugal_bonsai.adapt.settings import AdaptSettings
-    from frugal_bonsai.adapt.teacher import TeacherSettings
-    from frugal_bonsai.memory.budget import find_device, make_budget
-    from frugal_bonsai.model.tied_head import require_tied_head
+        progress: gets sweeps, steps and notes.
+        resume: whether to continue the training in the run directory.
+        headers_only: fetch only config and headers of hub models; enough for a plan, not for a run.
 
+    Raises:
+        FrugalBonsaiError: an option cannot work with these models, or a model or text cannot be
+            read.
+    """
     given = {name: value for name, value in options.settings.items() if value is not None}
     settings = AdaptSettings(**given)
     if settings.method == LORA:
         require_peft()
-    student = stack.enter_context(open_model(pruned, headers_only=headers_only))
-    require_tied_head(student.checkpoint, student.spec)
-    objective = settings.objective(options.temperature)
-    if objective.needs_teacher and options.teacher is None:
-        raise OptionError(
-            f"--loss {settings.loss}: needs the dense model; add --teacher, or take --loss lm"
-        )
+    student = _open(pruned, stack, headers_only=headers_only)
     _require_trainable(student)
-    teacher = None
-    if options.teacher is not None and (objective.needs_teacher or SELF in options.data):
-        teacher = stack.enter_context(open_model(options.teacher, headers_only=headers_only))
-        require_tied_head(teacher.checkpoint, teacher.spec)
-        _require_pair(student, teacher)
-    asked = None
-    if objective.needs_teacher:
-        layers = _hidden_layers(student, teacher, options) if objective.hidden else ()
-        asked = TeacherSettings(top=options.top, temperature=options.temperature, layers=layers)
-    window = choose_window(student.spec, options.window)
-    if teacher is not None:
-        window = choose_window(teacher.spec, options.window and window)
-    eval_name, eval_NS = None, None
+    teacher = _open_teacher(student, options, settings, stack, headers_only=headers_only)
+    window = choose_window((teacher or student).spec, options.window)
+    eval_text = None
     if options.eval_text is not None:
-        eval_name, eval_NS = read_windows(
+        eval_text = read_windows(
             student, options.eval_text, window, windows=None, option="--eval-text"
         )
     device = find_device(options.device)
     return Adaptation(
-        pruned=student,
-        optimisers=allowed_optimisers(settings.optimiser),
-        teacher=teacher,
+        options=options,
         settings=settings,
-        asked=asked,
-        sources=read_sources(student, options, window),
+        pruned=student,
+        teacher=teacher,
+        teacher_settings=_teacher_settings(settings, options, student, teacher),
+        texts=_read_texts(student, options, window),
         window=window,
-        eval_name=eval_name,
-        eval_NS=eval_NS,
+        eval_text=eval_text,
         device=device,
         budget=make_budget(device, options.max_gpu_mem, options.max_cpu_mem),
-        run=run,
-        caches=run / "teacher" if options.teacher_cache is None else Path(options.teacher_cache),
+        folder=folder,
         resume=resume,
         progress=progress,
     )
 
 
+def _open(name: str, stack: ExitStack, *, headers_only: bool) -> Model:
+    model = stack.enter_context(open_model(name, headers_only=headers_only))
+    require_tied_head(model.checkpoint, model.spec)
+    return model
+
+
+def _open_teacher(
+    student: Model,
+    options: AdaptOptions,
+    settings: AdaptSettings,
+    stack: ExitStack,
+    *,
+    headers_only: bool,
+) -> Model | None:
+    """Open the dense model, if the loss or the data need it.
+
+    Raises:
+        OptionError: the loss needs a teacher, and none is named; or the models do not match.
+    """
+    needed = settings.objective(options.temperature).needs_teacher
+    if options.teacher is None:
+        if needed:
+            raise OptionError(
+                f"--loss {settings.loss}: needs the dense model; add --teacher, or choose --loss lm"
+            )
+        return None
+    if not needed and SELF not in options.data:
+        return None
+    teacher = _open(options.teacher, stack, headers_only=headers_only)
+    _require_pair(student, teacher)
+    return teacher
+
+
 def _require_trainable(student: Model) -> None:
-    """Mixtures of experts can be asked, not taught: neither plan nor adapters know a router."""
+    """Raise for a mixture of experts: neither the plan nor the adapters support a router."""
     if student.spec.experts:
         raise UnsupportedModelError(
             f"{student.name}: adapt does not train a {student.spec.family.model_type}, whose "
-            "layers have experts; prune with recovery, which refits every expert, and leave it out"
+            "layers have experts; prune with recovery, which refits every expert, and do without "
+            "adapt"
         )
 
 
 def _require_pair(student: Model, teacher: Model) -> None:
-    """The teacher's tokens and residual stream must be the student's."""
+    """Raise unless both models have the same vocabulary and the same hidden size."""
     for what, own, others in (
         ("tokens in its vocabulary", student.spec.vocabulary, teacher.spec.vocabulary),
         ("hidden channels", student.spec.hidden, teacher.spec.hidden),
     ):
         if own != others:
             raise OptionError(
-                f"--teacher {teacher.name}: has {others} {what}, {student.name} has {own}; name "
-                f"the dense model that it was pruned from"
+                f"--teacher {teacher.name}: has {others} {what}, but {student.name} has {own}; "
+                f"name the dense model that it was pruned from"
             )
 
 
-def _hidden_layers(student: Model, teacher: Model | None, options: AdaptOptions) -> tuple[int, ...]:
-    """Layers whose hidden states are compared."""
-    layers = student.spec.layers
-    if teacher is not None and teacher.spec.layers != layers:
+def _teacher_settings(
+    settings: AdaptSettings, options: AdaptOptions, student: Model, teacher: Model | None
+) -> TeacherSettings | None:
+    """Return what the loss needs of the teacher's answers.
+
+    Raises:
+        OptionError: hidden states are compared, and the models differ in their number of layers.
+    """
+    objective = settings.objective(options.temperature)
+    if not objective.needs_teacher:
+        return None
+    count, layers = student.spec.layers, tuple[int, ...]()
+    if objective.hidden:
+        if teacher is not None and teacher.spec.layers != count:
+            raise OptionError(
+                f"--loss kl+hidden: {student.name} has {count} layers, but the teacher has "
+                f"{teacher.spec.layers}, so hidden states have no counterpart; choose --loss kl"
+            )
+        chosen = options.hidden_layers
+        layers = tuple(sorted({*range(3, count, 4), count - 1} if chosen is None else set(chosen)))
+    return TeacherSettings(top=options.top, temperature=options.temperature, layers=layers)
+
+
+def _read_texts(student: Model, options: AdaptOptions, window: int) -> Texts:
+    """Read and tokenise the texts.
+
+    Raises:
+        OptionError: ``self`` is named twice, or without a teacher.
+        CalibrationError: a text cannot be read or is too short.
+    """
+    if options.data.count(SELF) > 1:
         raise OptionError(
-            f"--loss kl+hidden: {student.name} has {layers} layers, the teacher has "
-            f"{teacher.spec.layers}, so hidden states have no counterpart; take --loss kl"
+            "--data self: is named twice; name it once and set the number of windows with --windows"
         )
-    if options.hidden_layers is not None:
-        return tuple(sorted(set(options.hidden_layers)))
-    return tuple(sorted({*range(3, layers, 4), layers - 1}))
+    if SELF in options.data and options.teacher is None:
+        raise OptionError("--data self: windows are sampled from the teacher; add --teacher")
+    texts: list[tuple[str, torch.Tensor | None]] = [
+        ("self (sampled from the teacher)", None)
+        if source == SELF
+        else read_windows(student, source, window, windows=options.windows, option="--data")
+        for source in options.data
+    ]
+    return Texts(
+        names=tuple(name for name, _ in texts),
+        windows=tuple(windows_nS for _, windows_nS in texts),
+        sampled=window_count(window, options.windows) if SELF in options.data else 0,
+    )

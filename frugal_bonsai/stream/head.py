@@ -1,12 +1,12 @@
-"""The head as a phase of its own: final norm, logits, loss, in chunks of tokens and of vocabulary.
+"""The final norm and the output embedding (the head), streamed in chunks of the vocabulary.
 
 In: the last layer's hidden states. Out: the negative log-likelihood of every token but the first,
-logits, or the most likely tokens with their log-probabilities. Head weights are streamed in chunks
-of rows, the next one read in the background, so that neither V * H weights nor tokens * V logits
-are ever held whole unless they fit.
+logits, or the most likely tokens with their log-probabilities. The head is read in chunks of rows,
+and each chunk is multiplied with blocks of tokens; the next chunk is read in the background. Holds
+two chunks and the logits of one block for one chunk. A head that is one chunk is kept.
 
-Shape suffixes: B windows, S tokens, H hidden, V vocabulary (v a chunk of it), T tokens of a block,
-K the most likely tokens that are kept.
+Shape suffixes: B windows, S tokens, H hidden channels, V vocabulary, v rows of a chunk, T tokens of
+a block, K most likely tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from frugal_bonsai.accelerator import to_device
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.int8_linear import tokens_at_once
@@ -33,12 +34,12 @@ class Head:
     Args:
         skeleton: gives the final norm, device and dtype.
         rows: the output embedding in chunks of rows.
-        open_stream: opens a stream of them.
-        tokens: tokens whose logits are held at a time; fewer once memory has run out.
-        progress: told when it has.
+        open_stream: opens a stream of the chunks.
+        tokens: number of tokens whose logits are held at a time; halved when memory runs out.
+        progress: gets a note when memory runs out.
 
     Attributes:
-        batches: how many tokens' logits are held at a time.
+        batches: number of tokens whose logits are held at a time.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Head:
 
     @property
     def to_read(self) -> LayerSource | None:
-        """The chunks that the next call reads; None where the head is kept."""
+        """The chunks that the next call reads; None if the head is kept."""
         return self._rows if self._kept is None else None
 
     def nll(
@@ -69,15 +70,16 @@ class Head:
         scale: float = 1.0,
         normed: bool = False,
     ) -> torch.Tensor:
-        """Negative log-likelihood in nats of tokens 2..S of each window, fp32 ``[B, S-1]``, CPU.
-
-        The hidden states are normed where they lie: they are of no other use afterwards.
+        """Return the negative log-likelihood of tokens 2..S of each window, in nats.
 
         Args:
-            hidden: the last layer's hidden states.
+            hidden: the last layer's hidden states; overwritten with the final norm's output.
             tokens_BS: the windows.
-            scale: of what the final norm gives.
-            normed: an earlier call has normed them.
+            scale: factor of the final norm's output.
+            normed: whether an earlier call has overwritten the hidden states.
+
+        Returns:
+            fp32 ``[B, S-1]``, on the CPU.
         """
         windows, window = tokens_BS.shape
         device = self._skeleton.device
@@ -98,18 +100,16 @@ class Head:
     def top(
         self, hidden: HiddenStates, count: int, temperature: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each window's tokens 1..S-1 expect to follow: the most likely tokens.
-
-        The hidden states are normed where they lie: they are of no other use afterwards.
+        """Return the most likely next tokens after tokens 1..S-1 of each window.
 
         Args:
-            hidden: the last layer's hidden states.
-            count: K, at most the vocabulary.
-            temperature: that the logits are divided by.
+            hidden: the last layer's hidden states; overwritten with the final norm's output.
+            count: K, at most V.
+            temperature: the logits are divided by it.
 
         Returns:
-            Log-probabilities fp32 ``[B, S-1, K]``, the largest first, and the tokens' numbers int32
-            ``[B, S-1, K]``, on the device.
+            Log-probabilities fp32 ``[B, S-1, K]`` in descending order, and the tokens' numbers
+            int32 ``[B, S-1, K]``, on the device.
         """
         shape, device = (hidden.windows, hidden.window - 1), self._skeleton.device
         spread_BS = torch.full(shape, -torch.inf, device=device)
@@ -136,7 +136,7 @@ class Head:
         scale: float = 1.0,
         normed: bool = False,
     ) -> None:
-        """Norm the hidden states, then show every chunk's logits to some windows' running sums."""
+        """Norm the hidden states, then add each chunk's logits to running sums, block by block."""
         windows, window = hidden.windows, hidden.window
 
         def norm(here: slice) -> None:
@@ -164,7 +164,7 @@ class Head:
             first += len(weight_vH)
 
     def logits(self, hidden_BSH: torch.Tensor) -> torch.Tensor:
-        """Logits of all tokens over the whole vocabulary, fp32 ``[B, S, V]``."""
+        """Return the logits of all tokens over the whole vocabulary, fp32 ``[B, S, V]``."""
         normed_BSH = self._skeleton.norm(hidden_BSH)
         normed_TH, parts = normed_BSH.flatten(0, -2), []
         for weight_vH in self._chunks():
@@ -175,16 +175,10 @@ class Head:
     def _logits(
         self, normed_TH: torch.Tensor, weight_vH: torch.Tensor, room: Scratch
     ) -> torch.Tensor:
-        """Logits over some rows, scaled and capped as the model does, until the room's next use."""
-        spec = self._skeleton.spec
+        """Return logits for the rows of a chunk, in memory that the next call overwrites."""
         logits_Tv = room.take(len(normed_TH), len(weight_vH), normed_TH.dtype)
         multiply_into(normed_TH, weight_vH, logits_Tv)
-        if spec.logits_divisor != 1.0:
-            logits_Tv.div_(spec.logits_divisor)
-        if spec.logits_softcap is not None:
-            cap = spec.logits_softcap
-            logits_Tv.div_(cap).tanh_().mul_(cap)
-        return logits_Tv
+        return scale_and_cap_(logits_Tv, self._skeleton.spec)
 
     def _chunks(self) -> Iterator[torch.Tensor]:
         """Yield rows ``[v, H]`` in order; a head that is one chunk is read once and kept."""
@@ -198,12 +192,28 @@ class Head:
                 yield parameters[HEAD_WEIGHT]
 
 
+def scale_and_cap_(logits: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """Divide logits and cap them softly as the model does, in place unless they have gradients.
+
+    Returns:
+        cap * tanh(logits / divisor / cap), or without a cap logits / divisor.
+    """
+    if spec.logits_divisor != 1.0:
+        logits.div_(spec.logits_divisor)
+    cap = spec.logits_softcap
+    if cap is None:
+        return logits
+    capped = logits.div_(cap).tanh_()
+    # The gradient of tanh needs its result, which must not be overwritten then.
+    return capped * cap if capped.requires_grad else capped.mul_(cap)
+
+
 class _Losses:
-    """Some tokens' running sums over the chunks of the vocabulary, changed in place.
+    """Running sums of the loss over chunks of the vocabulary; its tensors change in place.
 
     Args:
-        following_T: the tokens that follow, counted from the chunk's first row.
-        target_T: their logits, where they have been met.
+        following_T: next tokens, numbered from the chunk's first row.
+        target_T: logits of the next tokens; 0 before their chunk.
         spread_T: log-sum-exp of the logits so far.
     """
 
@@ -213,24 +223,24 @@ class _Losses:
         self._following_T, self._target_T, self._spread_T = following_T, target_T, spread_T
 
     def add(self, block: slice, logits_Tv: torch.Tensor) -> None:
-        """Add a chunk of the vocabulary for some of the tokens; the logits are overwritten."""
+        """Add a chunk's logits for a block of tokens; overwrites the logits."""
         logits_Tv = logits_Tv.float()
         target_T = _target_logits(logits_Tv, self._following_T[block])
         spread_T = torch.logaddexp(self._spread_T[block], _log_sum_exp_(logits_Tv))
-        # Nothing has changed so far: had memory run out, these tokens would be tried again.
+        # Changed last: if memory runs out above, these tokens are computed again.
         self._target_T[block] += target_T
         self._spread_T[block] = spread_T
 
 
 class _Top:
-    """Some tokens' most likely followers so far, changed in place.
+    """The most likely next tokens over chunks of the vocabulary; its tensors change in place.
 
     Args:
-        values_TK: their logits over the temperature, the largest first.
+        values_TK: their logits divided by the temperature, in descending order.
         ids_TK: their numbers.
         spread_T: log-sum-exp of all logits so far.
-        first: the chunk's first row.
-        temperature: that logits are divided by.
+        first: first row of the chunk.
+        temperature: logits are divided by it.
     """
 
     def __init__(
@@ -245,7 +255,7 @@ class _Top:
         self._first, self._temperature = first, temperature
 
     def add(self, block: slice, logits_Tv: torch.Tensor) -> None:
-        """Add a chunk of the vocabulary for some of the tokens; the logits are overwritten."""
+        """Add a chunk's logits for a block of tokens; overwrites the logits."""
         logits_Tv = logits_Tv.float()
         if self._temperature != 1.0:
             logits_Tv.div_(self._temperature)
@@ -256,13 +266,13 @@ class _Top:
         values_TK, chosen_TK = both_T.topk(count, dim=-1)
         ids_TK = ids_T.gather(-1, chosen_TK)
         spread_T = torch.logaddexp(self._spread_T[block], _log_sum_exp_(logits_Tv))
-        # Nothing has changed so far: had memory run out, these tokens would be tried again.
+        # Changed last: if memory runs out above, these tokens are computed again.
         self._values_TK[block], self._ids_TK[block] = values_TK, ids_TK
         self._spread_T[block] = spread_T
 
 
 def _target_logits(logits_Tv: torch.Tensor, following_T: torch.Tensor) -> torch.Tensor:
-    """Each token's logit of the one that follows, zero where that is not in this chunk."""
+    """Return the logit of each next token, and 0 if it is not in this chunk."""
     inside_T = (following_T >= 0) & (following_T < logits_Tv.shape[1])
     at_T = following_T.clamp(0, logits_Tv.shape[1] - 1)
     found_T = logits_Tv.gather(-1, at_T[:, None])[:, 0]
@@ -270,7 +280,7 @@ def _target_logits(logits_Tv: torch.Tensor, following_T: torch.Tensor) -> torch.
 
 
 def _log_sum_exp_(logits_Tv: torch.Tensor) -> torch.Tensor:
-    """Over the vocabulary, without a second copy of the logits, which are overwritten."""
+    """Return the log-sum-exp over the vocabulary; overwrites the logits instead of copying them."""
     largest_T1 = logits_Tv.amax(-1, keepdim=True)
     sum_T = logits_Tv.sub_(largest_T1).exp_().sum(-1)
     return sum_T.log_().add_(largest_T1[:, 0])

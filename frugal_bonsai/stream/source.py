@@ -109,6 +109,7 @@ class CheckpointSource:
         refit: projections refitted by recovery, kept rows or columns alone; scattered into the
             dense shape in the source's dtype. Biases that the source lacks are added to the layer.
             Needs ``mask``.
+        dtype: safetensors dtype that all tensors are converted to; None keeps the checkpoint's.
     """
 
     def __init__(
@@ -118,7 +119,9 @@ class CheckpointSource:
         *,
         mask: KeepMask | None = None,
         refit: Refit | None = None,
+        dtype: str | None = None,
     ) -> None:
+        self._dtype = dtype
         self._checkpoint, self._spec, self._mask, self._refit = checkpoint, spec, mask, refit or {}
         self._cuts, self._added = slices_by_tensor(spec.table), added_biases(spec, self._refit)
         self._dropped = () if mask is None else mask.dropped_layers()
@@ -156,8 +159,10 @@ class CheckpointSource:
                 whole = self._checkpoint.read(prefix + record.name)  # a router, which is small
                 rows = cut_tensor(whole, self._cuts[prefix + record.name], self._mask)
                 record.view(buffer).copy_(rows)
-            else:
+            elif record.dtype == self._checkpoint.tensors[prefix + record.name].dtype:
                 self._checkpoint.read_into(prefix + record.name, piece)
+            else:
+                record.view(buffer).copy_(self._checkpoint.read(prefix + record.name))
         if self._mask is None:
             return
         by_name = {prefix + record.name: record for record in self._records[layer]}
@@ -184,8 +189,8 @@ class CheckpointSource:
             shapes[bias] = shapes[weight_of(bias)][:1]
         for name, shape in self._kept_shapes(layer, shapes).items():
             stored = name if name in self._spec.layer_tensors[layer] else weight_of(name)
-            entry = self._checkpoint.tensors[prefix + stored]
-            records.append(Record(name=name, shape=tuple(shape), dtype=entry.dtype, start=offset))
+            dtype = self._dtype or self._checkpoint.tensors[prefix + stored].dtype
+            records.append(Record(name=name, shape=tuple(shape), dtype=dtype, start=offset))
             offset = align(offset + records[-1].size_bytes)
         return tuple(records)
 

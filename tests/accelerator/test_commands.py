@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from frugal_bonsai import (
     load_pruned,
     prune,
 )
-from frugal_bonsai.adapt import frozen, student
+from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.state import TrainingFolder
+from frugal_bonsai.adapt.stored_linear import StoredLinear
+from frugal_bonsai.errors import VerifyError
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run import plan as plans
 
@@ -162,7 +166,9 @@ def test_adapt(weights: str, pruned: Path, machine: Machine, tmp_path: Path) -> 
         given = {"settings": {"method": "full"}}
     summary = adapted(pruned, tmp_path / "out", **given)
     assert machine.order.races == []
+    # Verified in fp32, whatever the student computes in and holds, and before the file is rounded.
     assert summary["verify"]["max_relative_difference"] < 1e-4
+    assert summary["verify"]["student_difference"] < 1e-4
     before, after = (summary[at]["perplexity"] for at in ("before", "after"))
     assert math.isfinite(after) and after < 1.05 * before
     assert summary["memory"]["gpu_peak_bytes"] <= summary["memory"]["gpu_predicted_bytes"]
@@ -172,7 +178,31 @@ def test_full_training_without_a_cast(
     pruned: Path, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finding 3 put back: fp32 weights meet bf16 hidden states."""
-    monkeypatch.setattr(student, "TrainedLinear", torch.nn.Linear)
+    monkeypatch.setattr(StoredLinear, "forward", torch.nn.Linear.forward)
     with pytest.raises(RuntimeError, match=r"same dtype|BFloat16"):
         adapted(pruned, tmp_path / "out", settings={"method": "full"})
-    assert frozen.TrainedLinear is not torch.nn.Linear
+
+
+def test_a_wrong_merge_is_found_below_the_rounding_of_bf16(
+    pruned: Path, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters merged at nine tenths of their strength: within the 5% that bf16 is allowed."""
+    save, generator = TrainingFolder.save_best, torch.Generator().manual_seed(0)
+
+    def save_noisy(self: TrainingFolder, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Five steps change nothing that is kept, and adapters of zero merge in any way."""
+        noise = {n: torch.randn(v.shape, generator=generator) for n, v in parameters.items()}
+        save(self, {n: torch.nn.Parameter(0.02 * noise[n]) for n in parameters})
+
+    monkeypatch.setattr(TrainingFolder, "save_best", save_noisy)
+    verified = adapted(pruned, tmp_path / "right")["verify"]
+    assert 0 < verified["student_difference"] < 1e-4
+
+    right = AdaptSettings.scaling.fget
+    assert right is not None
+    monkeypatch.setattr(AdaptSettings, "scaling", property(lambda self: 0.9 * right(self)))
+    with pytest.raises(VerifyError, match="merged weights' logits differ from the student's") as e:
+        adapted(pruned, tmp_path / "out")
+    found = re.search(r"differ from the student's by (\S+) of", str(e.value))
+    assert found is not None and 1e-4 < float(found[1]) < 5e-2
+    assert not (tmp_path / "out").exists()

@@ -20,22 +20,25 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.adapt import frozen
-from frugal_bonsai.adapt.adapters import Adapters, Projections
-from frugal_bonsai.adapt.frozen import FrozenLinear
+from frugal_bonsai.adapt import stored_linear
+from frugal_bonsai.adapt.adapters import add_adapters, trained_projections
 from frugal_bonsai.adapt.merge import merged_weights
 from frugal_bonsai.adapt.objective import (
-    Followers,
     Objective,
+    TopTokens,
     divergence,
     divergence_bounds,
 )
-from frugal_bonsai.adapt.part import Part
 from frugal_bonsai.adapt.state import BEST_FILE, TrainingFolder
+from frugal_bonsai.adapt.stored_linear import StoredLinear
 from frugal_bonsai.adapt.streamed import StreamedStudent
-from frugal_bonsai.adapt.student import Student
-from frugal_bonsai.adapt.teacher import Targets
+from frugal_bonsai.adapt.student import TRAINED, Student
+from frugal_bonsai.adapt.teacher_cache import Targets
+from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.int8 import quantise_rows
+from frugal_bonsai.memory.training_items import INT8, NATIVE
+from frugal_bonsai.stream.scratch import Scratch
+from frugal_bonsai.stream.stored_weight import RowsWeight, dense_weight
 
 
 def student_of(tiny: Tiny, *, head_tokens: int = 5) -> Student:
@@ -44,13 +47,20 @@ def student_of(tiny: Tiny, *, head_tokens: int = 5) -> Student:
     )
 
 
-def lora(tiny: Tiny, *, int8: bool = False, **options: Any) -> tuple[Student, Adapters]:
-    student = student_of(tiny, **options)
-    student.load_frozen(int8=int8)
-    adapters = Adapters(student, rank=3, alpha=6.0, seed=7)
+Parameters = dict[str, torch.nn.Parameter]
+
+
+def dense(module: StoredLinear) -> torch.Tensor:
+    return dense_weight(RowsWeight(module.weight.data, module.scales, Scratch(CPU)))
+
+
+def lora(tiny: Tiny, *, form: str = NATIVE) -> tuple[Student, Parameters]:
+    student = student_of(tiny)
+    student.load(form)
+    adapters = add_adapters(student, rank=3, alpha=6.0, seed=7)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # B is zero at first: nothing of A would show
-        for name, value in adapters.parameters().items():
+        for name, value in adapters.items():
             if name.endswith("lora_B.weight"):
                 value.normal_(std=0.1, generator=generator)
     return student, adapters
@@ -62,14 +72,14 @@ def random_targets(windows: int, window: int, layers: tuple[int, ...] = ()) -> T
     values, ids = logits.log_softmax(-1).topk(6, dim=-1)
     rest = 1.0 - values.exp().sum(-1)
     hidden = {at: torch.randn(windows, window, 24, generator=generator) for at in layers}
-    return Targets(values, ids, rest, hidden)
+    return Targets(TopTokens(values, ids, rest), hidden)
 
 
-def merged_model(tiny: Tiny, trained: Adapters | Projections, folder: Path) -> torch.nn.Module:
+def merged_model(tiny: Tiny, trained: Parameters, folder: Path) -> torch.nn.Module:
     """Hugging Face's model with what the file of the best parameters makes of its weights."""
     model = tiny.hugging_face()
     best = TrainingFolder(folder, {})
-    best.save_best(trained.parameters())
+    best.save_best(trained)
     with (
         torch.no_grad(),
         merged_weights(tiny.checkpoint, folder / BEST_FILE, scaling=2.0) as merged,
@@ -86,8 +96,8 @@ def test_logits_are_those_of_the_merged_model(changes: dict[str, Any], tmp_path:
     student, adapters = lora(tiny)
     with torch.no_grad():
         expected = merged_model(tiny, adapters, tmp_path)(windows).logits
-        dense = tiny.hugging_face()(windows).logits
-    assert relative(expected, dense) > 1e-2
+        untrained = tiny.hugging_face()(windows).logits
+    assert relative(expected, untrained) > 1e-2
     assert relative(student.logits(windows), expected) < 1e-5
 
 
@@ -97,15 +107,15 @@ def test_every_family_is_computed_as_hugging_face_does(name: str, tmp_path: Path
     student, adapters = lora(tiny)
     with torch.no_grad():
         expected = tiny.hugging_face()(windows).logits
-    for name_, value in adapters.parameters().items():
+    for name_, value in adapters.items():
         if name_.endswith("lora_B.weight"):
             value.data.zero_()
     assert relative(student.logits(windows), expected) < 1e-5
-    sums = student.gradients([Part(windows)], Objective(lm=1.0), scale=1.0)
+    sums = student.gradients([MicroBatch(windows)], Objective(lm=1.0), scale=1.0)
     following = windows[:, 1:, None]
     nll = -expected[:, :-1].log_softmax(-1).gather(-1, following).sum()
     assert sums.lm == pytest.approx(float(nll), rel=1e-4)
-    ups = [v for n, v in adapters.parameters().items() if n.endswith("lora_B.weight")]
+    ups = [v for n, v in adapters.items() if n.endswith("lora_B.weight")]
     assert ups and all(float(value.grad.abs().max()) > 0 for value in ups)
 
 
@@ -119,14 +129,14 @@ def test_gradients_are_those_of_plain_autograd(split: int, window: int, tmp_path
     objective = Objective(lm=0.7, kl=1.3, hidden=0.4)
     tokens = windows[:, 1:].numel()
     parts = [
-        Part(windows[at : at + split], _slice(targets, slice(at, at + split)))
+        MicroBatch(windows[at : at + split], _slice(targets, slice(at, at + split)))
         for at in range(0, 4, split)
     ]
     for part in parts:
         student.gradients([part], objective, scale=1 / tokens)
-    found = {name: value.grad.clone() for name, value in adapters.parameters().items()}
+    found = {name: value.grad.clone() for name, value in adapters.items()}
 
-    for value in adapters.parameters().values():
+    for value in adapters.values():
         value.grad = None
     hidden = student.skeleton.embed(windows).clone()
     loss = torch.zeros(())
@@ -138,20 +148,19 @@ def test_gradients_are_those_of_plain_autograd(split: int, window: int, tmp_path
     logits = student.head.logits(hidden)[:, :-1]
     logq = logits.log_softmax(-1)
     loss = loss - 0.7 * logq.gather(-1, windows[:, 1:, None]).sum()
-    p, q = targets.values_BSK.exp(), logq.gather(-1, targets.ids_BSK)
-    rest, others = targets.rest_BS, (1 - q.exp().sum(-1)).log()
+    p, q = targets.top.values_TK.exp(), logq.gather(-1, targets.top.ids_TK)
+    rest, others = targets.top.rest_T, (1 - q.exp().sum(-1)).log()
     loss = loss + 1.3 * ((p * (p.log() - q)).sum() + (rest * (rest.log() - others)).sum())
     (loss / tokens).backward()
-    for name, value in adapters.parameters().items():
+    for name, value in adapters.items():
         assert value.grad is not None and float(value.grad.abs().max()) > 0, name
         assert relative(found[name], value.grad) < 1e-4, name
 
 
 def _slice(targets: Targets, here: slice) -> Targets:
+    top = targets.top
     return Targets(
-        targets.values_BSK[here],
-        targets.ids_BSK[here],
-        targets.rest_BS[here],
+        TopTokens(top.values_TK[here], top.ids_TK[here], top.rest_T[here]),
         {layer: states[here] for layer, states in targets.hidden.items()},
     )
 
@@ -165,7 +174,8 @@ def test_streamed_gradients_are_the_resident_ones(
     tiny, windows = tiny_family(tmp_path / "m", name, dtype=dtype), random_windows(4, 9)
     objective = Objective(lm=0.7, kl=1.3, hidden=0.4)
     targets = random_targets(4, 9, layers=(0, 1))
-    parts = [Part(windows[at : at + 1], _slice(targets, slice(at, at + 1))) for at in range(4)]
+    ones = [slice(at, at + 1) for at in range(4)]
+    parts = [MicroBatch(windows[one], _slice(targets, one)) for one in ones]
     resident, expected = lora(tiny)
     for part in parts:
         resident.gradients([part], objective, scale=1 / 32)
@@ -179,22 +189,21 @@ def test_streamed_gradients_are_the_resident_ones(
             there = [
                 at
                 for at in range(self.spec.layers)
-                if any(self._module(at, path).weight.numel() for path in self.projections)
+                if any(self._stored_linear(at, path).weight.numel() for path in self.projections)
             ]
             assert there == [layer]
             self.visits += 1
             return super()._call(layer, hidden_BSH)
 
     streamed = Watched(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.float32, head_tokens=5)
-    streamed.place_frozen()
-    adapters = Adapters(streamed, rank=3, alpha=6.0, seed=7)
-    found = adapters.parameters()
+    streamed.load()
+    found = add_adapters(streamed, rank=3, alpha=6.0, seed=7)
     with torch.no_grad():
-        for key, value in expected.parameters().items():
+        for key, value in expected.items():
             found[key].copy_(value)
     sums = streamed.gradients(parts, objective, scale=1 / 32)
     assert streamed.visits == 2 * tiny.spec.layers * len(parts)
-    for key, value in expected.parameters().items():
+    for key, value in expected.items():
         assert float(value.grad.abs().max()) > 0
         assert relative(found[key].grad, value.grad) < 1e-4, key
     measured = resident.measure(parts, objective)
@@ -206,22 +215,21 @@ def test_streamed_gradients_are_the_resident_ones(
 def test_full_training_has_the_gradients_of_hugging_face(tmp_path: Path) -> None:
     tiny, windows = tiny_llama(tmp_path / "m", **TIED), random_windows(3, 9)
     student = student_of(tiny)
-    student.load_trained()
-    trained = Projections(student)
-    sums = student.gradients([Part(windows)], Objective(lm=1.0), scale=1 / (3 * 8))
+    student.load(TRAINED)
+    trained = trained_projections(student)
+    sums = student.gradients([MicroBatch(windows)], Objective(lm=1.0), scale=1 / (3 * 8))
     model = tiny.hugging_face()
     loss = model(windows, labels=windows).loss
     loss.backward()
     assert sums.lm / sums.tokens == pytest.approx(float(loss.detach()), rel=1e-5)
-    names = trained.parameters()
-    assert len(names) == 3 * 7
-    for name, value in names.items():
+    assert len(trained) == 3 * 7
+    for name, value in trained.items():
         assert relative(value.grad, model.get_parameter(name).grad) < 1e-4, name
 
 
 def test_an_int8_student_computes_with_the_quantised_weights(tmp_path: Path) -> None:
     tiny, windows = tiny_llama(tmp_path / "m"), random_windows(3, 9)
-    student, adapters = lora(tiny, int8=True)
+    student, adapters = lora(tiny, form=INT8)
     model = merged_model(tiny, adapters, tmp_path)
     with torch.no_grad():
         for layer in range(3):
@@ -229,17 +237,17 @@ def test_an_int8_student_computes_with_the_quantised_weights(tmp_path: Path) -> 
                 name = f"model.layers.{layer}.{path}.weight"
                 base = student.layers[layer].get_submodule(path).base_layer
                 assert base.weight.dtype == torch.int8
-                change = base.dense() - tiny.checkpoint.read(name)
-                assert 0 < relative(base.dense(), tiny.checkpoint.read(name)) < 2e-2
+                change = dense(base) - tiny.checkpoint.read(name)
+                assert 0 < relative(dense(base), tiny.checkpoint.read(name)) < 2e-2
                 model.get_parameter(name).add_(change)
         head = student.head._linear
         assert head.weight.dtype == torch.int8
-        assert 0 < relative(head.dense(), tiny.checkpoint.read("lm_head.weight")) < 2e-2
-        model.lm_head.weight.copy_(head.dense())
+        assert 0 < relative(dense(head), tiny.checkpoint.read("lm_head.weight")) < 2e-2
+        model.lm_head.weight.copy_(dense(head))
         expected = model(windows).logits
     assert relative(student.logits(windows), expected) < 1e-5
-    student.gradients([Part(windows)], Objective(lm=1.0), scale=1.0)
-    assert all(value.grad is not None for value in adapters.parameters().values())
+    student.gradients([MicroBatch(windows)], Objective(lm=1.0), scale=1.0)
+    assert all(value.grad is not None for value in adapters.values())
 
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.bfloat16])
@@ -250,15 +258,15 @@ def test_a_weight_that_is_dense_in_parts_multiplies_as_a_whole(
     """One row at a time, five, all of the 53."""
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(53, 24, generator=generator)
-    module = FrozenLinear(24, 53, dtype=torch.float32, bias_O=torch.randn(53, generator=generator))
+    module = StoredLinear(24, 53, dtype=torch.float32, bias_O=torch.randn(53, generator=generator))
     if stored == torch.int8:
         module.load(*quantise_rows(weight))
     else:
         module.load(weight.to(stored))
-    monkeypatch.setattr(frozen, "DENSE_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(stored_linear, "DENSE_BLOCK_BYTES", block_bytes)
     inputs = torch.randn(3, 7, 24, generator=generator)
     results = []
-    for product in (module, lambda x: torch.nn.functional.linear(x, module.dense(), module.bias)):
+    for product in (module, lambda x: torch.nn.functional.linear(x, dense(module), module.bias)):
         value = inputs.clone().requires_grad_()
         output = product(value)
         output.square().sum().backward()
@@ -272,15 +280,15 @@ def test_a_student_in_bf16_computes_nearly_the_same(tmp_path: Path) -> None:
     tiny, windows = tiny_llama(tmp_path / "m", std=0.1), random_windows(3, 9)
     exact, expected = lora(tiny)
     rough = Student(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.bfloat16, head_tokens=5)
-    rough.load_frozen(int8=True)
-    found = Adapters(rough, rank=3, alpha=6.0, seed=7).parameters()
+    rough.load(INT8)
+    found = add_adapters(rough, rank=3, alpha=6.0, seed=7)
     with torch.no_grad():
-        for key, value in expected.parameters().items():
+        for key, value in expected.items():
             found[key].copy_(value)
     assert relative(rough.logits(windows), exact.logits(windows)) < 5e-2
-    exact.gradients([Part(windows)], Objective(lm=1.0), scale=1.0)
-    rough.gradients([Part(windows)], Objective(lm=1.0), scale=1.0)
-    for key, value in expected.parameters().items():
+    exact.gradients([MicroBatch(windows)], Objective(lm=1.0), scale=1.0)
+    rough.gradients([MicroBatch(windows)], Objective(lm=1.0), scale=1.0)
+    for key, value in expected.items():
         assert found[key].grad.dtype == torch.float32
         assert relative(found[key].grad, value.grad) < 0.1, key
 
@@ -292,8 +300,8 @@ def test_adapters_come_from_the_seed_and_leave_torchs_generator_alone(tmp_path: 
     values = []
     for seed in (1, 1, 2):
         student = student_of(tiny)
-        student.load_frozen(int8=False)
-        values.append(Adapters(student, rank=2, alpha=2.0, seed=seed).parameters())
+        student.load(NATIVE)
+        values.append(add_adapters(student, rank=2, alpha=2.0, seed=seed))
     assert torch.equal(torch.random.get_rng_state(), before)
     name = "model.layers.1.mlp.down_proj.lora_A.weight"
     assert torch.equal(values[0][name], values[1][name])
@@ -309,7 +317,7 @@ def test_the_divergence_lies_between_its_bounds(kept: int, temperature: float) -
     logp, logq = (x.div(temperature).log_softmax(-1) for x in (teacher, student))
     exact = float((logp.exp() * (logp - logq)).sum())
     values, ids = logp.topk(kept, dim=-1)
-    followers = Followers(values, ids, (1 - values.exp().sum(-1)).clamp(min=0))
+    followers = TopTokens(values, ids, (1 - values.exp().sum(-1)).clamp(min=0))
     lower, upper = divergence_bounds(student, followers, temperature)
     assert float(lower) <= exact * (1 + 1e-5) and exact <= float(upper) * (1 + 1e-5)
     assert float(divergence(student, followers, temperature)) == pytest.approx(float(lower))
@@ -321,5 +329,5 @@ def test_the_divergence_lies_between_its_bounds(kept: int, temperature: float) -
 def test_a_student_like_its_teacher_has_no_divergence() -> None:
     logits = torch.randn(10, 53, generator=torch.Generator().manual_seed(0))
     values, ids = logits.log_softmax(-1).topk(6, dim=-1)
-    followers = Followers(values, ids, 1 - values.exp().sum(-1))
+    followers = TopTokens(values, ids, 1 - values.exp().sum(-1))
     assert abs(float(divergence(logits, followers))) < 1e-4

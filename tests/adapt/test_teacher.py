@@ -9,14 +9,12 @@ import pytest
 import torch
 from tiny_models import TIED, Tiny, random_windows, tiny_llama
 
-from frugal_bonsai.adapt.teacher import (
+from frugal_bonsai.adapt.teacher import TeacherSettings, build_teacher, identify
+from frugal_bonsai.adapt.teacher_cache import (
     CACHE_FILE,
     TeacherCache,
-    TeacherSettings,
-    build_teacher,
     cache_folder,
     hash_weights,
-    identify,
 )
 from frugal_bonsai.errors import OptionError, StateError
 
@@ -44,10 +42,10 @@ def test_the_cache_holds_what_hugging_face_computes(
     values, ids = logp.topk(6, dim=-1)
     order = [3, 0, 4]
     found = cache.read(order)
-    assert torch.equal(found.ids_BSK, ids[order])
-    assert (found.values_BSK - values[order]).abs().max() < 5e-3  # fp16 of numbers up to 8
+    assert torch.equal(found.top.ids_TK, ids[order])
+    assert (found.top.values_TK - values[order]).abs().max() < 5e-3  # fp16 of numbers up to 8
     rest = 1.0 - values.exp().sum(-1)
-    assert (found.rest_BS - rest[order]).abs().max() < 1e-5
+    assert (found.top.rest_T - rest[order]).abs().max() < 1e-5
     assert cache.rest_mass() == pytest.approx(float(rest.mean()), abs=1e-5)
     # transformers gives the first layer's input, then what stands behind each but the last layer.
     assert set(found.hidden) == {0, 2}
@@ -59,8 +57,8 @@ def test_all_of_the_vocabulary_leaves_no_rest(tmp_path: Path) -> None:
     tiny, windows = tiny_llama(tmp_path / "m"), random_windows(2, 9)
     cache = cached(tiny, tmp_path / "cache", windows, TeacherSettings(top=53))
     found = cache.read([0, 1])
-    assert float(found.rest_BS.max()) < 1e-5
-    assert torch.equal(found.ids_BSK.sort(-1).values[0, 0], torch.arange(53))
+    assert float(found.top.rest_T.max()) < 1e-5
+    assert torch.equal(found.top.ids_TK.sort(-1).values[0, 0], torch.arange(53))
 
 
 def test_a_cache_that_was_begun_is_finished_and_a_whole_one_is_read(tmp_path: Path) -> None:
@@ -74,7 +72,7 @@ def test_a_cache_that_was_begun_is_finished_and_a_whole_one_is_read(tmp_path: Pa
     described["shards"] = described["shards"][:1]
     (folder / CACHE_FILE).write_text(json.dumps(described))
     again = cached(tiny, folder, windows, settings, windows_in_flight=2)
-    assert torch.equal(again.read(range(5)).values_BSK, expected.values_BSK)
+    assert torch.equal(again.read(range(5)).top.values_TK, expected.top.values_TK)
     assert first.stat().st_mtime_ns == kept
 
     engine = tiny.engine()
@@ -109,7 +107,7 @@ def test_what_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"--hidden-layers: 3 is outside 0\.\.2"):
         cached(tiny, tmp_path / "c", windows, TeacherSettings(top=5, layers=(3,)))
     loud = tiny_llama(tmp_path / "loud", std=300.0)
-    with pytest.raises(OptionError, match="behind layer 0 are beyond what fp16 holds"):
+    with pytest.raises(OptionError, match="behind layer 0 are beyond the range of fp16"):
         cached(loud, tmp_path / "d", windows, TeacherSettings(top=5, layers=(0,)))
     with pytest.raises(OptionError, match="--temperature: 0"):
         TeacherSettings(temperature=0.0)

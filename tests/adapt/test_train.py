@@ -15,7 +15,7 @@ import pytest
 import torch
 from tiny_models import CPU, Tiny, random_windows, relative, sampled_windows, tiny_llama
 
-from frugal_bonsai.adapt.adapters import Adapters
+from frugal_bonsai.adapt.adapters import add_adapters
 from frugal_bonsai.adapt.objective import Objective
 from frugal_bonsai.adapt.optimiser import allowed_optimisers
 from frugal_bonsai.adapt.settings import AdaptSettings
@@ -23,8 +23,9 @@ from frugal_bonsai.adapt.state import BEST_FILE, STATE_FILE, TrainingFolder
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.teacher import TeacherSettings, build_teacher, identify
 from frugal_bonsai.adapt.train import Trainer
-from frugal_bonsai.adapt.training_data import Lessons
+from frugal_bonsai.adapt.training_data import TrainingData
 from frugal_bonsai.errors import BudgetError, CheckpointError, OptionError, StateError
+from frugal_bonsai.memory.training_items import NATIVE
 from frugal_bonsai.progress import Silent
 
 WINDOW, WINDOWS, HELD_OUT = 12, 28, 4
@@ -54,19 +55,19 @@ def tiny(tmp_path: Path) -> Tiny:
 
 
 @pytest.fixture
-def lessons(tmp_path: Path) -> Lessons:
+def data(tmp_path: Path) -> TrainingData:
     """The teacher is another random model, and what it writes is the data."""
     teacher = tiny_llama(tmp_path / "teacher", seed=0)
     windows = sampled_windows(teacher.hugging_face(), WINDOWS, WINDOW)
     settings = TeacherSettings(top=8)
     identity = identify(teacher.checkpoint, windows, settings, torch.float32)
     cache = build_teacher(tmp_path / "cache", teacher.engine(), windows, settings, identity)
-    return Lessons(windows_NS=windows, held_out=HELD_OUT, cache=cache)
+    return TrainingData(windows_NS=windows, held_out=HELD_OUT, cache=cache)
 
 
 def trainer(
     tiny: Tiny,
-    lessons: Lessons,
+    data: TrainingData,
     folder: Path,
     settings: AdaptSettings = SETTINGS,
     *,
@@ -74,13 +75,13 @@ def trainer(
     **options: Any,
 ) -> tuple[Trainer, dict[str, torch.nn.Parameter]]:
     student = Student(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.float32, head_tokens=64)
-    student.load_frozen(int8=False)
-    parameters = Adapters(student, rank=rank, alpha=8.0, seed=settings.seed).parameters()
+    student.load(NATIVE)
+    parameters = add_adapters(student, rank=rank, alpha=8.0, seed=settings.seed)
     values: dict[str, Any] = {"micro_batch": 2, "progress": Silent()}
     made = Trainer(
         student,
         parameters,
-        lessons,
+        data,
         settings,
         settings.objective(1.0),
         folder=TrainingFolder(folder, {"settings": settings.to_json()}),
@@ -89,8 +90,10 @@ def trainer(
     return made, parameters
 
 
-def test_training_comes_nearer_to_the_teacher(tiny: Tiny, lessons: Lessons, tmp_path: Path) -> None:
-    made, parameters = trainer(tiny, lessons, tmp_path / "run")
+def test_training_comes_nearer_to_the_teacher(
+    tiny: Tiny, data: TrainingData, tmp_path: Path
+) -> None:
+    made, parameters = trainer(tiny, data, tmp_path / "run")
     done = made.run()
     assert done.steps == 20 and done.tokens == 20 * 4 * WINDOW and done.stopped is None
     assert [row["step"] for row in done.history] == [0, 5, 10, 15, 20]
@@ -102,9 +105,9 @@ def test_training_comes_nearer_to_the_teacher(tiny: Tiny, lessons: Lessons, tmp_
     assert float(parameters["model.layers.0.mlp.up_proj.lora_B.weight"].detach().abs().max()) > 0
 
 
-def test_golden_training(tiny: Tiny, lessons: Lessons, tmp_path: Path) -> None:
+def test_golden_training(tiny: Tiny, data: TrainingData, tmp_path: Path) -> None:
     """Unchanged training keeps its numbers; tests/golden/README.md says how to renew them."""
-    made, parameters = trainer(tiny, lessons, tmp_path / "run")
+    made, parameters = trainer(tiny, data, tmp_path / "run")
     rows = made.run().history
     mine = {
         "history": [
@@ -121,10 +124,10 @@ def test_golden_training(tiny: Tiny, lessons: Lessons, tmp_path: Path) -> None:
 
 
 def test_the_held_out_perplexity_is_hugging_faces(
-    tiny: Tiny, lessons: Lessons, tmp_path: Path
+    tiny: Tiny, data: TrainingData, tmp_path: Path
 ) -> None:
-    made, _ = trainer(tiny, lessons, tmp_path / "run")
-    held_out = lessons.windows_NS[-HELD_OUT:]
+    made, _ = trainer(tiny, data, tmp_path / "run")
+    held_out = data.windows_NS[-HELD_OUT:]
     with torch.no_grad():
         loss = tiny.hugging_face()(held_out, labels=held_out).loss
     assert made.measure_held_out()["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
@@ -132,14 +135,14 @@ def test_the_held_out_perplexity_is_hugging_faces(
 
 @pytest.mark.parametrize("stop", [3, 5, 6, 14])
 def test_a_resumed_training_ends_in_the_same_numbers(
-    stop: int, tiny: Tiny, lessons: Lessons, tmp_path: Path
+    stop: int, tiny: Tiny, data: TrainingData, tmp_path: Path
 ) -> None:
-    whole, expected = trainer(tiny, lessons, tmp_path / "whole")
+    whole, expected = trainer(tiny, data, tmp_path / "whole")
     first = whole.run()
-    begun, _ = trainer(tiny, lessons, tmp_path / "run", progress=StopsAt(stop))
+    begun, _ = trainer(tiny, data, tmp_path / "run", progress=StopsAt(stop))
     with pytest.raises(StoppedError):
         begun.run()
-    goes_on, found = trainer(tiny, lessons, tmp_path / "run")
+    goes_on, found = trainer(tiny, data, tmp_path / "run")
     second = goes_on.run(resume=True)
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
@@ -148,23 +151,23 @@ def test_a_resumed_training_ends_in_the_same_numbers(
 
 
 def test_eight_bit_moments_learn_as_much_and_resume_to_the_same_numbers(
-    tiny: Tiny, lessons: Lessons, tmp_path: Path
+    tiny: Tiny, data: TrainingData, tmp_path: Path
 ) -> None:
     """Of rank 180 most parameters are large enough for 8 bits (4,096 elements), some are not."""
     pytest.importorskip("bitsandbytes")
-    plain, _ = trainer(tiny, lessons, tmp_path / "plain", rank=180)
+    plain, _ = trainer(tiny, data, tmp_path / "plain", rank=180)
     usual = plain.run()
     options = {"rank": 180, "optimiser": "adamw8bit"}
-    whole, expected = trainer(tiny, lessons, tmp_path / "whole", **options)
+    whole, expected = trainer(tiny, data, tmp_path / "whole", **options)
     first = whole.run()
     dtypes = {whole._optimiser.state[value]["state1"].dtype for value in expected.values()}
     assert dtypes == {torch.uint8, torch.float32}
     assert first.after["kl"] == pytest.approx(usual.after["kl"], rel=0.05)
     assert first.after["kl"] < 0.8 * first.before["kl"]
-    begun, _ = trainer(tiny, lessons, tmp_path / "run", progress=StopsAt(12), **options)
+    begun, _ = trainer(tiny, data, tmp_path / "run", progress=StopsAt(12), **options)
     with pytest.raises(StoppedError):
         begun.run()
-    goes_on, found = trainer(tiny, lessons, tmp_path / "run", **options)
+    goes_on, found = trainer(tiny, data, tmp_path / "run", **options)
     goes_on.run(resume=True)
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
@@ -183,20 +186,20 @@ def replace_loss(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "seconds"}
 
 
-def test_micro_batches_change_nothing(tiny: Tiny, lessons: Lessons, tmp_path: Path) -> None:
+def test_micro_batches_change_nothing(tiny: Tiny, data: TrainingData, tmp_path: Path) -> None:
     results = []
     for micro_batch in (1, 4):
-        made, found = trainer(tiny, lessons, tmp_path / str(micro_batch), micro_batch=micro_batch)
+        made, found = trainer(tiny, data, tmp_path / str(micro_batch), micro_batch=micro_batch)
         made.run()
         results.append(found)
     for name, value in results[0].items():
         assert relative(results[1][name].detach(), value.detach()) < 1e-3, name
 
 
-def test_the_best_is_kept_where_training_makes_it_worse(lessons: Lessons, tmp_path: Path) -> None:
+def test_the_best_is_kept_where_training_makes_it_worse(data: TrainingData, tmp_path: Path) -> None:
     tiny = tiny_llama(tmp_path / "same", seed=0)  # the teacher: nothing is left to learn
     wild = replace(SETTINGS, learning_rate=5.0)
-    made, parameters = trainer(tiny, lessons, tmp_path / "run", wild)
+    made, parameters = trainer(tiny, data, tmp_path / "run", wild)
     done = made.run()
     assert done.history[-1]["perplexity"] > done.before["perplexity"]
     assert done.best_step == 0 and done.after == done.before
@@ -205,9 +208,9 @@ def test_the_best_is_kept_where_training_makes_it_worse(lessons: Lessons, tmp_pa
 
 
 def test_a_loss_that_is_no_number_stops_with_the_best_so_far(
-    tiny: Tiny, lessons: Lessons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, parameters = trainer(tiny, lessons, tmp_path / "run")
+    made, parameters = trainer(tiny, data, tmp_path / "run")
     original: Callable[..., Any] = Student.gradients
     calls = {"n": 0}
 
@@ -227,13 +230,13 @@ def test_a_loss_that_is_no_number_stops_with_the_best_so_far(
 
 
 def test_a_micro_batch_halves_when_memory_runs_out(
-    tiny: Tiny, lessons: Lessons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients of the try that failed are gone: the numbers are those of a smaller micro-batch."""
     short = replace(SETTINGS, tokens=2 * 4 * WINDOW, evaluations=1)
-    small, expected = trainer(tiny, lessons, tmp_path / "small", short, micro_batch=1)
+    small, expected = trainer(tiny, data, tmp_path / "small", short, micro_batch=1)
     small.run()
-    made, found = trainer(tiny, lessons, tmp_path / "run", short, micro_batch=2)
+    made, found = trainer(tiny, data, tmp_path / "run", short, micro_batch=2)
     original: Callable[..., Any] = Student.gradients
     seen: list[int] = []
 
@@ -253,14 +256,16 @@ def test_a_micro_batch_halves_when_memory_runs_out(
         raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate")
 
     monkeypatch.setattr(Student, "gradients", none_left)
-    last, _ = trainer(tiny, lessons, tmp_path / "last", short)
+    last, _ = trainer(tiny, data, tmp_path / "last", short)
     with pytest.raises(BudgetError, match="memory ran out with one window"):
         last.run()
 
 
-def test_a_pruned_model_without_a_finite_loss_is_refused(lessons: Lessons, tmp_path: Path) -> None:
+def test_a_pruned_model_without_a_finite_loss_is_refused(
+    data: TrainingData, tmp_path: Path
+) -> None:
     tiny = tiny_llama(tmp_path / "broken", seed=1)
-    made, _ = trainer(tiny, lessons, tmp_path / "run")
+    made, _ = trainer(tiny, data, tmp_path / "run")
     with torch.no_grad():
         made._student.head._linear.weight.fill_(math.nan)
     with pytest.raises(CheckpointError, match="held-out loss of the pruned model"):
@@ -269,22 +274,22 @@ def test_a_pruned_model_without_a_finite_loss_is_refused(lessons: Lessons, tmp_p
 
 
 def test_a_state_is_resumed_with_its_own_options_alone(
-    tiny: Tiny, lessons: Lessons, tmp_path: Path
+    tiny: Tiny, data: TrainingData, tmp_path: Path
 ) -> None:
-    made, _ = trainer(tiny, lessons, tmp_path / "run")
+    made, _ = trainer(tiny, data, tmp_path / "run")
     made.run()
-    other, _ = trainer(tiny, lessons, tmp_path / "run", replace(SETTINGS, seed=4))
+    other, _ = trainer(tiny, data, tmp_path / "run", replace(SETTINGS, seed=4))
     with pytest.raises(StateError, match=r"adapt\.safetensors: was made with other options"):
         other.run(resume=True)
     (tmp_path / "run" / STATE_FILE).write_bytes(b"no header")
-    again, _ = trainer(tiny, lessons, tmp_path / "run")
+    again, _ = trainer(tiny, data, tmp_path / "run")
     with pytest.raises(StateError, match="cannot be read"):
         again.run(resume=True)
     assert (tmp_path / "run" / BEST_FILE).exists()
 
 
 def test_minutes_end_by_the_clock_and_its_schedule(
-    tiny: Tiny, lessons: Lessons, tmp_path: Path
+    tiny: Tiny, data: TrainingData, tmp_path: Path
 ) -> None:
     now = {"seconds": 100.0}
 
@@ -294,7 +299,7 @@ def test_minutes_end_by_the_clock_and_its_schedule(
 
     timed = replace(SETTINGS, tokens=None, seconds=24.0)
     made, _ = trainer(
-        tiny, lessons, tmp_path / "run", timed, progress=Ticks(), clock=lambda: now["seconds"]
+        tiny, data, tmp_path / "run", timed, progress=Ticks(), clock=lambda: now["seconds"]
     )
     done = made.run()
     assert done.steps == 12 and done.seconds == pytest.approx(24.0)
@@ -310,8 +315,8 @@ def test_the_rate_rises_then_falls_to_nothing() -> None:
 
 
 def test_each_pass_takes_every_window_once_in_another_order() -> None:
-    lessons = Lessons(windows_NS=random_windows(10, 4), held_out=2)
-    passes = [lessons.order(number, seed=0) for number in (0, 1, 0)]
+    data = TrainingData(windows_NS=random_windows(10, 4), held_out=2)
+    passes = [data.order(number, seed=0) for number in (0, 1, 0)]
     assert passes[0] == passes[2] != passes[1]
     assert sorted(passes[0]) == sorted(passes[1]) == list(range(8))
 

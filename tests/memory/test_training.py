@@ -12,15 +12,15 @@ from test_activations import LiveBytes
 from tiny_models import FAMILY_CONFIGS, TINY, Tiny, random_windows, tiny_family, tiny_model
 from torch.utils._pytree import tree_leaves
 
-from frugal_bonsai.adapt.adapters import Adapters
+from frugal_bonsai.adapt.adapters import add_adapters
 from frugal_bonsai.adapt.objective import Objective
 from frugal_bonsai.adapt.optimiser import kept_state, make_optimiser
-from frugal_bonsai.adapt.part import Part
-from frugal_bonsai.adapt.student import Student, _Walk
+from frugal_bonsai.adapt.student import Activations, Student
+from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.training import TrainingPlan, plan_training
-from frugal_bonsai.memory.training_items import TrainingWork, training_elements
+from frugal_bonsai.memory.training_items import NATIVE, TrainingWork, training_elements
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.family import describe_model
 from frugal_bonsai.sizes import GIB, MIB
@@ -137,8 +137,8 @@ def test_moments_take_what_is_planned(optimiser: str, rank: int, tmp_path: Path)
     config = {**TINY, **sizes, "num_attention_heads": 8, "num_key_value_heads": 4}
     tiny = tiny_model(tmp_path / "m", "llama", **config)
     student = Student(tiny.checkpoint, tiny.spec, device=CPU, dtype=torch.float32, head_tokens=64)
-    student.load_frozen(int8=False)
-    parameters = Adapters(student, rank=rank, alpha=1.0, seed=0).parameters().values()
+    student.load(NATIVE)
+    parameters = add_adapters(student, rank=rank, alpha=1.0, seed=0).values()
     for value in parameters:
         value.grad = torch.ones_like(value)
     made = make_optimiser(optimiser, parameters, rate=1e-3)
@@ -169,12 +169,14 @@ def traced_elements(tiny: Tiny, windows: int, window: int) -> float:
     """Elements a token that are alive at most while a layer is gone back through."""
     spec = tiny.spec
     student = Student(tiny.checkpoint, spec, device=CPU, dtype=torch.float32, head_tokens=64)
-    student.load_frozen(int8=False)
-    Adapters(student, rank=1, alpha=1.0, seed=0)
+    student.load(NATIVE)
+    add_adapters(student, rank=1, alpha=1.0, seed=0)
     objective, tokens = Objective(lm=1.0), random_windows(windows, window)
-    student.gradients([Part(tokens[:1])], objective, scale=1.0)
+    student.gradients([MicroBatch(tokens[:1])], objective, scale=1.0)
     shape = (windows, window, spec.hidden)
-    walk = _Walk(Part(tokens), [torch.randn(shape), torch.randn(shape)], torch.randn(shape))
+    walk = Activations(
+        MicroBatch(tokens), [torch.randn(shape), torch.randn(shape)], torch.randn(shape)
+    )
     values = list(student.layers.parameters())
     before = [
         *values,

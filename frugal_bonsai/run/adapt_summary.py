@@ -1,0 +1,143 @@
+"""The summary of an adaptation as plain values, and the papers beside its weights.
+
+In: the adaptation, its plans, its training and its output. Out: a dictionary, which ``--json``
+prints and the card and the tables are made of, and the files with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.train import Trained
+from frugal_bonsai.adapt.training_data import TrainingData
+from frugal_bonsai.checkpoint.commit import write_bytes, write_json
+from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
+from frugal_bonsai.report.adapt_card import adapt_card
+from frugal_bonsai.run.adapt_plan import AdaptPlans, describe_part
+from frugal_bonsai.run.adaptation import Adaptation
+from frugal_bonsai.run.summary import REPORT_FILE, load_line
+from frugal_bonsai.version import package_version
+
+ADAPT_REPORT_FILE = "adaptation_report.json"
+
+
+def describe_adaptation(
+    job: Adaptation,
+    settings: AdaptSettings,
+    plans: AdaptPlans,
+    data: TrainingData,
+    trained: Trained,
+    before: Mapping[str, Any],
+    written: Mapping[str, Any],
+    out: Path,
+) -> dict[str, Any]:
+    """Return the summary without the time of the whole run.
+
+    Args:
+        job: the adaptation.
+        settings: resolved settings.
+        plans: memory plans.
+        data: windows and the teacher's cache.
+        trained: report of the training.
+        before: figures of the pruned model.
+        written: layout, verification and figures of the adapted model.
+        out: folder of the output.
+    """
+    eval_text, bounds = None, ("kl", "kl_upper")
+    if job.eval_text is not None:
+        name, windows_NS = job.eval_text
+        eval_text = {"name": name, "window": job.window, "windows": len(windows_NS)}
+    return {
+        "version": package_version(),
+        "model": job.pruned.name,
+        "teacher": None if job.teacher is None else job.teacher.name,
+        "family": job.pruned.spec.family.model_type,
+        "settings": settings.to_json(),
+        "data": {
+            "sources": list(job.texts.names),
+            "window": job.window,
+            "windows": data.trained,
+            "held_out_windows": data.held_out,
+        },
+        "cache": _describe_cache(job, data),
+        "training": _describe_training(trained, plans),
+        "eval_text": eval_text,
+        # The training has measured the pruned model's held-out windows, and both divergences.
+        "before": {**before, **{key: trained.before[key] for key in ("perplexity", *bounds)}},
+        "after": {**written["after"], **{key: trained.after[key] for key in bounds}},
+        "verify": written["verify"],
+        "layout": written["layout"],
+        "memory": _describe_memory(plans),
+        "notes": [*job.budget.notes, *_padding_note(job.pruned.folder)],
+        "out": str(out),
+        "load": load_line(out, written["layout"]),
+    }
+
+
+def write_papers(staged: Path, summary: Mapping[str, Any]) -> None:
+    """Write the card and the report beside the weights."""
+    write_json(staged / ADAPT_REPORT_FILE, summary)
+    write_bytes(staged / "README.md", adapt_card(summary).encode())
+
+
+def _describe_cache(job: Adaptation, data: TrainingData) -> dict[str, Any] | None:
+    settings = job.teacher_settings
+    if data.cache is None or settings is None:
+        return None
+    return {
+        "top": settings.top,
+        "temperature": settings.temperature,
+        "layers": list(settings.layers),
+        "size_bytes": data.cache.size_bytes,
+        "rest_mass": data.cache.rest_mass(),
+    }
+
+
+def _describe_training(trained: Trained, plans: AdaptPlans) -> dict[str, Any]:
+    plan = plans.training
+    return {
+        "weights": plan.weights,
+        "rank": plan.rank or None,
+        "optimiser": plan.optimiser,
+        "micro_batch": plan.micro_batch,
+        "steps": trained.steps,
+        "tokens": trained.tokens,
+        "seconds": trained.seconds,
+        "best_step": trained.best_step,
+        "stopped": trained.stopped,
+        "history": trained.history,
+    }
+
+
+def _padding_note(folder: Path) -> list[str]:
+    """Return a note for a padded model, whose padding is trained like all other weights."""
+    try:
+        layout = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["layout"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    if layout != "padded":
+        return []
+    return ["padded layout: the zeros that filled layers up were trained and are units now"]
+
+
+def _describe_memory(plans: AdaptPlans) -> dict[str, Any]:
+    """Return caps, the plans' predictions, and the measured peaks."""
+    budget, parts = plans.training.budget, plans.named()
+    predicted = {
+        where: max(plan.total_bytes(where) for plan in parts.values()) for where in ("host", "gpu")
+    }
+    return {
+        "host_cap_bytes": budget.host_bytes,
+        "host_predicted_bytes": predicted["host"],
+        "host_peak_bytes": peak_resident_bytes(),
+        "gpu_cap_bytes": budget.gpu_bytes,
+        "gpu_predicted_bytes": None if budget.gpu_bytes is None else predicted["gpu"],
+        "gpu_peak_bytes": peak_gpu_bytes(torch.device(budget.device), budget.context_bytes),
+        "plans": {name: describe_part(plan) for name, plan in parts.items()},
+    }
