@@ -39,9 +39,8 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.hardware.cost import layer_widths
-from frugal_bonsai.hardware.estimate import int8_wins
 from frugal_bonsai.hardware.measure import Timer, measure_products
+from frugal_bonsai.hardware.operations import int8_wins
 from frugal_bonsai.hardware.profile import BF16, FP32
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.units import UnitGroup
@@ -50,6 +49,7 @@ from frugal_bonsai.run.profile import quick_profile
 from frugal_bonsai.stream.engine import FLOAT, INT8_PRODUCTS, Engine, compute_dtype
 from frugal_bonsai.stream.int8_linear import Int8Weight
 from frugal_bonsai.stream.layers import LayerStream, Parameters
+from frugal_bonsai.stream.operations import count_operations
 from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.source import LayerSource
 from frugal_bonsai.stream.store import INT8, build_store
@@ -120,8 +120,10 @@ class Bench:
         shape = (given.windows, given.window)
         self.tokens_NS = torch.randint(model.spec.vocabulary, shape, generator=generator)
         self.device = torch.device(given.device)
+        dtype = compute_dtype(self.device)
+        self.operations = count_operations(model.spec, given.window, dtype)
         if given.arithmetic is None:
-            wins = int8_wins(model.spec, quick_profile(self.device))
+            wins = int8_wins(self.operations, quick_profile(self.device))
             self.arithmetics = (FLOAT, INT8_PRODUCTS) if wins else (FLOAT,)
         else:
             self.arithmetics = tuple(given.arithmetic.split(","))
@@ -289,9 +291,9 @@ class Bench:
         spec, tokens = self.model.spec, self.tokens_NS.numel()
         timer = Timer(device=self.device, seconds=2.0)
         rate = measure_products(timer)[FP32 if self.device.type == "cpu" else BF16]
-        attention = 2 * self.given.window * spec.layers * layer_widths(spec).query  # causal
-        operations = tokens * (2 * spec.block_parameters + 2 * spec.vocabulary * spec.hidden)
-        ideal = (operations + tokens * attention) / rate
+        layer = self.operations.projections + self.operations.attention * self.given.window
+        operations = spec.layers * layer + 2 * spec.vocabulary * spec.hidden
+        ideal = tokens * operations / rate
         with self.engines[FLOAT].evaluation_stream(self.store) as stream:
             self.sweep(FLOAT, stream)
             times = [seconds(lambda: self.sweep(FLOAT, stream)) for _ in range(self.given.repeat)]

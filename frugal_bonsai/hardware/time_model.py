@@ -1,32 +1,32 @@
-"""How long a prune takes: its phases, and what binds each of them.
+"""A predicted time: phases, the resource that binds each of them, and their total.
 
-In: seconds by resource, from estimate.py. Out: a phase's seconds, the resource that binds. Within a
-sweep reading, copying and computing overlap, so the slowest of the three sets the pace (the
-roofline); building a store and rewriting do one after the other. Pure; holds a few numbers.
+In: seconds by resource. Out: seconds of a phase and of a command. Reading, copying and computing
+overlap within a sweep, so the slowest of the three sets the pace (the roofline). Phases that write
+one thing after another do not overlap. Holds a few numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Name of the phase in which `self` draws its text.
 SAMPLING = "sampling text"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
-    """One phase's seconds by resource.
+class TimePhase:
+    """Seconds of a phase, or of a part of one, by resource.
 
     Attributes:
-        name: of the phase.
-        compute: matrix products, attention, solves, calls.
-        elementwise: norms, activations, masks, dequantisation.
-        disk: reads and writes.
-        copy: between host and device.
-        overlaps: the three run at once, else one after another.
+        name: Name of the phase; empty for a part of one.
+        compute: Seconds of matrix products, attention, solves and calls.
+        elementwise: Seconds of norms, activations, masks and dequantisation.
+        disk: Seconds of reads and writes.
+        copy: Seconds of copies between host and device.
+        overlaps: Whether computing, disk and copies run at the same time.
     """
 
-    name: str
+    name: str = ""
     compute: float = 0.0
     elementwise: float = 0.0
     disk: float = 0.0
@@ -35,46 +35,57 @@ class Phase:
 
     @property
     def by_resource(self) -> dict[str, float]:
-        """Seconds of what can run at once."""
+        """Seconds of each resource."""
         return {"compute": self.compute + self.elementwise, "disk": self.disk, "copy": self.copy}
 
     @property
     def seconds(self) -> float:
-        """How long the phase takes."""
+        """Seconds of the phase."""
         each = self.by_resource.values()
         return max(each) if self.overlaps else sum(each)
 
     @property
     def binds(self) -> str:
-        """The resource that takes longest."""
+        """Resource that takes longest."""
         return max(self.by_resource.items(), key=lambda item: item[1])[0]
 
-    def __add__(self, other: Phase) -> Phase:
-        """Two parts of one phase as one, under the first one's name."""
-        return Phase(
-            name=self.name,
+    def __add__(self, other: TimePhase) -> TimePhase:
+        return replace(
+            self,
             compute=self.compute + other.compute,
             elementwise=self.elementwise + other.elementwise,
             disk=self.disk + other.disk,
             copy=self.copy + other.copy,
-            overlaps=self.overlaps,
+        )
+
+    def __mul__(self, times: float) -> TimePhase:
+        return replace(
+            self,
+            compute=self.compute * times,
+            elementwise=self.elementwise * times,
+            disk=self.disk * times,
+            copy=self.copy * times,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
-    """A prune's phases in order."""
+    """The predicted time of a command.
 
-    phases: tuple[Phase, ...]
+    Attributes:
+        phases: Phases in order.
+    """
+
+    phases: tuple[TimePhase, ...]
 
     @property
     def total_seconds(self) -> float:
-        """Everything."""
+        """Seconds of all phases."""
         return sum(phase.seconds for phase in self.phases)
 
     @property
     def binds(self) -> str:
-        """The resource that sets the pace for the largest part of the time."""
+        """Resource that binds for the largest part of the time."""
         shares = dict.fromkeys(("compute", "disk", "copy"), 0.0)
         for phase in self.phases:
             shares[phase.binds] += phase.seconds

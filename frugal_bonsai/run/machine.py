@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.accelerator import CPU
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.hardware.estimate import int8_wins
+from frugal_bonsai.hardware.operations import LayerOperations, int8_wins
 from frugal_bonsai.hardware.profile import INT8, HardwareProfile, profile_budget
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.run.options import PruneOptions
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ NOMINAL_PROFILES = {8: "rtx-8gb", 12: "rtx-12gb", 24: "rtx-24gb", 48: "a6000-48g
 
 
 def with_arithmetic(
-    settings: PruneSettings, spec: ModelSpec, rates: HardwareProfile
+    settings: PruneSettings, operations: LayerOperations, rates: HardwareProfile
 ) -> PruneSettings:
     """``auto`` decided: int8 products where the machine's rates say that they win for this model.
 
@@ -40,7 +39,7 @@ def with_arithmetic(
         raise OptionError(
             f"--arithmetic int8: torch multiplies no int8 matrices on {rates.name}; use float"
         )
-    wins = chosen == "int8" or int8_wins(spec, rates)
+    wins = chosen == "int8" or int8_wins(operations, rates)
     return replace(settings, arithmetic="int8" if wins else "float")
 
 

@@ -14,10 +14,11 @@ from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, PruneSettings
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.hardware.estimate import estimate_time
-from frugal_bonsai.hardware.latency import LatencyModel, model_latency
+from frugal_bonsai.hardware.latency import LatencyModel
+from frugal_bonsai.hardware.operations import LayerOperations
 from frugal_bonsai.hardware.profile import NOMINAL_BASE_BYTES, HardwareProfile
 from frugal_bonsai.hardware.profile_file import read_profile
+from frugal_bonsai.hardware.prune_time import estimate_time
 from frugal_bonsai.hardware.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
@@ -64,6 +65,7 @@ class Prepared:
         budget: caps.
         profile: of the machine that is planned for; None is this one.
         rates: that profile, or what a second of measuring here gives.
+        operations: of the model's mean layer.
         elsewhere: that machine is another one, so nothing here is asked.
         latency: of the model on the profile's machine; None without a profile.
         notes: what of the method does not apply to this model.
@@ -77,6 +79,7 @@ class Prepared:
     device: torch.device
     budget: Budget
     rates: HardwareProfile
+    operations: LayerOperations
     profile: HardwareProfile | None = None
     elsewhere: bool = False
     latency: LatencyModel | None = None
@@ -99,6 +102,8 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     from frugal_bonsai.bonsai.selection.whole import check_experts
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.profile import quick_profile
+    from frugal_bonsai.stream.engine import compute_dtype
+    from frugal_bonsai.stream.operations import count_operations
 
     settings = make_settings(options.method, options.settings)
     settings, notes = settings_that_apply(settings, options.settings, model.spec)
@@ -126,8 +131,9 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
     require_layout(model.spec, rules)
     default_source = EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
     rates = profile or quick_profile(device)
+    operations = count_operations(model.spec, window, compute_dtype(device))
     return Prepared(
-        settings=with_arithmetic(settings, model.spec, rates),
+        settings=with_arithmetic(settings, operations, rates),
         rules=rules,
         window=window,
         windows=window_count(window, options.windows),
@@ -137,17 +143,17 @@ def prepare(model: Model, options: PruneOptions, *, elsewhere: bool = False) -> 
         profile=profile,
         rates=rates,
         elsewhere=elsewhere,
-        latency=None if profile is None else _latency(model, settings, profile),
+        operations=operations,
+        latency=None
+        if profile is None
+        else LatencyModel(
+            spec=model.spec,
+            layer=operations,
+            profile=profile,
+            prompt_tokens=settings.prompt_tokens,
+            generated_tokens=settings.generated_tokens,
+        ),
         notes=notes,
-    )
-
-
-def _latency(model: Model, settings: PruneSettings, profile: HardwareProfile) -> LatencyModel:
-    return model_latency(
-        model.spec,
-        profile,
-        prompt_tokens=settings.prompt_tokens,
-        generated_tokens=settings.generated_tokens,
     )
 
 
@@ -182,7 +188,7 @@ def describe_plan(
 ) -> dict[str, Any]:
     """A memory plan and its time estimate as plain values."""
     profile = ready.rates
-    estimate = estimate_time(model.spec, work, memory, profile)
+    estimate = estimate_time(model.spec, ready.operations, work, memory, profile)
     notes = [*ready.budget.notes, *ready.notes]
     if model.spec.family.assumed is not None:
         notes.append(assumption(model))
@@ -249,7 +255,8 @@ def plan_items(memory: MemoryPlan | TrainingPlan) -> list[dict[str, Any]]:
 
 def sampling_note(model: Model, ready: Prepared, work: PruneWorkload, memory: MemoryPlan) -> str:
     """How long ``self`` samples its windows, for who is about to wait for it."""
-    return _sampling_note(work, estimate_time(model.spec, work, memory, ready.rates))
+    estimate = estimate_time(model.spec, ready.operations, work, memory, ready.rates)
+    return _sampling_note(work, estimate)
 
 
 def _sampling_note(work: PruneWorkload, estimate: TimeEstimate) -> str:

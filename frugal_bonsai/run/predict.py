@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.hardware.estimate import estimate_time
+from frugal_bonsai.hardware.prune_time import estimate_time
 from frugal_bonsai.hardware.time_model import TimeEstimate
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import PruneWorkload
@@ -39,7 +39,7 @@ def predict(
     """The time that a prune will take, for its report; None without a profile."""
     if ready.profile is None:
         return None
-    estimate = estimate_time(model.spec, work, memory, ready.profile)
+    estimate = estimate_time(model.spec, ready.operations, work, memory, ready.profile)
     return {
         "seconds": estimate.total_seconds,
         "binds": estimate.binds,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
-from frugal_bonsai.hardware.latency import describe_latency
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PER_LAYER
@@ -86,7 +85,7 @@ def describe(job: Job, found: Found) -> dict[str, Any]:
         "kept": found.mask.counts_with_experts(),
         "dense": KeepMask(table).counts_with_experts(),
         "layer_sparsity": _layer_sparsity(model, found.mask),
-        "latency": None if ready.latency is None else describe_latency(ready.latency, found.mask),
+        "latency": None if ready.latency is None else ready.latency.describe(found.mask),
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
         "memory": describe_memory(job.memory, job.engine),

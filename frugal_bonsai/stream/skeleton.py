@@ -28,8 +28,13 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.experts import split_experts
 
 
-class _Proxy(nn.Module):
-    """Stands where a layer stood and keeps what the model calls it with."""
+class LayerProxy(nn.Module):
+    """Records what the model calls a layer with.
+
+    Attributes:
+        hidden_BSH: The hidden state of the last call.
+        kwargs: Its other arguments by name.
+    """
 
     def __init__(self, layer: nn.Module, *, returns_tuple: bool) -> None:
         super().__init__()
@@ -47,6 +52,7 @@ class _Proxy(nn.Module):
             return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, hidden_BSH: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Record the arguments and return the hidden state unchanged."""
         # Arguments are replayed by name; the first is the hidden state.
         named = dict(self._signature.bind_partial(hidden_BSH, *args).arguments)
         named.pop(next(iter(named)))
@@ -75,14 +81,8 @@ class Skeleton:
         self.spec, self.device, self.dtype = spec, device, dtype
         self._checkpoint = checkpoint
         model = build_empty_model(spec)
-        self._base = model.get_submodule(spec.family.base_module)
-        layers = self._base.get_submodule(spec.family.layers_module)
-        self.layers: list[nn.Module] = list(cast(Iterable[nn.Module], layers))
         self._check_tensors(model)
-        returns_tuple = spec.family.returns_tuple
-        self._proxies = [_Proxy(layer, returns_tuple=returns_tuple) for layer in self.layers]
-        parent, _, name = spec.family.layers_module.rpartition(".")
-        setattr(self._base.get_submodule(parent), name, nn.ModuleList(self._proxies))
+        self._base, self.layers, self._proxies = record_layers(model, spec)
         self._load_outer(model)
         self._follow_weights()
         self._embedding = self._base.get_submodule(spec.family.embedding_module)
@@ -226,6 +226,27 @@ class Skeleton:
         for proxy in self._proxies:
             proxy.hidden_BSH = None
         return hidden_BSH
+
+
+def record_layers(
+    model: nn.Module, spec: ModelSpec
+) -> tuple[nn.Module, list[nn.Module], list[LayerProxy]]:
+    """Put recording proxies in the place of a model's layers.
+
+    Args:
+        model: Hugging Face's causal language model; changed.
+        spec: Its description.
+
+    Returns:
+        The model without its head, its layers, and their proxies, whose ``kwargs`` are what the
+        model's last forward called each layer with.
+    """
+    base = model.get_submodule(spec.family.base_module)
+    layers = list(cast(Iterable[nn.Module], base.get_submodule(spec.family.layers_module)))
+    proxies = [LayerProxy(layer, returns_tuple=spec.family.returns_tuple) for layer in layers]
+    parent, _, name = spec.family.layers_module.rpartition(".")
+    setattr(base.get_submodule(parent), name, nn.ModuleList(proxies))
+    return base, layers, proxies
 
 
 def build_empty_model(spec: ModelSpec) -> nn.Module:

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hardware.profiles import cpu, cuda
 from tiny_models import tiny_llama
 
-from frugal_bonsai.hardware.cost import Batch, layer_cost, layer_widths
-from frugal_bonsai.hardware.latency import LatencyModel, describe_latency, model_latency
+from frugal_bonsai.hardware.latency import LatencyModel
+from frugal_bonsai.hardware.operations import Rates
 from frugal_bonsai.hardware.profile import HardwareProfile
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.stream.operations import count_operations
 
 
 @pytest.fixture(scope="module")
@@ -24,53 +26,32 @@ def spec() -> Iterator[ModelSpec]:
 
 
 def _latency(spec: ModelSpec, profile: HardwareProfile, prompt: int, answer: int) -> LatencyModel:
-    return model_latency(spec, profile, prompt_tokens=prompt, generated_tokens=answer)
+    return LatencyModel(
+        spec=spec,
+        layer=count_operations(spec, 128, torch.float32),
+        profile=profile,
+        prompt_tokens=prompt,
+        generated_tokens=answer,
+    )
 
 
 @pytest.mark.parametrize("profile", [cpu(fresh_bytes_per_second=None), cuda()], ids=["cpu", "gpu"])
 def test_a_prefill_takes_what_its_layers_cost(spec: ModelSpec, profile: HardwareProfile) -> None:
     """Units and rest add up to the whole layers' work at the machine's rates."""
-    window = 200
-    element = 2 if profile.device == "cuda" else 4
-    batch = Batch(window=window, micro_batch=1, element_bytes=element)
-    cost = layer_cost(layer_widths(spec), batch, window) * spec.layers
-    layers = (
-        cost.products / profile.products[profile.arithmetic]
-        + cost.attention / profile.attention_flops_per_second
-        + cost.traffic / profile.memory_bytes_per_second
-        + cost.calls * profile.call_seconds
-    )
-    weights = spec.vocabulary * spec.hidden
-    head = max(
-        weights * element / profile.memory_bytes_per_second,
-        2 * weights / profile.products[profile.arithmetic],
-    )
-    found = _latency(spec, profile, window, 0).milliseconds(KeepMask(spec.table))
-    assert found == pytest.approx(1e3 * (layers + head), rel=1e-9)
+    found = _latency(spec, profile, 200, 0)
+    layers = spec.layers * Rates(profile).forward(found.layer, 200, 1, 1).seconds
+    assert found.milliseconds(KeepMask(spec.table)) == pytest.approx(1e3 * layers, rel=1e-9)
 
 
-def test_a_decode_step_reads_every_weight_where_memory_binds(spec: ModelSpec) -> None:
-    profile = cpu(products={"fp32": 1e15}, memory_bytes_per_second=1e9, call_seconds=0.0)
+def test_a_decode_step_reads_every_weight_and_the_cache(spec: ModelSpec) -> None:
+    profile = cpu(memory_bytes_per_second=1e9, call_seconds=0.0)
     dense = KeepMask(spec.table)
     one, two = (_latency(spec, profile, 64, n).milliseconds(dense) for n in (1, 2))
     weights = spec.table.parameters + spec.vocabulary * spec.hidden
-    keys = 2 * sum(
-        g.count * g.columns_per_unit / spec.query_heads_per_group
-        for g in spec.table.groups
-        if g.kind == ATTENTION
-    )
+    keys = 2 * spec.layers * spec.kv_heads * spec.head_dim
     # The second step reads 64.5 cached tokens more than none, and both half a token more.
     expected = 4 * (weights + keys * (2 * 65.0 - 64.5)) / 1e9
     assert two - one == pytest.approx(1e3 * expected, rel=1e-6)
-
-
-def test_where_arithmetic_binds_a_decode_step_takes_its_operations(spec: ModelSpec) -> None:
-    slow = cpu(products={"fp32": 1e6}, attention_flops_per_second=1e15)
-    latency = _latency(spec, slow, 1, 10)
-    channel = next(g for g in spec.table.groups if g.kind == FFN)
-    assert latency.unit[FFN] == pytest.approx(
-        11 * 2 * channel.unit_parameters / 1e6 * 1e3, rel=1e-2
-    )
 
 
 def test_units_cost_what_the_machine_is_slow_at(spec: ModelSpec) -> None:
@@ -97,12 +78,11 @@ def test_pruned_models_are_as_much_faster_as_their_units_say(spec: ModelSpec) ->
             mask.of(group)[:100] = False
     saved = 100 * spec.layers * latency.unit[FFN]
     assert latency.milliseconds(dense) - latency.milliseconds(mask) == pytest.approx(saved)
-    layer = dense.without_layers([1])
+    # A whole layer's norms and its 17 calls of a millisecond go with its units.
+    gone = latency.milliseconds(dense) - latency.milliseconds(dense.without_layers([1]))
     units = sum(g.count * latency.unit[g.kind] for g in spec.table.of_layer(1))
-    assert latency.milliseconds(dense) - latency.milliseconds(layer) == pytest.approx(
-        units + latency.dropped_layer
-    )
-    told = describe_latency(latency, mask)
+    assert gone - units == pytest.approx(17, rel=0.02)
+    told = latency.describe(mask)
     assert told["speed_up"] == pytest.approx(
         latency.milliseconds(dense) / latency.milliseconds(mask)
     )
@@ -115,7 +95,7 @@ def test_shared_heads_count_their_key_and_value_once(tmp_path: Path) -> None:
         tiny_llama(tmp_path / str(heads), num_attention_heads=6, num_key_value_heads=heads).spec
         for heads in (3, 6)
     )
-    slow = cpu(memory_bytes_per_second=1e6, products={"fp32": 1e15})
+    slow = cpu(memory_bytes_per_second=1e6)
     cached = []
     for spec in (grouped, own):
         short, long = (_latency(spec, slow, 1, n).unit[ATTENTION] / n for n in (10, 110))
