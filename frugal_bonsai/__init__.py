@@ -38,8 +38,8 @@ __all__ = [
     "shrink",
 ]
 
-# Public name -> the module that has it, imported at first use: `import frugal_bonsai` stays free of
-# torch, and so does `frugal-bonsai --help`.
+# Public name -> its module, which is imported when the name is first used. `import frugal_bonsai`
+# and `frugal-bonsai --help` therefore do not import torch.
 _HOMES = {
     "AdaptOptions": "frugal_bonsai.run.options",
     "BenchOptions": "frugal_bonsai.run.bench",
@@ -60,12 +60,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name at its first use."""
+    """Return a public name, importing its module at first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    """Public names, imported or not."""
+    """Return all public names, imported or not."""
     return sorted({*globals(), *_HOMES})

@@ -1,23 +1,23 @@
-"""Every public exception.
+"""The public exceptions.
 
-A user's error is a :class:`FrugalBonsaiError`: its text says what went wrong, where (file, tensor
-or option), what was found against what was expected, and what to try. The command line prints the
-text alone and exits with code 2; anything else that escapes is a defect and keeps its traceback.
+An error that a user can cause is a :class:`FrugalBonsaiError`. Its text says what went wrong, where
+(file, tensor or option), what was found, what was expected, and what to try. The command line
+prints this text and exits with code 2. Any other exception is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class FrugalBonsaiError(Exception):
-    """Base of every error that a user can cause and can mend."""
+    """Base class of all errors that a user can cause and fix."""
 
 
 class OptionError(FrugalBonsaiError):
-    """An option or setting has a value that cannot work."""
+    """An option or setting has an invalid value."""
 
 
 class CheckpointError(FrugalBonsaiError):
-    """A checkpoint is missing, damaged, or not what its header or index says."""
+    """A checkpoint is missing or damaged, or contradicts its header, index or config."""
 
 
 class UnsupportedModelError(FrugalBonsaiError):
@@ -25,16 +25,16 @@ class UnsupportedModelError(FrugalBonsaiError):
 
 
 class CalibrationError(FrugalBonsaiError):
-    """A text source cannot be read, reached, or is too short."""
+    """A text source cannot be read or reached, or is too short."""
 
 
 class BudgetError(FrugalBonsaiError):
-    """No plan fits the memory cap, or a cap was passed.
+    """No plan fits the memory caps, or a cap was exceeded.
 
     Args:
-        text: what the user reads.
-        option: the cap that a plan does not fit into; empty for other reasons.
-        needed_bytes: what that option must allow for the plan to fit.
+        text: the error text.
+        option: option of the cap that is too small; empty for other reasons.
+        needed_bytes: smallest value of that option for which a plan fits.
     """
 
     def __init__(self, text: str, *, option: str = "", needed_bytes: int = 0) -> None:
@@ -43,15 +43,15 @@ class BudgetError(FrugalBonsaiError):
 
 
 class OutputError(FrugalBonsaiError):
-    """The output cannot be written (it exists, the disk is full, no permission)."""
+    """The output cannot be written: it exists, the disk is full, or permission is missing."""
 
 
 class StateError(FrugalBonsaiError):
-    """A run directory cannot be resumed with these options."""
+    """A run directory is damaged or cannot be resumed with these options."""
 
 
 class VerifyError(FrugalBonsaiError):
-    """The rewritten model does not compute what the masked parent computes."""
+    """The rewritten model does not compute the same as the masked parent."""
 
 
 class BenchError(FrugalBonsaiError):

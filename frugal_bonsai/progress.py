@@ -1,7 +1,7 @@
-"""What long work tells whoever watches it.
+"""The interface through which long-running work reports its progress.
 
-The lower floors report through a :class:`Progress`; what is done with it (a live display, plain
-lines, nothing) is decided above. Holds nothing.
+The lower floors call a :class:`Progress`. The upper floors pass one that shows a live display,
+prints lines, or does nothing.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the progress of a run."""
+    """Receive the progress of a run."""
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
-        """A round of pruning begins; ``sparsity`` is the share removed so far."""
+        """Report that a pruning round begins; ``sparsity`` is the share removed so far."""
 
     def sweep(self, name: str, steps: int, tokens_per_step: int) -> None:
-        """A sweep begins: ``steps`` layer visits, each over this many tokens."""
+        """Report that a sweep begins: ``steps`` layer visits of ``tokens_per_step`` tokens."""
 
     def step(self, detail: str = "") -> None:
-        """A layer visit is done."""
+        """Report that a layer visit is done."""
 
     def note(self, text: str) -> None:
-        """Something that the user should read."""
+        """Report a message for the user."""
 
 
 class Silent:
-    """Ignores everything."""
+    """Ignore all reports."""
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
         """Ignore."""

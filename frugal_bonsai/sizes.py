@@ -1,7 +1,7 @@
-"""Sizes in bytes: parsing what people type, printing what people read.
+"""Parse and print sizes in bytes, and parse counts.
 
-In: strings such as ``"24GB"`` or ``"800 MiB"``. Out: ints. Accepts GB (10**9) and GiB (2**30),
-prints GiB.
+In: text such as ``"24GB"``, ``"800 MiB"`` or ``"250k"``. Out: ints; or text with binary units for
+an int. Accepts both GB (10**9) and GiB (2**30).
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _UNITS = {
 
 
 def parse_bytes(text: str | int, *, option: str = "size") -> int:
-    """Read a size such as ``24GB``, ``1.5 GiB``, ``800MiB`` or a plain count of bytes.
+    """Parse a size such as ``24GB``, ``1.5 GiB``, ``800MiB`` or a number of bytes.
 
     Args:
-        text: what the user typed.
+        text: the text of the option, or a number of bytes.
         option: name of the option, for the error text.
 
     Returns:
         The size in bytes, at least 1.
 
     Raises:
-        OptionError: if the text is no size or the size is not positive.
+        OptionError: the text is not a size, or the size is not positive.
     """
     if isinstance(text, int):
         value = float(text)
@@ -58,10 +58,10 @@ def parse_bytes(text: str | int, *, option: str = "size") -> int:
 
 
 def parse_count(text: str, *, option: str, least: int = 1) -> int:
-    """Read a count such as ``64``, ``250k`` or ``10M``.
+    """Parse a count such as ``64``, ``250k`` or ``10M``.
 
     Raises:
-        OptionError: if the text is no count, or less than ``least``.
+        OptionError: the text is not a whole number, or it is less than ``least``.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmMgG]?)\s*", text)
     scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -72,7 +72,7 @@ def parse_count(text: str, *, option: str, least: int = 1) -> int:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """Print a size in the largest binary unit that keeps it at least 1 (``7.50 GiB``)."""
+    """Return a size as text in the largest binary unit in which it is at least 1 (``7.50 GiB``)."""
     for unit, scale in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(size_bytes) >= scale:
             return f"{size_bytes / scale:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""The version of this package, for cards, profiles and reports."""
+"""The version of this package, for model cards, profiles and reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def package_version() -> str:
-    """The installed version; of a source tree that nobody has installed its name."""
+    """Return the installed version, or ``source tree`` if the package is not installed."""
     try:
         return version("frugal-bonsai")
     except PackageNotFoundError:

@@ -1,10 +1,10 @@
-"""Text to calibrate with or to measure on, from what the user typed as SOURCE.
+"""Read the text of a SOURCE, for calibration or measurement.
 
-In: ``stdlib``, a text file, a JSON-lines file, or a data set on the hub. Out: a :class:`Text`, with
-the name that the model card states. Reads no more than was asked for; a hub data set is streamed
-and stops as soon as enough is there. A source that cannot be used is an error that lists the
-others; nothing falls back to another text. ``self`` (text that the model writes) needs the model
-and is made elsewhere.
+In: ``stdlib``, a text file, a JSON-lines file, or a data set on the hub. Out: a :class:`Text` with
+the name that the model card states. A hub data set is streamed, and no more text is read than
+requested. A source that cannot be used is an error that lists the alternatives; there is no
+fallback to another text. ``self`` (text that the model samples) needs the model and is made in
+``bonsai/calibration.py``. Holds the text.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ SOURCES = (
 )
 STDLIB, SELF = "stdlib", "self"
 
-# As the peers take them: config, and the rows of the training split joined by blank lines.
+# Data set and config, as other pruning methods use them: the rows of the training split, joined by
+# blank lines.
 _HUB_SETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
 }
-# A hub data set without a stated length: enough for a thousand windows of 2048 tokens.
+# Length of a hub data set if the caller states none: about a thousand windows of 2048 tokens.
 HUB_CHARACTERS = 10_000_000
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?", re.ASCII)
 _TEXT_SUFFIXES = {".txt", ".json", ".jsonl", ".raw", ".md", ".text", ".gz", ".csv", ".parquet"}
@@ -44,11 +45,11 @@ _CHUNK_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it is from.
+    """A text and the name of its source.
 
     Attributes:
-        name: what was used, for the card; no path of this machine.
-        text: the text itself.
+        name: name of the source for the model card, without a local path.
+        text: the text.
     """
 
     name: str
@@ -59,23 +60,23 @@ def load_text(source: str, *, characters: int | None = None) -> Text:
     """Read a text source.
 
     Args:
-        source: see ``SOURCES``; a file named like a keyword is written with ``./`` in front.
-        characters: read no more than this many; None for all of it (of a hub data set the first
-            ``HUB_CHARACTERS``).
+        source: see ``SOURCES``. Write ``./`` before a file that is named like a keyword.
+        characters: number of characters to read; None reads the whole text, or the first
+            ``HUB_CHARACTERS`` of a hub data set.
 
     Returns:
-        The text, not empty; line ends of Windows become those of Unix.
+        The text, which is not empty. Windows line ends are converted.
 
     Raises:
-        CalibrationError: missing, unreadable, damaged (file and line or byte are named), empty,
-            not reachable, or the ``datasets`` package is missing.
+        CalibrationError: the source is missing, unreadable, damaged (the text names file and line
+            or byte), empty or not reachable, or the ``datasets`` package is missing.
     """
     if source == STDLIB:
         return _finish(_stdlib_name(), _read_stdlib(characters), characters)
     if source == SELF:
         raise CalibrationError(
-            f"source {SELF!r} is written by the model and serves calibration alone; here use one "
-            f"of: {SOURCES}"
+            f"source {SELF!r} is written by the model and can only be used for calibration; here "
+            f"use one of: {SOURCES}"
         )
     path = Path(source)
     if _is_file(path):
@@ -96,7 +97,7 @@ def load_text(source: str, *, characters: int | None = None) -> Text:
 
 
 def _finish(name: str, text: str, characters: int | None) -> Text:
-    """Cut, and refuse a text without content."""
+    """Cut the text to length, and refuse an empty one."""
     text = text.replace("\r\n", "\n")
     if characters is not None:
         text = text[:characters]
@@ -106,19 +107,19 @@ def _finish(name: str, text: str, characters: int | None) -> Text:
 
 
 def _stdlib_name() -> str:
-    """The name says which Python: the text differs from one to the next."""
+    """Return the name of the ``stdlib`` source. The text depends on the Python version."""
     return f"stdlib (Python {sys.version_info[0]}.{sys.version_info[1]} docstrings and topics)"
 
 
 def _read_stdlib(characters: int | None) -> str:
-    """What every Python carries; no more modules are parsed than are asked for."""
+    """Read the ``stdlib`` source. Only as many modules are parsed as needed."""
     from frugal_bonsai.text.stdlib import documentation_documents
 
     return _join(documentation_documents(), characters)
 
 
 def _is_file(path: Path) -> bool:
-    """False too where the system refuses to say, for instance for a name that is too long."""
+    """Return whether a file exists; False if the system raises, as for names that are too long."""
     try:
         return path.is_file()
     except OSError:
@@ -126,7 +127,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_folder(path: Path) -> bool:
-    """As ``_is_file``, for a folder."""
+    """Return whether a folder exists; False if the system raises."""
     try:
         return path.is_dir()
     except OSError:
@@ -134,7 +135,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _read_plain(path: Path, characters: int | None) -> str:
-    """A UTF-8 file, up to about ``characters``; a byte order mark is skipped."""
+    """Read a UTF-8 file up to about ``characters``. A byte order mark is skipped."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     parts: list[str] = []
     decoded_characters = read_bytes = 0
@@ -162,7 +163,7 @@ def _read_plain(path: Path, characters: int | None) -> str:
 
 
 def _read_json_lines(path: Path, characters: int | None) -> str:
-    """The ``text`` of every line, up to about ``characters``."""
+    """Read the ``text`` of every line, up to about ``characters``."""
     try:
         with path.open("rb") as file:
             return _join(_json_texts(path, file), characters)
@@ -171,7 +172,7 @@ def _read_json_lines(path: Path, characters: int | None) -> str:
 
 
 def _json_texts(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    """One document a line; blank lines are skipped."""
+    """Yield the document of each line. Blank lines are skipped."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -180,13 +181,14 @@ def _json_texts(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
             record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
             raise CalibrationError(
-                f"{where}: is not JSON ({error}); write one object a line, such as "
+                f"{where}: is not JSON ({error}); write one object per line, such as "
                 '{"text": "..."}'
             ) from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             found = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
             raise CalibrationError(
-                f"{where}: expected an object with a text under 'text', found {found[:200]}"
+                f"{where}: expected an object with a text under 'text', found {found[:200]}; write "
+                'one object per line, such as {"text": "..."}'
             )
         if any("\ud800" <= character <= "\udfff" for character in record["text"]):
             raise CalibrationError(
@@ -197,7 +199,7 @@ def _json_texts(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def _read_hub(source: str, dataset: str, config: str | None, characters: int) -> str:
-    """The training split of a hub data set, streamed."""
+    """Stream the training split of a hub data set."""
     try:
         import datasets
     except ImportError as error:
@@ -207,8 +209,8 @@ def _read_hub(source: str, dataset: str, config: str | None, characters: int) ->
         ) from error
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The transport's own error (requests, httpx) is a base of the hub's. RuntimeError: a data set
-    # that is a script, which datasets no longer runs.
+    # The transport's error class (requests, httpx) is a base class of the hub's error. The datasets
+    # package raises RuntimeError for data sets that are scripts.
     transport = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     expected: tuple[type[Exception], ...] = (
         OSError,
@@ -230,18 +232,18 @@ def _read_hub(source: str, dataset: str, config: str | None, characters: int) ->
 
 
 def _hub_texts(source: str, rows: Iterable[Any]) -> Iterator[str]:
-    """The ``text`` column; empty rows count, as in the peers' WikiText-2."""
+    """Yield the ``text`` column, empty rows included, as other methods read WikiText-2."""
     for row in rows:
         if not isinstance(row.get("text"), str):
             raise CalibrationError(
                 f"source {source!r}: the data set has no 'text' column, found "
-                f"{sorted(row)}; write the column that you want to a JSON-lines file"
+                f"{sorted(row)}; write the column that you need to a JSON-lines file"
             )
         yield row["text"]
 
 
 def _join(documents: Iterator[str], characters: int | None) -> str:
-    """Documents with blank lines between them, until enough is there."""
+    """Join documents with blank lines until there are enough characters."""
     parts: list[str] = []
     held = 0
     for document in documents:
@@ -253,7 +255,7 @@ def _join(documents: Iterator[str], characters: int | None) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> CalibrationError:
-    """A file that the system does not let us read."""
+    """Return the error of a file that the system refuses to read."""
     return CalibrationError(
         f"{path}: cannot be read ({error.strerror or error}); check its permissions"
     )

@@ -1,13 +1,12 @@
-"""Text that every CPython installation carries, as an offline text source.
+"""Text from the standard library of the running Python, as an offline text source.
 
-In: nothing but the running interpreter's own standard library, read as files. Out: documentation
-(pydoc topics and docstrings), module sources, and the same two for a handful of held-out modules.
-Nothing is imported from what is read, nothing is downloaded, and the order is that of the sorted
-file paths, so the text is a pure function of the Python version. It is not the same text under
-another Python version. Memory: one document at a time; all of the documentation is about 3 MB.
+In: the source files of the standard library. Out: documentation (pydoc topics and docstrings),
+module sources, and both for a few held-out modules. Nothing is imported or downloaded, and files
+are read in sorted order, so the text depends on the Python version only. Holds one document at a
+time; the whole documentation is about 3 MB.
 
-The embedded example model is trained on `documentation_documents` and `stdlib_sources`, judged on
-`held_out_text`, which is why neither of the first two contains a held-out module.
+The embedded example model is trained on `documentation_documents` and `stdlib_sources` and
+evaluated on `held_out_text`. Therefore the first two contain no held-out module.
 """
 
 import ast
@@ -35,10 +34,10 @@ HELD_OUT_MODULES: tuple[str, ...] = (
     "statistics",
     "textwrap",
 )
-"""Modules kept out of training and of calibration: single files in Python 3.10 to 3.13, varied in
-subject, and without a near twin among the other modules (as `decimal` has in `_pydecimal`)."""
+"""Modules that are neither trained on nor calibrated with. They are single files in Python 3.10 to
+3.13, cover different subjects, and have no near copy among the other modules (as `decimal` has)."""
 
-# Tests and fixtures repeat each other; the tables are data, not prose or code. `this` is rot13.
+# Tests and fixtures repeat each other, tables are neither prose nor code, and `this` is rot13.
 _EXCLUDED_FOLDERS = frozenset(
     {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
 )
@@ -48,13 +47,12 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def documentation_documents() -> Iterator[str]:
-    """Yield the standard library's documentation, less that of the held-out modules.
-
-    One document per pydoc topic, then one per module.
+    """Yield the standard library's documentation without that of the held-out modules.
 
     Yields:
-        A document, without blank lines around it. A module's document holds the docstrings of the
-        module and of its classes and functions, each under its qualified name and signature.
+        One document per pydoc topic, then one per module, without blank lines around it. A module's
+        document holds the docstrings of the module, its classes and its functions, each under its
+        qualified name and signature.
 
     Raises:
         CalibrationError: the interpreter's standard library is not on disk as source files.
@@ -67,10 +65,10 @@ def documentation_documents() -> Iterator[str]:
 
 
 def stdlib_sources() -> Iterator[tuple[str, str]]:
-    """Yield the standard library's modules, less tests, generated tables and held-out modules.
+    """Yield the standard library's modules without tests, generated tables and held-out modules.
 
     Yields:
-        A pair of the module's dotted name and its source text, in the order of the file paths.
+        A module's dotted name and its source text, in the order of the file paths.
 
     Raises:
         CalibrationError: the interpreter's standard library is not on disk as source files.
@@ -84,7 +82,7 @@ def held_out_text() -> str:
     """Return docstrings and source of each of `HELD_OUT_MODULES`, separated by blank lines.
 
     Returns:
-        For each module its document, as in `documentation_documents`, and then its source.
+        For each module, its document as in `documentation_documents`, then its source.
 
     Raises:
         CalibrationError: the interpreter's standard library is not on disk as source files.
@@ -98,18 +96,18 @@ def held_out_text() -> str:
 
 
 def module_documentation(module: str, source: str) -> str:
-    """Collect the docstrings of one module's source, without importing it.
+    """Collect the docstrings of one module from its source, without importing it.
 
     Args:
         module: the module's dotted name.
         source: the module's source text.
 
     Returns:
-        Each docstring, dedented, under the qualified name and signature of what it documents;
-        an empty string if the module has no docstring at all.
+        Each docstring, dedented, under the qualified name and signature of its owner. Empty if the
+        module has no docstrings.
     """
     with warnings.catch_warnings():
-        # Invalid escapes inside the standard library are not the caller's concern.
+        # The standard library contains invalid escapes.
         warnings.simplefilter("ignore")
         tree = ast.parse(source)
     entries = []
@@ -121,8 +119,9 @@ def module_documentation(module: str, source: str) -> str:
 
 
 def _documented(heading: str, node: _Documented) -> Iterator[tuple[str, _Documented]]:
+    """Yield heading and node of a module or class, and of the classes and functions in it."""
     yield heading, node
-    # A function's own inner functions are its private business.
+    # Functions inside functions are no interface.
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return
     for child in node.body:
@@ -134,7 +133,8 @@ def _documented(heading: str, node: _Documented) -> Iterator[tuple[str, _Documen
 
 
 def _topics() -> Iterator[str]:
-    # Parsed, not imported, like everything else here: an editor's `topics.py` cannot shadow it.
+    """Yield the pydoc topics in the order of their names."""
+    # Parsed and not imported, so that a `topics.py` on the import path cannot replace it.
     path = _stdlib_folder() / "pydoc_data" / "topics.py"
     tree = ast.parse(_read_source(path))
     for node in tree.body:
@@ -145,11 +145,12 @@ def _topics() -> Iterator[str]:
 
 
 def _module_files() -> Iterator[tuple[str, Path]]:
+    """Yield dotted name and path of the standard library's modules, in the order of the paths."""
     folder = _stdlib_folder()
     relative = (PurePosixPath(path.relative_to(folder).as_posix()) for path in folder.rglob("*.py"))
     for path in sorted(relative, key=lambda path: path.parts):
         parts = path.with_suffix("").parts
-        # Also drops what a distributor or a build adds: sitecustomize, _sysconfigdata, config-*.
+        # This skips files of a distributor or a build, too: sitecustomize, _sysconfigdata, config-*.
         if parts[0] not in sys.stdlib_module_names or _EXCLUDED_FOLDERS.intersection(parts[:-1]):
             continue
         module = ".".join(parts).removesuffix(".__init__")
@@ -158,6 +159,7 @@ def _module_files() -> Iterator[tuple[str, Path]]:
 
 
 def _stdlib_folder() -> Path:
+    """Return the folder of the standard library's source files."""
     folder = Path(sysconfig.get_path("stdlib"))
     for needed in ("argparse.py", "pydoc_data/topics.py"):
         if not (folder / needed).is_file():
@@ -169,10 +171,12 @@ def _stdlib_folder() -> Path:
 
 
 def _is_within(module: str, names: frozenset[str] | tuple[str, ...]) -> bool:
+    """Return whether a module is one of the named modules or inside one of them."""
     return any(module == name or module.startswith(name + ".") for name in names)
 
 
 def _read_source(path: Path) -> str:
-    # tokenize.open honours the file's coding line and gives "\n" line ends on every system.
+    """Return the text of a source file."""
+    # tokenize.open reads the file's coding line and converts line ends to "\n".
     with tokenize.open(path) as file:
         return file.read()

@@ -1,9 +1,9 @@
-"""From text to token windows.
+"""Tokenise text and cut it into windows.
 
-In: text and a local tokenizer. Out: int64 tokens, cut into windows without overlap. Nothing is
-downloaded and no special token is added. The whole text is tokenised in one call, because no cut is
-exact for every tokenizer (SentencePiece models merge across any boundary): about 400 bytes a token
-while it runs, so callers bound the text's characters.
+In: text and a local tokenizer. Out: int64 tokens in windows without overlap. No special tokens are
+added and nothing is downloaded. The whole text is tokenised in one call, because some tokenizers
+merge across any boundary (SentencePiece). That call holds about 400 bytes per token, so callers
+limit the length of the text.
 
 Shape suffixes: T tokens, n windows, S tokens of a window.
 """
@@ -23,27 +23,27 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a checkpoint folder, from local files alone; runs no code of the folder.
+    """Load the tokenizer of a checkpoint folder from local files, without running its code.
 
-    ``AutoTokenizer`` loads the model's config first, and in transformers 5.23 Llama's config class
-    raises on head counts that differ between layers, and a config that names code of its own asks
-    to run it. The tokenizer depends on the architecture only, so for such folders the
-    architecture's default config stands in.
+    ``AutoTokenizer`` loads the model's config first. In transformers 5.23, Llama's config class
+    refuses head counts that differ between layers, and a config that names custom code asks for
+    permission to run it. For such folders the architecture's default config is passed instead; a
+    tokenizer depends on the architecture only.
 
     Args:
-        folder: a dense or a pruned model, either layout.
+        folder: a dense model, or a pruned model of any layout.
 
     Returns:
-        A transformers tokenizer.
+        A tokenizer of transformers.
 
     Raises:
-        CheckpointError: none in the folder, or one that transformers cannot read.
+        CheckpointError: the folder has no tokenizer, or transformers cannot read it.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{folder}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the "
-            "tokenizer's files from where the model came from"
+            "tokenizer's files from the model's source"
         )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         _require_json(folder / name)
@@ -58,24 +58,24 @@ def load_tokenizer(folder: str | Path) -> Any:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise CheckpointError(_unreadable(folder, error)) from error
     except Exception as error:
-        if type(error) is not Exception:  # the tokenizers package raises bare exceptions
+        if type(error) is not Exception:  # the tokenizers package raises the base class itself
             raise
         raise CheckpointError(_unreadable(folder, error)) from error
 
 
 def tokenise(text: str, tokenizer: Any) -> torch.Tensor:
-    """The tokens of a text, without special tokens.
+    """Tokenise a text without special tokens.
 
     Args:
-        text: any length; longer than the model's positions is no matter here.
-        tokenizer: a transformers tokenizer.
+        text: a text of any length; it may be longer than the model's window.
+        tokenizer: a tokenizer of transformers.
 
     Returns:
         int64 [T] on the CPU.
     """
     import torch
 
-    # Not verbose: transformers warns of texts beyond the model's maximum, which windows mend.
+    # verbose=False: transformers warns of texts that are longer than the model's window.
     encoded = tokenizer(
         text, add_special_tokens=False, return_attention_mask=False, verbose=False, truncation=False
     )
@@ -85,19 +85,19 @@ def tokenise(text: str, tokenizer: Any) -> torch.Tensor:
 def cut_windows(
     tokens_T: torch.Tensor, window: int, *, limit: int | None = None, what: str
 ) -> torch.Tensor:
-    """Cut tokens into windows from the start, without overlap; the rest is dropped.
+    """Cut tokens into windows without overlap. Tokens after the last whole window are dropped.
 
     Args:
         tokens_T: int64 [T].
         window: S, tokens of a window.
-        limit: windows at most; None for all.
-        what: the text's name, for the error text.
+        limit: largest number of windows; None for all.
+        what: name of the text, for the error text.
 
     Returns:
-        int64 [n, S], a view of the tokens; n is at least 1.
+        int64 [n, S], a view of the tokens. n is at least 1.
 
     Raises:
-        CalibrationError: fewer tokens than one window.
+        CalibrationError: there are fewer tokens than in one window.
     """
     if window < 1 or (limit is not None and limit < 1):
         raise ValueError(f"window and limit must be positive, got {window} and {limit}")
@@ -113,7 +113,7 @@ def cut_windows(
 
 
 def _require_json(path: Path) -> None:
-    """Refuse a damaged file by its own name before transformers meets it."""
+    """Check that a file is JSON, so that the error names the file."""
     if not path.is_file():
         return
     try:
@@ -123,7 +123,7 @@ def _require_json(path: Path) -> None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """``config.json``, or nothing where there is none."""
+    """Return ``config.json``, or an empty dict if there is none."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
@@ -133,7 +133,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _unreadable(folder: Path, error: Exception) -> str:
-    """What to say of a tokenizer that transformers refuses."""
+    """Return the error text for a tokenizer that transformers refuses."""
     lines = str(error).strip().splitlines() or ["no details"]
     return (
         f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {lines[0][:200]}); "
