@@ -12,6 +12,9 @@ from typing import Protocol
 class Progress(Protocol):
     """Receive the progress of a run."""
 
+    def caps(self, host_bytes: int, gpu_bytes: int | None) -> None:
+        """The memory caps are known; ``gpu_bytes`` is None without a GPU."""
+
     def round(self, number: int, rounds: int, sparsity: float) -> None:
         """Report that a pruning round begins; ``sparsity`` is the share removed so far."""
 
@@ -27,6 +30,9 @@ class Progress(Protocol):
 
 class Silent:
     """Ignore all reports."""
+
+    def caps(self, host_bytes: int, gpu_bytes: int | None) -> None:
+        """Ignore."""
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
         """Ignore."""

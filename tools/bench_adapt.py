@@ -37,7 +37,8 @@ from frugal_bonsai.memory.meter import peak_resident_bytes
 from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.rewrite.load import load_pruned
-from frugal_bonsai.run.prepare import LATE_BYTES, open_model
+from frugal_bonsai.run.engine import LATE_BYTES
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.sizes import MIB
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.mask_file import write_mask
-from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.sizes import format_bytes
 
 WORKER = """
@@ -40,7 +40,7 @@ import json, sys, time
 from pathlib import Path
 import numpy, torch, transformers
 from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
-from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.shrink import shrink
 from frugal_bonsai.rewrite import shrink as _
 model, mask, out = sys.argv[1:]

@@ -44,7 +44,7 @@ from frugal_bonsai.hardware.operations import int8_wins
 from frugal_bonsai.hardware.profile import BF16, FP32
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.units import UnitGroup
-from frugal_bonsai.run.prepare import Model, open_model
+from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.run.profile import quick_profile
 from frugal_bonsai.stream.engine import FLOAT, INT8_PRODUCTS, Engine, compute_dtype
 from frugal_bonsai.stream.int8_linear import Int8Weight

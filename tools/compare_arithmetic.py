@@ -28,7 +28,8 @@ from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.layout import PER_LAYER, layout_rules
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.run.prepare import open_model, read_windows
+from frugal_bonsai.run.open import open_model
+from frugal_bonsai.run.texts import read_windows
 from frugal_bonsai.stream.engine import ARITHMETICS, Engine
 from frugal_bonsai.stream.store import INT8, LayerStore, build_store
 

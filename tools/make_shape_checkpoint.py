@@ -152,7 +152,7 @@ def write_tokenizer(folder: Path) -> None:
 def write_half_mask(folder: Path, path: Path) -> None:
     """A mask for ``frugal-bonsai shrink`` that keeps every second unit of each group."""
     from frugal_bonsai.rewrite.mask_file import write_mask
-    from frugal_bonsai.run.prepare import open_model
+    from frugal_bonsai.run.open import open_model
 
     with open_model(str(folder), headers_only=True) as opened:
         mask = KeepMask(opened.spec.table)

@@ -52,7 +52,8 @@ def measure(options: argparse.Namespace, work: Path) -> Any:
     from frugal_bonsai.memory.budget import Budget, enforce_host_cap
     from frugal_bonsai.memory.prune_items import PruneItems
     from frugal_bonsai.memory.work import Choice, PruneWorkload, SweepLimits
-    from frugal_bonsai.run.prepare import measured_base_bytes, open_model
+    from frugal_bonsai.run.engine import measured_base_bytes
+    from frugal_bonsai.run.open import open_model
     from frugal_bonsai.stream.engine import Engine
     from frugal_bonsai.stream.store import INT8, build_store
 

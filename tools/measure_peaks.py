@@ -87,13 +87,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
+    from frugal_bonsai.run.engine import make_engine
+    from frugal_bonsai.run.open import open_model
     from frugal_bonsai.run.options import PruneOptions
-    from frugal_bonsai.run.plan import plan_prune, prepare
-    from frugal_bonsai.run.prepare import make_engine, open_model
+    from frugal_bonsai.run.plan import plan_prune
+    from frugal_bonsai.run.resolve import resolve
     from frugal_bonsai.run.workload import prune_workload
 
     with open_model(options.checkpoint) as opened:
-        ready = prepare(
+        ready = resolve(
             opened,
             PruneOptions(
                 window=options.window,
@@ -113,10 +115,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
         plan = plan_prune(opened, ready, prune_workload(opened, ready, options.windows))
         engine = make_engine(
-            opened.checkpoint,
-            opened.spec,
+            opened,
             plan,
-            ready.device,
+            ready.machine.device,
             None,
             arithmetic=ready.settings.arithmetic,
         )
@@ -278,15 +279,13 @@ def run_rewrite(
 
 
 def run_verify(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path) -> None:
-    from frugal_bonsai.checkpoint.reader import Checkpoint
-    from frugal_bonsai.model.canonical_names import describe_checkpoint
     from frugal_bonsai.rewrite.verify import compare_logits
-    from frugal_bonsai.run.prepare import make_engine
+    from frugal_bonsai.run.engine import make_engine
+    from frugal_bonsai.run.open import open_output
     from frugal_bonsai.stream.source import CheckpointSource
 
-    with Checkpoint.open(work / "out") as output:
-        spec = describe_checkpoint(output)
-        rewritten = make_engine(output, spec, plan, ready.device, None)
+    with open_output(work / "out", opened) as output:
+        rewritten = make_engine(output, plan, ready.machine.device, None)
         masked = CheckpointSource(opened.checkpoint, opened.spec, mask=_without_channels(opened, 2))
         compare_logits(engine, masked, rewritten, tokens_NS[:2])
 

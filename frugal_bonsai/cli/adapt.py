@@ -74,7 +74,7 @@ from frugal_bonsai.cli.running import print_result, set_threads, watched
 @click.option("--eval-text", metavar="SOURCE", help="Report perplexity on this text too.")
 @click.option("--seed", type=int)
 @options.caps
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@options.max_shard_size
 @click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
 @options.json_output
 def adapt_command(
@@ -92,7 +92,7 @@ def adapt_command(
         raise click.UsageError("Missing option '--out' (only --plan-only does without).")
     from frugal_bonsai.report.adapt_tables import render_adapt
 
-    with watched(given) as progress:
+    with watched(given.pop("threads")) as progress:
         from frugal_bonsai.run.adapt import adapt_pruned
 
         summary = adapt_pruned(model, out, _adapt_options(given), resume=resume, progress=progress)

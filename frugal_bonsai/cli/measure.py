@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from frugal_bonsai.cli import options
-from frugal_bonsai.cli.running import print_result, set_threads, watched
+from frugal_bonsai.cli.running import print_result, watched
 
 
 @click.command(name="inspect")
@@ -39,7 +39,7 @@ def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:
     """Measure MODEL's perplexity on a text, dense or pruned, streamed under the caps."""
     from frugal_bonsai.report.tables import render_eval
 
-    with watched(given) as progress:
+    with watched(given.pop("threads")) as progress:
         from frugal_bonsai.run.evaluate import evaluate
 
         result = evaluate(model, text, progress=progress, **given)
@@ -64,12 +64,7 @@ def profile_command(report: bool, threads: int | None, as_json: bool, **given: A
     """Measure this machine: disk, memory, matrix products, copies; under a minute."""
     from frugal_bonsai.report.plan_tables import render_profile
 
-    set_threads(threads)
-    import psutil
-
-    from frugal_bonsai.report.live import make_progress
-
-    with make_progress(int(psutil.virtual_memory().total)) as progress:
+    with watched(threads) as progress:
         from frugal_bonsai.run.profile import profile
 
         measured = profile(progress=progress, **given)

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from frugal_bonsai.sizes import parse_bytes
+
 
 def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several click options as one decorator, first on top."""
@@ -19,12 +21,25 @@ def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """A size such as ``24GB`` or ``7.5GiB``, in bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Read the size; the error names the option."""
+        return parse_bytes(value, option="size" if param is None else param.opts[0])
+
+
+max_shard_size = click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
 device = click.option(
     "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, xpu, mps.  [default: GPU if any]"
 )
 caps = several(
-    click.option("--max-gpu-mem", metavar="SIZE", help="Hard cap on GPU memory, such as 24GB."),
-    click.option("--max-cpu-mem", metavar="SIZE", help="Hard cap on this process's memory."),
+    click.option("--max-gpu-mem", type=Size(), help="Hard cap on GPU memory, such as 24GB."),
+    click.option("--max-cpu-mem", type=Size(), help="Hard cap on this process's memory."),
     device,
     click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"),
 )

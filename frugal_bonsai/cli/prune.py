@@ -17,14 +17,14 @@ from frugal_bonsai.cli.running import print_result, set_threads, watched
 @options.assume
 @options.caps
 @options.profile
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@options.max_shard_size
 @click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
 @options.json_output
 def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL (a folder, a hub id, or "example") into DIR."""
     from frugal_bonsai.report.tables import render_prune
 
-    with watched(given) as progress:
+    with watched(given.pop("threads")) as progress:
         from frugal_bonsai.run.prune import prune
 
         summary = prune(model, out, _prune_options(given), resume=resume, progress=progress)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from frugal_bonsai.cli import options
-from frugal_bonsai.cli.running import print_result
+from frugal_bonsai.cli.running import print_result, watched
 
 
 @click.command(name="shrink")
@@ -15,7 +15,7 @@ from frugal_bonsai.cli.running import print_result
 @click.option("--mask", required=True, metavar="FILE", help="Such as prune's pruning_mask.json.")
 @click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
 @options.layout
-@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE")
+@options.max_shard_size
 @options.assume
 @options.json_output
 def shrink_command(as_json: bool, **given: Any) -> None:
@@ -75,11 +75,6 @@ def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
     from frugal_bonsai.report.rewrite_tables import render_bench
     from frugal_bonsai.run.bench import BenchOptions, bench
 
-    options = BenchOptions(**given)
-    import psutil
-
-    from frugal_bonsai.report.live import make_progress
-
-    with make_progress(int(psutil.virtual_memory().total)) as progress:
-        result = bench(dense, pruned, options, progress=progress)
+    with watched() as progress:
+        result = bench(dense, pruned, BenchOptions(**given), progress=progress)
     print_result(result, render_bench, as_json=as_json)

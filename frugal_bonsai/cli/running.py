@@ -12,15 +12,12 @@ import click
 
 
 @contextmanager
-def watched(given: dict[str, Any]) -> Iterator[Any]:
-    """Threads set, progress on standard error, for as long as the command works."""
-    set_threads(given.pop("threads"))
-    from frugal_bonsai.memory.budget import find_device, make_budget
+def watched(threads: int | None = None) -> Iterator[Any]:
+    """Set the number of threads and show progress on standard error while a command works."""
+    set_threads(threads)
     from frugal_bonsai.report.live import make_progress
 
-    device = find_device(given["device"])
-    budget = make_budget(device, given["max_gpu_mem"], given["max_cpu_mem"])
-    with make_progress(budget.host_bytes, gpu_cap_bytes=budget.gpu_bytes) as progress:
+    with make_progress() as progress:
         yield progress
 
 

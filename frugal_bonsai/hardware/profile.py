@@ -23,8 +23,8 @@ from frugal_bonsai.accelerator import (
     shares_host_memory,
 )
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
+from frugal_bonsai.memory.budget import Budget, Caps
+from frugal_bonsai.sizes import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -168,31 +168,23 @@ def _processor() -> str:
     return f"{platform.processor() or platform.machine()} CPU"
 
 
-def profile_budget(
-    profile: HardwareProfile, max_gpu_mem: str | int | None, max_cpu_mem: str | int | None
-) -> Budget:
-    """Caps for the profile's machine: the options, else its memory.
-
-    Raises:
-        OptionError: a size that is none.
-    """
+def profile_budget(profile: HardwareProfile, caps: Caps) -> Budget:
+    """Return the budget of the profile's machine: the user's caps, else its memory."""
     notes: list[str] = []
-    host = max(profile.host_bytes - _LEAVE_HOST_BYTES, profile.host_bytes // 2)
-    if max_cpu_mem is not None:
-        host = parse_bytes(max_cpu_mem, option="--max-cpu-mem")
-        if host > profile.host_bytes:
-            notes.append(_more_than("--max-cpu-mem", host, profile.host_bytes))
-    if profile.gpu_bytes is None:
-        if max_gpu_mem is not None:
-            parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+    host = caps.host_bytes
+    if host is None:
+        host = max(profile.host_bytes - _LEAVE_HOST_BYTES, profile.host_bytes // 2)
+    elif host > profile.host_bytes:
+        notes.append(_more_than("--max-cpu-mem", host, profile.host_bytes))
+    gpu = profile.gpu_bytes
+    if gpu is None:
+        if caps.gpu_bytes is not None:
             notes.append("--max-gpu-mem has no effect: the profile's machine has no GPU memory")
         return Budget(device=profile.device, host_bytes=host, notes=tuple(notes))
-    gpu = profile.gpu_bytes
-    if max_gpu_mem is not None:
-        gpu = parse_bytes(max_gpu_mem, option="--max-gpu-mem")
-        if gpu > profile.gpu_bytes:
-            notes.append(_more_than("--max-gpu-mem", gpu, profile.gpu_bytes))
-            gpu = profile.gpu_bytes
+    if caps.gpu_bytes is not None:
+        if caps.gpu_bytes > gpu:
+            notes.append(_more_than("--max-gpu-mem", caps.gpu_bytes, gpu))
+        gpu = min(gpu, caps.gpu_bytes)
     return Budget(device=profile.device, host_bytes=host, gpu_bytes=gpu, notes=tuple(notes))
 
 

@@ -69,6 +69,32 @@ class Budget:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Caps:
+    """Caps as the user gives them, in bytes. None leaves it to what is free.
+
+    Attributes:
+        gpu_bytes: Cap on device memory (``--max-gpu-mem``).
+        host_bytes: Cap on resident memory (``--max-cpu-mem``).
+    """
+
+    gpu_bytes: int | None = None
+    host_bytes: int | None = None
+
+
+def parse_caps(max_gpu_mem: str | int | None, max_cpu_mem: str | int | None) -> Caps:
+    """Read the two caps: bytes, or text such as ``"24GB"``.
+
+    Raises:
+        OptionError: A cap is not a size.
+    """
+    gpu, host = max_gpu_mem, max_cpu_mem
+    return Caps(
+        gpu_bytes=None if gpu is None else parse_bytes(gpu, option="--max-gpu-mem"),
+        host_bytes=None if host is None else parse_bytes(host, option="--max-cpu-mem"),
+    )
+
+
 def find_device(device: str | None = None) -> torch.device:
     """The device to compute on, with its number: what the user names, else the accelerator.
 
@@ -102,44 +128,36 @@ def find_device(device: str | None = None) -> torch.device:
     return torch.device(kind, index)
 
 
-def make_budget(
-    device: torch.device, max_gpu_mem: str | int | None, max_cpu_mem: str | int | None
-) -> Budget:
-    """Caps from the options; without one, what the machine has free.
-
-    Raises:
-        OptionError: a size that is none.
-    """
+def make_budget(device: torch.device, caps: Caps) -> Budget:
+    """Return the budget of this machine: the user's caps, else what is free."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
     own = int(psutil.Process().memory_info().rss)
     notes: list[str] = []
-    if max_cpu_mem is None:
+    host = caps.host_bytes
+    if host is None:
         host = max(own + free - _LEAVE_HOST_BYTES, own + free // 2)
-    else:
-        host = parse_bytes(max_cpu_mem, option="--max-cpu-mem")
-        if host > own + free:
-            notes.append(
-                f"--max-cpu-mem {format_bytes(host)} is more than the {format_bytes(own + free)} "
-                f"that are free now"
-            )
+    elif host > own + free:
+        notes.append(
+            f"--max-cpu-mem {format_bytes(host)} is more than the {format_bytes(own + free)} "
+            f"that are free now"
+        )
     if not is_accelerator(device):
-        if max_gpu_mem is not None:
-            parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+        if caps.gpu_bytes is not None:
             notes.append(
                 "--max-gpu-mem has no effect: there is no GPU; --max-cpu-mem caps this run"
             )
         return Budget(device=CPU, host_bytes=host, notes=tuple(notes))
     if shares_host_memory(device):
-        return _unified_budget(device, host, max_gpu_mem, notes)
-    return _gpu_budget(device, host, max_gpu_mem, notes)
+        return _unified_budget(device, host, caps.gpu_bytes, notes)
+    return _gpu_budget(device, host, caps.gpu_bytes, notes)
 
 
 def _gpu_budget(
-    device: torch.device, host: int, max_gpu_mem: str | int | None, notes: list[str]
+    device: torch.device, host_bytes: int, cap_bytes: int | None, notes: list[str]
 ) -> Budget:
-    """Caps where the accelerator has memory of its own."""
+    """Return the budget where the accelerator has memory of its own."""
     context = measure_context(device)
     if context > _LARGEST_CONTEXT_BYTES:
         notes.append(
@@ -150,10 +168,7 @@ def _gpu_budget(
         context = NOMINAL_CONTEXT_BYTES
     free_gpu, total_gpu = free_and_total_bytes(device)
     ours = free_gpu + context + reserved_bytes(device)
-    if max_gpu_mem is None:
-        gpu = max(ours - _LEAVE_GPU_BYTES, ours // 2)
-    else:
-        gpu = parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+    gpu = max(ours - _LEAVE_GPU_BYTES, ours // 2) if cap_bytes is None else cap_bytes
     if gpu > total_gpu:
         notes.append(f"--max-gpu-mem is more than the GPU's {format_bytes(total_gpu)}")
         gpu = total_gpu
@@ -165,7 +180,7 @@ def _gpu_budget(
         )
     return Budget(
         device=device.type,
-        host_bytes=host,
+        host_bytes=host_bytes,
         gpu_bytes=gpu,
         context_bytes=context,
         notes=tuple(notes),
@@ -173,17 +188,16 @@ def _gpu_budget(
 
 
 def _unified_budget(
-    device: torch.device, host: int, max_gpu_mem: str | int | None, notes: list[str]
+    device: torch.device, host_bytes: int, cap_bytes: int | None, notes: list[str]
 ) -> Budget:
-    """Caps where the accelerator computes in the host's memory: there is one, the smaller."""
-    if max_gpu_mem is not None:
-        gpu = parse_bytes(max_gpu_mem, option="--max-gpu-mem")
+    """Return the budget where the accelerator uses the host's memory: the smaller cap counts."""
+    if cap_bytes is not None:
         notes.append(
             f"{device.type} computes in the host's memory: the smaller of --max-gpu-mem and "
             f"--max-cpu-mem caps both together"
         )
-        host = min(host, gpu)
-    return Budget(device=device.type, host_bytes=host, notes=tuple(notes))
+        host_bytes = min(host_bytes, cap_bytes)
+    return Budget(device=device.type, host_bytes=host_bytes, notes=tuple(notes))
 
 
 def measure_context(device: torch.device) -> int:

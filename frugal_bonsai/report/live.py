@@ -28,23 +28,18 @@ class PlainProgress:
     """Plain lines: each round, each finished sweep, a line every few seconds inside a long one.
 
     Args:
-        cap_bytes: cap on resident memory.
-        stream: where to.
-        clock: seconds, never backwards.
-        gpu_cap_bytes: cap on device memory; None without a GPU.
+        stream: Stream that is written to.
+        clock: Seconds that never go backwards.
     """
 
-    def __init__(
-        self,
-        cap_bytes: int,
-        stream: TextIO,
-        *,
-        clock: Clock = time.monotonic,
-        gpu_cap_bytes: int | None = None,
-    ) -> None:
-        self._tracker = Tracker(cap_bytes, clock, gpu_cap_bytes)
+    def __init__(self, stream: TextIO, *, clock: Clock = time.monotonic) -> None:
+        self._tracker = Tracker(clock)
         self._stream, self._clock = stream, clock
         self._said_at = clock()
+
+    def caps(self, host_bytes: int, gpu_bytes: int | None) -> None:
+        """Show memory against these caps."""
+        self._tracker.caps(host_bytes, gpu_bytes)
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
         """Say that a round begins."""
@@ -82,23 +77,14 @@ class LiveProgress:
     """A display of three lines below whatever has been noted; gone when it is left.
 
     Args:
-        cap_bytes: cap on resident memory.
-        stream: a terminal.
-        clock: seconds, never backwards.
-        gpu_cap_bytes: cap on device memory; None without a GPU.
+        stream: A terminal.
+        clock: Seconds that never go backwards.
     """
 
-    def __init__(
-        self,
-        cap_bytes: int,
-        stream: TextIO,
-        *,
-        clock: Clock = time.monotonic,
-        gpu_cap_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, stream: TextIO, *, clock: Clock = time.monotonic) -> None:
         from rich.live import Live
 
-        self._tracker, self._console = Tracker(cap_bytes, clock, gpu_cap_bytes), _console(stream)
+        self._tracker, self._console = Tracker(clock), _console(stream)
         self._live = Live(
             console=self._console,
             get_renderable=self._render,
@@ -115,6 +101,10 @@ class LiveProgress:
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
+
+    def caps(self, host_bytes: int, gpu_bytes: int | None) -> None:
+        """Show memory against these caps."""
+        self._tracker.caps(host_bytes, gpu_bytes)
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
         """Show that a round begins."""
@@ -170,19 +160,15 @@ def _console(stream: TextIO) -> Console:
 
 
 @contextmanager
-def make_progress(
-    cap_bytes: int, *, gpu_cap_bytes: int | None = None, stream: TextIO | None = None
-) -> Iterator[Progress]:
-    """A live display if the stream is a terminal that can move its cursor, else plain lines.
+def make_progress(stream: TextIO | None = None) -> Iterator[Progress]:
+    """Show progress: live if the stream is a terminal that can move its cursor, else plain lines.
 
     Args:
-        cap_bytes: cap on resident memory, shown beside what is in use.
-        gpu_cap_bytes: the same for device memory; None without a GPU.
-        stream: standard error if None.
+        stream: Stream that is written to. None takes standard error.
     """
     stream = sys.stderr if stream is None else stream
     if not stream.isatty() or _console(stream).is_dumb_terminal:
-        yield PlainProgress(cap_bytes, stream, gpu_cap_bytes=gpu_cap_bytes)
+        yield PlainProgress(stream)
         return
-    with LiveProgress(cap_bytes, stream, gpu_cap_bytes=gpu_cap_bytes) as live:
+    with LiveProgress(stream) as live:
         yield live

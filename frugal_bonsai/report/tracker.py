@@ -47,19 +47,20 @@ class Tracker:
     """The figures of a run: what both displays show.
 
     Args:
-        cap_bytes: cap on resident memory.
-        clock: seconds, never backwards.
-        gpu_cap_bytes: cap on device memory; None without a GPU.
+        clock: Seconds that never go backwards.
     """
 
-    def __init__(
-        self, cap_bytes: int, clock: Clock = time.monotonic, gpu_cap_bytes: int | None = None
-    ) -> None:
-        self._cap_bytes, self._clock, self._gpu_cap_bytes = cap_bytes, clock, gpu_cap_bytes
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._caps: tuple[int | None, int | None] = (None, None)
         self._memory, self._gpu_memory, self._read_at = 0, 0, -float("inf")
         self._first: _Round | None = None
         self._round: _Round | None = None
         self._sweep: _Sweep | None = None
+
+    def caps(self, host_bytes: int, gpu_bytes: int | None) -> None:
+        """The caps on resident and on device memory are known."""
+        self._caps = (host_bytes, gpu_bytes)
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
         """A round begins."""
@@ -136,11 +137,12 @@ class Tracker:
 
     def memory_text(self) -> str:
         """``memory 0.53 of 2.00 GiB``, on a GPU ``, GPU 3.20 of 24.00 GiB`` behind it."""
-        now, cap = self._clock(), self._gpu_cap_bytes
+        now, (cap, gpu_cap) = self._clock(), self._caps
         if now - self._read_at >= _METER_SECONDS:
             self._memory, self._read_at = resident_bytes(), now
-            self._gpu_memory = 0 if cap is None else reserved_gpu_bytes()
-        text = f"memory {self._memory / GIB:.2f} of {self._cap_bytes / GIB:.2f} GiB"
-        if cap is not None:
-            text += f", GPU {self._gpu_memory / GIB:.2f} of {cap / GIB:.2f} GiB"
+            self._gpu_memory = 0 if gpu_cap is None else reserved_gpu_bytes()
+        of_cap = "" if cap is None else f" of {cap / GIB:.2f}"
+        text = f"memory {self._memory / GIB:.2f}{of_cap} GiB"
+        if gpu_cap is not None:
+            text += f", GPU {self._gpu_memory / GIB:.2f} of {gpu_cap / GIB:.2f} GiB"
         return text

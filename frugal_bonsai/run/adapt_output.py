@@ -27,7 +27,8 @@ from frugal_bonsai.rewrite.companions import write_companions
 from frugal_bonsai.rewrite.shrink import shrink
 from frugal_bonsai.rewrite.verify import TOLERANCE, compare_logits
 from frugal_bonsai.run.adaptation import Adaptation
-from frugal_bonsai.run.prepare import Model, make_engine
+from frugal_bonsai.run.engine import make_engine
+from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.stream.engine import Engine
@@ -68,7 +69,7 @@ def measure(
         texts["eval_perplexity"] = (f"{what}: perplexity on {name}", windows_NS)
     found: dict[str, float | None] = {"perplexity": None, "eval_perplexity": None}
     if texts:
-        engine = make_engine(model.checkpoint, model.spec, plan, job.device, job.progress)
+        engine = make_engine(model, plan, job.device, job.progress)
         with engine.native() as stream:
             for key, (name, windows_NS) in texts.items():
                 found[key] = measure_perplexity(engine, stream, windows_NS, name=name).value
@@ -152,7 +153,7 @@ def _verify(
         VerifyError: a difference is larger than sums in another order explain.
     """
     parent, output = (
-        make_engine(one.checkpoint, one.spec, plan, job.device, job.progress, dtype=torch.float32)
+        make_engine(one, plan, job.device, job.progress, dtype=torch.float32)
         for one in (job.pruned, adapted)
     )
 

@@ -20,9 +20,10 @@ from frugal_bonsai.memory.training import TrainingPlan, plan_training
 from frugal_bonsai.memory.training_items import ADAMW, TrainingWork
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
+from frugal_bonsai.run.engine import measured_base_bytes
+from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.plan import plan_items, plan_phases
-from frugal_bonsai.run.prepare import Model, measured_base_bytes
 from frugal_bonsai.run.training_data import SAMPLED_TOGETHER
 
 _Plan = TypeVar("_Plan")

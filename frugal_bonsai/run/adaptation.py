@@ -20,8 +20,9 @@ from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.memory.budget import Budget, find_device, make_budget
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress
+from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.run.options import AdaptOptions
-from frugal_bonsai.run.prepare import Model, choose_window, open_model, read_windows
+from frugal_bonsai.run.texts import choose_window, read_windows
 from frugal_bonsai.text.sources import SELF
 
 
@@ -125,6 +126,8 @@ def prepare_adaptation(
             student, options.eval_text, window, windows=None, option="--eval-text"
         )
     device = find_device(options.device)
+    budget = make_budget(device, options.caps)
+    progress.caps(budget.host_bytes, budget.gpu_bytes)
     return Adaptation(
         options=options,
         settings=settings,
@@ -135,7 +138,7 @@ def prepare_adaptation(
         window=window,
         eval_text=eval_text,
         device=device,
-        budget=make_budget(device, options.max_gpu_mem, options.max_cpu_mem),
+        budget=budget,
         folder=folder,
         resume=resume,
         progress=progress,

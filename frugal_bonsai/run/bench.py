@@ -146,7 +146,7 @@ def _prompt(files: Sequence[str], options: BenchOptions) -> list[int]:
 
         vocabulary = min(read_vocabulary(Path(file)) for file in files)
     else:
-        from frugal_bonsai.run.prepare import open_model
+        from frugal_bonsai.run.open import open_model
 
         vocabulary = 2**62
         for file in files:

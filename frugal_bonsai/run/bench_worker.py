@@ -86,7 +86,7 @@ def _load(options: WorkerOptions) -> tuple[Any, dict[str, Any], Any]:
     from frugal_bonsai.evaluation.latency import TransformersModel
     from frugal_bonsai.memory.budget import find_device
     from frugal_bonsai.rewrite.load import load_pruned
-    from frugal_bonsai.run.prepare import open_model
+    from frugal_bonsai.run.open import open_model
     from frugal_bonsai.stream.engine import compute_dtype
 
     if options.threads is not None:

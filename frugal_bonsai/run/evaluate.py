@@ -1,24 +1,30 @@
-"""``eval``: perplexity of a dense or pruned model, streamed under the same caps."""
+"""``eval``: measure the perplexity of a dense or pruned model, streamed under the caps.
+
+In: a model and a text. Out: the perplexity and what it took, as plain values. With int8 weights a
+working copy lies in a temporary folder meanwhile.
+"""
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.evaluation.perplexity import measure_perplexity
+from frugal_bonsai.memory.budget import find_device, make_budget, parse_caps
+from frugal_bonsai.memory.plan import SweepWorkload, plan_memory
+from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
-from frugal_bonsai.run.prepare import (
-    choose_window,
-    make_engine,
-    measured_base_bytes,
-    note_assumed,
-    open_model,
-    read_windows,
-)
+from frugal_bonsai.run.engine import make_engine, measured_base_bytes
+from frugal_bonsai.run.open import note_assumed, open_model
 from frugal_bonsai.run.summary import describe_memory
+from frugal_bonsai.run.texts import choose_window, read_windows
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.layers import LayerStream
+from frugal_bonsai.stream.store import INT8, build_store
 
 
 def evaluate(
@@ -34,56 +40,43 @@ def evaluate(
     assume_family: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity on a text, as plain values.
+    """Measure the perplexity of a model on a text.
 
     Args:
-        model: folder, hub id or ``example``; dense or pruned, either layout.
-        text: file, JSON lines, hub data set or ``stdlib``.
-        window: tokens of a window; None takes 2,048 or the model's positions.
-        windows: evaluate only the first ones.
-        weights: ``native`` streams the checkpoint as it is, ``int8`` a quantised working copy.
-        max_gpu_mem: cap on device memory.
-        max_cpu_mem: cap on resident memory.
-        device: None takes a GPU where there is one.
-        assume_family: the family that an architecture without a table is like.
-        progress: told of each layer visit.
+        model: Folder, hub id or ``example``; dense or pruned, any layout.
+        text: File, JSON lines, hub data set or ``stdlib``.
+        window: Tokens of a window. None takes 2,048 or the model's positions.
+        windows: Largest number of windows. None takes the whole text.
+        weights: ``native`` streams the checkpoint itself, ``int8`` a quantised working copy.
+        max_gpu_mem: Cap on device memory: bytes, or text such as ``"24GB"``.
+        max_cpu_mem: Cap on resident memory, likewise.
+        device: Device that computes. None takes a GPU if there is one.
+        assume_family: Family whose table is used for an architecture that has none.
+        progress: Told of each layer visit.
+
+    Returns:
+        Plain values (what ``eval --json`` prints).
 
     Raises:
-        FrugalBonsaiError: anything that the user can mend.
+        FrugalBonsaiError: The user can mend it.
     """
-    from frugal_bonsai.evaluation.perplexity import measure_perplexity
-    from frugal_bonsai.memory.budget import find_device, make_budget
-    from frugal_bonsai.memory.plan import SweepWorkload, plan_memory
-    from frugal_bonsai.model.tied_head import require_tied_head
-    from frugal_bonsai.stream.store import INT8, build_store
-
-    started = time.monotonic()
-    progress = progress or Silent()
-    with open_model(model, assume_family=assume_family) as opened, ExitStack() as stack:
+    started, progress = time.monotonic(), progress or Silent()
+    caps = parse_caps(max_gpu_mem, max_cpu_mem)
+    with open_model(model, assume_family=assume_family) as opened:
         note_assumed(opened, progress)
         spec = opened.spec
         require_tied_head(opened.checkpoint, spec)
         window = choose_window(spec, window)
         name, windows_NS = read_windows(opened, text, window, windows=windows, option="--text")
         place = find_device(device)
-        budget = make_budget(place, max_gpu_mem, max_cpu_mem)
-        int8 = weights == INT8
-        work = SweepWorkload(
-            window=window, measured=(len(windows_NS),), weights=weights if int8 else None
-        )
-        base = measured_base_bytes(spec)
-        plan = plan_memory(spec, budget, work, base_bytes=base)
-        engine = make_engine(opened.checkpoint, spec, plan, place, progress or Silent())
-        if int8:
-            folder = Path(tempfile.mkdtemp(prefix="frugal-bonsai-"))
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            store = build_store(
-                folder, opened.checkpoint, spec, weights=weights, device=place, progress=progress
-            )
-            stream = stack.enter_context(engine.stream(store))
-        else:
-            stream = stack.enter_context(engine.native())
-        measured = measure_perplexity(engine, stream, windows_NS)
+        budget = make_budget(place, caps)
+        progress.caps(budget.host_bytes, budget.gpu_bytes)
+        store = INT8 if weights == INT8 else None
+        work = SweepWorkload(window=window, measured=(len(windows_NS),), weights=store)
+        plan = plan_memory(spec, budget, work, base_bytes=measured_base_bytes(spec))
+        engine = make_engine(opened, plan, place, progress)
+        with _layers(engine, store) as stream:
+            measured = measure_perplexity(engine, stream, windows_NS)
         seconds = time.monotonic() - started
         return {
             "model": model,
@@ -99,3 +92,23 @@ def evaluate(
             **describe_memory(plan, engine),
             "notes": list(budget.notes),
         }
+
+
+@contextmanager
+def _layers(engine: Engine, weights: str | None) -> Iterator[LayerStream]:
+    """Stream the layers of the checkpoint, or of a working copy that exists meanwhile."""
+    if weights is None:
+        with engine.native() as stream:
+            yield stream
+        return
+    with tempfile.TemporaryDirectory(prefix="frugal-bonsai-") as folder:
+        store = build_store(
+            Path(folder),
+            engine.checkpoint,
+            engine.spec,
+            weights=weights,
+            device=engine.device,
+            progress=engine.progress,
+        )
+        with engine.stream(store) as stream:
+            yield stream

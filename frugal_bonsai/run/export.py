@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.report.card_parts import parent_name
-from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.version import package_version
 
 
@@ -22,7 +22,7 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
     Args:
         model: Folder, hub id or ``example``; dense or pruned, any layout.
         out: Path of a file that does not exist.
-        dtype: Number format of the matrices: ``f16``, ``f32`` or ``q8_0``.
+        dtype: Number format of the matrices: ``f16``, ``bf16``, ``f32`` or ``q8_0``.
 
     Returns:
         The summary as plain values (the output of ``--json``).

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
-from frugal_bonsai.run.prepare import CPU_TILE, open_model
+from frugal_bonsai.run.open import open_model
 
 
 def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
         dtypes: Counter[str] = Counter()
         for entry in checkpoint.tensors.values():
             dtypes[entry.dtype] += entry.size_bytes
-        rules = layout_rules(spec, UNIFORM, default_tile=CPU_TILE)
+        rules = layout_rules(spec, UNIFORM)
         groups = []
         for kind in spec.table.kinds:
             mine = [group for group in spec.table.groups if group.kind == kind]

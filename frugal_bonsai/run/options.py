@@ -1,4 +1,4 @@
-"""The options of ``prune`` and ``plan``: where, under which caps, on which text, and how."""
+"""The options of ``prune``, ``plan`` and ``adapt``, as the command line and the API take them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,60 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.memory.budget import Caps, parse_caps
 from frugal_bonsai.model.layout import UNIFORM
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions:
-    """Everything that a user may say to ``prune`` but MODEL, the output folder and ``--resume``.
+class CommandOptions:
+    """Options that both commands have.
 
     Attributes:
-        method: one of ``bonsai.methods.METHODS``.
-        settings: fields of ``PruneSettings`` that the user names; None is "as the method has it".
-        assume_family: the family that an architecture without a table is like.
+        window: Tokens of a window. None takes 2,048, or the model's positions if they are fewer.
+        windows: Number of windows to use.
+        eval_text: Text whose perplexity is reported before and after.
+        max_gpu_mem: Cap on device memory: bytes, or text such as ``"24GB"``.
+        max_cpu_mem: Cap on resident memory, likewise.
+        max_shard_size: Largest shard of the output, likewise.
+        device: Device that computes. None takes a GPU if there is one.
+    """
+
+    window: int | None = None
+    windows: int | None = None
+    eval_text: str | None = None
+    max_gpu_mem: str | int | None = None
+    max_cpu_mem: str | int | None = None
+    max_shard_size: str | int = "5GB"
+    device: str | None = None
+
+    @property
+    def caps(self) -> Caps:
+        """The memory caps in bytes.
+
+        Raises:
+            OptionError: A cap is not a size.
+        """
+        return parse_caps(self.max_gpu_mem, self.max_cpu_mem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(CommandOptions):
+    """Options of ``prune`` and ``plan``, except MODEL, the output folder and ``--resume``.
+
+    ``windows`` is the number of calibration windows. None takes 65,536 tokens of them, at least 32
+    windows.
+
+    Attributes:
+        method: One of ``bonsai.methods.METHODS``.
+        settings: Fields of ``PruneSettings`` that the user names. None keeps the method's value.
+        assume_family: Family whose table is used for an architecture that has none.
         layout: ``uniform``, ``per-layer`` or ``padded``.
-        as_mistral: a Llama may get a head count that its config class refuses, and is then written
+        as_mistral: A Llama may get a head count that its config class refuses. It is then written
             as the Mistral that computes the same.
-        tile: FFN tile; None lets the layout choose.
-        calibration: text source; None is wikitext2, or stdlib for ``example``.
-        eval_text: text whose perplexity is reported before and after.
-        window: tokens; None is 2,048 or the model's positions.
-        windows: calibration windows; None takes 65,536 tokens of them, at least 32 windows.
-        max_gpu_mem: cap on device memory.
-        max_cpu_mem: cap on resident memory.
-        max_shard_size: of the output.
-        device: None takes a GPU where there is one.
-        profile: hardware profile (TOML): ``plan`` plans for that machine; ``prune`` takes its rates
-            for the time that it predicts.
+        tile: FFN tile. None lets the layout choose.
+        calibration: Text source. None takes wikitext2, or stdlib for ``example``.
+        profile: Hardware profile (TOML). ``plan`` plans for its machine; ``prune`` predicts its
+            time with its rates.
     """
 
     method: str = "default"
@@ -42,13 +71,6 @@ class PruneOptions:
     as_mistral: bool = False
     tile: int | None = None
     calibration: str | None = None
-    eval_text: str | None = None
-    window: int | None = None
-    windows: int | None = None
-    max_gpu_mem: str | int | None = None
-    max_cpu_mem: str | int | None = None
-    max_shard_size: str | int = "5GB"
-    device: str | None = None
     profile: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -57,27 +79,23 @@ class PruneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptOptions:
-    """Everything that a user may say to ``adapt`` but PRUNED, the output and ``--resume``.
+class AdaptOptions(CommandOptions):
+    """Options of ``adapt``, except PRUNED, the output folder and ``--resume``.
+
+    ``windows`` is the number of windows of each source. None takes the whole text, and 65,536
+    tokens of ``self``.
 
     Attributes:
-        teacher: the dense model: folder, hub id or ``example``; None for ``loss="lm"`` on texts.
-        data: text sources to train on; ``self`` is sampled from the teacher.
-        settings: fields of ``AdaptSettings`` that the user names; None is the default.
-        weights: how frozen weights are held: ``"int8"``, ``"native"`` or, read anew for each step,
-            ``"streamed"``; None lets the plan choose.
-        top: followers of each token that the teacher's cache keeps.
-        temperature: that the teacher's logits are divided by.
-        hidden_layers: layers whose hidden states ``kl+hidden`` compares; None is every fourth and
-            the last.
-        teacher_cache: folder that keeps caches for other runs; None deletes it at the end.
-        window: tokens; None is 2,048 or the models' positions.
-        windows: of each source; None takes all of a text, 65,536 tokens of ``self``.
-        eval_text: text whose perplexity is reported before and after.
-        max_gpu_mem: cap on device memory.
-        max_cpu_mem: cap on resident memory.
-        max_shard_size: of the output.
-        device: None takes a GPU where there is one.
+        teacher: Dense model: folder, hub id or ``example``. None for ``loss="lm"`` on texts.
+        data: Text sources to train on. ``self`` is sampled from the teacher.
+        settings: Fields of ``AdaptSettings`` that the user names. None keeps the default.
+        weights: Form of the frozen weights: ``"int8"``, ``"native"``, or ``"streamed"``, which
+            reads them again in each step. None lets the plan choose.
+        top: Number of followers per token that the teacher's cache keeps.
+        temperature: Divisor of the teacher's logits.
+        hidden_layers: Layers whose hidden states ``kl+hidden`` compares. None takes every fourth
+            and the last.
+        teacher_cache: Folder that keeps caches for other runs. None deletes them at the end.
     """
 
     teacher: str | None = None
@@ -88,13 +106,6 @@ class AdaptOptions:
     temperature: float = 1.0
     hidden_layers: tuple[int, ...] | None = None
     teacher_cache: str | Path | None = None
-    window: int | None = None
-    windows: int | None = None
-    eval_text: str | None = None
-    max_gpu_mem: str | int | None = None
-    max_cpu_mem: str | int | None = None
-    max_shard_size: str | int = "5GB"
-    device: str | None = None
 
     def __post_init__(self) -> None:
         if not self.data:

@@ -1,223 +1,201 @@
-"""What every command does first: open the model, find the text, make the plan.
+"""A prune made ready: options resolved, texts read, memory planned, calibration windows at hand.
 
-In: the user's options. Out: an open checkpoint, token windows, a budget, a plan, an engine. Reads
-headers and text, no weights.
+In: an open model and options. Out: a :class:`PruneRun`, which ``prune`` searches with. Holds the
+windows and the engine's skeleton; reads weights only to check and, for ``self``, to sample.
+
+Shape suffixes: n, N and K windows, S tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.checkpoint.locate import find_model
-from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.remote import open_headers
-from frugal_bonsai.dtypes import FLOATING
-from frugal_bonsai.errors import CheckpointError, OptionError
-from frugal_bonsai.model.canonical_names import describe_checkpoint
-from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.progress import Progress
-from frugal_bonsai.sizes import MIB
+import torch
 
-# Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
-CHARACTERS_PER_TOKEN = 8
-DEFAULT_SOURCE, EXAMPLE_SOURCE = "wikitext2", "stdlib"
-DEFAULT_WINDOW = 2048
-# The FFN tile that matrix products like.
-CPU_TILE, GPU_TILE = 64, 128
-# What comes after a process's size is measured: scipy's solvers (22 MiB), the search's own modules
-# (3), torch's lazy imports, the pool's threads.
-LATE_BYTES = 28 * MIB
+from frugal_bonsai.bonsai.calibration import (
+    Calibration,
+    held_out_count,
+    sample_windows,
+    split_windows,
+)
+from frugal_bonsai.checkpoint.commit import require_free_space
+from frugal_bonsai.checkpoint.finite import require_finite
+from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.report.words import duration
+from frugal_bonsai.run.engine import make_engine
+from frugal_bonsai.run.open import Model
+from frugal_bonsai.run.options import PruneOptions
+from frugal_bonsai.run.plan import plan_prune, predict, sampling_note
+from frugal_bonsai.run.resolve import ResolvedPrune, resolve
+from frugal_bonsai.run.texts import read_windows
+from frugal_bonsai.run.workload import prune_workload
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.text.sources import SELF
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """An open model.
+class Texts:
+    """Token windows of the texts, read before the plan.
 
     Attributes:
-        name: what the user typed.
-        checkpoint: open for reading.
-        spec: from config and headers.
+        source: Name of the calibration text.
+        windows_nS: Its windows, int64. None for ``self``: sampled when the engine exists.
+        windows: Number of calibration windows that are planned for.
+        eval_name: Name of the text of ``--eval-text``. None without one.
+        eval_NS: Its windows, int64.
     """
 
-    name: str
-    checkpoint: Checkpoint
-    spec: ModelSpec
+    source: str
+    windows_nS: torch.Tensor | None
+    windows: int
+    eval_name: str | None = None
+    eval_NS: torch.Tensor | None = None
 
     @property
-    def folder(self) -> Path:
-        """Where the checkpoint lies."""
-        return self.checkpoint.folder
+    def eval_windows(self) -> int:
+        """Number of windows of the text of ``--eval-text``."""
+        return 0 if self.eval_NS is None else len(self.eval_NS)
 
 
-@contextmanager
-def open_model(
-    name: str, *, headers_only: bool = False, assume_family: str | None = None
-) -> Iterator[Model]:
-    """Find, open and describe a model: a folder, a hub id, or ``example``.
+@dataclass(frozen=True, kw_only=True)
+class PruneRun:
+    """A prune that is ready to search.
+
+    Attributes:
+        model: The dense model.
+        resolved: Its resolved options.
+        texts: The texts, as read.
+        work: The workload.
+        memory: The memory plan.
+        predicted: The predicted time as plain values. None without a profile.
+        engine: Engine of the dense model, within the plan's limits.
+        calibration: Windows to search on and windows that are held out.
+        progress: Told of rounds, sweeps and layers.
+    """
+
+    model: Model
+    resolved: ResolvedPrune
+    texts: Texts
+    work: PruneWorkload
+    memory: MemoryPlan
+    predicted: dict[str, Any] | None
+    engine: Engine
+    calibration: Calibration
+    progress: Progress
+
+
+def prepare_run(
+    model: Model,
+    options: PruneOptions,
+    folder: Path,
+    *,
+    begun: Mapping[str, Any],
+    custom_utility: bool,
+    progress: Progress,
+    on_plan: Callable[[MemoryPlan], None] | None,
+) -> PruneRun:
+    """Make a prune ready, or refuse it.
 
     Args:
-        name: what the user typed.
-        headers_only: of a hub model only config and headers are fetched; its weights are not read.
-        assume_family: the family that an architecture without a table is like.
-    """
-    with open_headers(name) if headers_only else Checkpoint.open(find_model(name)) as checkpoint:
-        source = str(checkpoint.folder / "config.json")
-        spec = describe_checkpoint(checkpoint, source=source, assume=assume_family)
-        _require_floating(checkpoint)
-        yield Model(name=name, checkpoint=checkpoint, spec=spec)
-
-
-def note_assumed(model: Model, progress: Progress) -> None:
-    """Say loudly that a table is taken on the user's word."""
-    if model.spec.family.assumed is not None:
-        progress.note(assumption(model))
-
-
-def assumption(model: Model) -> str:
-    """What is taken on the user's word."""
-    family = model.spec.family
-    return (
-        f"ASSUMED: model_type {family.model_type!r} has no table of its own and is taken for a "
-        f"{family.assumed}: the names of its tensors agree, their meaning was not checked; compare "
-        "`frugal-bonsai eval` with a perplexity that you know"
-    )
-
-
-def _require_floating(checkpoint: Checkpoint) -> None:
-    """Refuse weights that are quantised or no numbers to compute with."""
-    for name, entry in checkpoint.tensors.items():
-        if entry.dtype not in FLOATING:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, expected one of "
-                f"{', '.join(FLOATING)}; use the checkpoint in its original precision"
-            )
-
-
-def choose_window(spec: ModelSpec, window: int | None) -> int:
-    """S: the user's, else 2,048 or what the model allows.
-
-    That is its positions, and a sliding window that is a little shorter than 2,048 (Phi-3-mini's
-    has 2,047 tokens): longer windows would need explicit masks, which fused attention is slower
-    with and holds copies of keys for.
+        model: The dense model.
+        options: The user's options.
+        folder: Folder that the working stores are written below.
+        begun: Settings of the run that is resumed, empty for a new one.
+        custom_utility: The user passes a utility, which needs all logits of a window.
+        progress: Told of notes and sweeps.
+        on_plan: Told of the memory plan before any work.
 
     Raises:
-        OptionError: shorter than two tokens or longer than the model's positions.
+        FrugalBonsaiError: An option cannot work, or the prune does not fit.
     """
-    if window is None:
-        return min(DEFAULT_WINDOW, spec.positions, _sliding_window(spec))
-    if not 2 <= window <= spec.positions:
-        raise OptionError(
-            f"--window: {window} tokens is outside 2..{spec.positions} (the model's positions)"
-        )
-    return window
-
-
-def _sliding_window(spec: ModelSpec) -> int:
-    """The longest window that a sliding window of all layers leaves without a mask of its own.
-
-    A multiple of 64. One that is shorter than half of what is usual is left to its masks.
-    """
-    sliding = spec.config.get("sliding_window")
-    everywhere = {"sliding_attention"} == {
-        *(spec.config.get("layer_types") or ["sliding_attention"])
-    }
-    used = everywhere and spec.config.get("use_sliding_window", True)
-    if not isinstance(sliding, int) or not used or sliding <= DEFAULT_WINDOW // 2:
-        return DEFAULT_WINDOW
-    return (sliding - 1) // 64 * 64
-
-
-def read_windows(
-    model: Model, source: str, window: int, *, windows: int | None, option: str
-) -> tuple[str, Any]:
-    """The name of a text and its first windows, int64 ``[n, S]``.
-
-    Args:
-        model: whose tokenizer is used.
-        source: file, JSON lines, hub data set or ``stdlib``.
-        window: S.
-        windows: at most this many; None takes all.
-        option: option that named the source, for error texts.
-    """
-    from frugal_bonsai.text.sources import load_text
-    from frugal_bonsai.text.windows import cut_windows, load_tokenizer, tokenise
-
-    characters = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
-    text = load_text(source, characters=characters)
-    tokens_T = tokenise(text.text, load_tokenizer(model.folder))
-    what = f"{option} {text.name}"
-    return text.name, cut_windows(tokens_T, window, limit=windows, what=what)
-
-
-def make_engine(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    plan: Any,
-    device: Any,
-    progress: Any,
-    *,
-    arithmetic: str = "float",
-    dtype: Any = None,
-) -> Any:
-    """An engine within a plan's limits; the caps are enforced in the allocators.
-
-    Args:
-        checkpoint: the model.
-        spec: its description.
-        plan: the memory plan.
-        device: where it computes.
-        progress: told of each layer visit.
-        arithmetic: of masked evaluation.
-        dtype: compute dtype; None takes the device's own.
-    """
-    from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
-    from frugal_bonsai.stream.engine import Engine, compute_dtype
-
-    enforce_host_cap(plan.budget.host_bytes, plan.total_bytes("host"))
-    if plan.budget.gpu_bytes is not None:
-        enforce_gpu_cap(device, plan.budget)
-    return Engine(
-        checkpoint,
-        spec,
-        device=device,
-        dtype=compute_dtype(device) if dtype is None else dtype,
-        limits=plan.limits,
-        arithmetic=arithmetic,
+    resolved = resolve(model, options, begun=begun)
+    budget = resolved.machine.budget
+    progress.caps(budget.host_bytes, budget.gpu_bytes)
+    for note in (*budget.notes, *resolved.notes):
+        progress.note(note)
+    texts = _read_texts(model, resolved, options)
+    work = prune_workload(
+        model,
+        resolved,
+        texts.windows,
+        eval_windows=texts.eval_windows,
+        custom_utility=custom_utility,
+    )
+    memory = plan_prune(model, resolved, work)
+    if on_plan is not None:
+        on_plan(memory)
+    predicted = predict(model, resolved, work, memory)
+    if predicted is not None:
+        progress.note(f"predicted: about {duration(predicted['seconds'])}")
+    require_free_space(folder, memory.total_bytes("disk"), "the working stores")
+    # The layers' weights are checked as the working store is written.
+    require_finite(model.checkpoint, model.spec.other_tensors)
+    engine = make_engine(
+        model,
+        memory,
+        resolved.machine.device,
+        progress,
+        arithmetic=resolved.settings.arithmetic,
+    )
+    if texts.windows_nS is None:
+        progress.note(sampling_note(model, resolved, work, memory))
+    return PruneRun(
+        model=model,
+        resolved=resolved,
+        texts=texts,
+        work=work,
+        memory=memory,
+        predicted=predicted,
+        engine=engine,
+        calibration=_calibrate(model, resolved, texts, work, engine),
         progress=progress,
     )
 
 
-def in_fp32(engine: Any, plan: Any) -> Any:
-    """The engine itself where it computes in fp32, else another of the same model that does."""
-    import torch
+def _read_texts(model: Model, resolved: ResolvedPrune, options: PruneOptions) -> Texts:
+    """Read the calibration text, unless it is sampled, and the text of ``--eval-text``."""
+    window, windows = resolved.window, resolved.windows
+    eval_name, eval_NS = None, None
+    if options.eval_text is not None:
+        eval_name, eval_NS = read_windows(
+            model, options.eval_text, window, windows=None, option="--eval-text"
+        )
+    source, windows_nS = "self (sampled from the model)", None
+    if resolved.source != SELF:
+        wanted = windows + held_out_count(windows)
+        source, windows_nS = read_windows(
+            model, resolved.source, window, windows=wanted, option="--calibration"
+        )
+    return Texts(
+        source=source,
+        windows_nS=windows_nS,
+        windows=windows if windows_nS is None else min(windows, len(windows_nS)),
+        eval_name=eval_name,
+        eval_NS=eval_NS,
+    )
 
-    if engine.dtype == torch.float32:
-        return engine
-    model = engine.checkpoint, engine.spec
-    return make_engine(*model, plan, engine.device, engine.progress, dtype=torch.float32)
 
-
-def measured_base_bytes(spec: ModelSpec, *, training: bool = False) -> int:
-    """What this process holds before the model: everything that will be imported, imported.
-
-    The peak counts, because a cap on resident memory counts it too.
-
-    Args:
-        spec: of the model.
-        training: bitsandbytes will be used, or imported by peft.
-    """
-    import torch
-
-    from frugal_bonsai.int8 import has_bitsandbytes
-    from frugal_bonsai.memory.meter import peak_resident_bytes
-    from frugal_bonsai.stream.skeleton import build_empty_model
-
-    build_empty_model(spec)
-    if training:
-        has_bitsandbytes()
-    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
-    return peak_resident_bytes() + LATE_BYTES
+def _calibrate(
+    model: Model, resolved: ResolvedPrune, texts: Texts, work: PruneWorkload, engine: Engine
+) -> Calibration:
+    """Sample the calibration windows if they are not read, and hold some of them out."""
+    windows_nS = texts.windows_nS
+    if windows_nS is None:
+        first = model.spec.config.get("bos_token_id")
+        windows_nS = sample_windows(
+            engine,
+            work.sampled,
+            work.window,
+            first_token=first if isinstance(first, int) else None,
+            seed=resolved.settings.seed,
+        )
+    calibration = split_windows(windows_nS, resolved.windows, f"--calibration {texts.source}")
+    engine.progress.note(
+        f"calibration: {texts.source}, {len(calibration.windows_NS)} windows of {work.window} "
+        f"tokens, {len(calibration.held_out_NS)} held out"
+    )
+    return calibration

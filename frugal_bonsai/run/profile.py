@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
 # What a command does before its first sweep, in a process of its own.
 _START = (
-    "import scipy.optimize, scipy.stats; from frugal_bonsai.run.prepare import *; "
-    "from frugal_bonsai.stream.engine import Engine; from frugal_bonsai.bonsai import search\n"
+    "import scipy.optimize, scipy.stats\n"
+    "from frugal_bonsai.run import prune\n"
+    "from frugal_bonsai.run.engine import measured_base_bytes\n"
+    "from frugal_bonsai.run.open import open_model\n"
     "with open_model('example') as model: measured_base_bytes(model.spec)"
 )
 # Where a second's measuring cannot say: a usual NVMe disk's rates (docs/hardware.md).
@@ -187,7 +189,7 @@ def _measure_call(timer: Timer) -> float:
     """Seconds of one layer call with next to no arithmetic: the example's layer, two tokens."""
     import torch
 
-    from frugal_bonsai.run.prepare import open_model
+    from frugal_bonsai.run.open import open_model
     from frugal_bonsai.stream.call import call_layer
     from frugal_bonsai.stream.engine import compute_dtype
     from frugal_bonsai.stream.skeleton import Skeleton

@@ -19,7 +19,7 @@ from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.report.mask_card import mask_card
-from frugal_bonsai.run.prepare import Model, note_assumed, open_model
+from frugal_bonsai.run.open import Model, note_assumed, open_model
 from frugal_bonsai.run.summary import MASK_FILE, load_line
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.version import package_version

@@ -1,111 +1,77 @@
 """The summary of a prune as plain values: what ``--json`` prints, the card is made of, tables show.
 
-In: what the prune had and found. Out: a dictionary, and the papers beside the weights (card, mask,
-report).
+In: a prune and the result of its search. Out: a dictionary, and the files beside the weights (card,
+mask, report).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from frugal_bonsai.bonsai.search import Found
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
+from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PER_LAYER
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.card import model_card
 from frugal_bonsai.report.card_parts import parent_name
-from frugal_bonsai.run.plan import Prepared, plan_items
-from frugal_bonsai.run.prepare import Model
+from frugal_bonsai.rewrite.mask_file import write_mask
+from frugal_bonsai.run.open import Model
+from frugal_bonsai.run.plan import plan_items
+from frugal_bonsai.run.prepare import PruneRun
+from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.version import package_version
-
-if TYPE_CHECKING:
-    import torch
-
-    from frugal_bonsai.bonsai.calibration import Calibration
-    from frugal_bonsai.bonsai.search import Found
-    from frugal_bonsai.stream.engine import Engine
 
 MASK_FILE, REPORT_FILE = "pruning_mask.json", "pruning_report.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Texts:
-    """Token windows of the texts, read before the plan."""
-
-    source_name: str
-    windows_nS: torch.Tensor | None  # None for ``self``: sampled when the engine exists
-    eval_name: str | None
-    eval_NS: torch.Tensor | None
-    planned_windows: int
-
-    @property
-    def eval_windows(self) -> int:
-        """Windows of the user's own text."""
-        return 0 if self.eval_NS is None else len(self.eval_NS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the end of a prune needs from its beginning."""
-
-    model: Model
-    ready: Prepared
-    memory: MemoryPlan
-    engine: Engine
-    calibration: Calibration
-    texts: Texts
-    progress: Progress
-
-
-def describe(job: Job, found: Found) -> dict[str, Any]:
-    """What was asked for and found, without the figures before and after."""
-    model, ready, texts = job.model, job.ready, job.texts
-    table = model.spec.table
+def describe_run(run: PruneRun, found: Found) -> dict[str, Any]:
+    """Return the options of a prune and the result of its search, without figures of the models."""
+    model, resolved, texts = run.model, run.resolved, run.texts
+    latency, window = resolved.latency, resolved.window
+    eval_text = None
+    if texts.eval_NS is not None:
+        eval_text = {"name": texts.eval_name, "window": window, "windows": texts.eval_windows}
     return {
         "version": package_version(),
         "model": model.name,
         "family": model.spec.family.title,
-        "layout": ready.rules.layout,
-        "tile": ready.rules.tile,
-        "settings": ready.settings.to_json(),
+        "layout": resolved.rules.layout,
+        "tile": resolved.rules.tile,
+        "settings": resolved.settings.to_json(),
         "calibration": {
-            "source": texts.source_name,
-            "window": ready.window,
-            "windows": len(job.calibration.windows_NS),
-            "held_out_windows": len(job.calibration.held_out_NS),
+            "source": texts.source,
+            "window": window,
+            "windows": len(run.calibration.windows_NS),
+            "held_out_windows": len(run.calibration.held_out_NS),
         },
-        "eval_text": None
-        if texts.eval_NS is None
-        else {"name": texts.eval_name, "window": ready.window, "windows": len(texts.eval_NS)},
+        "eval_text": eval_text,
         "kept": found.mask.counts_with_experts(),
-        "dense": KeepMask(table).counts_with_experts(),
+        "dense": KeepMask(model.spec.table).counts_with_experts(),
         "layer_sparsity": _layer_sparsity(model, found.mask),
-        "latency": None if ready.latency is None else ready.latency.describe(found.mask),
+        "latency": None if latency is None else latency.describe(found.mask),
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
-        "memory": describe_memory(job.memory, job.engine),
+        "memory": describe_memory(run.memory, run.engine),
         "notes": [
-            *ready.budget.notes,
-            *ready.notes,
+            *resolved.machine.budget.notes,
+            *resolved.notes,
             *(r["note"] for r in found.rounds if "note" in r),
         ],
     }
 
 
 def describe_memory(memory: MemoryPlan, engine: Engine) -> dict[str, Any]:
-    """Caps, what the plan predicted and what was measured; micro-batches as planned and at the end.
+    """Return caps, predicted and measured bytes, and micro-batches as planned and at the end.
 
     Args:
-        memory: the plan.
-        engine: that has done the work.
+        memory: The plan.
+        engine: Engine that has done the work.
     """
-    from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
-
     budget, gpu = memory.budget, memory.budget.gpu_bytes is not None
     return {
         "host_cap_bytes": budget.host_bytes,
@@ -121,6 +87,7 @@ def describe_memory(memory: MemoryPlan, engine: Engine) -> dict[str, Any]:
 
 
 def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
+    """Return the share of each layer's parameters that is removed."""
     shares = []
     dropped = mask.dropped_layers()
     for layer, tensors in enumerate(model.spec.layer_tensors):
@@ -136,16 +103,14 @@ def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
 
 
 def load_line(out: Path, layout: str) -> str:
-    """The line that loads the output."""
+    """Return the line of Python that loads the output."""
     if layout == PER_LAYER:
         return f"frugal_bonsai.load_pruned({str(out)!r})"
     return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
 
 
 def write_papers(staged: Path, summary: dict[str, Any], spec: ModelSpec, mask: KeepMask) -> None:
-    """The card, the mask and the report beside the weights."""
-    from frugal_bonsai.rewrite.mask_file import write_mask
-
+    """Write the card, the mask and the report beside the weights."""
     write_mask(staged / MASK_FILE, parent_name(summary["model"]), spec, mask)
     write_json(staged / REPORT_FILE, summary)
     write_bytes(staged / "README.md", model_card(summary).encode())

@@ -21,7 +21,7 @@ from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.tensor_file import read_tensor, write_tensors
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.run.adaptation import Adaptation
-from frugal_bonsai.run.prepare import make_engine
+from frugal_bonsai.run.engine import make_engine
 from frugal_bonsai.stream.engine import Engine
 
 # Windows that are sampled together, because their keys and values are held.
@@ -38,7 +38,7 @@ def make_training_data(job: Adaptation, plan: MemoryPlan | None) -> TrainingData
     engine: Engine | None = None
     if job.teacher is not None and plan is not None:
         teacher = job.teacher
-        engine = make_engine(teacher.checkpoint, teacher.spec, plan, job.device, job.progress)
+        engine = make_engine(teacher, plan, job.device, job.progress)
     splits = []
     for name, text_nS in zip(job.texts.names, job.texts.windows, strict=True):
         if text_nS is None:

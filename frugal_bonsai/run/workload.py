@@ -1,6 +1,6 @@
 """The workload of a prune, made once for its memory plan, its predicted time and its tokens.
 
-In: a prepared prune and the sizes of its texts. Out: a
+In: a resolved prune and the sizes of its texts. Out: a
 :class:`~frugal_bonsai.memory.work.PruneWorkload`, and the largest number of tokens that its search
 spends. Reads headers, no weights.
 """
@@ -8,8 +8,10 @@ spends. Reads headers, no weights.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from frugal_bonsai.bonsai.calibration import held_out_count
+from frugal_bonsai.bonsai.masks.sampling import batch_ends
+from frugal_bonsai.bonsai.selection.candidates import MOST_CUTS, MOST_CUTS_SPARED
 from frugal_bonsai.bonsai.selection.extent import (
     MOST_SCALES,
     round_goals,
@@ -28,48 +30,45 @@ from frugal_bonsai.memory.work import (
 )
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import FFN
-from frugal_bonsai.run.prepare import Model
+from frugal_bonsai.run.open import Model
+from frugal_bonsai.run.resolve import ResolvedPrune
 from frugal_bonsai.text.sources import SELF
-
-if TYPE_CHECKING:
-    from frugal_bonsai.run.plan import Prepared
 
 
 def prune_workload(
     model: Model,
-    ready: Prepared,
+    resolved: ResolvedPrune,
     windows: int,
     *,
     eval_windows: int = 0,
     custom_utility: bool = False,
 ) -> PruneWorkload:
-    """Return the workload of a prepared prune.
+    """Return the workload of a prune.
 
     Args:
         model: Model that is pruned.
-        ready: The prepared prune.
+        resolved: Its resolved options.
         windows: Number of calibration windows.
         eval_windows: Number of windows of the text that ``--eval-text`` names.
         custom_utility: A utility of the user's needs all logits of a window.
     """
-    from frugal_bonsai.bonsai.calibration import held_out_count
-    from frugal_bonsai.bonsai.masks.sampling import batch_ends
-    from frugal_bonsai.bonsai.selection.candidates import MOST_CUTS, MOST_CUTS_SPARED
-
-    settings, uniform = ready.settings, ready.rules.uniform
+    settings, uniform = resolved.settings, resolved.rules.uniform
+    held_out, sampled = held_out_count(windows), 0
+    if resolved.source == SELF:
+        sampled = resolved.windows + held_out_count(resolved.windows)
     columns = max(group.columns for group in model.spec.table.groups)
     masked = settings.level != NONE
     reconstruction = settings.recovery
     return PruneWorkload(
-        window=ready.window,
+        window=resolved.window,
         windows=windows,
-        measured=(held_out_count(windows), eval_windows),
+        measured=(held_out, eval_windows),
         weights=settings.weights,
-        sampled=ready.windows + held_out_count(ready.windows) if ready.source == SELF else 0,
+        sampled=sampled,
         full_logits=custom_utility,
         source_bytes=_element_bytes(model.checkpoint),
         goals=tuple(round_goals(settings)),
-        part_windows=round_windows(settings, columns, ready.window, windows),
+        part_windows=round_windows(settings, columns, resolved.window, windows),
         mask_windows=min(settings.mask_windows, windows),
         mask_batches=tuple(batch_ends(settings.masks, settings.certainty)) if masked else (),
         shared_masks=settings.design == "shared",
@@ -78,10 +77,10 @@ def prune_workload(
         imputation_pool=settings.pool if settings.stand_ins(uniform=uniform) else 0.0,
         reconstruction=reconstruction,
         refit_inputs=reconstruction and settings.refit == "all",
-        trial_windows=_trial_windows(settings, columns, ready.window, windows, uniform=uniform),
+        trial_windows=_trial_windows(settings, columns, resolved.window, windows, uniform=uniform),
         candidates=MOST_CUTS if settings.level == GROUP else MOST_CUTS_SPARED,
         scale_windows=(
-            scale_windows(ready.window, windows) if reconstruction and settings.rescale else 0
+            scale_windows(resolved.window, windows) if reconstruction and settings.rescale else 0
         ),
         channel_updates=settings.refine if reconstruction else 0,
     )

@@ -12,8 +12,9 @@ from frugal_bonsai import accelerator
 from frugal_bonsai.errors import BudgetError, OptionError
 from frugal_bonsai.hardware.profile_file import read_profile
 from frugal_bonsai.memory import budget as budgets
-from frugal_bonsai.memory.budget import enforce_gpu_cap, find_device, make_budget
+from frugal_bonsai.memory.budget import enforce_gpu_cap, find_device, make_budget, parse_caps
 from frugal_bonsai.memory.meter import peak_gpu_bytes, reserved_gpu_bytes
+from frugal_bonsai.run import machine as machines
 from frugal_bonsai.run.profile import profile
 
 MIB = 2**20
@@ -24,7 +25,7 @@ def test_a_device_has_a_number(name: str | None, machine: Machine) -> None:
     """Finding 1: torch sets no memory fraction for a device without one."""
     device = find_device(name)
     assert device == torch.device("cuda:0") and device.index == 0
-    enforce_gpu_cap(device, make_budget(device, "8GB", None))
+    enforce_gpu_cap(device, make_budget(device, parse_caps("8GB", None)))
     assert machine.memory.limit_bytes == pytest.approx(8e9 - CONTEXT_BYTES, rel=1e-6)
 
 
@@ -34,7 +35,7 @@ def test_without_a_number_the_cap_cannot_be_set(
     """Finding 1 put back."""
     from frugal_bonsai import PruneOptions, prune
 
-    monkeypatch.setattr(budgets, "find_device", lambda _=None: torch.device("cuda"))
+    monkeypatch.setattr(machines, "find_device", lambda _=None: torch.device("cuda"))
     options = PruneOptions(window=16, windows=2, profile="profiles/rtx-12gb.toml")
     with pytest.raises(ValueError, match="index"):
         prune("example", "never", options)
@@ -59,7 +60,7 @@ def test_what_is_no_device(name: str, machine: Machine) -> None:
 
 
 def test_without_a_cap_some_of_the_device_is_left(machine: Machine) -> None:
-    budget = make_budget(machine.device, None, None)
+    budget = make_budget(machine.device, parse_caps(None, None))
     assert budget.device == "cuda" and budget.gpu_bytes is not None
     assert budget.context_bytes == CONTEXT_BYTES
     assert budget.gpu_bytes == machine.memory.total_bytes - 384 * MIB
@@ -75,10 +76,13 @@ def test_a_cap_above_what_is_free_is_noted(
         torch.cuda, "mem_get_info", lambda *_: (total - machine.memory.reserved - others, total)
     )
     monkeypatch.setattr(budgets, "measure_context", lambda _: CONTEXT_BYTES)
-    notes = " ".join(make_budget(machine.device, "16GiB", None).notes)
+    notes = " ".join(make_budget(machine.device, parse_caps("16GiB", None)).notes)
     assert "is more than the 11.39 GiB that are free on this GPU now" in notes
-    assert make_budget(machine.device, "8GiB", None).notes == ()
-    assert "more than the GPU's 16.00 GiB" in make_budget(machine.device, "17GiB", None).notes[0]
+    assert make_budget(machine.device, parse_caps("8GiB", None)).notes == ()
+    assert (
+        "more than the GPU's 16.00 GiB"
+        in make_budget(machine.device, parse_caps("17GiB", None)).notes[0]
+    )
 
 
 def test_the_context_is_measured_with_everything_that_loads_late(
@@ -108,9 +112,9 @@ def test_meters(machine: Machine) -> None:
 
 def test_memory_that_is_shared_counts_once() -> None:
     with installed("mps") as machine:
-        budget = make_budget(machine.device, "3GB", "2GB")
+        budget = make_budget(machine.device, parse_caps("3GB", "2GB"))
         assert (budget.device, budget.host_bytes, budget.gpu_bytes) == ("mps", 2 * 10**9, None)
-        assert make_budget(machine.device, "1GB", "2GB").host_bytes == 10**9
+        assert make_budget(machine.device, parse_caps("1GB", "2GB")).host_bytes == 10**9
         assert any("computes in the host's memory" in note for note in budget.notes)
         assert peak_gpu_bytes(machine.device, 0) is None and reserved_gpu_bytes() == 0
 

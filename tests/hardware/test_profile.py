@@ -10,6 +10,7 @@ import torch
 import profiles
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.profile import device_name, profile_budget
+from frugal_bonsai.memory.budget import parse_caps
 from frugal_bonsai.sizes import GIB
 
 
@@ -61,26 +62,28 @@ def test_what_sweeps_compute_in() -> None:
 
 
 def test_caps_default_to_the_profiles_memory() -> None:
-    budget = profile_budget(profiles.cuda(), None, None)
+    budget = profile_budget(profiles.cuda(), parse_caps(None, None))
     assert (budget.device, budget.gpu_bytes, budget.host_bytes) == ("cuda", 24 * GIB, 63 * GIB)
     assert budget.notes == ()
     # A machine with very little keeps half for others, not less than nothing.
-    assert profile_budget(profiles.cpu(host_bytes=GIB), None, None).host_bytes == GIB // 2
+    assert (
+        profile_budget(profiles.cpu(host_bytes=GIB), parse_caps(None, None)).host_bytes == GIB // 2
+    )
 
 
 def test_caps_beyond_the_profiles_memory_are_noted() -> None:
-    budget = profile_budget(profiles.cuda(), "48GB", "900GB")
+    budget = profile_budget(profiles.cuda(), parse_caps("48GB", "900GB"))
     assert budget.gpu_bytes == 24 * GIB and budget.host_bytes == 900 * 10**9
     assert [note.split()[0] for note in budget.notes] == ["--max-cpu-mem", "--max-gpu-mem"]
     assert all("more than the profile's" in note for note in budget.notes)
 
 
 def test_a_gpu_cap_on_a_cpu_profile_has_no_effect_but_must_be_a_size() -> None:
-    budget = profile_budget(profiles.cpu(), "8GB", "2GB")
+    budget = profile_budget(profiles.cpu(), parse_caps("8GB", "2GB"))
     assert budget.gpu_bytes is None and budget.host_bytes == 2 * 10**9
     assert "--max-gpu-mem has no effect" in budget.notes[0]
     with pytest.raises(OptionError, match="--max-gpu-mem"):
-        profile_budget(profiles.cpu(), "lots", None)
+        profile_budget(profiles.cpu(), parse_caps("lots", None))
 
 
 def test_the_name_says_how_many_threads() -> None:

@@ -17,7 +17,7 @@ from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.phases import Phase as MemoryPhase
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import HOST, PlanItem, PruneWorkload, SweepLimits
-from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.stream.operations import count_operations
 
 with open_model("example") as model:

@@ -15,7 +15,7 @@ from frugal_bonsai.hardware.operations import Rates
 from frugal_bonsai.hardware.profile import HardwareProfile
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
-from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.stream.operations import count_operations
 
 

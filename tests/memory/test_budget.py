@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from frugal_bonsai.errors import BudgetError, OptionError
-from frugal_bonsai.memory.budget import Budget, allocator_share, find_device, make_budget
+from frugal_bonsai.memory.budget import (
+    Budget,
+    allocator_share,
+    find_device,
+    make_budget,
+    parse_caps,
+)
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes, resident_bytes
 from frugal_bonsai.sizes import GIB
 
@@ -18,26 +24,26 @@ CPU = torch.device("cpu")
 
 
 def test_without_a_gpu_its_cap_is_said_to_have_no_effect() -> None:
-    budget = make_budget(CPU, "24GB", "1GB")
+    budget = make_budget(CPU, parse_caps("24GB", "1GB"))
     assert budget.host_bytes == 10**9 and budget.gpu_bytes is None
     assert any("--max-gpu-mem has no effect" in note for note in budget.notes)
-    assert make_budget(CPU, None, "1GB").notes == ()
+    assert make_budget(CPU, parse_caps(None, "1GB")).notes == ()
 
 
 def test_a_wrong_size_is_refused_even_where_it_has_no_effect() -> None:
     with pytest.raises(OptionError, match="--max-gpu-mem"):
-        make_budget(CPU, "plenty", None)
+        make_budget(CPU, parse_caps("plenty", None))
 
 
 def test_without_a_cap_the_machine_keeps_some() -> None:
     import psutil
 
-    budget = make_budget(CPU, None, None)
+    budget = make_budget(CPU, parse_caps(None, None))
     assert 0 < budget.host_bytes < psutil.virtual_memory().total
 
 
 def test_more_than_is_free_is_noted() -> None:
-    assert any("more than" in note for note in make_budget(CPU, None, "900TB").notes)
+    assert any("more than" in note for note in make_budget(CPU, parse_caps(None, "900TB")).notes)
 
 
 def test_the_whole_context_is_subtracted_from_the_gpu_cap() -> None:

@@ -49,7 +49,9 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def plain() -> tuple[PlainProgress, io.StringIO, Clock]:
     stream, clock = io.StringIO(), Clock()
-    return PlainProgress(2 * GIB, stream, clock=clock), stream, clock
+    progress = PlainProgress(stream, clock=clock)
+    progress.caps(2 * GIB, None)
+    return progress, stream, clock
 
 
 def test_a_round_and_a_finished_sweep_are_a_line_each() -> None:
@@ -97,7 +99,7 @@ def test_time_left_of_the_run_is_estimated_from_finished_rounds() -> None:
 def test_plain_lines_hold_no_control_characters_and_fit_the_encoding() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    progress = PlainProgress(GIB, stream)
+    progress = PlainProgress(stream)
     progress.note("two\nlines \x1b[31mred\r caf\u00e9")
     progress.sweep("perplexity on a\x07b.txt", 1, 10)
     progress.step("layer 0")
@@ -117,7 +119,8 @@ def test_a_sweep_without_steps_and_a_step_without_a_sweep_do_no_harm() -> None:
 
 def test_memory_is_read_at_most_twice_a_second(readings: list[int]) -> None:
     clock = Clock()
-    tracker = Tracker(2 * GIB, clock)
+    tracker = Tracker(clock)
+    tracker.caps(2 * GIB, None)
     for _ in range(100):
         clock.now += 0.0101
         assert tracker.memory_text() == "memory 1.50 of 2.00 GiB"
@@ -127,7 +130,8 @@ def test_memory_is_read_at_most_twice_a_second(readings: list[int]) -> None:
 def test_on_a_gpu_its_memory_stands_beside_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracker, "reserved_gpu_bytes", lambda: 3 * GIB)
     stream = io.StringIO()
-    progress = PlainProgress(2 * GIB, stream, gpu_cap_bytes=24 * GIB)
+    progress = PlainProgress(stream)
+    progress.caps(2 * GIB, 24 * GIB)
     progress.round(1, 10, 0.0)
     expected = "memory 1.50 of 2.00 GiB, GPU 3.00 of 24.00 GiB"
     assert stream.getvalue() == f"round 1 of 10, 0.0% removed, {expected}\n"
@@ -136,21 +140,21 @@ def test_on_a_gpu_its_memory_stands_beside_the_hosts(monkeypatch: pytest.MonkeyP
 def test_a_pipe_gets_plain_lines_and_a_terminal_the_display(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with make_progress(GIB, stream=io.StringIO()) as progress:
+    with make_progress(io.StringIO()) as progress:
         assert isinstance(progress, PlainProgress)
-    with make_progress(GIB, stream=Terminal()) as progress:
+    with make_progress(Terminal()) as progress:
         assert isinstance(progress, LiveProgress)
     monkeypatch.setenv("TERM", "dumb")
-    with make_progress(GIB, stream=Terminal()) as progress:
+    with make_progress(Terminal()) as progress:
         assert isinstance(progress, PlainProgress)
     # Colours that are forced do not make a terminal of a pipe.
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with make_progress(GIB, stream=io.StringIO()) as progress:
+    with make_progress(io.StringIO()) as progress:
         assert isinstance(progress, PlainProgress)
 
 
 def test_the_default_is_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with make_progress(GIB) as progress:
+    with make_progress() as progress:
         progress.note("said")
     captured = capsys.readouterr()
     assert captured.err == "said\n" and captured.out == ""
@@ -159,7 +163,8 @@ def test_the_default_is_standard_error(capsys: pytest.CaptureFixture[str]) -> No
 def shown(work: Callable[[Progress], None]) -> str:
     """What the live display wrote, without its control sequences."""
     stream = Terminal()
-    with LiveProgress(2 * GIB, stream) as progress:
+    with LiveProgress(stream) as progress:
+        progress.caps(2 * GIB, None)
         work(progress)
         progress._live.refresh()
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
@@ -198,7 +203,7 @@ def test_notes_stand_above_the_display_as_they_are() -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_the_terminal_is_restored_whatever_happens(error: type[BaseException]) -> None:
     stream, before = Terminal(), (sys.stdout, sys.stderr)
-    with pytest.raises(error), make_progress(GIB, stream=stream) as progress:
+    with pytest.raises(error), make_progress(stream) as progress:
         progress.sweep("masks", 4, 10)
         raise error
     assert HIDE_CURSOR in stream.getvalue()
@@ -210,7 +215,7 @@ def test_reports_need_no_torch() -> None:
     code = (
         "import sys, io\n"
         "from frugal_bonsai.report import card, live, sheet, tables, words\n"
-        "with live.make_progress(1, stream=io.StringIO()) as p: p.round(1, 2, 0.0)\n"
+        "with live.make_progress(io.StringIO()) as p: p.round(1, 2, 0.0)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

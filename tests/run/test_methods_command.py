@@ -27,7 +27,8 @@ print(json.dumps({"perplexity": float(loss.exp()), "parameters": model.num_param
 def _held_out(windows: int, window: int) -> list[list[int]]:
     """The windows that a prune of ``example`` holds out, as it cuts them."""
     from frugal_bonsai.bonsai.calibration import held_out_count, split_windows
-    from frugal_bonsai.run.prepare import open_model, read_windows
+    from frugal_bonsai.run.open import open_model
+    from frugal_bonsai.run.texts import read_windows
 
     with open_model("example") as model:
         wanted = windows + held_out_count(windows)

@@ -11,7 +11,7 @@ import pytest
 from frugal_bonsai import PruneOptions, plan, prune
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, SweepLimits
-from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.workload import forward_tokens
 
 with open_model("example", headers_only=True) as example:

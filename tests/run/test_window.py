@@ -10,7 +10,7 @@ import pytest
 from tiny_models import tiny_llama
 
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.run.prepare import choose_window
+from frugal_bonsai.run.texts import choose_window
 
 
 @pytest.mark.parametrize(

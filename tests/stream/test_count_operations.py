@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import FAMILY_CONFIGS, tiny_family
 
-from frugal_bonsai.run.prepare import open_model
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.stream.operations import count_operations
 
 

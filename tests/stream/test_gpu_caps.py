@@ -15,7 +15,13 @@ from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.writer import ShardedWriter
-from frugal_bonsai.memory.budget import Budget, enforce_gpu_cap, find_device, make_budget
+from frugal_bonsai.memory.budget import (
+    Budget,
+    enforce_gpu_cap,
+    find_device,
+    make_budget,
+    parse_caps,
+)
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import KeepMask, UnitGroup
@@ -130,7 +136,7 @@ def _engine(model: tuple[Checkpoint, ModelSpec], plan: MemoryPlan, **limits: int
 
 
 def _plan(spec: ModelSpec, cap: str) -> tuple[Budget, MemoryPlan]:
-    budget = make_budget(find_device("cuda"), cap, None)
+    budget = make_budget(find_device("cuda"), parse_caps(cap, None))
     return budget, plan_memory(spec, budget, WORK, base_bytes=1000 * MIB)
 
 

@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from frugal_bonsai.run.prepare import Model
+from frugal_bonsai.run.open import Model
 from frugal_bonsai.stream.call import call_layer
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.store import LayerStore

@@ -20,7 +20,7 @@ from frugal_bonsai.checkpoint.commit import staged_directory
 from frugal_bonsai.checkpoint.writer import ShardedWriter
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.run.prepare import Model, open_model
+from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.stream.engine import Engine, compute_dtype
 from frugal_bonsai.stream.store import INT8, LayerStore, build_store
 from gpu_checks.check import Check

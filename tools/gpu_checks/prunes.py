@@ -13,8 +13,8 @@ from frugal_bonsai.model.layout import PER_LAYER, UNIFORM
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.rewrite.mask_file import read_mask
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.options import PruneOptions
-from frugal_bonsai.run.prepare import open_model
 from frugal_bonsai.run.profile import profile
 from frugal_bonsai.run.prune import prune
 from gpu_checks.check import Check

@@ -17,7 +17,7 @@ import torch
 from bench_streaming import HalfOff
 
 from frugal_bonsai.model.units import UnitGroup
-from frugal_bonsai.run.prepare import Model
+from frugal_bonsai.run.open import Model
 from frugal_bonsai.stream.store import LayerStore
 from gpu_checks.check import Check, own_frames
 from gpu_checks.models import int8_store, large, make_engine, opened, random_tokens, small

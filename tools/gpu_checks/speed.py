@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from bench_streaming import HalfOff, load_model, masked
 
-from frugal_bonsai.run.prepare import Model
+from frugal_bonsai.run.open import Model
 from frugal_bonsai.stream.engine import compute_dtype
 from frugal_bonsai.stream.store import LayerStore
 from gpu_checks.check import Check

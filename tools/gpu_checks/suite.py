@@ -15,11 +15,12 @@ from frugal_bonsai.accelerator import synchronize
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
-from frugal_bonsai.memory.budget import make_budget
+from frugal_bonsai.memory.budget import make_budget, parse_caps
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.run.prepare import Model, make_engine, measured_base_bytes
+from frugal_bonsai.run.engine import make_engine, measured_base_bytes
+from frugal_bonsai.run.open import Model
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.store import INT8, LayerStore
 from gpu_checks.check import ROOT, TAIL_LINES, Check
@@ -104,13 +105,13 @@ def _under_cap(
     )
     device = check.device
     reset_peaks(device)
-    budget = make_budget(device, cap, None)
+    budget = make_budget(device, parse_caps(cap, None))
     base = measured_base_bytes(model.spec)
     plan = plan_memory(model.spec, budget, work, base_bytes=base)
     started = time.perf_counter()
     with CardWatch(device, check.work / f"card-{cap}.txt") as watch:
         try:
-            engine = make_engine(model.checkpoint, model.spec, plan, device, None)
+            engine = make_engine(model, plan, device, None)
             _sweep_and_recover(engine, store, plan, work)
             synchronize(device)
             seconds = time.perf_counter() - started

@@ -1,0 +1,87 @@
+"""The engine of a command, within the limits of a memory plan.
+
+In: a model, a plan, a device. Out: an engine; the caps are enforced in the allocators. Also
+measures what this process holds before the model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from frugal_bonsai.int8 import has_bitsandbytes
+from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
+from frugal_bonsai.memory.meter import peak_resident_bytes
+from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.run.open import Model
+from frugal_bonsai.sizes import MIB
+from frugal_bonsai.stream.engine import FLOAT, Engine, compute_dtype
+from frugal_bonsai.stream.skeleton import build_empty_model
+
+# What is imported after a process's size is measured: scipy's solvers (22 MiB), the search's own
+# modules (3), torch's lazy imports, the pool's threads.
+LATE_BYTES = 28 * MIB
+
+
+def make_engine(
+    model: Model,
+    plan: MemoryPlan,
+    device: torch.device,
+    progress: Progress | None,
+    *,
+    arithmetic: str = FLOAT,
+    dtype: torch.dtype | None = None,
+) -> Engine:
+    """Return an engine that works within a plan's limits.
+
+    Args:
+        model: The model.
+        plan: Its memory plan.
+        device: Device that computes.
+        progress: Told of each layer visit.
+        arithmetic: Arithmetic of masked evaluation, ``"float"`` or ``"int8"``.
+        dtype: Compute dtype. None takes the device's default.
+    """
+    enforce_host_cap(plan.budget.host_bytes, plan.total_bytes("host"))
+    if plan.budget.gpu_bytes is not None:
+        enforce_gpu_cap(device, plan.budget)
+    return Engine(
+        model.checkpoint,
+        model.spec,
+        device=device,
+        dtype=dtype or compute_dtype(device),
+        limits=plan.limits,
+        arithmetic=arithmetic,
+        progress=progress,
+    )
+
+
+def in_fp32(engine: Engine, plan: MemoryPlan) -> Engine:
+    """Return an engine of the same model that computes in fp32: itself, or another one."""
+    if engine.dtype == torch.float32:
+        return engine
+    return Engine(
+        engine.checkpoint,
+        engine.spec,
+        device=engine.device,
+        dtype=torch.float32,
+        limits=plan.limits,
+        progress=engine.progress,
+    )
+
+
+def measured_base_bytes(spec: ModelSpec, *, training: bool = False) -> int:
+    """Return the bytes that this process holds before the model, with everything imported.
+
+    The peak counts, because a cap on resident memory counts it too.
+
+    Args:
+        spec: The model.
+        training: bitsandbytes is used, or imported by peft.
+    """
+    build_empty_model(spec)
+    if training:
+        has_bitsandbytes()
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+    return peak_resident_bytes() + LATE_BYTES

@@ -1,0 +1,92 @@
+"""The end of a prune: the pruned model written, verified and measured.
+
+In: a :class:`~frugal_bonsai.run.prepare.PruneRun` and the result of its search. Out: the model in a
+staging folder, and figures as plain values. Holds one tensor, then what the sweeps hold.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frugal_bonsai.bonsai.search import Found
+from frugal_bonsai.evaluation.perplexity import measure_perplexity
+from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.shrink import shrink
+from frugal_bonsai.rewrite.verify import compare_logits
+from frugal_bonsai.run.engine import in_fp32, make_engine
+from frugal_bonsai.run.open import open_output
+from frugal_bonsai.run.prepare import PruneRun
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.source import CheckpointSource
+
+# Windows whose logits the verification compares.
+_VERIFY_WINDOWS = 2
+
+
+def measure_dense(run: PruneRun) -> dict[str, Any]:
+    """Return the sizes and perplexities of the dense model."""
+    return {**run.model.sizes, **_perplexities(run, run.engine, "dense")}
+
+
+def write_pruned(run: PruneRun, found: Found, staged: Path, shard_bytes: int) -> dict[str, Any]:
+    """Write the pruned model, verify it and measure it.
+
+    Args:
+        run: The prune.
+        found: Result of its search.
+        staged: Staging folder.
+        shard_bytes: Largest number of tensor bytes in a shard.
+
+    Raises:
+        VerifyError: The pruned model computes something else than the masked parent.
+    """
+    rewritten = shrink(
+        run.model.checkpoint,
+        run.model.spec,
+        found.mask,
+        staged,
+        rules=run.resolved.rules,
+        refit=found.refits,
+        max_shard_bytes=shard_bytes,
+    )
+    write_companions(run.model.folder, staged)
+    with open_output(staged, run.model) as output:
+        engine = make_engine(output, run.memory, run.engine.device, run.progress)
+        windows_NS = run.calibration.held_out_NS[:_VERIFY_WINDOWS]
+        difference = _verify(run, found, engine, windows_NS)
+        return {
+            "after": {**output.sizes, **_perplexities(run, engine, "pruned")},
+            "written_as": output.spec.family.title,
+            "sparsity": rewritten.sparsity,
+            "verify": {"max_relative_difference": difference, "windows": len(windows_NS)},
+        }
+
+
+def _verify(run: PruneRun, found: Found, rewritten: Engine, windows_NS: torch.Tensor) -> float:
+    """Compare the rewritten model with the masked parent, both in fp32.
+
+    In bf16 the rounding of 32 layers is as large as the change that a defect makes.
+    """
+    spec, parent = run.model.spec, in_fp32(run.engine, run.memory)
+    norm = {name: found.refits[name]() for name in spec.norm_tensors if name in found.refits}
+    parent.skeleton.replace_norm(norm)
+    masked = CheckpointSource(run.model.checkpoint, spec, mask=found.mask, refit=found.refits)
+    return compare_logits(parent, masked, in_fp32(rewritten, run.memory), windows_NS)
+
+
+def _perplexities(run: PruneRun, engine: Engine, what: str) -> dict[str, float | None]:
+    """Return the perplexities on the held-out windows and on the text of ``--eval-text``."""
+    texts = run.texts
+    with engine.native() as stream:
+        held_out = measure_perplexity(
+            engine, stream, run.calibration.held_out_NS, name=f"{what}: held-out perplexity"
+        )
+        on_text = None
+        if texts.eval_NS is not None:
+            on_text = measure_perplexity(
+                engine, stream, texts.eval_NS, name=f"{what}: perplexity on {texts.eval_name}"
+            ).value
+    return {"perplexity": held_out.value, "eval_perplexity": on_text}

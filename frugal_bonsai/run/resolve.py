@@ -1,0 +1,154 @@
+"""From a user's options to the settings of one prune.
+
+In: an open model, options. Out: a :class:`ResolvedPrune`, frozen: nothing decides on settings
+after it. Refuses what cannot work before text or weights are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from frugal_bonsai.accelerator import is_accelerator
+from frugal_bonsai.bonsai.calibration import window_count
+from frugal_bonsai.bonsai.methods import make_settings
+from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.hardware.latency import LatencyModel
+from frugal_bonsai.hardware.operations import LayerOperations, int8_wins
+from frugal_bonsai.hardware.profile import INT8, HardwareProfile
+from frugal_bonsai.hardware.profile_file import read_profile
+from frugal_bonsai.model.layout import LayoutRules, layout_rules
+from frugal_bonsai.run.compatibility import check_layout, check_method
+from frugal_bonsai.run.machine import Machine, choose_device, find_machine
+from frugal_bonsai.run.open import Model
+from frugal_bonsai.run.options import PruneOptions
+from frugal_bonsai.run.texts import choose_window
+from frugal_bonsai.stream.engine import compute_dtype
+from frugal_bonsai.stream.operations import count_operations
+
+DEFAULT_SOURCE, EXAMPLE_SOURCE = "wikitext2", "stdlib"
+# FFN tiles that matrix products are fast with.
+CPU_TILE, GPU_TILE = 64, 128
+AUTO, FLOAT_PRODUCTS, INT8_PRODUCTS = "auto", "float", "int8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedPrune:
+    """A prune of one model on one machine, decided but not begun.
+
+    Attributes:
+        settings: Settings of the method, every ``auto`` decided.
+        rules: Rules of the layout.
+        window: Tokens of a window (S).
+        windows: Number of calibration windows, if the text has as many.
+        source: Calibration source, as named.
+        machine: Device, caps and rates.
+        operations: Operations of the model's mean layer.
+        latency: Latency of the model on the profile's machine. None without a profile.
+        notes: Notes about settings that have no effect on this model.
+    """
+
+    settings: PruneSettings
+    rules: LayoutRules
+    window: int
+    windows: int
+    source: str
+    machine: Machine
+    operations: LayerOperations
+    latency: LatencyModel | None = None
+    notes: tuple[str, ...] = ()
+
+
+def resolve(
+    model: Model,
+    options: PruneOptions,
+    *,
+    elsewhere: bool = False,
+    begun: Mapping[str, Any] | None = None,
+) -> ResolvedPrune:
+    """Resolve the options of a prune, and check them against the model.
+
+    Args:
+        model: The model.
+        options: The user's options.
+        elsewhere: Plan for the machine of the profile; no device here is asked.
+        begun: Settings of the run that is resumed.
+
+    Raises:
+        FrugalBonsaiError: An option cannot work.
+    """
+    spec = model.spec
+    settings = make_settings(options.method, options.settings)
+    profile = None if options.profile is None else read_profile(Path(options.profile))
+    notes = check_method(settings, options.settings, spec, profiled=profile is not None)
+    window = choose_window(spec, options.window)
+    device = choose_device(options, profile, elsewhere=elsewhere)
+    rules = layout_rules(
+        spec,
+        options.layout,
+        tile=options.tile,
+        default_tile=GPU_TILE if is_accelerator(device) else CPU_TILE,
+        as_mistral=options.as_mistral,
+    )
+    check_layout(settings, rules, spec)
+    machine = find_machine(options, device, profile, elsewhere=elsewhere)
+    operations = count_operations(spec, window, compute_dtype(device))
+    settings = replace(
+        settings,
+        refine=0 if spec.experts else settings.refine,
+        arithmetic=_arithmetic(settings, operations, machine.rates, begun or {}),
+    )
+    latency = None
+    if profile is not None:
+        latency = LatencyModel(
+            spec=spec,
+            layer=operations,
+            profile=profile,
+            prompt_tokens=settings.prompt_tokens,
+            generated_tokens=settings.generated_tokens,
+        )
+    return ResolvedPrune(
+        settings=settings,
+        rules=rules,
+        window=window,
+        windows=window_count(window, options.windows),
+        source=options.calibration or _default_source(model),
+        machine=machine,
+        operations=operations,
+        latency=latency,
+        notes=notes,
+    )
+
+
+def _default_source(model: Model) -> str:
+    return EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
+
+
+def _arithmetic(
+    settings: PruneSettings,
+    operations: LayerOperations,
+    rates: HardwareProfile,
+    begun: Mapping[str, Any],
+) -> str:
+    """Return the arithmetic of masked evaluation, ``"float"`` or ``"int8"``.
+
+    ``auto`` takes int8 products where the machine's rates say that they are faster for this model.
+    A run that is resumed keeps the arithmetic that it began with, whatever the rates are now.
+
+    Raises:
+        OptionError: The user asks for int8 products, and the device has none.
+    """
+    wanted = settings.arithmetic
+    if wanted == AUTO:
+        wanted = begun.get("arithmetic", AUTO)
+    if wanted == FLOAT_PRODUCTS or settings.weights != "int8":
+        return FLOAT_PRODUCTS
+    if wanted == INT8_PRODUCTS and INT8 not in rates.products:
+        raise OptionError(
+            f"--arithmetic int8: torch multiplies no int8 matrices on {rates.name}; use float"
+        )
+    faster = wanted == INT8_PRODUCTS or int8_wins(operations, rates)
+    return INT8_PRODUCTS if faster else FLOAT_PRODUCTS

@@ -1,0 +1,83 @@
+"""The texts of a command: read, tokenised and cut into windows.
+
+In: an open model, sources as the user names them. Out: token windows. Holds the tokens; does not
+read weights.
+
+Shape suffixes: n and N windows, S tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.run.open import Model
+from frugal_bonsai.text.sources import load_text
+from frugal_bonsai.text.windows import cut_windows, load_tokenizer, tokenise
+
+if TYPE_CHECKING:
+    import torch
+
+# Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
+CHARACTERS_PER_TOKEN = 8
+DEFAULT_WINDOW = 2048
+
+
+def choose_window(spec: ModelSpec, window: int | None) -> int:
+    """Return the length of a window in tokens.
+
+    The default is 2,048 tokens, less where the model has fewer positions or where a slightly
+    shorter window needs no explicit attention mask: Phi-3-mini's sliding window has 2,047 tokens,
+    and fused attention is slower with a mask and copies the keys for it.
+
+    Args:
+        spec: The model.
+        window: Length that the user asks for. None takes the default.
+
+    Raises:
+        OptionError: ``window`` is less than two tokens or more than the model's positions.
+    """
+    if window is None:
+        return min(DEFAULT_WINDOW, spec.positions, _sliding_window(spec))
+    if not 2 <= window <= spec.positions:
+        raise OptionError(
+            f"--window: {window} tokens is outside 2..{spec.positions} (the model's positions)"
+        )
+    return window
+
+
+def _sliding_window(spec: ModelSpec) -> int:
+    """Return the longest window, a multiple of 64, that a sliding window does not truncate.
+
+    A sliding window below half of the default is ignored: its layers get explicit masks.
+    """
+    sliding = spec.config.get("sliding_window")
+    layer_types = spec.config.get("layer_types") or ["sliding_attention"]
+    everywhere = set(layer_types) == {"sliding_attention"}
+    used = everywhere and spec.config.get("use_sliding_window", True)
+    if not isinstance(sliding, int) or not used or sliding <= DEFAULT_WINDOW // 2:
+        return DEFAULT_WINDOW
+    return (sliding - 1) // 64 * 64
+
+
+def read_windows(
+    model: Model, source: str, window: int, *, windows: int | None, option: str
+) -> tuple[str, torch.Tensor]:
+    """Read a text and cut it into windows.
+
+    Args:
+        model: Model whose tokenizer is used.
+        source: File, JSON lines, hub data set or ``stdlib``.
+        window: Tokens of a window (S).
+        windows: Largest number of windows. None takes all.
+        option: Option that names the source, for error texts.
+
+    Returns:
+        The name of the text and its first windows, int64 ``[n, S]``.
+    """
+    characters = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
+    text = load_text(source, characters=characters)
+    tokens_T = tokenise(text.text, load_tokenizer(model.folder))
+    what = f"{option} {text.name}"
+    return text.name, cut_windows(tokens_T, window, limit=windows, what=what)
