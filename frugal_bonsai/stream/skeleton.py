@@ -261,10 +261,12 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     try:
         config = AutoConfig.for_model(**default_config(spec))
-        with init_empty_weights(include_buffers=False):
+        # Initialising weights that nobody reads would take most of the time.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             # The attention that transformers itself takes: sdpa, where the architecture has it.
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError) as error:
