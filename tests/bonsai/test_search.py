@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,12 @@ def tokens(tiny: Tiny) -> torch.Tensor:
     return sampled_windows(tiny.hugging_face(), WINDOWS, WINDOW)
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
     """Every round writes its layers anew; that they are synced is tested with the writer."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def _search(
@@ -499,27 +502,21 @@ def _assert_same(resumed: Found, whole: Found) -> None:
     ],
     ids=["default", "unit", "no recovery", "uniform", "biases"],
 )
-def test_resume_after_each_round_ends_in_the_same_model(
+def test_a_resume_after_every_round_ends_in_the_same_model(
     options: dict[str, Any], tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     whole = _search(tiny, tokens, tmp_path / "whole", **options)
     assert len(whole.rounds) >= 2
-    for number in range(2, len(whole.rounds) + 1):
-        folder = tmp_path / f"stopped {number}"
-        with pytest.raises(Interrupt):
-            _search(tiny, tokens, folder, progress=InterruptAtRound(number), **options)
-        saved = json.loads((folder / "state" / "state.json").read_text())
-        assert len(saved["rounds"]) == number - 1
-        _assert_same(_search(tiny, tokens, folder, resume=True, **options), whole)
-
-
-def test_resume_after_every_round_in_turn(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
-    whole = _search(tiny, tokens, tmp_path / "whole")
     folder = tmp_path / "stopped"
     for number in range(2, len(whole.rounds) + 1):
         with pytest.raises(Interrupt):
-            _search(tiny, tokens, folder, progress=InterruptAtRound(number), resume=number > 2)
-    _assert_same(_search(tiny, tokens, folder, resume=True), whole)
+            stop = InterruptAtRound(number)
+            _search(tiny, tokens, folder, progress=stop, resume=number > 2, **options)
+        saved = json.loads((folder / "state" / "state.json").read_text())
+        assert len(saved["rounds"]) == number - 1
+    _assert_same(_search(tiny, tokens, folder, resume=True, **options), whole)
+    # A finished run is resumed too: nothing is left to do.
+    _assert_same(_search(tiny, tokens, folder, resume=True, **options), whole)
 
 
 def test_stop_in_the_middle_of_a_round_leaves_the_round_before_whole(
@@ -531,13 +528,6 @@ def test_stop_in_the_middle_of_a_round_leaves_the_round_before_whole(
         _search(tiny, tokens, folder, progress=InterruptInRecovery(2))
     assert (folder / "state" / "round_001").is_dir() and (folder / "state" / "round_002").is_dir()
     _assert_same(_search(tiny, tokens, folder, resume=True), whole)
-
-
-def test_resume_of_a_finished_run_does_nothing(
-    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
-) -> None:
-    whole = _search(tiny, tokens, tmp_path)
-    _assert_same(_search(tiny, tokens, tmp_path, resume=True), whole)
 
 
 def test_resume_with_other_settings_names_the_setting(
