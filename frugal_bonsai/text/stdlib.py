@@ -150,7 +150,7 @@ def _module_files() -> Iterator[tuple[str, Path]]:
     relative = (PurePosixPath(path.relative_to(folder).as_posix()) for path in folder.rglob("*.py"))
     for path in sorted(relative, key=lambda path: path.parts):
         parts = path.with_suffix("").parts
-        # This skips files of a distributor or a build, too: sitecustomize, _sysconfigdata, config-*.
+        # This also skips files of a distributor or build: sitecustomize, _sysconfigdata, config-*
         if parts[0] not in sys.stdlib_module_names or _EXCLUDED_FOLDERS.intersection(parts[:-1]):
             continue
         module = ".".join(parts).removesuffix(".__init__")
