@@ -27,6 +27,7 @@ from frugal_bonsai.checkpoint.tensor_file import read_tensor, write_tensors
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.mask_json import mask_from_json, mask_to_json
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 
 STATE_FILE = "state.json"
@@ -94,7 +95,7 @@ class StateFolder:
                 "identity": self._identity,
                 "rounds": state.rounds,
                 "forward_tokens": state.forward_tokens,
-                "removed": state.mask.to_json(),
+                "removed": mask_to_json(state.mask),
                 "prior": None if state.prior is None else state.prior.name,
                 "refit": state.refit_mask is not None,
                 "ahead": None if state.ahead is None else state.ahead._asdict(),
@@ -129,7 +130,7 @@ class StateFolder:
                 f"frugal-bonsai that began it, or delete {self.folder}"
             )
         self._compare(path, saved["identity"])
-        mask = KeepMask.from_json(table, saved["removed"])
+        mask = mask_from_json(table, saved["removed"])
         state = PruneState(
             mask=mask, rounds=saved["rounds"], forward_tokens=saved["forward_tokens"]
         )

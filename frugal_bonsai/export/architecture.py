@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from frugal_bonsai.model.family_schema import Condition
-
 PER_LAYER_ARCHITECTURE = "deci"
 # llama.cpp computes every gelu by the approximation with a tanh.
 GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")
@@ -47,7 +45,8 @@ class Architecture:
             takes the width of a head.
         query_tensor: The tensor that is scaled to make up for that.
         wide_layers: With this number of layers, the graph takes hidden size / heads instead.
-        refused: Values of the config (transformers' defaults included) that the graph ignores.
+        switches: Keys of the config that switch a part of the model on -> whether the graph has
+            that part. The graph ignores what the config says.
     """
 
     name: str
@@ -67,7 +66,7 @@ class Architecture:
     query_scalar: str | None = None
     query_tensor: str = "attn_q"
     wide_layers: int | None = None
-    refused: tuple[Condition, ...] = ()
+    switches: Mapping[str, bool] = field(default_factory=dict)
 
 
 _Q = ("attn_q",)
@@ -91,11 +90,11 @@ _GEMMA2 = Architecture(
         "add_attn_logit_softcapping": "attn_logit_softcapping",
         "add_final_logit_softcapping": "final_logit_softcapping",
     },
-    refused=(
-        Condition(key="attn_logit_softcapping", reason="always caps scores"),
-        Condition(key="final_logit_softcapping", reason="always caps logits"),
-        Condition(key="use_bidirectional_attention", value=True, reason="looks back alone"),
-    ),
+    switches={
+        "attn_logit_softcapping": True,
+        "final_logit_softcapping": True,
+        "use_bidirectional_attention": False,
+    },
 )
 _GPT2 = Architecture(
     name="gpt2",
@@ -104,16 +103,8 @@ _GPT2 = Architecture(
     activations=GELU,
     keys={"add_layer_norm_eps": "layer_norm_epsilon"},
     rotates="none",
-    refused=(
-        Condition(key="scale_attn_weights", value=False, reason="always scales scores"),
-        Condition(
-            key="scale_attn_by_inverse_layer_idx",
-            value=True,
-            reason="scales the scores of all layers alike",
-        ),
-    ),
+    switches={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
 )
-_NORMED = "divides the weights of a token's experts by their sum"
 
 # config.model_type -> architecture.
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
@@ -151,13 +142,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             query_tensor="attn_q_norm",
             wide_layers=62,
             keys=_RMS_NORM,
-            refused=(
-                Condition(
-                    key="attn_logit_softcapping", other_than=0.0, reason="caps no scores any more"
-                ),
-                Condition(key="final_logit_softcapping", other_than=0.0, reason="caps no logits"),
-                _GEMMA2.refused[-1],
-            ),
+            switches={
+                "attn_logit_softcapping": False,
+                "final_logit_softcapping": False,
+                "use_bidirectional_attention": False,
+            },
         ),
         "phi3": Architecture(
             name="phi3",
@@ -182,11 +171,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                 "add_layer_norm_eps": "layer_norm_eps",
                 "add_parallel_residual": "use_parallel_residual",
             },
-            refused=(
-                Condition(
-                    key="attention_bias", value=False, reason="wants biases at q, k, v and output"
-                ),
-            ),
+            switches={"attention_bias": True},
         ),
         "falcon": Architecture(
             name="falcon",
@@ -194,29 +179,15 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             biases=("attn_norm", "attn_norm_2"),
             activations=GELU,
             keys={"add_layer_norm_eps": "layer_norm_epsilon"},
-            refused=(
-                Condition(
-                    key="parallel_attn",
-                    value=False,
-                    reason="computes attention and FFN side by side",
-                ),
-            ),
+            switches={"parallel_attn": True},
         ),
         "mixtral": replace(_LLAMA, biases=()),
-        "qwen3_moe": Architecture(
-            name="qwen3moe",
-            refused=(Condition(key="norm_topk_prob", value=False, reason=_NORMED),),
-        ),
+        "qwen3_moe": Architecture(name="qwen3moe", switches={"norm_topk_prob": True}),
         "olmoe": Architecture(
             name="olmoe",
             fixed_rows=("attn_q", "attn_k"),
             output=True,
-            refused=(
-                Condition(
-                    key="norm_topk_prob", value=True, reason="leaves the weights of experts alone"
-                ),
-                Condition(key="clip_qkv", other_than=0.0, reason="clips no q, k and v"),
-            ),
+            switches={"norm_topk_prob": False, "clip_qkv": False},
         ),
     }
 )

@@ -11,16 +11,17 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frugal_bonsai.checkpoint.commit import output_errors, replaced_file, require_free_space
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
+from frugal_bonsai.export.gguf_tensor import GgufTensor
 from frugal_bonsai.export.shape import describe_shape, model_keys
 from frugal_bonsai.export.tensors import DTYPES, list_tensors
-from frugal_bonsai.export.tokenizer import read_tokenizer
-from frugal_bonsai.export.values import GgufTensor
+from frugal_bonsai.export.tokenizer import end_note, read_tokenizer
 from frugal_bonsai.model.family import ModelSpec
 
 if TYPE_CHECKING:
@@ -52,12 +53,8 @@ def require_gguf() -> None:
     Raises:
         OptionError: It is not; the text says how to install it.
     """
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise OptionError(
-            "GGUF files need the gguf package: pip install 'frugal-bonsai[gguf]'"
-        ) from error
+    if find_spec("gguf") is None:
+        raise OptionError("GGUF files need the gguf package: pip install 'frugal-bonsai[gguf]'")
 
 
 def write_gguf(
@@ -70,7 +67,7 @@ def write_gguf(
         spec: Its description.
         out: Path of a file that does not exist.
         name: Name of the model in the file.
-        dtype: Number format of the matrices: ``f16``, ``f32`` or ``q8_0``.
+        dtype: Number format of the matrices: ``f16``, ``bf16``, ``f32`` or ``q8_0``.
 
     Raises:
         UnsupportedModelError: llama.cpp lacks the architecture or the tokenizer.
@@ -96,17 +93,17 @@ def write_gguf(
         out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(out) as file:
         with closing(gguf.GGUFWriter(Path(file.name), shape.architecture)) as writer:
-            keys = model_keys(spec, shape, name, dtype) | tokenizer.keys
+            keys = model_keys(spec, shape, name, dtype) | tokenizer
             for method, value in keys.items():
                 getattr(writer, method)(value)
             _write_tensors(writer, shape.factors, tensors)
         _require_no_file(out)
     return GgufSummary(
         architecture=shape.architecture,
-        tokenizer=tokenizer.name,
+        tokenizer=f"{tokenizer['add_tokenizer_model']} ({tokenizer['add_tokenizer_pre']})",
         formats=dict(Counter(tensor.kind.name.lower() for tensor in tensors)),
         size_bytes=out.stat().st_size,
-        notes=tokenizer.notes,
+        notes=end_note(tokenizer),
     )
 
 

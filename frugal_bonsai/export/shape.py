@@ -162,12 +162,12 @@ def _require_known(config: Any, own: Architecture, spec: ModelSpec) -> None:
         raise UnsupportedModelError(
             f"{key} is {activation!r}; llama.cpp computes {computed} for this architecture"
         )
-    values = config.to_dict()
-    for condition in own.refused:
-        if condition.holds(values):
+    for key, present in own.switches.items():
+        value = getattr(config, key, None)
+        if bool(value) != present:
             raise UnsupportedModelError(
-                f"{condition.key} is {values.get(condition.key)!r}; llama.cpp's "
-                f"architecture {own.name!r} {condition.reason}"
+                f"{key} is {value!r}; llama.cpp's architecture {own.name!r} computes the model "
+                f"{'with' if present else 'without'} it"
             )
     if own.pause is not None:
         rotated = [int((layer + 1) % own.pause != 0) for layer in range(spec.layers)]

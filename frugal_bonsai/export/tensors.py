@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import UnsupportedModelError
+from frugal_bonsai.export.gguf_tensor import GgufTensor, by_kind, interleave
 from frugal_bonsai.export.shape import Shape
-from frugal_bonsai.export.values import GgufTensor, by_kind, interleave
 from frugal_bonsai.model.family import ModelSpec
 
 if TYPE_CHECKING:
     import torch
     from gguf import TensorNameMap
 
-DTYPES = ("f16", "f32", "q8_0")
+DTYPES = ("f16", "bf16", "f32", "q8_0")
 # Matrices that llama.cpp wants in f32, as it wants all vectors.
 _EXACT = ("ffn_gate_inp", "position_embd", "attn_q_norm", "attn_k_norm")
 

@@ -1,7 +1,7 @@
 """Describe a Hugging Face tokenizer in llama.cpp's terms.
 
-In: a model's folder. Out: a :class:`GgufTokenizer`, or an error that names the feature that
-llama.cpp lacks. transformers loads the tokenizer, so the result follows what transformers does with
+In: a model's folder. Out: keys of a GGUF file, or an error that names the feature that llama.cpp
+lacks. transformers loads the tokenizer, so the result follows what transformers does with
 the files of the folder. Two kinds are supported: BPE over characters with byte fallback, as
 SentencePiece makes it (llama.cpp's ``llama``), and BPE over bytes (llama.cpp's ``gpt2``). Holds the
 vocabulary.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,23 +56,8 @@ _CHARACTERS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class GgufTokenizer:
-    """A tokenizer in llama.cpp's terms.
-
-    Attributes:
-        name: Its kind, ``llama`` or ``gpt2``, and the rule that splits a text before BPE.
-        keys: Methods of ``gguf.GGUFWriter`` and their arguments.
-        notes: What the user should know.
-    """
-
-    name: str
-    keys: dict[str, Any]
-    notes: list[str]
-
-
-def read_tokenizer(folder: Path, vocabulary: int, config: Mapping[str, Any]) -> GgufTokenizer:
-    """Read the tokenizer of a model's folder.
+def read_tokenizer(folder: Path, vocabulary: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return methods of ``gguf.GGUFWriter`` and their arguments, for a folder's tokenizer.
 
     Args:
         folder: With the files that ``AutoTokenizer`` needs.
@@ -112,13 +96,19 @@ def read_tokenizer(folder: Path, vocabulary: int, config: Mapping[str, Any]) -> 
         template = [{"name": name, "template": text} for name, text in template.items()]
     if template is not None:
         keys["add_chat_template"] = template
-    notes, end = [], _DEFAULT_END[kind]
-    if "eos" not in special and end < vocabulary:
-        notes.append(
-            f"no file names a token that ends a text: llama.cpp stops at token {end} "
-            f"({tokens[end]!r}); set eos_token_id in config.json"
-        )
-    return GgufTokenizer(name=f"{kind} ({pre})", keys=keys, notes=notes)
+    return keys
+
+
+def end_note(keys: Mapping[str, Any]) -> list[str]:
+    """Return a note if no file names a token that ends a text; llama.cpp takes a default then."""
+    end = _DEFAULT_END[keys["add_tokenizer_model"]]
+    tokens = keys["add_token_list"]
+    if "add_eos_token_id" in keys or end >= len(tokens):
+        return []
+    return [
+        f"no file names a token that ends a text: llama.cpp stops at token {end} "
+        f"({tokens[end]!r}); set eos_token_id in config.json"
+    ]
 
 
 def _unsupported(why: str) -> UnsupportedModelError:

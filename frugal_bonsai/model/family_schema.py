@@ -1,7 +1,7 @@
-"""What a family's table consists of: tensor names, axes, head geometry, and how a layer is wired.
+"""The schema of a family's table: tensor names, axes, head geometry and wiring of a layer.
 
-In: nothing. Out: the dataclasses that ``families/`` fills in, one file an architecture. Everything
-that differs between architectures stands in a table as data; nothing else asks which family it is.
+``families/`` has one file per architecture, which fills in these dataclasses. All differences
+between architectures are data in these tables; no other code depends on the name of a family.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One tensor of a sublayer, or a range of one, that loses rows or columns with its units.
+    """A tensor, or a range of a fused tensor, that loses rows or columns with its units.
 
     Attributes:
-        tensor: name inside the layer, without the layer's prefix; ``{expert}`` stands for the
-            number of an expert.
-        axis: 0 = output rows, 1 = input columns.
-        width: what one unit owns: ``"query"`` (query heads of a KV group times head_dim),
-            ``"head"`` (head_dim), ``"group"`` (query heads, key and value, one behind the other)
-            or ``"one"``.
-        after: widths of the parts that lie before this one in a fused tensor.
+        tensor: name inside the layer, without the layer's prefix. ``{expert}`` stands for the
+            index of an expert.
+        axis: 0 for output rows, 1 for input columns.
+        width: number of rows or columns of one unit: ``"one"``, ``"head"`` (head_dim), ``"query"``
+            (query heads of a KV group x head_dim), or ``"group"`` (its query heads, key and value
+            in a row).
+        after: widths of the parts before this one in a fused tensor.
         required: False for a bias that only some models have.
     """
 
@@ -36,16 +36,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """What a config may say, and what follows from it.
+    """A condition on ``config.json``. One of ``value``, ``differs_from``, ``other_than`` is set.
 
     Attributes:
-        key: of ``config.json``; dots lead into nested objects.
-        value: holds if the config's value is this one; a config without the key has ``default``.
-        differs_from: instead of ``value``: holds if the config has the key and its value is not
-            that of this other one.
-        other_than: instead of ``value``: holds if the config has the key and its value is not this.
-        reason: the rest of a sentence, for error texts and documents.
-        default: what transformers takes where the key is absent.
+        key: key of the config. A dot leads into a nested object.
+        value: the condition holds if the config has this value under ``key``.
+        differs_from: another key; the condition holds if ``key`` is present and the two values
+            differ.
+        other_than: the condition holds if ``key`` is present and has another value.
+        reason: consequence of the condition as the end of a sentence, for error texts and docs.
+        default: value that transformers takes if ``key`` is absent.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Condition:
     default: Any = None
 
     def holds(self, config: Mapping[str, Any]) -> bool:
-        """Whether this config says so."""
+        """Return whether the condition holds for a config."""
         found: Any = config
         for name in self.key.split("."):
             found = found.get(name) if isinstance(found, Mapping) else None
@@ -69,11 +69,16 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """Elements a token that one of Hugging Face's layers holds at one of its peaks.
+    """Elements per token that Hugging Face's layer holds at one of its memory peaks.
 
-    Multiples of H (hidden), I (FFN channels), C (input columns of the attention's output
-    projection), K (columns of a key) and A (query heads times tokens of a window: scores, where
-    attention holds them).
+    The attributes are multiples of sizes.
+
+    Attributes:
+        hidden: multiples of H, the width of the residual stream.
+        ffn: multiples of I, the FFN channels.
+        attention: multiples of C_o, the input columns of the attention's output projection.
+        key: multiples of K, the columns of a key.
+        scores: multiples of A, query heads x tokens of a window, if attention holds its scores.
     """
 
     hidden: float = 0
@@ -83,12 +88,12 @@ class Peak:
     scores: float = 0
 
     def elements(self, *, hidden: int, ffn: int, attention: int, key: int, scores: int) -> int:
-        """Elements a token, from the sizes."""
+        """Return the elements per token for given sizes."""
         size = self.hidden * hidden + self.ffn * ffn + self.attention * attention
         return math.ceil(size + self.key * key + self.scores * scores)
 
     def with_copies(self, copies: int) -> Peak:
-        """The same, where the activation function holds more copies of the channels."""
+        """Return the peak with further copies of the FFN channels."""
         return replace(self, ffn=self.ffn + copies) if self.ffn else self
 
     def __str__(self) -> str:
@@ -102,7 +107,8 @@ class Peak:
         return "+".join(f"{'' if n == 1 else f'{n:g}'}{name}" for n, name in terms if n)
 
 
-# A gated FFN behind attention with rotary embeddings, traced in tests/memory/test_activations.py.
+# Peaks of attention with rotary embeddings and a gated FFN, traced in
+# tests/memory/test_activations.py.
 GATED_PEAKS = (
     Peak(hidden=2, ffn=3),
     Peak(hidden=1, attention=4, key=2),
@@ -110,24 +116,25 @@ GATED_PEAKS = (
 )
 
 
-# Activations that transformers composes of several operations: copies of the channels that they
-# hold beside those of one that is a single kernel.
+# Activation functions that transformers composes of several operations -> copies of the channels
+# that they hold beyond those of an activation with a single kernel.
 ACTIVATION_COPIES = {"gelu_new": 2, "gelu_fast": 2, "gelu_python": 1, "quick_gelu": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """How a family's layers route tokens to experts; each has an FFN of its own.
+    """The experts of a family's layers. Each expert is an FFN.
 
     Attributes:
-        module: inside the layer, whose forward takes tokens, the numbers of each token's experts
-            and their weights, and adds up what the experts give.
-        router: tensor inside the layer, one row an expert; its module keeps the number of experts
-            a token is sent to as ``top_k``.
-        count_keys: names that the config may have for the number of experts; those that it has are
-            written.
-        chosen_key: how many experts a token is sent to.
-        chosen_default: what transformers takes where the config does not say.
+        module: name inside the layer of the module that computes all experts. Its forward takes
+            the tokens, the indices of each token's experts and their weights, and returns the
+            weighted sum.
+        router: name inside the layer of the router's weight, which has one row per expert. The
+            router's module has the number of experts per token as ``top_k``.
+        count_keys: config keys for the number of experts. A pruned config states those that its
+            source states.
+        chosen_key: config key for the number of experts per token.
+        chosen_default: number of experts per token if the config does not state it.
     """
 
     module: str = "mlp.experts"
@@ -137,7 +144,7 @@ class Experts:
     chosen_default: int = 8
 
 
-# Key of our own that states the width of a head where the architecture has none.
+# Our own config key for the width of a head, for architectures without such a key.
 HEAD_DIM = "pruned_head_dim"
 
 
@@ -146,32 +153,32 @@ class Family:
     """Names and geometry of one architecture, keyed by ``config.model_type``."""
 
     model_type: str
-    # The family whose table this is, where the user says that the architecture is like it.
+    # The family that lent this table, if the user assumes that the architecture is like it.
     assumed: str | None = None
     # -- names in the checkpoint ------------------------------------------------------------------
-    layer_prefix: str  # with {layer}
+    layer_prefix: str  # with {layer} for the index of the layer
     embedding: str
     final_norm: str  # tensor prefix of the final norm's parameters
     head: str
-    # Tensors inside the layer that are stored as [input, output].
+    # Endings of weights that are stored as [input, output].
     transposed: tuple[str, ...] = ()
-    # Endings of tensors that older checkpoints hold and no model reads.
+    # Endings of tensors that old checkpoints hold and no model reads.
     unread: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    # Names in the checkpoint that differ from the model's own: model's -> checkpoint's.
+    # Tensor names that differ: the model's name -> the checkpoint's name.
     stored_as: Mapping[str, str] = field(default_factory=dict)
-    # Parts of names inside the layers that do, in the same way.
+    # Parts of tensor names inside the layers that differ: the model's -> the checkpoint's.
     stored_parts: Mapping[str, str] = field(default_factory=dict)
-    # -- modules ----------------------------------------------------------------------------------
-    base_module: str  # attribute path of the module that holds the layers' loop
-    layers_module: str  # attribute path of the ModuleList inside the base module
-    embedding_module: str  # attribute path of the token embedding inside the base module
-    norm_module: str  # attribute path of the final norm inside the base module
+    # -- modules: attribute paths -----------------------------------------------------------------
+    base_module: str  # the module whose forward loops over the layers
+    layers_module: str  # the ModuleList of the layers, inside the base module
+    embedding_module: str  # the token embedding, inside the base module
+    norm_module: str  # the final norm, inside the base module
     # -- units ------------------------------------------------------------------------------------
     attention_parts: tuple[Part, ...]
     attention_output: str
     ffn_parts: tuple[Part, ...]
     ffn_output: str
-    # Layers have experts, whose numbers stand in the names of ``ffn_parts`` and ``ffn_output``.
+    # Experts of the layers; ``ffn_parts`` and ``ffn_output`` then contain ``{expert}``.
     experts: Experts | None = None
     # -- keys of the config -----------------------------------------------------------------------
     hidden_key: str = "hidden_size"
@@ -180,68 +187,65 @@ class Family:
     heads_key: str = "num_attention_heads"
     kv_heads_key: str = "num_key_value_heads"
     positions_key: str = "max_position_embeddings"
-    # The key that states the width of a head; None where transformers computes it from the number
-    # of heads: then layers can have fewer of them in the per-layer layout alone, whose bundled
-    # model builds them.
+    # Key for the width of a head. None if transformers computes the width from the number of heads:
+    # then only the per-layer layout, which has a bundled model, can hold layers with fewer heads.
     head_dim_key: str | None = "head_dim"
-    # What transformers takes for keys that a config may leave out.
+    # Values that transformers takes for keys that a config may omit.
     defaults: Mapping[str, float] = field(default_factory=dict)
-    # FFN channels of a config that leaves them out, as a multiple of the hidden size.
+    # FFN channels as a multiple of the hidden size, for configs that omit them.
     ffn_times_hidden: int | None = None
-    # Kind -> the config's key that gives all its projections a bias; without it they get none.
+    # Kind of unit -> config key that gives a bias to all projections of this kind.
     bias_keys: Mapping[str, str] = field(default_factory=dict)
-    # The config demands hidden_size % num_attention_heads == 0 (Llama does; see FORMATS).
+    # The config class requires hidden_size % num_attention_heads == 0 (see docs/formats.md).
     heads_divide_hidden: bool = False
     # -- wiring -----------------------------------------------------------------------------------
-    # Norms between an output projection and the residual stream, modules inside the layer.
+    # Norms between an output projection and the residual stream: modules inside the layer.
     attention_norm: str | None = None
     ffn_norm: str | None = None
-    norm_offset: float = 0.0  # what the final norm adds to its weight
-    # Keys of factors: of what a sublayer adds to the residual stream, of the logits.
-    residual_scale_key: str | None = None
+    norm_offset: float = 0.0  # constant that the final norm adds to its weight
+    residual_scale_key: str | None = None  # factor of a sublayer's output
     logits_divisor_key: str | None = None
     logits_softcap_key: str | None = None
-    # The layer returns a tuple, of which the first is its output.
+    # The layer returns a tuple with its output first, not a tensor.
     returns_tuple: bool = False
-    # Attributes of the attention module that its forward reads sizes from, which must follow the
-    # weights that are streamed: path inside the module -> "query" heads, "kv" heads, or
-    # "columns" of all query heads.
+    # Attributes from which the attention's forward reads sizes, and which must match the streamed
+    # weights: path inside the attention module -> "query" (number of query heads), "kv" (number of
+    # KV heads) or "columns" (columns of all query heads).
     sized_by: Mapping[str, str] = field(default_factory=dict)
-    # The activation's module, where the FFN is no module of its own.
+    # Module of the activation function, for layers whose FFN is not one module.
     ffn_activation: str | None = None
-    # The key of the activation's name, and what transformers takes where the config has none.
+    # Key for the name of the activation function, and the name if the config omits it.
     activation_key: str = "hidden_act"
     activation: str = "silu"
     peaks: tuple[Peak, ...] = GATED_PEAKS
-    # Masks of a window that are held, S*S elements each, where attention needs any.
-    masks: int = 0
+    masks: int = 0  # attention masks of a window that a layer holds, S*S elements each
     # -- limits -----------------------------------------------------------------------------------
-    # Any of these makes the model another one than this table describes.
+    # The table does not describe models for which one of these conditions holds.
     refused: tuple[Condition, ...] = ()
-    # Any of these ties a layer's heads together, so that attention stays whole.
+    # If one of these holds, heads depend on each other and attention cannot be pruned.
     whole_attention: tuple[Condition, ...] = ()
-    # All of these mean that one KV head serves all query heads, whatever kv_heads_key says.
+    # If all of these hold, a layer has one KV head, whatever ``kv_heads_key`` states.
     one_kv_head: tuple[Condition, ...] = ()
 
     @property
     def title(self) -> str:
-        """What reports call it."""
+        """Name for reports."""
         if self.assumed is None:
             return self.model_type
         return f"{self.model_type}, assumed to be like {self.assumed}"
 
     def file_name(self, name: str) -> str:
-        """What a checkpoint calls a tensor inside the layers, by the model's name."""
+        """Return the checkpoint's name of a tensor inside the layers from the model's name."""
         for own, stored in self.stored_parts.items():
             name = name.replace(own, stored)
         return name
 
     def own_name(self, stored: str) -> str:
-        """What the model calls a tensor inside the layers, by the checkpoint's name."""
+        """Return the model's name of a tensor inside the layers from the checkpoint's name."""
         for own, part in self.stored_parts.items():
             stored = stored.replace(part, own)
         return stored
 
     def norm_behind(self, projection: str) -> str | None:
-        """The norm between an output projection and the residual stream."""
+        """Return the module of the norm between an output projection and the residual stream."""
         return self.attention_norm if projection == self.attention_output else self.ffn_norm

@@ -1,8 +1,8 @@
-"""Which unit counts an output layout can hold.
+"""The numbers of units that an output layout can hold.
 
-``uniform``: the same count in every layer; head counts that the architecture's config accepts; FFN
-counts in multiples of a tile. ``per-layer`` and ``padded``: any count, FFN counts in multiples of a
-tile of one unless the user names one. At least one unit of each kind stays in every layer.
+``uniform``: the same numbers in every layer, numbers of heads that the architecture's config
+accepts, and FFN channels in multiples of a tile. ``per-layer`` and ``padded``: any numbers; the
+tile is 1 unless the user sets it. Every kept layer keeps at least one unit of each kind.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup
 UNIFORM, PER_LAYER, PADDED = "uniform", "per-layer", "padded"
 LAYOUTS = (UNIFORM, PER_LAYER, PADDED)
 
-# Largest share of the block parameters that one step of the FFN tile may take from every layer, so
-# that the nearest legal size is within one point of any target.
+# Largest share of the block parameters that one tile in every layer may hold. The nearest legal
+# size is then at most 1% of the block parameters from any target.
 LARGEST_TILE_STEP = 0.02
-# torch's grouped products read rows in multiples of 16 bytes; an element has two at least.
+# torch's grouped matrix products need rows of a multiple of 16 bytes: 8 elements of 2 bytes.
 EXPERT_TILE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutRules:
-    """The layout's constraints on unit counts.
+    """The layout's constraints on the numbers of units.
 
     Attributes:
         layout: one of :data:`LAYOUTS`.
-        tile: FFN counts are multiples of this.
-        attention_counts: legal KV-group counts of a layer, ascending.
-        as_mistral: a Llama with a head count that its config class refuses is written as the
-            Mistral that computes the same.
+        tile: step of the FFN channels.
+        attention_counts: legal numbers of KV groups in a layer, ascending.
+        as_mistral: write a Llama with a number of heads that its config class refuses as a Mistral
+            that computes the same.
     """
 
     layout: str
@@ -42,15 +42,15 @@ class LayoutRules:
 
     @property
     def uniform(self) -> bool:
-        """Counts must be equal across layers."""
+        """Whether all layers must have the same numbers of units."""
         return self.layout == UNIFORM
 
     def heads_fit(self, spec: ModelSpec, heads: int) -> bool:
-        """Whether a config of equal layers can hold this number of query heads."""
+        """Return whether a config of equal layers can hold this number of query heads."""
         return self.as_mistral or heads_fit(spec, heads)
 
     def legal_counts(self, kind: str, dense: int) -> tuple[int, ...]:
-        """Legal counts of a kind in a layer that has ``dense`` units, ascending, ``dense`` last."""
+        """Return the legal numbers of units of a kind, ascending; the last one is ``dense``."""
         if kind == ATTENTION:
             counts = tuple(c for c in self.attention_counts if c < dense)
         else:
@@ -58,7 +58,7 @@ class LayoutRules:
         return (*counts, dense)
 
     def can_cut(self, group: UnitGroup, alive: int) -> bool:
-        """Whether a group may keep fewer than so many units."""
+        """Return whether a group with ``alive`` kept units may lose one or more of them."""
         return group.removable and self.legal_counts(group.kind, group.count)[0] < alive
 
 
@@ -70,20 +70,21 @@ def layout_rules(
     default_tile: int = 64,
     as_mistral: bool = False,
 ) -> LayoutRules:
-    """The rules of a layout for one model.
+    """Return the rules of a layout for one model.
 
     Args:
         spec: the dense model.
         layout: one of :data:`LAYOUTS`.
-        tile: FFN tile that the user asked for, 1 the finest that the layout can hold; None picks
-            one: for ``uniform`` the largest power of two up to ``default_tile`` whose step takes at
-            most two points of the block parameters, for the others 1.
-        default_tile: the hardware's tile (128 on GPU, 64 on CPU).
+        tile: FFN tile that the user sets; 1 stands for the smallest that the layout can hold. None
+            chooses: 1 for ``per-layer`` and ``padded``; for ``uniform``, the largest power of two
+            up to ``default_tile`` for which one tile in every layer holds at most 2% of the block
+            parameters.
+        default_tile: the hardware's tile (128 on a GPU, 64 on a CPU).
         as_mistral: see :class:`LayoutRules`.
 
     Raises:
-        OptionError: unknown layout, a tile that the FFN cannot hold, or ``as_mistral`` for what
-            cannot be written so.
+        OptionError: the layout is unknown, the FFN cannot hold the tile, or the model cannot be
+            written as a Mistral.
     """
     if layout not in LAYOUTS:
         raise OptionError(f"--layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -104,17 +105,17 @@ def layout_rules(
 
 
 def _expert_tile(spec: ModelSpec, tile: int) -> int:
-    """A tile of which transformers' products over all experts can read every multiple."""
+    """Return a tile whose multiples transformers' products over all experts can read."""
     if tile % EXPERT_TILE and tile not in (1, spec.intermediate):
         raise OptionError(
             f"--tile: {tile} is no multiple of {EXPERT_TILE}; transformers multiplies with all "
-            f"experts of a layer at once, whose rows must be multiples of {EXPERT_TILE} channels"
+            f"experts of a layer at once, which needs multiples of {EXPERT_TILE} channels"
         )
     return max(tile, min(EXPERT_TILE, spec.intermediate))
 
 
 def _require_mistral(spec: ModelSpec, layout: str) -> None:
-    """Refuse what is no Mistral by another name: that has the same layers, and no biases."""
+    """Refuse models that are not equal to a Mistral: other architectures, layouts or biases."""
     if layout == PER_LAYER:
         raise OptionError("--as-mistral: is for --layout uniform and padded; per-layer needs none")
     if spec.family.model_type != "llama":
@@ -132,7 +133,7 @@ def _require_mistral(spec: ModelSpec, layout: str) -> None:
 
 
 def _attention_counts(spec: ModelSpec, layout: str, *, free: bool) -> tuple[int, ...]:
-    """Numbers of KV groups that a layer may keep; none where attention stays whole."""
+    """Return the numbers of KV groups that a layer may keep; none if attention stays whole."""
     if spec.whole_attention is not None:
         return ()
     if layout != PER_LAYER and spec.family.head_dim_key is None:
@@ -145,13 +146,14 @@ def _attention_counts(spec: ModelSpec, layout: str, *, free: bool) -> tuple[int,
 
 
 def heads_fit(spec: ModelSpec, heads: int) -> bool:
-    """Whether the architecture's own config class accepts this number of query heads."""
-    if spec.family.head_dim_key is None:  # and their width is what is left of hidden_size
+    """Return whether the architecture's own config class accepts this number of query heads."""
+    if spec.family.head_dim_key is None:  # the class divides hidden_size by the number of heads
         return heads * spec.head_dim == spec.hidden
     return not spec.family.heads_divide_hidden or spec.hidden % heads == 0
 
 
 def _default_tile(spec: ModelSpec, largest: int) -> int:
+    """Return the largest power of two up to ``largest`` whose step is small enough."""
     one_channel = sum(g.unit_parameters for g in spec.table.groups if g.kind == FFN)
     tile = largest
     while tile > 1 and tile * one_channel > LARGEST_TILE_STEP * spec.block_parameters:

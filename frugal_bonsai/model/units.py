@@ -1,13 +1,13 @@
-"""Units, groups of them, and the mask that says which are kept.
+"""Units, unit groups, and the mask of kept units.
 
-A *unit* is what is kept or removed whole: one FFN intermediate channel (gate row, up row, down
-column) or one KV group (a K head, its V head, the query heads that read them, and their o_proj
-columns). The paper says "module", a word that PyTorch has taken. Where a layer has experts, each
-expert's channels are a group of their own, and an expert that keeps none of them is gone whole: it
-leaves the router too.
+A *unit* is the smallest part that pruning removes: one FFN intermediate channel (gate row, up row,
+down column) or one KV group (a K head, its V head, the query heads that read them, and their o_proj
+columns). The paper calls it a module, a word that means something else in PyTorch. In a layer with
+experts, the channels of each expert form a group. An expert without kept channels is removed from
+the router as well.
 
-In: family tables and header shapes (see ``family.py``). Out: :class:`UnitGroup`, :class:`UnitTable`
-and :class:`KeepMask`. Holds a few bytes per unit; reads no weights.
+In: family tables and header shapes (see ``groups.py``). Out: :class:`UnitGroup`,
+:class:`UnitTable` and :class:`KeepMask`. Holds a few bytes per unit; reads no weights.
 
 Shape suffixes: N all units of a model, U units of one group, C input columns of a group's output
 projection (C = U * columns_per_unit).
@@ -15,7 +15,7 @@ projection (C = U * columns_per_unit).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -30,21 +30,27 @@ ATTENTION, FFN = "attention", "ffn"
 
 @dataclass(frozen=True, kw_only=True)
 class UnitSlice:
-    """Where the units of a group sit in one tensor.
+    """The place of a group's units in one tensor.
 
-    Unit u owns indices ``[start + u*width, start + (u+1)*width)`` of dimension ``axis``.
-    Everything before ``start`` and behind the last unit stays whole. A ``joint`` slice, an expert's
-    row of the router, is ``width`` indices from ``start`` that go with the group's last unit.
+    Unit u owns the indices ``[start + u*width, start + (u+1)*width)`` of dimension ``axis``.
+
+    Attributes:
+        tensor: full name of the tensor.
+        axis: the dimension.
+        width: number of indices that one unit owns.
+        start: first index of the first unit.
+        joint: all units together own the ``width`` indices from ``start`` on, which are removed
+            with the group's last unit: an expert's row of the router.
     """
 
-    tensor: str  # full tensor name in the checkpoint
+    tensor: str
     axis: int
     width: int
     start: int = 0
     joint: bool = False
 
     def owned(self, keep_U: torch.Tensor) -> torch.Tensor:
-        """Bool: which of the indices from ``start`` on stay, given the group's units that do."""
+        """Return the mask of kept indices from ``start`` on, given the mask of kept units."""
         units_U = keep_U.any().reshape(1) if self.joint else keep_U
         return units_U.repeat_interleave(self.width)
 
@@ -57,15 +63,15 @@ class UnitGroup:
         layer: index of the layer.
         kind: ``"attention"`` or ``"ffn"``.
         count: number of units.
-        unit_parameters: parameters that disappear with one unit.
-        slices: the rows and columns that a unit owns.
-        output: name of the output projection's module inside the layer (``self_attn.o_proj``);
-            zeroing its input columns equals removing the unit.
+        unit_parameters: number of parameters of one unit.
+        slices: the rows and columns of the units, tensor by tensor.
+        output: name of the output projection's module inside the layer (``self_attn.o_proj``).
+            Zeroing a unit's input columns of it equals removing the unit.
         output_weight: full name of that projection's weight.
         columns_per_unit: input columns of the output projection that one unit owns.
-        removable: False where no layout can do without any of them.
-        expert: which expert's channels these are; None where the layer has no experts.
-        joint_parameters: parameters that go with the last unit.
+        removable: False if no layout can hold the layer without one of the units.
+        expert: index of the expert; None in a layer without experts.
+        joint_parameters: parameters that are removed with the last unit.
     """
 
     layer: int
@@ -94,7 +100,7 @@ class UnitGroup:
 
 @dataclass(frozen=True)
 class UnitTable:
-    """All groups of a model in order (layer, then kind), and where each starts in a flat vector."""
+    """All groups of a model in order (layer, then kind), and their places in a flat vector."""
 
     groups: tuple[UnitGroup, ...]
 
@@ -122,7 +128,7 @@ class UnitTable:
 
     @cached_property
     def has_experts(self) -> bool:
-        """Whether layers have experts."""
+        """Whether the model has experts."""
         return any(group.expert is not None for group in self.groups)
 
     @property
@@ -131,20 +137,20 @@ class UnitTable:
         return tuple(dict.fromkeys(group.kind for group in self.groups))
 
     def of_layer(self, layer: int) -> tuple[UnitGroup, ...]:
-        """The groups of one layer."""
+        """Return the groups of one layer."""
         return tuple(group for group in self.groups if group.layer == layer)
 
     def position(self, group: UnitGroup) -> int:
-        """Index of a group in :attr:`groups`."""
+        """Return the index of a group in :attr:`groups`."""
         return self._position[group.layer, group.kind, group.expert]
 
     def span(self, group: UnitGroup) -> slice:
-        """The group's place in a flat vector over all units."""
+        """Return the group's range in a flat vector over all units."""
         at = self.position(group)
         return slice(self.starts[at], self.starts[at + 1])
 
     def unit_parameters_N(self) -> torch.Tensor:
-        """Parameters of each unit, float64 ``[N]``."""
+        """Return the number of parameters of each unit, float64 ``[N]``."""
         import torch
 
         return torch.cat(
@@ -153,11 +159,14 @@ class UnitTable:
 
 
 class KeepMask:
-    """Which units are kept: True = kept.
+    """The mask of kept units: True = kept.
 
     Args:
         table: the units of the dense model.
-        keep_N: bool ``[N]`` on the CPU; all True when left out.
+        keep_N: bool ``[N]`` on the CPU; all True by default.
+
+    Raises:
+        OptionError: ``keep_N`` has another shape or dtype.
     """
 
     def __init__(self, table: UnitTable, keep_N: torch.Tensor | None = None) -> None:
@@ -172,19 +181,19 @@ class KeepMask:
             )
 
     def of(self, group: UnitGroup) -> torch.Tensor:
-        """Bool ``[U]``: the group's part (a view)."""
+        """Return the group's part of the mask, bool ``[U]``, a view."""
         return self.keep_N[self.table.span(group)]
 
     def kept(self, group: UnitGroup) -> int:
-        """Number of the group's units that are kept."""
+        """Return the number of kept units of a group."""
         return int(self.of(group).sum())
 
     def columns(self, group: UnitGroup) -> torch.Tensor:
-        """Bool ``[C]``: kept input columns of the group's output projection."""
+        """Return the mask of kept input columns of a group's output projection, bool ``[C]``."""
         return self.of(group).repeat_interleave(group.columns_per_unit)
 
     def removed_parameters(self) -> int:
-        """Parameters of the removed units, and of what goes with a group's last one."""
+        """Return the parameters of the removed units, joint parameters included."""
         removed = 0
         for group in self.table.groups:
             kept = self.kept(group)
@@ -193,17 +202,17 @@ class KeepMask:
         return removed
 
     def dropped_experts(self, layer: int) -> tuple[int, ...]:
-        """Experts of a layer that keep no channel: the whole expert goes, router row and all."""
+        """Return the indices of a layer's experts that keep no channel and are removed."""
         groups = self.table.of_layer(layer)
         return tuple(g.expert for g in groups if g.expert is not None and not self.kept(g))
 
     def dropped_layers(self) -> tuple[int, ...]:
-        """Layers that keep no unit at all: the whole layer goes, norms and biases too."""
+        """Return the indices of layers that keep no unit and are removed, norms included."""
         alive = {group.layer for group in self.table.groups if self.kept(group)}
         return tuple(layer for layer, _ in iterate_layers(self.table) if layer not in alive)
 
     def without_layers(self, layers: Collection[int]) -> KeepMask:
-        """A new mask that drops these layers."""
+        """Return a new mask that drops these layers."""
         keep_N = self.keep_N.clone()
         for group in self.table.groups:
             if group.layer in layers:
@@ -211,13 +220,13 @@ class KeepMask:
         return KeepMask(self.table, keep_N)
 
     def without(self, indices_K: torch.Tensor) -> KeepMask:
-        """A new mask with the units at these flat indices (int64 ``[K]``) removed."""
+        """Return a new mask without the units at these flat indices (int64 ``[K]``)."""
         keep_N = self.keep_N.clone()
         keep_N[indices_K] = False
         return KeepMask(self.table, keep_N)
 
     def counts(self) -> dict[str, list[int]]:
-        """Kept units per kind, one number a layer: of all its experts together."""
+        """Return kind -> number of kept units in each layer, summed over its experts."""
         layers = 1 + max((group.layer for group in self.table.groups), default=-1)
         counts = {kind: [0] * layers for kind in self.table.kinds}
         for group in self.table.groups:
@@ -225,7 +234,7 @@ class KeepMask:
         return counts
 
     def experts(self) -> list[int]:
-        """Experts that are kept, one number a layer; empty where layers have none."""
+        """Return the number of kept experts in each layer; empty for a model without experts."""
         if not self.table.has_experts:
             return []
         return [
@@ -234,7 +243,7 @@ class KeepMask:
         ]
 
     def counts_with_experts(self) -> dict[str, list[int]]:
-        """:meth:`counts`, and ``experts`` where there are any; for reports."""
+        """Return :meth:`counts`, with :meth:`experts` under ``experts`` if there are any."""
         experts = {"experts": self.experts()} if self.table.has_experts else {}
         return self.counts() | experts
 
@@ -250,42 +259,9 @@ class KeepMask:
     def __repr__(self) -> str:
         return f"KeepMask({int(self.keep_N.sum())} of {self.table.units} kept)"
 
-    # -- JSON: masks are shared without weights -------------------------------------------------
-    def to_json(self) -> dict[str, list[list[int]]]:
-        """Removed units as ``{kind: [[index, ...] a layer]}``; a list an expert where there are."""
-        removed: dict[str, list[list[int]]] = {kind: [] for kind in self.table.kinds}
-        for group in self.table.groups:
-            removed[group.kind].append((~self.of(group)).nonzero().flatten().tolist())
-        return removed
-
-    @classmethod
-    def from_json(
-        cls, table: UnitTable, removed: Mapping[str, Sequence[Sequence[int]]]
-    ) -> KeepMask:
-        """Inverse of :meth:`to_json`.
-
-        Raises:
-            OptionError: if a kind, layer or index does not exist in this model.
-        """
-        mask = cls(table)
-        for kind, layers in removed.items():
-            groups = [group for group in table.groups if group.kind == kind]
-            if len(groups) != len(layers):
-                what = "experts" if groups and groups[0].expert is not None else "layers"
-                raise OptionError(
-                    f"mask: kind {kind!r} lists {len(layers)} {what}, the model has {len(groups)}"
-                )
-            for group, indices in zip(groups, layers, strict=True):
-                if any(not 0 <= index < group.count for index in indices):
-                    raise OptionError(
-                        f"mask: {group.name} names a unit outside 0..{group.count - 1}"
-                    )
-                mask.of(group)[list(indices)] = False
-        return mask
-
 
 def iterate_layers(table: UnitTable) -> Iterator[tuple[int, tuple[UnitGroup, ...]]]:
-    """Yield ``(layer, its groups)`` in order."""
+    """Yield (index, groups) of every layer in order."""
     layers: dict[int, list[UnitGroup]] = {}
     for group in table.groups:
         layers.setdefault(group.layer, []).append(group)

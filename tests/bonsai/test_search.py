@@ -31,6 +31,7 @@ from frugal_bonsai.bonsai.selection.candidates import WITH_ATTENTION
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
+from frugal_bonsai.model.mask_json import mask_to_json
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Silent
 
@@ -573,7 +574,7 @@ def test_golden_masks_and_utilities(
     last = found.rounds[-1].get("perplexity")
     # Utility lost by the first eight masks of every round, and the model's own utility in it.
     mine = {
-        "removed": found.mask.to_json(),
+        "removed": mask_to_json(found.mask),
         "utilities": [
             {"base": round(s.base, 4), "lost": [round(x, 4) for x in s.loss_I[:8].tolist()]}
             for s in seen

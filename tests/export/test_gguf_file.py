@@ -16,9 +16,9 @@ from tiny_models import save_pair_tokenizer, tiny_family
 from export.test_llama_cpp import export
 from export.test_llama_cpp_families import FULL
 from export.test_refused_models import refused
-from frugal_bonsai.export import values
+from frugal_bonsai.export import gguf_tensor
 from frugal_bonsai.export.gguf_file import write_gguf
-from frugal_bonsai.export.values import by_kind, interleave
+from frugal_bonsai.export.gguf_tensor import by_kind, interleave
 from frugal_bonsai.model.layout import PER_LAYER
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.companions import write_companions
@@ -94,7 +94,7 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     ("value", "dtype", "text"),
     [
         (float("nan"), "f32", "'model.layers.1.mlp.up_proj.weight' holds NaN or infinity"),
-        (1e6, "f16", "values beyond 65504, too large for f16; take --dtype f32 or q8_0"),
+        (1e6, "f16", "values beyond 65504, too large for f16; take --dtype bf16, f32 or q8_0"),
     ],
 )
 def test_values_that_the_format_cannot_hold(
@@ -117,7 +117,7 @@ def test_one_source_is_held_at_a_time(
     tiny = tiny_family(tmp_path / "dense", family, **FULL)
     save_pair_tokenizer(tmp_path / "dense")
     held: list[weakref.ref[Any]] = []
-    read, convert = tiny.checkpoint.read, values._convert
+    read, convert = tiny.checkpoint.read, gguf_tensor._convert
 
     def spy_read(name: str) -> torch.Tensor:
         # The loops' own variables hold the last source and chunk until they are given the next.
@@ -132,7 +132,7 @@ def test_one_source_is_held_at_a_time(
             yield chunk
 
     monkeypatch.setattr(tiny.checkpoint, "read", spy_read)
-    monkeypatch.setattr(values, "_convert", spy_convert)
+    monkeypatch.setattr(gguf_tensor, "_convert", spy_convert)
     write_gguf(tiny.checkpoint, tiny.spec, tmp_path / "m.gguf", name="m", dtype="f16")
     assert len(held) == 2 * len(tiny.checkpoint.tensors)
 

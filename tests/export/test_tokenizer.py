@@ -12,13 +12,22 @@ import pytest
 from gguf import TokenType
 from rewrite.models import tiny_parent
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AddedToken, GemmaTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    GemmaTokenizer,
+    GPT2Tokenizer,
+    GPTNeoXTokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 from transformers.convert_slow_tokenizer import generate_merges
 
 from export.llama_cpp import needs_llama_cpp
 from export.test_llama_cpp import assert_same_split, export, real_texts
 from frugal_bonsai.errors import UnsupportedModelError
-from frugal_bonsai.export.tokenizer import LLAMA3, QWEN2, read_tokenizer
+from frugal_bonsai.export.tokenizer import LLAMA3, QWEN2, end_note, read_tokenizer
 
 
 def split_by(pattern: str) -> Any:
@@ -100,7 +109,7 @@ def test_gemmas_is_split_as_transformers_does(tmp_path: Path, shared: Path) -> N
     made.save_pretrained(tmp_path / "dense")
     summary = export(tmp_path / "dense", tmp_path / "m.gguf")
     assert summary.tokenizer == "llama (default)"
-    keys = read_tokenizer(tmp_path / "dense", rows, {}).keys
+    keys = read_tokenizer(tmp_path / "dense", rows, {})
     assert (keys["add_add_bos_token"], keys["add_add_space_prefix"]) == (True, False)
     kinds = dict(zip(keys["add_token_list"], keys["add_token_types"], strict=True))
     assert (kinds["\u2581\u2581"], kinds["\n\n"]) == (TokenType.NORMAL, TokenType.USER_DEFINED)
@@ -115,9 +124,9 @@ def ids_of(keys: dict[str, Any]) -> dict[str, int]:
 
 
 def test_sentencepiece_like(stories3m: Path) -> None:
-    found = read_tokenizer(stories3m, 4096 + 2, {})
-    keys = found.keys
-    assert (found.name, found.notes) == ("llama (default)", [])
+    keys = read_tokenizer(stories3m, 4096 + 2, {})
+    assert (keys["add_tokenizer_model"], keys["add_tokenizer_pre"]) == ("llama", "default")
+    assert end_note(keys) == []
     assert "add_token_merges" not in keys
     assert ids_of(keys) == {"bos": 1, "eos": 2, "unk": 0}
     assert keys["add_add_bos_token"] and not keys["add_add_eos_token"]
@@ -152,15 +161,15 @@ def test_metaspace_is_the_same_as_prepending(folder: Path) -> None:
     for scheme, prefix in (("first", True), ("always", True), ("never", False)):
         space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
         change(folder, normalizer=None, pre_tokenizer=space)
-        assert read_tokenizer(folder, 512, {}).keys["add_add_space_prefix"] == prefix
-    assert plain.keys["add_add_space_prefix"]
+        assert read_tokenizer(folder, 512, {})["add_add_space_prefix"] == prefix
+    assert plain["add_add_space_prefix"]
 
 
 def test_added_tokens(folder: Path) -> None:
     values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     extra = {**values["added_tokens"][0], "id": 512, "content": "<tool>", "special": False}
     change(folder, added_tokens=[*values["added_tokens"], extra])
-    keys = read_tokenizer(folder, 513, {}).keys
+    keys = read_tokenizer(folder, 513, {})
     found = keys["add_token_list"][512], keys["add_token_types"][512]
     assert found == ("<tool>", TokenType.USER_DEFINED)
 
@@ -234,6 +243,28 @@ def test_nfc_of_qwen_and_gpt_neox_is_known(tmp_path: Path, split: Any, name: str
     made = Tokenizer(models.BPE(vocab={"a": 0, "aa": 1}, merges=[("a", "a")]))
     made.normalizer, made.pre_tokenizer = normalizers.NFC(), split
     PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
-    found = read_tokenizer(tmp_path, 2, {})
-    assert (found.name, ids_of(found.keys)) == (f"gpt2 ({name})", {})
-    assert not found.keys["add_add_bos_token"]
+    keys = read_tokenizer(tmp_path, 2, {})
+    assert (keys["add_tokenizer_model"], keys["add_tokenizer_pre"]) == ("gpt2", name)
+    assert ids_of(keys) == {} and not keys["add_add_bos_token"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "space_prefix"),
+    [
+        (LlamaTokenizer, "default", True),
+        (GemmaTokenizer, "default", False),
+        (GPT2Tokenizer, "gpt-2", False),
+        (GPTNeoXTokenizer, "gpt-2", False),
+        (Qwen2Tokenizer, "qwen2", False),
+    ],
+)
+def test_classes_of_transformers(tmp_path: Path, kind: Any, name: str, space_prefix: bool) -> None:
+    """These classes choose the steps before BPE themselves, whatever tokenizer.json says."""
+    texts = ["a", "aa", "<unk>", "<s>", "</s>", "<pad>", "<bos>", "<eos>", "<mask>", "<|padding|>"]
+    vocabulary = {text: at for at, text in enumerate([*texts, "<|endoftext|>"])}
+    kind(vocab=vocabulary, merges=[("a", "a")]).save_pretrained(tmp_path)
+    keys = read_tokenizer(tmp_path, len(vocabulary), {})
+    assert (keys["add_tokenizer_pre"], keys["add_add_space_prefix"]) == (name, space_prefix)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer) is kind
+    assert keys["add_eos_token_id"] == tokenizer.eos_token_id

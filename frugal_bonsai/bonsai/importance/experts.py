@@ -49,21 +49,15 @@ def measure_saliency(
         names = [group.output for group in experts]
 
         def body(items: slice) -> None:
+            hidden_BSH = visit.hidden.read(items)
             captured = capture_experts(
-                visit.module,
-                visit.parameters,
-                visit.hidden.read(items),
-                visit.kwargs,
-                rule,
-                names,
+                visit.module, visit.parameters, hidden_BSH, visit.kwargs, rule, names
             )
-            added = {}
-            for name, (input_RC, _, _) in captured.inputs.items():
+            added = {
                 # The input contains the router's weight.
-                output_RH = linear(input_RC, visit.parameters[f"{name}.weight"])
-                dtype = sum_dtype(output_RH.device)
-                norms_R = torch.linalg.vector_norm(output_RH, dim=1, dtype=dtype)
-                added[name] = float(norms_R.sum())
+                name: _norms(input_RC, visit.parameters[f"{name}.weight"])
+                for name, (input_RC, _, _) in captured.inputs.items()
+            }
             visit.hidden.write(items, captured.result_BSH)
             # Last: after lack of memory, body is called again.
             for name, norm in added.items():
@@ -77,3 +71,10 @@ def measure_saliency(
 
     sweep.visit_layers(stream, tokens_NS, measure, name="statistics")
     return ImportanceScores(REAP, score_N)
+
+
+def _norms(input_RC: torch.Tensor, weight_HC: torch.Tensor) -> float:
+    """Return the sum of the norms of an expert's outputs."""
+    output_RH = linear(input_RC, weight_HC)
+    dtype = sum_dtype(output_RH.device)
+    return float(torch.linalg.vector_norm(output_RH, dim=1, dtype=dtype).sum())

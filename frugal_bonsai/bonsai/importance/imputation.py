@@ -24,7 +24,6 @@ import torch
 
 from frugal_bonsai.accelerator import has_streams, to_device
 from frugal_bonsai.bonsai.importance.gram import Moments
-from frugal_bonsai.bonsai.masks.design import pool_size
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import UnitGroup
 
@@ -62,6 +61,11 @@ class ImputationWriter:
         columns_P = (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
         factor = moments.factor(self.damping, where=group.name)
         self.save(group, {"columns": columns_P.cpu(), "matrix": factor.regression(columns_P)})
+
+
+def pool_size(remaining: int, share: float) -> int:
+    """Return the number of units in a group's pool: a share of them, at least one, never all."""
+    return min(max(1, round(share * remaining)), remaining - 1)
 
 
 class Imputations:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.bonsai.importance.imputation import pool_size
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import ATTENTION, KeepMask, UnitGroup
 
@@ -39,11 +40,6 @@ class Pools:
     def sizes_G(self) -> torch.Tensor:
         """int64 ``[G]``."""
         return torch.tensor([len(m) for m in self.members])
-
-
-def pool_size(alive: int, share: float) -> int:
-    """Candidates of a group: this share of its alive units, at least one, never the last."""
-    return min(max(1, round(share * alive)), alive - 1)
 
 
 def draw_pools(

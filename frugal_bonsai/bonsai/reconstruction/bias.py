@@ -1,8 +1,8 @@
-"""Bias compensation: what a cut removes leaves its mean output behind (FLAP, An et al. 2023).
+"""Bias compensation: add the mean output of the removed units to a bias (FLAP, An et al. 2023).
 
-In: the dense weights, the mean inputs of the output projections before the cut, the units that it
-takes. Out: a new bias for every output projection. With W the projection's weight and g its columns
-that go, ``b' = b + W_g E[x_g]``. Holds some rows of one projection.
+Comes in: the dense weights, the mean inputs of the output projections before a cut, the units that
+the cut removes. Goes out: a new bias for every output projection. With W the projection's weight
+and g its removed columns, ``b' = b + W_g E[x_g]``. Memory: some rows of one projection.
 
 Shape suffixes: H hidden, C columns.
 """
@@ -10,19 +10,16 @@ Shape suffixes: H hidden, C columns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.model.biases import output_bias
+from frugal_bonsai.model.cut import Refit
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-# Of a projection, read at a time.
+# Rows of a projection that are read at a time.
 _ROWS = 128
 
 
@@ -32,16 +29,16 @@ def compensate_by_bias(
     before: KeepMask,
     after: KeepMask,
     means: Mapping[str, torch.Tensor],
-    earlier: Mapping[str, Callable[[], torch.Tensor]],
+    earlier: Refit,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """The biases after a cut, layer by layer: (layer, full name of the bias -> fp32 ``[H]``).
+    """Yield the biases after a cut: (layer, full name of the bias -> fp32 ``[H]``).
 
     Args:
         checkpoint: the dense model.
         spec: its description.
-        before: units alive when the means were taken.
-        after: units that stay.
-        means: weight of an output projection -> mean of its inputs over the columns of ``before``.
+        before: units that remained when the means were measured.
+        after: units that remain after the cut.
+        means: full name of an output projection's weight -> mean inputs of its remaining columns.
         earlier: biases of earlier rounds.
     """
     for layer in range(spec.layers):
@@ -62,7 +59,7 @@ def compensate_by_bias(
 
 
 def _times(checkpoint: Checkpoint, name: str, vector_C: torch.Tensor) -> torch.Tensor:
-    """A weight ``[H, C]`` times a vector, fp32 ``[H]``, some rows of the file at a time."""
+    """Return a weight ``[H, C]`` times a vector, fp32 ``[H]``, reading some rows at a time."""
     entry = checkpoint.tensors[name]
     rows = entry.shape[1] if entry.transposed else entry.shape[0]
     parts = []

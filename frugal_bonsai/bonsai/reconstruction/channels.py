@@ -51,18 +51,16 @@ def update_channels(
 ) -> OutputRefit:
     """Update the channels and refit the output projection in turn, while the residual decreases.
 
-    The layer computes with the new input projections from then on.
+    The layer computes with the new input projections from then on. Returns the best refit of the
+    output projection.
 
     Args:
         work: the layer of both models.
-        group: the FFN's units, one channel each.
-        refit: of the output projection.
-        steps: maximum number of updates; each learns from other windows, so that more steps cost
-            no more tokens.
-        keep: hold the targets and a block's slopes.
-
-    Returns:
-        The output projection's best refit.
+        group: the FFN's units.
+        refit: present refit of the output projection.
+        steps: maximum number of updates. Each learns from other windows, so that more steps cost no
+            more tokens.
+        keep: hold the slopes of a block while its problem is solved.
     """
     refit = _set_aside(work, group, refit)
     with memory_for(f"channel update of {group.name}"):
@@ -97,7 +95,7 @@ class ChannelUpdate:
 
     Args:
         work: the layer of both models; all that precedes the FFN is refitted.
-        group: the FFN's units, one channel each.
+        group: the FFN's units.
         keep: hold the slopes of a block while its problem is solved.
         iterations: conjugate-gradient iterations on one block.
     """
@@ -139,7 +137,8 @@ class ChannelUpdate:
     @property
     def blocks(self) -> list[slice]:
         """Blocks of channels that are updated in sequence."""
-        return _split(self.sublayer.channels, refined_blocks(self.sublayer.channels))
+        channels = self.sublayer.channels
+        return _split(channels, refined_blocks(channels))
 
     @property
     def passes(self) -> int:
@@ -153,18 +152,11 @@ class ChannelUpdate:
             return targets.read(items), _nothing
         return self.work.last_target(self.group, items), _nothing
 
-    def improve(self, weight_HR: torch.Tensor, windows: slice) -> dict[str, torch.Tensor]:
+    def improve(self, output_HC: torch.Tensor, windows: slice) -> dict[str, torch.Tensor]:
         """Update the input projections, given the output projection.
 
-        The layer computes with the new weights afterwards. They lie in the memory of the dense
-        layer's weights, which nothing reads any more.
-
-        Args:
-            weight_HR: the output projection's weight.
-            windows: the windows that the update learns from.
-
-        Returns:
-            New weights by name inside the layer, fp32 ``[R, H]``.
+        The layer computes with the new weights afterwards, in the memory of the dense layer's
+        weights, which nothing reads any more. Returns them by name inside the layer, fp32.
         """
         names, pruned = self.sublayer.names, self.work.pruned
         dtype = self.work.pair.sweep.skeleton.dtype
@@ -172,8 +164,8 @@ class ChannelUpdate:
         pruned.update({name: self.work.borrow(name, pruned[name]) for name in names})
         moved_by_name = {name: pruned[name].float() for name in names}
         for block in self.blocks:
-            with tensor_cores(weight_HR.device):
-                moved_KRH = _BlockProblem(self, weight_HR, block, windows).solve()
+            with tensor_cores(output_HC.device):
+                moved_KRH = _BlockProblem(self, output_HC, block, windows).solve()
             for rows, moved_RH in zip(self.sublayer.rows, moved_KRH, strict=True):
                 name = f"{rows.projection}.weight"
                 rows.take(moved_by_name[name])[block] = moved_RH
@@ -197,21 +189,15 @@ class ChannelUpdate:
 class _BlockProblem:
     """The linearised problem of one block of channels on some windows.
 
-    J is the derivative of the FFN's output with respect to the block's weights.
-
-    Args:
-        update: the FFN.
-        weight_HC: the output projection's weight.
-        block: the channels.
-        windows: the windows that the update learns from.
+    J is the derivative of the FFN's output with respect to the block's input weights.
     """
 
     def __init__(
-        self, update: ChannelUpdate, weight_HC: torch.Tensor, block: slice, windows: slice
+        self, update: ChannelUpdate, output_HC: torch.Tensor, block: slice, windows: slice
     ) -> None:
         self._update, self._sublayer, self._inputs = update, update.sublayer, update.inputs
         self._block, self._windows = block, windows
-        self._output_HC, self._output_HR = weight_HC, weight_HC[:, block]
+        self._output_HC, self._output_HR = output_HC, output_HC[:, block]
         self._weight_KRH = torch.stack(update.sublayer.weights(block))
         self._slopes_KNSR: torch.Tensor | None = None
 

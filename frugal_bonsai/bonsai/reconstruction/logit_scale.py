@@ -1,14 +1,16 @@
-"""The scale of a pruned model's logits: what pruning leaves is less certain than it says.
+"""Scale of a pruned model's logits, which corrects its overconfidence.
 
-In: the last layers' hidden states of the dense and of the recovered model. Out: one factor for the
-logits, to be folded into the final norm's weight. A hidden state that has lost information should
-shrink towards what is always true, as every least-squares refit does; the final norm undoes that,
-and the model stays as sure of itself as the dense one was. The factor is the temperature's inverse
-(Guo et al. 2017, arXiv 1706.04599), without a backward pass: the loss is convex in it (but for
-soft-capped logits, where it is nearly so), and only the head is computed, on a sample of windows.
+Comes in: the last layers' hidden states of the dense and of the refit model. Goes out: one factor
+for the logits, which is folded into the final norm's weight. A hidden state that has lost
+information should shrink towards its mean, as in every least-squares refit, but the final norm
+undoes this, and the model stays as confident as the dense one. The factor is an inverse temperature
+(Guo et al. 2017, arXiv 1706.04599), found without a backward pass: the loss is convex in it (nearly
+so for soft-capped logits), and only the head is computed, on a sample of windows.
 
-What the text itself asks for is not pruning's to mend: where the dense model is too sure of this
-text as well, its own best factor is divided out. Holds the sample's hidden states.
+Overconfidence of the dense model on the same text is not corrected: its own best factor is divided
+out.
+
+Memory: the sample's hidden states.
 
 Shape suffixes: N windows of the sample, S tokens.
 """
@@ -36,58 +38,59 @@ def find_logit_scale(
     pruned: HiddenStates,
     tokens_NS: torch.Tensor,
 ) -> float:
-    """The factor that is right for the pruned model where 1 is right for the dense one.
+    """Return the best factor of the pruned model, relative to that of the dense model.
 
-    It lies between 1 and the pruned model's own best factor, so that by convexity it is never
-    worse than 1 on these windows.
+    It lies between 1 and the pruned model's own best factor, so by convexity it is never worse than
+    1 on these windows.
 
     Args:
-        sweep: its token count grows by the head's share of what a whole forward computes.
+        sweep: its token count grows by the head's share of a whole forward.
         head: of both models.
-        dense: behind the last layer, before the norm, of all windows; stays as it is.
-        pruned: the same of the recovered model.
-        tokens_NS: the windows; a sample from all over them is used.
+        dense: hidden states of all windows before the final norm; they do not change.
+        pruned: the same of the refit model.
+        tokens_NS: the windows; a sample spread over all of them is used.
     """
     count = scale_windows(tokens_NS.shape[1], len(tokens_NS))
     chosen = torch.linspace(0, len(tokens_NS) - 1, count).round().long()
-    best = {}
-    for name, hidden in (("dense", dense), ("pruned", pruned)):
-        losses = _SampleLosses(sweep, head, hidden, tokens_NS, chosen)
-        best[name] = convex_minimum(losses)
-    own = best["pruned"]
-    return min(max(own / best["dense"], min(1.0, own)), max(1.0, own))
+    best_dense, best_pruned = (
+        convex_minimum(_sample_loss(sweep, head, hidden, tokens_NS, chosen))
+        for hidden in (dense, pruned)
+    )
+    return min(max(best_pruned / best_dense, min(1.0, best_pruned)), max(1.0, best_pruned))
 
 
-class _SampleLosses:
-    """Mean loss of some windows as a function of the logits' factor."""
+def _sample_loss(
+    sweep: Sweep,
+    head: Head,
+    hidden: HiddenStates,
+    tokens_NS: torch.Tensor,
+    chosen: torch.Tensor,
+) -> Callable[[float], float]:
+    """Return the chosen windows' mean loss as a function of the logits' factor."""
+    spec, sample_NS = sweep.skeleton.spec, tokens_NS[chosen]
+    sample = sweep.hidden_states(sample_NS)
+    for place, window in enumerate(chosen.tolist()):
+        sample.write(slice(place, place + 1), hidden.read(slice(window, window + 1)))
+    head_parameters = spec.vocabulary * spec.hidden
+    share = head_parameters / (head_parameters + spec.block_parameters)
+    normed = False
 
-    def __init__(
-        self,
-        sweep: Sweep,
-        head: Head,
-        hidden: HiddenStates,
-        tokens_NS: torch.Tensor,
-        chosen: torch.Tensor,
-    ) -> None:
-        self._sweep, self._head = sweep, head
-        self._tokens_NS = tokens_NS[chosen]
-        self._hidden = sweep.hidden_states(self._tokens_NS)
-        for place, window in enumerate(chosen.tolist()):
-            one_1SH = hidden.read(slice(window, window + 1))
-            self._hidden.write(slice(place, place + 1), one_1SH)
-        self._normed = False
-
-    def __call__(self, scale: float) -> float:
-        spec, tokens = self._sweep.skeleton.spec, self._tokens_NS.numel()
-        losses_NS = self._head.nll(self._hidden, self._tokens_NS, scale=scale, normed=self._normed)
-        self._normed = True
-        head = spec.vocabulary * spec.hidden
-        self._sweep.forward_tokens += round(tokens * head / (head + spec.block_parameters))
+    def loss(scale: float) -> float:
+        nonlocal normed
+        losses_NS = head.nll(sample, sample_NS, scale=scale, normed=normed)
+        normed = True
+        sweep.forward_tokens += round(sample_NS.numel() * share)
         return float(losses_NS.double().mean())
+
+    return loss
 
 
 def convex_minimum(value: Callable[[float], float]) -> float:
-    """Where a convex function of a factor is least: bracketed in steps of 0.1, then a parabola."""
+    """Return the factor that minimises a convex function.
+
+    The minimum is bracketed in steps of 0.1 from 1, then refined by a parabola. The search ends
+    near 0.3 and 2.
+    """
     at, seen = 1.0, {1.0: value(1.0)}
 
     def look(scale: float) -> float:
@@ -107,9 +110,10 @@ def convex_minimum(value: Callable[[float], float]) -> float:
 
 
 def scaled_norm(checkpoint: Checkpoint, spec: ModelSpec, scale: float) -> dict[str, torch.Tensor]:
-    """The final norm's tensors, by name, of the same model with logits ``scale`` times as large.
+    """Return the final norm's tensors with which the logits are ``scale`` times as large.
 
-    fp32; a norm that adds an offset to its weight (Gemma) gives what is to be stored.
+    They are fp32, by full name, as a checkpoint stores them: without the offset that some norms
+    (Gemma's) add to their weight.
     """
     scaled = {}
     for name in spec.norm_tensors:

@@ -56,8 +56,8 @@ def refit_output(
         work: the layer of both models.
         group: units of the output projection.
         target: of the projection.
-        keep: hold the inputs of all windows; else they are computed again when needed.
-        most_left: score the group from the same moments only if the refit leaves less than this.
+        keep: hold the inputs of all windows; otherwise they are computed again when needed.
+        most_left: score the group from these moments only if the refit leaves less than this.
     """
     weight_HC = work.pruned[f"{group.output}.weight"]
     bias_H = work.pruned.get(f"{group.output}.bias")

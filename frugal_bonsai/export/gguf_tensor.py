@@ -125,6 +125,6 @@ def _convert(
         if not np.isfinite(chunk).all():
             raise CheckpointError(
                 f"{file}: tensor {source!r} has values beyond 65504, too large for f16; "
-                "take --dtype f32 or q8_0"
+                "take --dtype bf16, f32 or q8_0"
             )
         yield chunk
