@@ -45,8 +45,8 @@ def list_tensors(
     import gguf
 
     kind = gguf.GGMLQuantizationType[dtype.upper()]
-    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(architectures[shape.architecture], spec.layers)
+    architecture = gguf.MODEL_ARCH[shape.architecture.upper()]
+    names = gguf.get_tensor_name_map(architecture, spec.layers)
     tensors: dict[str, GgufTensor] = {}
     for source in sorted(checkpoint.tensors, key=_in_numeric_order):
         if source.endswith("rotary_emb.inv_freq") or (spec.tied and source == spec.family.head):

@@ -1,6 +1,6 @@
-"""A real llama.cpp (``xllamacpp``), in a process of its own: its asserts end the process.
+"""Run a real llama.cpp (``xllamacpp``) and compare it with transformers.
 
-And transformers beside it, whose tokens and probabilities it has to give.
+llama.cpp runs in a child process, because its asserts end the process.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ needs_llama_cpp = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Answer:
-    """What greedy decoding made of one prompt."""
+    """Result of greedy decoding after one prompt."""
 
     ids: list[int]
     logprobs: list[float]
@@ -60,12 +60,12 @@ class Answer:
 
 
 def complete(path: Path, jobs: list[tuple[str | list[int], int]]) -> list[Answer]:
-    """Greedy tokens behind each prompt (text, or token ids); no token ends a text."""
+    """Return greedy tokens after each prompt (text, or token ids); no token ends the text."""
     return _run(path, jobs, "ignore-eos")[0]
 
 
 def complete_to_the_end(path: Path, prompt: str, tokens: int) -> tuple[Answer, dict[str, Any]]:
-    """Greedy tokens behind a prompt until a token ends the text, and the server's properties."""
+    """Return greedy tokens up to one that ends the text, and the server's properties."""
     [answer], properties = _run(path, [(prompt, tokens)], "stop")
     return answer, properties
 
@@ -98,10 +98,10 @@ def assert_same_next_tokens(
     step: int = 1,
     within: float = 1e-4,
 ) -> None:
-    """Behind beginnings of a text, of 60 random tokens if none is given, as transformers has them.
+    """Compare the next token and its log-probability with transformers', for each prefix of a text.
 
-    Where the next token is ``first`` or up: llama.cpp's server puts tokens that are single bytes
-    together and leaves their parts out.
+    The text has 60 random tokens if none is given. Prefixes whose next token is below ``first`` are
+    skipped: llama.cpp's server merges tokens that are single bytes.
     """
     if text is None:
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What stands in a GGUF file, and what is refused before one is written; no llama.cpp is needed."""
+"""Contents of GGUF files, and errors before one is written; without llama.cpp."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_values_that_the_format_cannot_hold(
 def test_one_source_is_held_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Of a layer's experts too: the source and what it became are gone when the next is read."""
+    """A source and its converted values are freed before the next is read, for experts too."""
     tiny = tiny_family(tmp_path / "dense", family, **FULL)
     save_pair_tokenizer(tmp_path / "dense")
     held: list[weakref.ref[Any]] = []
@@ -159,7 +159,7 @@ def test_experts_in_one_tensor(tmp_path: Path) -> None:
 def test_a_uniform_model_at_a_head_count_that_llamas_config_forbids(
     tmp_path: Path, stories260k: Path
 ) -> None:
-    """transformers' class refuses five heads for 48; llama.cpp's does not."""
+    """LlamaConfig refuses five heads for a hidden size of 48; llama.cpp does not."""
     changes = {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 512}
     with tiny_parent(tmp_path / "dense", **changes) as parent:
         mask = KeepMask(parent.spec.table)

@@ -1,4 +1,4 @@
-"""Exported models in a real llama.cpp: the tokens that transformers gives, layout by layout."""
+"""Exported models of every layout give transformers' tokens in a real llama.cpp."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def export(folder: Path, out: Path, dtype: str = "f32") -> Any:
 
 @torch.no_grad()
 def expected_tokens(folder: Path, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """transformers' greedy tokens and their log-probabilities."""
+    """Return transformers' greedy tokens and their log-probabilities."""
     model = load_pruned(folder, dtype=torch.float32)
     found = []
     for prompt in prompts:
@@ -55,7 +55,7 @@ def ids_of(folder: Path, texts: tuple[str, ...] = WORDS) -> list[list[int]]:
 
 
 def real_texts(shared: Path) -> list[str]:
-    """Lines of stories, and what a tokenizer finds hard."""
+    """Return lines of stories, and texts that are hard to tokenise."""
     text = (shared / "text" / "tinystories_test.txt").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if len(line) > 20][:80]
     hard = [
@@ -90,7 +90,7 @@ def test_stories3m(tmp_path: Path, stories3m: Path, layout: str) -> None:
 def test_texts_are_split_as_transformers_does(
     tmp_path: Path, stories3m: Path, shared: Path
 ) -> None:
-    """A text and its tokens give the same next token with the same probability, and count."""
+    """A text and its token ids give the same continuation and the same number of tokens."""
     export(stories3m, tmp_path / "m.gguf")
     assert_same_split(stories3m, tmp_path / "m.gguf", real_texts(shared))
 

@@ -1,4 +1,4 @@
-"""Families in a real llama.cpp: the tokens and log-probabilities that transformers gives."""
+"""Exported models of every family give transformers' tokens in a real llama.cpp."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3-moe": ({}, "qwen3moe"),
     "olmoe": ({"num_key_value_heads": 6, "clip_qkv": None}, "olmoe"),
 }
-# Of these, the ones that may differ layer by layer.
+# Families whose layers may differ in width.
 DECI = ("mistral", "qwen2", "phi3")
 
 
 def tolerance(architecture: str) -> float:
-    """llama.cpp's gelu is the one by a tanh, its input and output rounded to f16."""
+    """Return the allowed difference: llama.cpp approximates gelu with a tanh and rounds to f16."""
     return 5e-3 if architecture in ("gemma2", "gemma3", "gpt2", "gptneox", "falcon") else 1e-4
 
 
@@ -72,7 +72,7 @@ def test_families(tmp_path: Path, family: str, layout: str) -> None:
 
 @needs_llama_cpp
 def test_a_real_gpt2(tmp_path: Path, gpt1m_bytes: Path) -> None:
-    """Trained with the exact gelu; its tokens are bytes, whatever the file calls them."""
+    """The model was trained with the exact gelu. Its tokens are bytes."""
     folder = tmp_path / "dense"
     shutil.copytree(gpt1m_bytes, folder, ignore=shutil.ignore_patterns("*token*"))
     save_pair_tokenizer(folder, 256)

@@ -1,4 +1,4 @@
-"""Models that llama.cpp computes otherwise or not at all, refused before a file is written."""
+"""Models that llama.cpp cannot compute are refused before a file is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def refused(folder: Path, tmp_path: Path, text: str, dtype: str = "f32") -> None
 
 
 def ragged(spec: ModelSpec) -> ModelSpec:
-    """The same model with a unit less of each kind in its second layer."""
+    """Return the model with one unit of each kind less in its second layer."""
     groups = [replace(g, count=g.count - g.layer) for g in spec.table.groups]
     return replace(spec, table=UnitTable(tuple(groups)))
 

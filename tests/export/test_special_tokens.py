@@ -1,4 +1,4 @@
-"""Special tokens and chat templates: transformers' own, read back by llama.cpp."""
+"""llama.cpp reads back the special tokens and chat templates that transformers resolves."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def transformers_ids(folder: Path) -> dict[str, int]:
 
 @needs_llama_cpp
 def test_special_tokens_map(folder: Path) -> None:
-    """A file of its own names them."""
+    """special_tokens_map.json names the tokens, tokenizer_config.json does not."""
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     change(folder, "tokenizer_config.json", **dict.fromkeys(names))
     change(folder, "special_tokens_map.json", **names)
@@ -82,7 +82,7 @@ def test_a_template_file_comes_before_the_config(folder: Path) -> None:
 
 @pytest.mark.parametrize("files", [True, False])
 def test_named_templates(folder: Path, files: bool) -> None:
-    """In files of their own, or as a list in the tokenizer's config."""
+    """Named templates are files, or a list in tokenizer_config.json."""
     if files:
         (folder / "chat_template.jinja").write_text("PLAIN")
         (folder / "additional_chat_templates").mkdir()
@@ -99,7 +99,7 @@ def test_named_templates(folder: Path, files: bool) -> None:
 
 @pytest.fixture
 def gpt2(tmp_path: Path, shared: Path) -> Path:
-    """A GPT-2 that writes commas; its tokenizer's config names no special token."""
+    """A GPT-2 that writes commas. Its tokenizer_config.json names no special token."""
     folder = tmp_path / "gpt2"
     folder.mkdir()
     made = Tokenizer(models.BPE())
@@ -131,7 +131,7 @@ def gpt2(tmp_path: Path, shared: Path) -> Path:
 @needs_llama_cpp
 @pytest.mark.parametrize("tokenizer_class", [None, "PreTrainedTokenizerFast"])
 def test_the_end_of_text_of_a_gpt2(gpt2: Path, tokenizer_class: str | None) -> None:
-    """From transformers' class for GPT-2, or from config.json where another class is named.
+    """GPT2Tokenizer has a default end of text; for other classes config.json names it.
 
     Without an id in the file llama.cpp takes token 11, a comma, and stops there.
     """
@@ -145,7 +145,7 @@ def test_the_end_of_text_of_a_gpt2(gpt2: Path, tokenizer_class: str | None) -> N
 
 @needs_llama_cpp
 def test_every_token_that_ends_a_generation(gpt2: Path) -> None:
-    """generation_config.json may list several; transformers stops at each of them."""
+    """generation_config.json may list several tokens, and transformers stops at each."""
     comma = AutoTokenizer.from_pretrained(gpt2)(",").input_ids[0]
     change(gpt2, "generation_config.json", eos_token_id=[511, comma, 600])
     keys = written(gpt2)
@@ -156,7 +156,7 @@ def test_every_token_that_ends_a_generation(gpt2: Path) -> None:
 
 
 def test_a_model_without_an_end_of_text(gpt2: Path) -> None:
-    """The summary says what llama.cpp does then."""
+    """The summary states where llama.cpp stops then."""
     change(gpt2, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     for name in ("config.json", "generation_config.json"):
         change(gpt2, name, bos_token_id=None, eos_token_id=None)

@@ -1,4 +1,4 @@
-"""Tokenizers as GGUF metadata: kinds, tokens, and what llama.cpp has no equal for."""
+"""Tokenizers as keys of a GGUF file, and tokenizers that llama.cpp does not have."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_byte_level_patterns_split_as_transformers_does(
 
 
 def gemma_tokenizer(texts: list[str]) -> GemmaTokenizer:
-    """Gemma's own class: runs of spaces and line ends are tokens of a user's, bytes behind them."""
+    """Return a GemmaTokenizer: runs of spaces and of line ends are added tokens, bytes follow."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[^ ]+| +"), "isolated")
     trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, show_progress=False))
@@ -118,7 +118,7 @@ def test_gemmas_is_split_as_transformers_does(tmp_path: Path, shared: Path) -> N
 
 
 def ids_of(keys: dict[str, Any]) -> dict[str, int]:
-    """Ids of special tokens, by their kind."""
+    """Return the ids of special tokens by kind."""
     found = {re.fullmatch("add_([a-z]+)_token_id", key): value for key, value in keys.items()}
     return {match[1]: value for match, value in found.items() if match is not None}
 
@@ -183,7 +183,7 @@ def byte_level(**pre_tokenizer: Any) -> dict[str, Any]:
 
 
 def surrounded_by(*tokens: str) -> dict[str, Any]:
-    """A post-processor that puts tokens in front of a text."""
+    """Return a post-processor that puts tokens in front of a text."""
     before = [{"SpecialToken": {"id": token, "type_id": 0}} for token in tokens]
     ids = {
         token: {"id": token, "ids": [at + 5], "tokens": [token]} for at, token in enumerate(tokens)
