@@ -54,20 +54,21 @@ def list_tensors(
         entry, whole = checkpoint.tensors[source], _whole_name(source)
         for piece, rows in _pieces(whole, entry, spec, shape):
             name = _gguf_name(names, piece, source, entry, shape)
-            extents = entry.shape if rows is None else (rows.stop - rows.start, *entry.shape[1:])
-            sources: tuple[str, ...] = (source,)
-            if whole != source:
-                sources = (*(tensors[name].sources if name in tensors else ()), source)
-                extents = (len(sources), *extents)
-            elif name in tensors:
+            if name in tensors and whole != source:
+                tensors[name] = _with_part(tensors[name], source)
+                continue
+            if name in tensors:
                 raise UnsupportedModelError(
                     f"{entry.file}: tensors {tensors[name].sources[0]!r} and {source!r} have one "
                     f"place in llama.cpp's architecture {shape.architecture!r}, {name}"
                 )
+            extents = entry.shape if rows is None else (rows.stop - rows.start, *entry.shape[1:])
+            if whole != source:
+                extents = (1, *extents)
             tensors[name] = GgufTensor(
                 name=name,
                 checkpoint=checkpoint,
-                sources=sources,
+                sources=(source,),
                 shape=extents,
                 kind=kind,
                 rows=rows,
@@ -89,6 +90,12 @@ def _whole_name(source: str) -> str:
     """
     source = re.sub(r"\.norms\.\d+\.", ".", source)
     return re.sub(r"\.experts\.\d+\.", ".experts.", source)
+
+
+def _with_part(tensor: GgufTensor, source: str) -> GgufTensor:
+    """Return the stack of an expert's, or a head's, tensors with one more."""
+    parts, *extents = tensor.shape
+    return replace(tensor, sources=(*tensor.sources, source), shape=(parts + 1, *extents))
 
 
 def _pieces(
