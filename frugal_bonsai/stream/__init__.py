@@ -1,1 +1,1 @@
-"""Layers from disk, one at a time, and the sweep over them."""
+"""Stream layers from disk, one at a time, and run sweeps over them."""

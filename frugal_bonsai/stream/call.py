@@ -1,8 +1,9 @@
-"""Calling one of Hugging Face's layers with streamed parameters.
+"""Call one of Hugging Face's layers with streamed parameters.
 
-In: a layer module on the meta device, its parameters, hidden states. Out: the layer's output, or
-the input of one of its output projections. Masks enter as hooks on those inputs: zeroing them
-equals removing the units. Holds one micro-batch's activations.
+In: a layer module on the meta device, its parameters, hidden states. Out: the layer's
+output, or the inputs and outputs of some of its projections. Masks are hooks on the inputs of
+output projections: zeroing these inputs equals removing the units. Memory: one micro-batch's
+activations.
 
 Shape suffixes: B windows of a micro-batch, S tokens, H hidden, C columns of an output projection.
 """
@@ -21,7 +22,7 @@ from torch.func import functional_call
 from frugal_bonsai.stream.experts import RoutedLinear, spread
 from frugal_bonsai.stream.layers import Parameters
 
-# Sees (and may change in place or replace) the input of an output projection.
+# Receives the input of an output projection; may change it in place, or return another one.
 InputHook = Callable[[torch.Tensor], torch.Tensor | None]
 
 
@@ -32,13 +33,13 @@ def call_layer(
     kwargs: Mapping[str, Any],
     hooks: Mapping[str, InputHook] | None = None,
 ) -> torch.Tensor:
-    """The layer's output ``[B, S, H]``.
+    """Return the layer's output ``[B, S, H]``.
 
     Args:
         module: Hugging Face's layer, on the meta device.
         parameters: name inside the layer -> tensor.
-        hidden_BSH: the layer's input; not changed.
-        kwargs: what the model calls this layer with.
+        hidden_BSH: the layer's input, which does not change.
+        kwargs: keyword arguments that the model calls this layer with.
         hooks: name of an output projection -> hook on its input.
     """
     with _hooked(module, hooks or {}, hidden_BSH.shape[:2]):
@@ -48,7 +49,7 @@ def call_layer(
 
 
 class _CapturedError(Exception):
-    """Ends a layer's forward once the wanted input has been seen."""
+    """Ends a layer's forward as soon as an input is captured."""
 
 
 def capture_input(
@@ -58,7 +59,7 @@ def capture_input(
     kwargs: Mapping[str, Any],
     projection: str,
 ) -> torch.Tensor:
-    """The input ``[B, S, C]`` of one output projection; what follows it is not computed."""
+    """Return the input ``[B, S, C]`` of one projection; the rest of the layer is not computed."""
     seen: list[torch.Tensor] = []
 
     def stop(input_BSC: torch.Tensor) -> None:
@@ -74,12 +75,12 @@ def capture_input(
 
 @dataclass(frozen=True)
 class Captured:
-    """What a layer gave, and what was asked for on the way.
+    """A layer's output, and activations inside it.
 
     Attributes:
         result_BSH: the layer's output.
-        outputs: of the projections that were named.
-        input_BSH: of the module that was named.
+        outputs: name of each requested projection -> its output.
+        input_BSH: input of the requested module.
     """
 
     result_BSH: torch.Tensor
@@ -96,7 +97,7 @@ def capture_outputs(
     *,
     input_of: str | None = None,
 ) -> Captured:
-    """The layer's output, those of some of its projections, and the input of one more, if named."""
+    """Run the layer; capture the outputs of some projections and the input of one module."""
     outputs: dict[str, torch.Tensor] = {}
     inputs: list[torch.Tensor] = []
 
@@ -122,15 +123,15 @@ def replaced(
 ) -> Iterator[None]:
     """Within the context the projection's sublayer returns ``output_BSH`` without computing.
 
-    The sublayer is the module that owns the projection (``self_attn`` of ``self_attn.o_proj``); a
-    projection that the layer itself owns is replaced alone, what stands before it is computed.
+    The sublayer is the module that owns the projection (``self_attn`` of ``self_attn.o_proj``). A
+    projection that the layer itself owns is replaced alone; the modules before it are computed.
 
     Args:
         module: the layer.
         projection: the sublayer's output projection.
-        output_BSH: of the projection.
-        returns_tuple: attention modules of transformers return (output, weights), FFN modules the
-            output.
+        output_BSH: output of the projection.
+        returns_tuple: return (output, None) as attention modules of transformers do; FFN modules
+            return the output alone.
     """
     owner = projection.rpartition(".")[0]
     sublayer = module.get_submodule(owner or projection)
@@ -165,7 +166,7 @@ def _as_prehook(
     def prehook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         input_TC, tokens_R = _of_all_tokens(module, args[0], items)
         changed = hook(_unflattened(input_TC, items))
-        if tokens_R is not None:  # a hook may have changed it where it lies, too
+        if tokens_R is not None:  # a hook may have changed it in place, too
             changed = input_TC if changed is None else changed
             return (changed.reshape(-1, changed.shape[-1])[tokens_R], *args[1:])
         return None if changed is None else (changed.view_as(args[0]), *args[1:])
@@ -176,9 +177,10 @@ def _as_prehook(
 def _of_all_tokens(
     module: nn.Module, value: torch.Tensor, items: torch.Size
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An expert's input or output with zeros for the tokens that it is not given, and which it is.
+    """Return an input or output for all tokens, and the tokens that an expert received.
 
-    What any other module is given is that of all tokens already.
+    An expert's values are zero for the other tokens. Any other module receives all tokens; the
+    second result is None then.
     """
     tokens_R = module.tokens_R if isinstance(module, RoutedLinear) else None
     if tokens_R is None:
@@ -187,5 +189,5 @@ def _of_all_tokens(
 
 
 def _unflattened(value: torch.Tensor, items: torch.Size) -> torch.Tensor:
-    """``[B, S, ...]``, where a layer works on ``[B * S, ...]`` too; the same memory."""
+    """Return a view ``[B, S, ...]`` of a value that may be ``[B * S, ...]``."""
     return value if value.shape[:2] == items else value.view(*items, -1)

@@ -1,8 +1,8 @@
-"""One model, one device, one plan: what the sweeps of a run share.
+"""One model on one device under one plan: the objects that all sweeps of a run share.
 
-In: an open checkpoint, its description, device, compute dtype, the arithmetic of masked evaluation
-and the plan's limits. Out: streams, heads, the sweep. Holds the skeleton (final norm, rotary
-embeddings) and, where it fits in one chunk, the head.
+In: an open checkpoint, its description, device, compute dtype, the arithmetic of masked
+evaluation and the plan's limits. Out: streams, heads, the sweep. Memory: the skeleton (final
+norm, rotary embeddings) and, where it fits in one chunk, the head.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ARITHMETICS = (FLOAT, INT8_PRODUCTS)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on an accelerator; fp32 on a CPU, where bf16 products are slower."""
+    """Return bf16 on an accelerator, fp32 on a CPU, where bf16 products are slower."""
     return torch.bfloat16 if is_accelerator(device) else torch.float32
 
 
@@ -37,14 +37,14 @@ class Engine:
     """Streams one model's layers over windows of tokens.
 
     Args:
-        checkpoint: the model; stays open while the engine is used.
+        checkpoint: the model; it must stay open while the engine is used.
         spec: its description.
         device: where layers are computed.
         dtype: compute dtype.
         limits: from the memory plan.
-        arithmetic: of masked evaluation: ``"float"`` multiplies in the compute dtype, ``"int8"``
-            the stored codes.
-        progress: told of each layer visit.
+        arithmetic: of masked evaluation. ``"float"`` multiplies in the compute dtype, ``"int8"``
+            multiplies the stored codes.
+        progress: receives each layer visit.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class Engine:
         self.sweep = Sweep(self.skeleton, limits, progress=self.progress)
 
     def stream(self, source: LayerSource) -> LayerStream:
-        """A stream of a source's layers to be called, in the compute dtype; close it after use."""
+        """Open a stream of layers for forward passes in the compute dtype; close it after use."""
         return self._stream(source, ROWS)
 
     def dense_stream(self, source: LayerSource) -> LayerStream:
-        """The same with weights that are more than multiplied: read, changed, solved for."""
+        """Open a stream of plain weight tensors, which may be read and changed."""
         return self._stream(source, DENSE)
 
     def evaluation_stream(self, source: LayerSource) -> LayerStream:
-        """A stream of a source's layers in the arithmetic of masked evaluation."""
+        """Open a stream of layers in the arithmetic of masked evaluation."""
         return self._stream(source, CODES if self.int8_products else ROWS)
 
     def _stream(self, source: LayerSource, products: str) -> LayerStream:
@@ -89,7 +89,7 @@ class Engine:
         )
 
     def evaluation_head(self, folder: Path) -> Head:
-        """The head in the arithmetic of masked evaluation; int8 rows are written to ``folder``."""
+        """Return the head in the arithmetic of masked evaluation; write int8 rows to ``folder``."""
         if not self.int8_products:
             return self.head
         rows = build_head_store(
@@ -107,9 +107,9 @@ class Engine:
         )
 
     def native(self) -> LayerStream:
-        """The checkpoint itself in its own precision."""
+        """Open a stream of the checkpoint in its own precision."""
         return self.stream(CheckpointSource(self.checkpoint, self.spec))
 
     def losses(self, stream: LayerStream, tokens_NS: torch.Tensor, name: str) -> torch.Tensor:
-        """Unmasked loss of tokens 2..S of every window, fp32 ``[N, S-1]`` on the CPU."""
+        """Return the unmasked loss of tokens 2..S of every window, fp32 ``[N, S-1]``, CPU."""
         return self.sweep.losses(stream, self.head, tokens_NS, name=name)

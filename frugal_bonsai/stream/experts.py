@@ -1,13 +1,15 @@
-"""Experts whose projections are modules of their own, so that their weights can be streamed.
+"""Experts as separate modules, so that the weights of each can be streamed.
 
 In: Hugging Face's module of a layer's experts, which holds all of them in two tensors of three
-dimensions. Out: one that computes the same with a module an expert, under the names that
-checkpoints have: experts may differ in width, and the input of each one's output projection can be
-seen and masked. Router, top-k and the weights of a token's experts stay Hugging Face's.
+dimensions. Out: an equivalent module with one submodule per expert, under the names that
+checkpoints use. Experts may differ in width, and the input of each output projection can be
+captured and masked. Router, top-k and the router's weights stay Hugging Face's.
 
-A token's weight multiplies the *input* of its expert's output projection instead of the output,
-which is the same, for that is linear: what a layer's experts add up to is then linear in these
-inputs, and statistics of them are weighted as the router weighs. Holds one expert's tokens.
+The router's weight multiplies the *input* of an expert's output projection instead of its output.
+This is the same, because the projection is linear. So the sum of a layer's experts is linear in
+these inputs, and statistics of the inputs contain the router's weights.
+
+Memory: one expert's tokens.
 
 Shape suffixes: T tokens of a micro-batch, K experts a token is sent to, R tokens of one expert, H
 hidden, C channels of an expert.
@@ -29,11 +31,11 @@ from frugal_bonsai.model.family_schema import Experts
 
 
 class RoutedLinear(nn.Linear):
-    """An expert's output projection; while it runs it knows which tokens its input rows are.
+    """An expert's output projection; during a forward it knows the tokens of its input rows.
 
     Attributes:
-        tokens_R: int64, their numbers in the micro-batch; None outside of a forward.
-        weight_R: how much the router weighs the expert for them.
+        tokens_R: int64, indices of the tokens in the micro-batch; None outside of a forward.
+        weight_R: the router's weight of the expert for these tokens.
     """
 
     tokens_R: torch.Tensor | None = None
@@ -53,7 +55,7 @@ class _Expert(nn.Module):
     def forward(
         self, hidden_RH: torch.Tensor, weight_R: torch.Tensor, tokens_R: torch.Tensor
     ) -> torch.Tensor:
-        """What the expert adds for these tokens, ``[R, H]``."""
+        """Return the expert's weighted output for these tokens, ``[R, H]``."""
         inner_RC = self.act_fn(self.gate_proj(hidden_RH)) * self.up_proj(hidden_RH)
         inner_RC = (inner_RC * weight_R[:, None]).to(hidden_RH.dtype)
         self.down_proj.tokens_R, self.down_proj.weight_R = tokens_R, weight_R
@@ -66,13 +68,13 @@ class _Expert(nn.Module):
 class RoutedExperts(nn.Module):
     """A layer's experts.
 
-    Those whose weights are not streamed are gone; the router's rows are the others, in order.
+    An expert whose weights are not streamed was dropped. The router's rows are the others in order.
 
     Args:
         hidden: H.
-        width: of each expert; streamed weights may have others.
-        count: experts.
-        act_fn: the activation's module.
+        width: number of each expert's channels; streamed weights may have fewer.
+        count: number of experts.
+        act_fn: module of the activation function.
     """
 
     def __init__(
@@ -85,9 +87,9 @@ class RoutedExperts(nn.Module):
     def forward(
         self, hidden_TH: torch.Tensor, chosen_TK: torch.Tensor, weight_TK: torch.Tensor
     ) -> torch.Tensor:
-        """What each token's experts add up to, ``[T, H]``.
+        """Return the sum of each token's experts, ``[T, H]``.
 
-        An expert without tokens runs as well: who looks at its inputs sees that there are none.
+        An expert without tokens runs too, so that hooks on its input see that there are none.
         """
         result_TH = torch.zeros_like(hidden_TH)
         experts = cast(list[_Expert], list(self.children()))
@@ -100,12 +102,12 @@ class RoutedExperts(nn.Module):
 
 
 def split_experts(model: nn.Module, spec: ModelSpec) -> None:
-    """Put :class:`RoutedExperts` in the place of each layer's experts, and follow their number.
+    """Replace each layer's experts by :class:`RoutedExperts`, and limit the router's ``top_k``.
 
-    A router's ``top_k`` is what the config says, or all experts that are left if they are fewer.
+    ``top_k`` is the config's value, or the number of remaining experts if it is smaller.
 
     Args:
-        model: Hugging Face's, on the meta device.
+        model: Hugging Face's model on the meta device.
         spec: its description; layers may have different numbers of experts.
     """
     rule = spec.family.experts
@@ -130,13 +132,13 @@ def _clamp_chosen(chosen: int) -> Callable[[nn.Module, Any], None]:
 
 @dataclass(frozen=True)
 class CapturedExperts:
-    """What a layer with experts gave, and what went into them.
+    """The output of a layer with experts, and the inputs of their output projections.
 
     Attributes:
         result_BSH: the layer's output.
-        inputs: for each output projection that was named its input, which tokens' that is, and how
-            much the router weighs the expert for them: ``[R, C]``, int64 ``[R]``, ``[R]``.
-        weights_T: of each token, the sum of its experts' weights.
+        inputs: name of each requested output projection -> its input ``[R, C]``, the tokens of its
+            rows (int64 ``[R]``), and the router's weights of these tokens ``[R]``.
+        weights_T: sum of each token's router weights.
     """
 
     result_BSH: torch.Tensor
@@ -152,7 +154,7 @@ def capture_experts(
     rule: Experts,
     projections: Iterable[str],
 ) -> CapturedExperts:
-    """The layer's output, and the inputs of its experts' output projections."""
+    """Run the layer and capture the inputs of its experts' output projections."""
     inputs = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
     sums: list[torch.Tensor] = []
 
@@ -177,6 +179,6 @@ def capture_experts(
 
 
 def spread(values_RC: torch.Tensor, tokens_R: torch.Tensor, tokens: int) -> torch.Tensor:
-    """``[T, C]``: an expert's rows at the places of their tokens, zeros elsewhere."""
+    """Return ``[T, C]`` with an expert's rows at their tokens' places and zeros elsewhere."""
     full_TC = values_RC.new_zeros(tokens, values_RC.shape[-1])
     return full_TC.index_copy_(0, tokens_R, values_RC)

@@ -1,7 +1,7 @@
 """Run windows of tokens through a streamed model, one layer at a time.
 
-Comes in: windows of tokens, optionally a keep mask for each, optionally a tap on the inputs of the
-output projections. Goes out: the loss of every token, or the last layer's hidden states. A layer is
+In: windows of tokens, optionally a keep mask for each, optionally a tap on the inputs of the
+output projections. Out: the loss of every token, or the last layer's hidden states. A layer is
 read and dequantised once per wave, however many masks and windows are in flight. A window's result
 does not depend on its neighbours. When memory runs out inside a layer, its micro-batch halves and
 the layer continues with the windows that are left.
@@ -43,10 +43,7 @@ class Masker(Protocol):
     def impute(
         self, group: UnitGroup, input_BSC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return columns ``[P]`` and their imputed inputs ``[B, S, P]``; None imputes zeros.
-
-        The columns include every column that a mask may remove.
-        """
+        """Return all removable columns ``[P]``, imputed ``[B, S, P]``; None imputes zeros."""
 
 
 class Tap(Protocol):
@@ -55,8 +52,8 @@ class Tap(Protocol):
     def inputs(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
         """Take one micro-batch's input of an output projection, in the compute dtype.
 
-        The tap must allocate all that it needs before it changes anything: when memory runs out,
-        it is called again with parts of the micro-batch.
+        When memory runs out it is called again with parts of the micro-batch, so it must allocate
+        all that it needs before it changes anything.
         """
 
     def end_layer(self, layer: int, parameters: Parameters) -> None:
@@ -92,8 +89,7 @@ class Sweep:
     """Runs windows through a streamed model.
 
     Attributes:
-        forward_tokens: tokens that went through the whole model so far; a partial pass counts by
-            its share.
+        forward_tokens: tokens of all forward passes; a partial pass counts by its share.
         batches: the micro-batches with their present size.
 
     Args:
@@ -139,12 +135,8 @@ class Sweep:
     ) -> Iterator[tuple[slice, HiddenStates]]:
         """Run all pairs in waves; yield each wave with its last hidden states.
 
-        Args:
-            stream: the layers.
-            tokens_NS: windows of tokens.
-            masker: kept columns of each pair.
-            name: sweep's name for the progress, or a function of the wave that returns it.
-            then: source that the caller reads after each wave, such as the head.
+        ``name`` is the sweep's name for the progress, or a function of the wave that returns it;
+        ``then`` is the source that the caller reads after each wave, such as the head.
         """
         for wave in self.waves(len(tokens_NS)):
             called = name if isinstance(name, str) else name(wave)
@@ -204,12 +196,7 @@ class Sweep:
     ) -> HiddenStates:
         """Call ``visit`` with each layer in order; it replaces the hidden states by the outputs.
 
-        Args:
-            stream: the layers.
-            tokens_NS: windows of tokens, all in flight together.
-            visit: advances the hidden states of all windows by one layer, in inference mode.
-            name: sweep's name for the progress.
-            then: source that the caller reads next, such as the head.
+        All windows are in flight together. ``visit`` runs in inference mode.
         """
         stream.start(then)
         skeleton = self.skeleton

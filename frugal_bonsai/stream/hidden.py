@@ -1,8 +1,8 @@
-"""The residual stream of every window in flight.
+"""Residual stream of every window in flight.
 
-In: the first layer's inputs. Out: slices of it on the compute device, written back after each
-layer. Holds windows * S * H elements: as many windows as planned on the device, the rest in host
-memory (spill.py).
+In: the first layer's inputs. Out: slices on the compute device, which are written back
+after each layer. Memory: windows * S * H elements. The planned number of windows is on the device,
+the rest in host memory (spill.py).
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 """
@@ -20,13 +20,13 @@ class HiddenStates:
     """Hidden states of ``windows`` windows.
 
     Args:
-        windows: number of windows (or of mask and window pairs).
-        window: S, tokens of each.
+        windows: number of windows (or of (mask, window) pairs).
+        window: S, number of tokens of each.
         hidden: H.
         device: where micro-batches are computed.
         dtype: compute dtype.
-        resident: windows kept on the device; the rest spills to the host. All are kept where the
-                device computes in the host's memory.
+        resident: number of windows kept on the device; the rest spills to the host. A device that
+            computes in the host's memory keeps all.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class HiddenStates:
             self._far = Spill(windows - self._resident, window, hidden, device=device, dtype=dtype)
 
     def read(self, items: slice) -> torch.Tensor:
-        """``[B, S, H]`` on the device; a view where the windows are resident."""
+        """Return ``[B, S, H]`` on the device; a view where the windows are resident."""
         start, stop = items.start, min(items.stop, self.windows)
         if stop <= self._resident:
             return self._near[start:stop]
@@ -56,7 +56,7 @@ class HiddenStates:
         return torch.cat([self._near[start:], far_BSH])
 
     def write(self, items: slice, hidden_BSH: torch.Tensor) -> None:
-        """Keep these windows' new hidden states."""
+        """Store these windows' new hidden states."""
         start, stop = items.start, min(items.stop, self.windows)
         near = max(0, min(stop, self._resident) - start)
         if near:

@@ -1,16 +1,18 @@
-"""One layer after another in two reused buffers, the next one read in the background.
+"""Stream layers through two reused buffers; the next layer is read in the background.
 
-In: a :class:`~frugal_bonsai.stream.source.LayerSource`. Out: for each layer, its parameters in the
-compute dtype, or weights as they are stored where the products take them so. Holds two layers as
-stored, and in the compute dtype what the products do not take so; allocates nothing in the steady
-state. On an accelerator the stored bytes go through pinned host buffers and a stream of their own.
+In: a :class:`~frugal_bonsai.stream.source.LayerSource`. Out: each layer's parameters in the compute
+dtype, or as stored where the products accept stored weights.
 
-Orders that must hold, and what holds them (C: the stream that computes, K: the one that copies):
-- the buffers on the device come from C's memory: K first waits for what C was doing before;
-- a copy into a buffer comes after C has used it (K waits for C's event);
-- computing comes after the copy (C waits for K's event);
-- when the stream is closed, the next user of the buffers' memory comes after the last copy (the
-  host waits for K, whose pinned buffers it gives back then).
+Memory: two layers as stored, and in the compute dtype those weights that cannot be multiplied as
+stored. Nothing is allocated in the steady state. On an accelerator the stored bytes go through
+pinned host buffers and their own stream.
+
+Required orders, with C the computing stream and K the copying stream:
+- The device buffers are allocated on C, so K first waits for the earlier work of C.
+- A copy into a buffer starts after C has used the buffer (K waits for C's event).
+- Computing starts after the copy (C waits for K's event).
+- The buffers' memory is reused after the last copy: when the stream is closed, the host waits for
+  K before it frees the pinned buffers.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ from frugal_bonsai.stream.stored_weight import RowsWeight
 
 Parameters = dict[str, torch.Tensor]
 
-# What products are made with: weights in the compute dtype; those of a CPU's, where they are large,
-# some rows at a time; int8 codes.
+# Forms of a weight in products: a tensor in the compute dtype; a large weight on a CPU, of which a
+# few rows at a time are dense; int8 codes.
 DENSE, ROWS, CODES = "dense", "rows", "codes"
 _IN_PLACE = "in place"
 
@@ -51,16 +53,16 @@ class LayerStream:
     """Streams layers from disk to a device.
 
     Args:
-        source: where layers come from.
+        source: source of the layers.
         device: where they are computed.
-        dtype: compute dtype; a layer stored in this dtype is used where it lies.
-        products: ``"dense"`` makes all weights plain tensors. On a CPU ``"rows"`` hands large ones
-            out as :class:`RowsWeight`, and ``"codes"`` int8 ones as :class:`Int8Weight` anywhere:
-            their modules can multiply them, nothing else can use them.
-        buffers: layers held as stored; with one alone nothing is read in the background.
+        dtype: compute dtype; a tensor stored in this dtype is used in place.
+        products: ``"dense"`` makes all weights plain tensors. ``"rows"`` yields large weights as
+            :class:`RowsWeight` on a CPU. ``"codes"`` yields int8 weights as :class:`Int8Weight` on
+            any device. Modules can multiply these; nothing else can use them.
+        buffers: number of layers held as stored; with one, nothing is read in the background.
 
     Attributes:
-        tokens_at_once: how many are computed together at most; None leaves it to the plan.
+        tokens_at_once: maximum number of tokens computed together; None leaves it to the plan.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class LayerStream:
         )
 
     def _form(self, record: Record) -> str:
-        """What becomes of a stored tensor."""
+        """Return the form in which a stored tensor is yielded."""
         quantised, cpu = record.scales_start is not None, self.device.type == "cpu"
         if not quantised and torch_dtype(record.dtype) == self.dtype:
             return _IN_PLACE
@@ -121,10 +123,10 @@ class LayerStream:
         return ROWS if self._products != DENSE and blocks else DENSE
 
     def start(self, then: LayerSource | None = None) -> None:
-        """Begin with the first layer while something else is done before :meth:`visit`.
+        """Start to read the first layer before :meth:`visit`.
 
         Args:
-            then: what is read when this visit is over: the disk goes on with its first layer.
+            then: source that is read after this visit; the disk continues with its first layer.
         """
         if self._first is None:
             self._ahead = ReadAhead(self.source, then)
@@ -133,11 +135,11 @@ class LayerStream:
     def visit(
         self, then: LayerSource | None = None, *, reverse: bool = False
     ) -> Iterator[tuple[int, Parameters]]:
-        """Yield ``(layer, parameters)`` in order; parameters are valid until the next one.
+        """Yield ``(layer, parameters)`` in order; parameters are valid until the next layer.
 
         Args:
-            then: as in :meth:`start`.
-            reverse: from the last layer to the first; :meth:`start` has not been called.
+            then: source that is read after this visit.
+            reverse: visit from the last layer to the first; :meth:`start` must not be called.
         """
         if reverse:
             assert self._first is None
@@ -163,11 +165,11 @@ class LayerStream:
     def _slot(self, layer: int) -> int:
         return layer % len(self._host)
 
-    # This runs in the reader's thread. Buffers that were made in inference mode, as the head's are,
-    # may be written in inference mode alone, which a thread does not inherit.
+    # This runs in the reader's thread, which does not inherit inference mode. Buffers made in
+    # inference mode, as the head's are, can only be written in inference mode.
     @torch.inference_mode()
     def _fetch(self, place: int, layer: int) -> None:
-        """Read the visit's layer at this place into its buffer."""
+        """Read the layer at this place of the visit into its buffer."""
         slot = self._slot(layer)
         self._ahead.reach(place)
         if self._copies is None:
@@ -214,7 +216,7 @@ class LayerStream:
         return parameters
 
     def close(self) -> None:
-        """Stop the background reader and let the buffers go."""
+        """Stop the background reader and free the buffers."""
         self._reader.shutdown(wait=True, cancel_futures=True)
         if self._copies is not None:
             self._copies.synchronize()

@@ -1,7 +1,7 @@
-"""Micro-batches that halve when memory runs out, inside the layer and never the sweep again.
+"""Micro-batches that halve when memory runs out, inside a layer, so that no sweep starts again.
 
-In: how many windows there are, and what is to be done with some of them. Out: it has been done for
-all of them, each exactly once. Holds two numbers.
+In: a number of windows, and a function of some of them. Out: the function was called for all
+windows, each exactly once. Holds two numbers.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.progress import Progress, Silent
 
-# Beside those that accelerate knows: torch's allocator on Windows; the driver's own (of pinned
-# memory, of kernels that load late); workspaces of cuBLAS, cuSOLVER, cuDNN and their like; XPU's.
+# Error texts that accelerate does not know: torch's allocator on Windows; the driver (pinned
+# memory, kernels that load late); workspaces of cuBLAS, cuSOLVER, cuDNN and similar libraries; XPU.
 _TEXTS = (
     "DefaultCPUAllocator: not enough memory",
     "error: out of memory",
@@ -25,23 +26,23 @@ _TEXTS = (
     "OUT_OF_RESOURCES",
 )
 _WHAT_TO_TRY = (
-    "close other programs, lower --max-gpu-mem or --max-cpu-mem below what is really free, use "
+    "close other programs, lower --max-gpu-mem or --max-cpu-mem below the free memory, use "
     "shorter windows (--window) or fewer of them (--windows)"
 )
 
 
 class MicroBatches:
-    """How many windows are computed together; fewer after memory has run out.
+    """Number of windows that are computed together; it halves when memory runs out.
 
     Attributes:
-        planned: windows of a micro-batch as planned.
-        size: as it is now.
+        planned: planned number of windows in a micro-batch.
+        size: present number.
 
     Args:
-        size: windows of a micro-batch.
-        unit: what is counted, for notes and errors.
-        what: what is halved, for notes and errors.
-        progress: told of each halving.
+        size: planned number of windows.
+        unit: name of the counted items, for notes and errors.
+        what: name of the micro-batch, for notes and errors.
+        progress: receives a note of each halving.
     """
 
     def __init__(
@@ -65,16 +66,16 @@ class MicroBatches:
     ) -> None:
         """Call ``body`` for every item once, in slices of at most ``size``, in order.
 
-        When memory runs out inside ``body`` the size halves and the same items are tried again,
-        so ``body`` must change nothing before everything that it allocates is there. It may hand
-        its results to a further ``run`` of their own, as its last step: that one never passes its
-        own lack of memory on.
+        When memory runs out inside ``body`` the size halves and the same items are tried again, so
+        ``body`` must allocate all that it needs before it changes anything. As its last step it may
+        pass its results to another ``run``, which never raises its own lack of memory.
 
         Args:
-            count: of items.
-            body: is given some of them.
-            weight: an item counts as so many units (a window as its tokens).
-            most: units of a slice, where fewer than planned are faster; one item at least.
+            count: number of items.
+            body: called with a slice of them.
+            weight: number of units that an item counts as, such as the tokens of a window.
+            most: maximum number of units in a slice, where fewer than planned are faster; a slice
+                has at least one item.
 
         Raises:
             BudgetError: memory ran out with a single item.
@@ -99,8 +100,6 @@ class MicroBatches:
                 done = items.stop
 
     def _halve(self, items: int, weight: int) -> None:
-        from accelerate.utils.memory import clear_device_cache
-
         self.size = items // 2 * weight
         clear_device_cache(garbage_collection=True)
         self._progress.note(
@@ -112,16 +111,14 @@ class MicroBatches:
         first = str(error).partition("\n")[0]
         unit = self._unit if weight > 1 else self._unit.removesuffix("s")
         return BudgetError(
-            f"memory ran out with {weight} {unit} in a {self._what}, the fewest there can "
-            f"be ({first}); {_WHAT_TO_TRY}"
+            f"memory ran out with {weight} {unit} in a {self._what}, the smallest possible number "
+            f"({first}); {_WHAT_TO_TRY}"
         )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's or the host's memory ran out."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    if isinstance(error, MemoryError):  # numpy's and Python's own, which accelerate does not know
+    """Return True for an error by which a device or the host reports a lack of memory."""
+    if isinstance(error, MemoryError):  # raised by numpy and Python; accelerate does not know it
         return True
     if not isinstance(error, RuntimeError):
         return False
@@ -134,7 +131,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
-    """Within it, a lack of memory is a user's error: there is nothing to halve.
+    """Within the context, turn a lack of memory into a user's error: there is nothing to halve.
+
+    Args:
+        what: name of the memory's purpose, for the error.
 
     Raises:
         BudgetError: memory ran out.

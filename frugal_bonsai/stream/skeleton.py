@@ -1,10 +1,11 @@
-"""Hugging Face's own model without its weights, and how it calls its layers.
+"""Hugging Face's model without its weights, and the arguments with which it calls its layers.
 
-In: a model's config. Out: layer modules on the meta device whose parameters are passed at the call,
-what the model calls each of them with (rotary embeddings, masks), its final norm with real weights,
-and embedding rows looked up from disk. The model's own forward runs once with recording proxies in
-place of its layers, so nothing of it is written twice here. Holds the final norm and one window's
-rotary embeddings.
+In: a model's config. Out: layer modules on the meta device, whose parameters are passed at each
+call; the model's arguments for each layer (rotary embeddings, masks); the final norm with real
+weights; embedding rows looked up from disk. The model's own forward runs once with recording
+proxies in place of its layers, so no forward is written here.
+
+Memory: the final norm and one window's rotary embeddings.
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 """
@@ -17,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 from torch.func import functional_call
 
@@ -29,16 +32,16 @@ from frugal_bonsai.stream.experts import split_experts
 
 
 class LayerProxy(nn.Module):
-    """Records what the model calls a layer with.
+    """Takes a layer's place and records the arguments of its call.
 
     Attributes:
-        hidden_BSH: The hidden state of the last call.
-        kwargs: Its other arguments by name.
+        hidden_BSH: hidden state of the last call.
+        kwargs: other arguments of the last call, by name.
     """
 
     def __init__(self, layer: nn.Module, *, returns_tuple: bool) -> None:
         super().__init__()
-        # Some models read attributes of a layer before they call it (attention_type, for example).
+        # Some models read attributes of a layer before they call it, such as attention_type.
         self._layer = [layer]
         self._signature = inspect.signature(layer.forward)
         self._returns_tuple = returns_tuple
@@ -53,7 +56,7 @@ class LayerProxy(nn.Module):
 
     def forward(self, hidden_BSH: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Record the arguments and return the hidden state unchanged."""
-        # Arguments are replayed by name; the first is the hidden state.
+        # Arguments are replayed by name; the first one is the hidden state.
         named = dict(self._signature.bind_partial(hidden_BSH, *args).arguments)
         named.pop(next(iter(named)))
         self.hidden_BSH, self.kwargs = hidden_BSH, {**named, **kwargs}
@@ -90,10 +93,13 @@ class Skeleton:
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 
     def _check_tensors(self, model: nn.Module) -> None:
-        """Every parameter of the model must be in the checkpoint, in the same shape, and no other.
+        """Check that the checkpoint has the model's parameters in the model's shapes, and no other.
 
-        Shapes of what units own are the family table's to check: they may differ by layer. Tensors
-        outside the layers that have no place are found as they are loaded.
+        The family table checks the shapes of tensors that units own, because they may differ by
+        layer. Unknown tensors outside the layers are found while they are loaded.
+
+        Raises:
+            CheckpointError: a tensor is missing, unknown or of another shape.
         """
         spec, where = self.spec, self._checkpoint.folder
         owned = {piece.tensor for group in spec.table.groups for piece in group.slices}
@@ -122,7 +128,7 @@ class Skeleton:
                 )
 
     def _follow_weights(self) -> None:
-        """Let attention modules that know their number of heads take it from streamed weights."""
+        """Set the number of heads in attention modules that store it from streamed weights."""
         spec, sized_by = self.spec, self.spec.family.sized_by
         if not sized_by:
             return
@@ -144,13 +150,11 @@ class Skeleton:
         for layer in self.layers:
             attention = layer.get_submodule(owner)
             if any(path.startswith("config.") for path in sized_by):
-                attention.config = copy.copy(attention.config)  # its own: layers differ
+                attention.config = copy.copy(attention.config)  # one for each layer: layers differ
             attention.register_forward_pre_hook(resize)
 
     def _load_outer(self, model: nn.Module) -> None:
-        """Load what stands outside the layers, embedding and head excepted; move the buffers."""
-        from accelerate.utils import set_module_tensor_to_device
-
+        """Load the tensors outside the layers except embedding and head; move all buffers."""
         family = self.spec.family
         for name in self.spec.other_tensors:
             if name in (family.embedding, family.head):
@@ -165,7 +169,7 @@ class Skeleton:
                     f"{self._checkpoint.folder}: tensor {name!r} has no place in "
                     f"{type(model).__name__}: {error}"
                 ) from error
-        # The layers, which stand behind their proxies, may have buffers too.
+        # The layers, which proxies replace in the model, may have buffers too.
         for root in (self._base, *self.layers):
             for module in root.modules():
                 for name, buffer in module.named_buffers(recurse=False):
@@ -173,21 +177,21 @@ class Skeleton:
                         setattr(module, name, buffer.to(self.device))
 
     def replace_norm(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Compute with another final norm from now on; names as in the checkpoint."""
+        """Replace the final norm's tensors; names are the checkpoint's."""
         for name, value in tensors.items():
             parameter = nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)
             setattr(self.norm, name.rpartition(".")[2], parameter)
 
     def embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """The first layer's input for these tokens, ``[B, S, H]`` in the compute dtype.
+        """Return the first layer's input for these tokens, ``[B, S, H]`` in the compute dtype.
 
-        Rows of the embedding are read from disk, each distinct token once; positions, scaling and
-        whatever else the model does before its first layer is done by the model.
+        Rows of the embedding are read from disk, each distinct token once. The model itself applies
+        positions, scaling and everything else before its first layer.
         """
         return self._run_base(self._rows(tokens_BS))
 
     def layer_kwargs(self, window: int) -> list[dict[str, Any]]:
-        """What the model calls each layer with for windows of this many tokens."""
+        """Return the keyword arguments of each layer's call for windows of this length."""
         if window not in self._kwargs:
             shape = (1, window, self.spec.hidden)
             self._run_base(torch.zeros(shape, dtype=self.dtype, device=self.device))
@@ -197,12 +201,12 @@ class Skeleton:
     def step(
         self, tokens_BS: torch.Tensor, position: int, cache: object
     ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-        """First layer's input, and the layers' arguments, for one more token of each window.
+        """Return the first layer's input and the layers' arguments for one token of each window.
 
         Args:
             tokens_BS: int64 ``[B, 1]``.
-            position: of these tokens.
-            cache: a transformers KV cache that holds the tokens before them.
+            position: position of these tokens.
+            cache: a KV cache of transformers that holds the tokens before them.
         """
         position_BS = torch.full((len(tokens_BS), 1), position, device=self.device)
         hidden_BSH = self._run_base(
@@ -214,7 +218,7 @@ class Skeleton:
         distinct, where = torch.unique(tokens_BS.cpu(), return_inverse=True)
         rows = self._checkpoint.gather_rows(self.spec.family.embedding, distinct)
         weight = {"weight": to_device(rows, self.device).to(self.dtype)}
-        # The model's own embedding, which may scale what it looks up, over these rows alone.
+        # The model's own embedding module, which may scale its output, with these rows only.
         embedded = functional_call(self._embedding, weight, (to_device(where, self.device),))
         return cast(torch.Tensor, embedded)
 
@@ -231,15 +235,14 @@ class Skeleton:
 def record_layers(
     model: nn.Module, spec: ModelSpec
 ) -> tuple[nn.Module, list[nn.Module], list[LayerProxy]]:
-    """Put recording proxies in the place of a model's layers.
+    """Replace a model's layers by recording proxies.
 
     Args:
-        model: Hugging Face's causal language model; changed.
-        spec: Its description.
+        model: Hugging Face's causal language model, which is changed.
+        spec: its description.
 
     Returns:
-        The model without its head, its layers, and their proxies, whose ``kwargs`` are what the
-        model's last forward called each layer with.
+        The model without its head, its layers, and their proxies.
     """
     base = model.get_submodule(spec.family.base_module)
     layers = list(cast(Iterable[nn.Module], base.get_submodule(spec.family.layers_module)))
@@ -250,24 +253,23 @@ def record_layers(
 
 
 def build_empty_model(spec: ModelSpec) -> nn.Module:
-    """Hugging Face's model of this config on the meta device, buffers real.
+    """Build Hugging Face's model of this config on the meta device, with real buffers.
 
-    Its transposed projections are ordinary ones: weights are streamed as ``[out, in]``. Those of a
-    class of its own over ``torch.nn.Linear`` (Falcon's) are too: they compute the same by other
-    means than ``torch.nn.functional.linear``, the one product that stored weights know.
+    Transposed projections become ``torch.nn.Linear``, because weights are streamed as ``[out,
+    in]``. So do projections of a subclass of it (Falcon's): they compute the same without
+    ``torch.nn.functional.linear``, the only product that stored weights support.
 
     Raises:
         CheckpointError: transformers does not accept the config.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     try:
         config = AutoConfig.for_model(**default_config(spec))
-        # Initialising weights that nobody reads would take most of the time.
+        # Initial values, which nothing reads, would take most of the time.
         with init_empty_weights(include_buffers=False), no_init_weights():
-            # The attention that transformers itself takes: sdpa, where the architecture has it.
+            # transformers chooses the attention: sdpa, where the architecture has it.
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"config.json: transformers does not accept it: {error}") from error

@@ -1,12 +1,12 @@
-"""Where a sweep's layers come from.
+"""Sources of a sweep's layers.
 
-A :class:`LayerSource` reads all of one layer into a caller's byte buffer and says where in it each
-tensor lies. :class:`CheckpointSource` reads a checkpoint as it is (native precision, optionally
-through a keep mask: the *masked parent*), ``store.LayerStore`` the int8 working copy. The head is
-streamed in the same way: each chunk of its rows counts as a layer of one tensor, ``weight``;
-:class:`HeadSource` reads them from a checkpoint, ``store.build_head_store`` quantises them.
+A :class:`LayerSource` reads a whole layer into a caller's byte buffer, and knows the place of each
+tensor in it. :class:`CheckpointSource` reads a checkpoint in its own precision, optionally through
+a keep mask (the *masked parent*); ``store.LayerStore`` reads the working copy. The head is streamed
+in the same way: each chunk of its rows is a layer with one tensor, ``weight``. :class:`HeadSource`
+reads the rows from a checkpoint, ``store.build_head_store`` quantises them.
 
-Holds no weights; reads with pread into the buffer that it is given.
+A source holds no weights; it reads with pread into the caller's buffer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One tensor of a layer inside the layer's bytes.
+    """Place of one tensor in a layer's bytes.
 
     Attributes:
         name: name inside the layer (``mlp.down_proj.weight``).
@@ -59,57 +59,57 @@ class Record:
         return self.elements * DTYPE_BYTES[self.dtype]
 
     def view(self, layer_bytes: torch.Tensor) -> torch.Tensor:
-        """The elements as a view of the layer's bytes (uint8)."""
+        """Return the elements as a view of the layer's bytes (uint8)."""
         piece = layer_bytes[self.start : self.start + self.size_bytes]
         return piece.view(torch_dtype(self.dtype)).view(self.shape)
 
     def scales(self, layer_bytes: torch.Tensor) -> torch.Tensor:
-        """The fp32 row scales as a view of the layer's bytes."""
+        """Return the fp32 row scales as a view of the layer's bytes."""
         assert self.scales_start is not None
         piece = layer_bytes[self.scales_start : self.scales_start + 4 * self.shape[0]]
         return piece.view(torch_dtype("F32"))
 
 
 class LayerSource(Protocol):
-    """Gives a sweep its layers."""
+    """Reads layers for a stream."""
 
     @property
     def layers(self) -> int:
         """Number of layers."""
 
     def layer_bytes(self, layer: int) -> int:
-        """Size of the buffer that :meth:`read` fills."""
+        """Return the number of bytes that :meth:`read` fills."""
 
     def records(self, layer: int) -> tuple[Record, ...]:
-        """Where each tensor of a layer lies in the buffer."""
+        """Return the place of each of a layer's tensors in the buffer."""
 
     def announce(self, layer: int) -> None:
-        """Have the system read a layer into its page cache in the background; a hint."""
+        """Ask the system to read a layer into its page cache in the background."""
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
         """Read a layer into the first ``layer_bytes(layer)`` bytes of a uint8 CPU tensor."""
 
 
 def align(offset: int) -> int:
-    """Round up to the alignment that vector loads like."""
+    """Round up to the alignment of vector loads."""
     return -(-offset // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 class CheckpointSource:
-    """A checkpoint's layers as they are; with a mask, the masked parent.
+    """A checkpoint's layers in their own precision; with a mask, the masked parent.
 
     Args:
         checkpoint: the open checkpoint.
         spec: its description.
-        mask: zeroes the removed units' columns of the output projections, which equals removing
-            them, and of layers without any unit the output projections' biases too: nothing is
-            left of them but the residual stream. Shapes stay dense.
-            Experts that keep no channel are left out of the layer, and their rows out of the
-            router: zeros in their place would not keep tokens from being sent there.
-        refit: projections refitted by recovery, kept rows or columns alone; scattered into the
-            dense shape in the source's dtype. Biases that the source lacks are added to the layer.
-            Needs ``mask``.
-        dtype: safetensors dtype that all tensors are converted to; None keeps the checkpoint's.
+        mask: the remaining units. Columns of removed units in the output projections are zero,
+            which equals removing the units. Output biases of layers without any unit are zero too,
+            so that only the residual stream passes. Shapes stay dense, with one exception: dropped
+            experts are left out of the layer and of the router, because zeros would not keep
+            tokens from being routed to them.
+        refit: refitted tensors, remaining rows or columns only; they are scattered into the dense
+            shape in the source's dtype. Biases that the source lacks are added to the layer.
+            Requires ``mask``.
+        dtype: safetensors dtype to which all tensors are converted; None keeps the checkpoint's.
     """
 
     def __init__(
@@ -133,16 +133,16 @@ class CheckpointSource:
         return self._spec.layers
 
     def layer_bytes(self, layer: int) -> int:
-        """Bytes of one layer in the source's precision, aligned."""
+        """Return the size of one layer in the source's precision, aligned."""
         last = self._records[layer][-1]
         return align(last.start + last.size_bytes)
 
     def records(self, layer: int) -> tuple[Record, ...]:
-        """Where each tensor of a layer lies in the buffer."""
+        """Return the place of each of a layer's tensors in the buffer."""
         return self._records[layer]
 
     def announce(self, layer: int) -> None:
-        """Have the system read a layer's tensors ahead."""
+        """Ask the system to read a layer's tensors in the background."""
         prefix = self._spec.prefix(layer)
         for record in self._records[layer]:
             if prefix + record.name not in self._added:
@@ -168,14 +168,14 @@ class CheckpointSource:
         by_name = {prefix + record.name: record for record in self._records[layer]}
         for group in self._spec.table.of_layer(layer):
             if group.output_weight not in by_name:
-                continue  # an expert that is gone
+                continue  # a dropped expert
             weight_HC = by_name[group.output_weight].view(buffer)
             weight_HC[:, ~self._mask.columns(group)] = 0
             if layer in self._dropped and output_bias(group) in by_name:
                 by_name[output_bias(group)].view(buffer).zero_()
         for name in by_name.keys() & self._refit.keys():
             weight, pieces = by_name[name].view(buffer), self._cuts.get(name, [])
-            if not pieces:  # a bias of an output projection: nothing is cut from it
+            if not pieces:  # a bias of an output projection, which no unit owns
                 weight.copy_(self._refit[name]().to(weight.dtype))
                 continue
             axis = pieces[0][1].axis
@@ -195,13 +195,13 @@ class CheckpointSource:
         return tuple(records)
 
     def _shape(self, layer: int, name: str) -> tuple[int, ...]:
-        """Of a tensor in the source; a bias that it lacks has none."""
+        """Return a tensor's shape in the source; () for a bias that the source lacks."""
         return tuple(self._spec.layer_tensors[layer].get(name, ()))
 
     def _kept_shapes(
         self, layer: int, shapes: Mapping[str, tuple[int, ...]]
     ) -> dict[str, tuple[int, ...]]:
-        """A layer's tensors without those of experts that the mask drops."""
+        """Return the shapes of a layer's tensors without those of dropped experts."""
         if self._mask is None or layer in self._dropped:
             return dict(shapes)
         prefix, rule = self._spec.prefix(layer), self._spec.family.experts
@@ -217,12 +217,12 @@ HEAD_WEIGHT = "weight"
 
 
 class HeadSource:
-    """A checkpoint's head (output embedding ``[V, H]``) as it is, in chunks of rows.
+    """A checkpoint's head (output embedding ``[V, H]``) in its own precision, in chunks of rows.
 
     Args:
         checkpoint: the open checkpoint.
         spec: its description.
-        rows: rows of a chunk; the last one may have fewer.
+        rows: number of rows of a chunk; the last one may have fewer.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, rows: int) -> None:
@@ -244,15 +244,15 @@ class HeadSource:
         return len(self._spans)
 
     def layer_bytes(self, layer: int) -> int:
-        """Bytes of one chunk."""
+        """Return the size of one chunk."""
         return self._records[layer][0].size_bytes
 
     def records(self, layer: int) -> tuple[Record, ...]:
-        """The chunk's one tensor."""
+        """Return the place of the chunk's only tensor."""
         return self._records[layer]
 
     def announce(self, layer: int) -> None:
-        """Have the system read a chunk's rows ahead."""
+        """Ask the system to read a chunk's rows in the background."""
         self._checkpoint.announce(self._name, *self._spans[layer])
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
@@ -262,6 +262,6 @@ class HeadSource:
 
 
 def head_spans(spec: ModelSpec, rows: int) -> list[tuple[int, int]]:
-    """(first row, last row excluded) of each chunk of the head."""
+    """Return the range of rows of each chunk of the head, (first, end excluded)."""
     vocabulary = spec.vocabulary
     return [(first, min(first + rows, vocabulary)) for first in range(0, vocabulary, rows)]

@@ -1,16 +1,18 @@
-"""Hidden states in host memory that come to the device and back without the device waiting.
+"""Hidden states in host memory, copied to the device and back while the device computes.
 
-In: a micro-batch's windows by number. Out: their hidden states on the device; the micro-batch that
-follows is fetched meanwhile, what is written goes back meanwhile, each on a stream of its own.
-Holds the windows in pinned host memory, and on the device one micro-batch ahead and one behind.
+In: the windows of a micro-batch. Out: their hidden states on the device. The next
+micro-batch is fetched and the last one written back in the background, each on its own stream.
 
-Orders that must hold, and what holds them (C: the stream that computes, I and O: those that copy in
-and out). All memory on the device is C's, so that what is freed is C's to use again:
-- a fetch begins when C has done what it was given before the fetch's memory was taken (I waits for
-  C), and follows the last write of its windows (I waits for O's event);
-- computing follows the fetch (C waits for I's event), also where the fetch is thrown away;
-- writing follows computing (O waits for C), which has waited for any fetch of the same windows;
-- what is being written is held until C waits for that write, one write later.
+Memory: the windows in pinned host memory, and on the device one micro-batch ahead and one behind.
+
+Required orders, with C the computing stream, I the stream that copies in and O the stream that
+copies out. All device memory is allocated on C, so that freed memory may be used by C again:
+- A fetch starts after the work that C received before the fetch's memory was allocated (I waits for
+  C), and after the last write of its windows (I waits for O's event).
+- Computing starts after the fetch (C waits for I's event), even if the fetch is discarded.
+- A write starts after the computation (O waits for C), which has waited for every fetch of the same
+  windows.
+- The written tensor is held until C waits for that write, one write later.
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 """
@@ -27,7 +29,7 @@ from frugal_bonsai.accelerator import current_stream, has_streams
 
 @dataclass(frozen=True)
 class _Copy:
-    """A micro-batch on its way to the device or back, held until it is there."""
+    """A micro-batch that is being copied, held until the copy is complete."""
 
     items: slice
     hidden_BSH: torch.Tensor
@@ -38,10 +40,10 @@ class Spill:
     """Hidden states of ``windows`` windows on the host.
 
     Args:
-        windows: how many.
-        window: S, tokens of each.
+        windows: number of windows.
+        window: S, number of tokens of each.
         hidden: H.
-        device: where micro-batches are computed; without streams everything is copied at once.
+        device: where micro-batches are computed; a device without streams copies synchronously.
         dtype: compute dtype.
     """
 
@@ -61,7 +63,7 @@ class Spill:
         ]
 
     def read(self, items: slice) -> torch.Tensor:
-        """``[B, S, H]`` on the device; the same number of windows behind them is fetched next."""
+        """Return ``[B, S, H]`` on the device; start to fetch the micro-batch after it."""
         ahead, self._ahead = self._ahead, None
         self._wait_for(ahead)
         if ahead is None or ahead.items != items:
@@ -73,7 +75,7 @@ class Spill:
         return ahead.hidden_BSH
 
     def write(self, items: slice, hidden_BSH: torch.Tensor) -> None:
-        """Keep these windows' new hidden states ``[B, S, H]``."""
+        """Store these windows' new hidden states ``[B, S, H]``."""
         ahead = self._ahead
         if ahead is not None and _overlap(ahead.items, items):
             self._wait_for(ahead)
@@ -102,17 +104,17 @@ class Spill:
         return _Copy(items, hidden_BSH, _event(self._in))
 
     def _wait_for(self, copy: _Copy | None) -> None:
-        """Make later work wait for the copy, whatever reuses its memory included."""
+        """Make later work wait for the copy, including work that reuses its memory."""
         if copy is not None and copy.done is not None:
             current_stream(self._device).wait_event(copy.done)
 
     def _following(self, items: slice) -> slice:
-        """The next micro-batch; behind the last one the first of the next layer."""
+        """Return the next micro-batch; after the last one it is the first of the next layer."""
         start = items.stop if items.stop < len(self._host) else 0
         return slice(start, min(start + items.stop - items.start, len(self._host)))
 
     def __del__(self) -> None:
-        """Copies may be on their way when the last user lets go; their memory is freed after."""
+        """Free the memory of running copies only after they are complete."""
         self._wait_for(self._ahead)
         self._wait_for(self._behind)
 
@@ -126,5 +128,5 @@ def _on(stream: torch.Stream | None) -> AbstractContextManager[object]:
 
 
 def _event(stream: torch.Stream | None) -> torch.Event | None:
-    """An event behind everything that the stream has been given."""
+    """Record an event after all work that the stream has received."""
     return None if stream is None else stream.record_event()

@@ -1,14 +1,18 @@
-"""The working copy of a model's layers: one file a layer, row-wise int8 or native.
+"""Working copy of a model's layers: one file per layer, row-wise int8 or native.
 
-In: a checkpoint, a keep mask and the refit output projections. Out: files of which each is one
-sequential read. Dead units are left out, so that later rounds read and compute less. A store is
-derived: it can be built again from checkpoint, mask and refits at any time. Building holds one
-tensor at a time (on an accelerator too, where that quantises), reading holds nothing. A store that
-fits into free memory stays in the page cache, one that does not is dropped behind the reader.
+In: a checkpoint, a keep mask and refit tensors. Out: files, each of which is read
+sequentially at once. Removed units are left out, so that later rounds read and compute less. A
+store holds nothing of its own: it can be built again from checkpoint, mask and refits at any time.
+
+Memory: building holds one layer as stored and one tensor (on the accelerator too, where it
+quantises); reading holds nothing. A store that fits into free memory stays in the page cache; a
+larger one is dropped from the cache behind the reader.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,21 +69,21 @@ class LayerStore:
         return len(self._files)
 
     def layer_bytes(self, layer: int) -> int:
-        """Bytes of one layer as stored."""
+        """Return the size of one layer as stored."""
         start, end = self._spans[layer]
         return end - start
 
     def records(self, layer: int) -> tuple[Record, ...]:
-        """Where each tensor of a layer lies in the buffer."""
+        """Return the place of each of a layer's tensors in the buffer."""
         return self._records[layer]
 
     def announce(self, layer: int) -> None:
-        """Have the system read a layer's file ahead."""
+        """Ask the system to read a layer's file in the background."""
         start, end = self._spans[layer]
         self._files[layer].advise_soon(start, end - start)
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
-        """One sequential read of a whole layer into a uint8 CPU buffer."""
+        """Read a whole layer sequentially into a uint8 CPU buffer."""
         start, end = self._spans[layer]
         file = self._files[layer]
         file.advise_sequential(start, end - start)
@@ -106,18 +110,19 @@ def build_store(
     """Write every layer of a model into a folder and open the store.
 
     Args:
-        folder: created if need be; layer files there are replaced one by one, atomically.
+        folder: created if it does not exist; its layer files are replaced one by one, atomically.
         checkpoint: the dense model.
         spec: its description.
         weights: ``"int8"`` or ``"native"``.
-        mask: units that are left out.
-        refit: what recovery has changed, kept rows or columns alone; biases that are new.
-        device: where weights are quantised, to the same codes everywhere; None is the CPU.
+        mask: the remaining units; the others are left out. None keeps all.
+        refit: tensors that replace the checkpoint's, remaining rows or columns only, and biases
+            that the checkpoint lacks.
+        device: where weights are quantised, to the same codes on every device; None is the CPU.
         check_finite: refuse NaN and infinity in the source.
-        progress: told of each layer.
+        progress: receives each layer.
 
     Raises:
-        OptionError: ``weights`` is neither.
+        OptionError: ``weights`` is neither ``"int8"`` nor ``"native"``.
         CheckpointError: a tensor cannot be read or is not finite.
         OutputError: the folder cannot be written or the disk is full.
     """
@@ -125,61 +130,75 @@ def build_store(
         raise OptionError(f"--weights: {weights!r} is not one of {INT8}, {NATIVE}")
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    mask, refit = mask or KeepMask(spec.table), refit or {}
-    read = read_finite if check_finite else Checkpoint.read
-    cuts, added = slices_by_tensor(spec.table), added_biases(spec, refit)
-    # Small differences decide which experts a token is sent to: a router keeps its precision.
-    router = None if spec.family.experts is None else spec.family.experts.router
+    builder = _LayerBuilder(
+        checkpoint,
+        spec,
+        mask or KeepMask(spec.table),
+        refit or {},
+        int8=weights == INT8,
+        device=device,
+        read=read_finite if check_finite else Checkpoint.read,
+    )
     if progress:
         progress.sweep("writing the working store", spec.layers, 0)
     for layer in range(spec.layers):
-        prefix, tensors = spec.prefix(layer), dict[str, "torch.Tensor"]()
-        gone = dropped_expert_tensors(spec, mask, layer)
-        for name in spec.layer_tensors[layer]:
-            full = prefix + name
-            if full in gone:
-                continue
-            tensors |= _as_stored(
-                name,
-                refit[full]()
-                if full in refit
-                else cut_tensor(read(checkpoint, full), cuts.get(full, []), mask),
-                NATIVE if name == router else weights,
-                torch_dtype(checkpoint.tensors[full].dtype),
-                device,
-            )
-        for full in added:
-            if full.startswith(prefix) and full in refit:
-                tensors[full.removeprefix(prefix)] = refit[full]()
-        # Wide elements first, so that each tensor lies aligned in the layer's bytes.
-        write_tensors(
-            _layer_file(folder, layer),
-            dict(sorted(tensors.items(), key=lambda item: -item[1].element_size())),
-        )
-        del tensors  # not held while the next layer is collected
+        write_tensors(_layer_file(folder, layer), builder.entries(layer))
         if progress:
             progress.step(f"layer {layer}")
     return LayerStore(folder, spec.layers)
 
 
-def _as_stored(
-    name: str,
-    value: torch.Tensor,
-    weights: str,
-    dtype: torch.dtype,
-    device: torch.device | None,
-) -> dict[str, torch.Tensor]:
-    """A tensor's entries in a layer's file."""
-    if weights == INT8 and value.dim() == 2:
-        codes, scales = _quantise(value, device)
-        return {name: codes, name + _SCALES: scales}
-    return {name: value.to(dtype)}
+@dataclass
+class _LayerBuilder:
+    """Collects the entries of one layer's file after the other."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    mask: KeepMask
+    refit: Refit
+    int8: bool
+    device: torch.device | None
+    read: Callable[[Checkpoint, str], torch.Tensor]
+
+    def __post_init__(self) -> None:
+        self._slices = slices_by_tensor(self.spec.table)
+        self._added = added_biases(self.spec, self.refit)
+
+    def entries(self, layer: int) -> dict[str, torch.Tensor]:
+        """Return a layer's tensors as stored, by name inside the layer."""
+        prefix, entries = self.spec.prefix(layer), dict[str, "torch.Tensor"]()
+        dropped = dropped_expert_tensors(self.spec, self.mask, layer)
+        for name in self.spec.layer_tensors[layer]:
+            if prefix + name not in dropped:
+                entries |= self._stored(name, prefix + name)
+        for full in self._added:
+            if full.startswith(prefix) and full in self.refit:
+                entries[full.removeprefix(prefix)] = self.refit[full]()
+        # Wide elements first, so that each tensor lies aligned in the layer's bytes.
+        return dict(sorted(entries.items(), key=lambda item: -item[1].element_size()))
+
+    def _stored(self, name: str, full: str) -> dict[str, torch.Tensor]:
+        """Return a tensor's entries: itself in its source's dtype, or int8 codes and scales."""
+        experts, value = self.spec.family.experts, self._value(full)
+        # Small differences decide an expert's tokens: a router keeps its precision.
+        router = experts is not None and name == experts.router
+        if self.int8 and value.dim() == 2 and not router:
+            codes, scales = _quantise(value, self.device)
+            return {name: codes, name + _SCALES: scales}
+        return {name: value.to(torch_dtype(self.checkpoint.tensors[full].dtype))}
+
+    def _value(self, full: str) -> torch.Tensor:
+        """Return a tensor's refit, or the remaining part of the checkpoint's tensor."""
+        if full in self.refit:
+            return self.refit[full]()
+        value = self.read(self.checkpoint, full)
+        return cut_tensor(value, self._slices.get(full, []), self.mask)
 
 
 def _quantise(
     weight_OI: torch.Tensor, device: torch.device | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales on the CPU, made on a device."""
+    """Return codes and scales on the CPU, computed on a device."""
     if device is None:
         return quantise_rows(weight_OI)
     codes_OI, scales_O = quantise_rows(weight_OI.to(device))
@@ -194,13 +213,13 @@ def build_head_store(
     rows: int,
     device: torch.device | None = None,
 ) -> LayerStore:
-    """Write the head as int8, one file a chunk of ``rows`` rows, and open it.
+    """Write the head as int8, one file per chunk of rows, and open the store.
 
     Args:
-        folder: created if need be.
+        folder: created if it does not exist.
         checkpoint: the dense model.
         spec: its description.
-        rows: of a chunk.
+        rows: number of rows of a chunk.
         device: where rows are quantised; None is the CPU.
 
     Raises:
@@ -223,6 +242,7 @@ def _layer_file(folder: Path, layer: int) -> Path:
 
 
 def _lay_out(path: Path) -> tuple[tuple[Record, ...], tuple[int, int]]:
+    """Return a layer file's tensors, and the first and last byte that they span."""
     entries, _ = read_header(path)
     if not entries:
         raise CheckpointError(f"{path}: holds no tensors; delete the run directory and start again")

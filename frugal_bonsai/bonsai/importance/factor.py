@@ -1,6 +1,6 @@
 """Cholesky factor of a damped Gram matrix, computed in the matrix's own memory.
 
-Comes in: a symmetric fp32 matrix. Goes out: solves with it, products with the original matrix,
+In: a symmetric fp32 matrix. Out: solves with it, products with the original matrix,
 blocks of its inverse, and the regression of some columns on the others.
 
 Memory: one block column beside the matrix. LAPACK's and torch's own routines would hold the matrix,

@@ -1,6 +1,6 @@
 """Second moments of the inputs of output projections, and the exact layerwise loss.
 
-Comes in: micro-batches of inputs. Goes out: means, variances and Gram matrices, and the loss that
+In: micro-batches of inputs. Out: means, variances and Gram matrices, and the loss that
 remains after optimal compensation when a unit is removed.
 
 Memory: one ``[C, C]`` fp32 matrix a group on the compute device (0.8 GB for Llama-3-8B's FFN).

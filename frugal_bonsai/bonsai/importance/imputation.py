@@ -1,6 +1,6 @@
 """Imputation: predict the inputs of removed units from the units that surely stay.
 
-Comes in: a group's Gram matrix and scores, while both exist. Goes out: for the group's pool (the
+In: a group's Gram matrix and scores, while both exist. Out: for the group's pool (the
 units that the next round may remove) the best linear prediction of their activations from the other
 activations. A masked evaluation replaces a removed unit by this prediction instead of zero, which
 equals the model after optimal compensation by the other units. So a unit's relevance is measured

@@ -1,6 +1,6 @@
 """Importance of whole layers: how much each layer changes the residual stream.
 
-Comes in: one unmasked sweep. Goes out: a score per layer, which selection/whole.py ranks. The score
+In: one unmasked sweep. Out: a score per layer, which selection/whole.py ranks. The score
 is ShortGPT's block influence (Men et al. 2024, section 3.1), ``1 - E[cos(h, h')]`` over tokens,
 with h the layer's input and h' its output. Memory: that of a sweep.
 

@@ -1,7 +1,7 @@
 """Importance: one score per unit from one unmasked sweep; the paper's informative prior.
 
-Comes in: the inputs x of every output projection over the calibration windows, and its weight w.
-Goes out: a score per unit; a higher score means a more important unit. ``exact`` is the default.
+In: the inputs x of every output projection over the calibration windows, and its weight w.
+Out: a score per unit; a higher score means a more important unit. ``exact`` is the default.
 
 Memory: the moments of one layer's inputs (for ``exact`` one Gram matrix a group).
 

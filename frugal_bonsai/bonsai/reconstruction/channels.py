@@ -1,6 +1,6 @@
 """Channel updates: change the FFN's gate and up projections so that fewer channels do all the work.
 
-Comes in: a layer of both models whose FFN is refitted. Goes out: better weights of the projections
+In: a layer of both models whose FFN is refitted. Out: better weights of the projections
 into and out of it. A refit of down_proj can only mix the remaining channels; an update changes the
 channels themselves. With p = x W^T the channels' pre-activations, phi(p) their activations, D
 down_proj and T the sublayer's target,

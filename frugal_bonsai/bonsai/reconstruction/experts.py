@@ -1,6 +1,6 @@
 """Refit the output projections of a layer's experts.
 
-Comes in: a layer of both models whose attention is refitted. Goes out: new weights of the output
+In: a layer of both models whose attention is refitted. Out: new weights of the output
 projection of each remaining expert. The layer's experts should add up to the dense residual stream
 after the layer minus the pruned one before it. Let D be the difference between this target and
 their present sum. D is divided among a token's experts in proportion to their router weights s,

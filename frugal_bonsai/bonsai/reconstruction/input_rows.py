@@ -1,6 +1,6 @@
 """Rows of the projections into a sublayer that a group's units own.
 
-Comes in: a model's description and a group. Goes out: module names and their parts. Holds names.
+In: a model's description and a group. Out: module names and their parts. Holds names.
 """
 
 from __future__ import annotations

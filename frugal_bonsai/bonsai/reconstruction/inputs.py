@@ -1,6 +1,6 @@
 """Refit the projections into a sublayer: q, k, v, gate and up.
 
-Comes in: a layer of both models before one of its sublayers runs. Goes out: new weights of the
+In: a layer of both models before one of its sublayers runs. Out: new weights of the
 sublayer's input projections. Pruning makes the residual stream drift, and with it the inputs of
 these projections. With X the pruned model's inputs, N the dense model's and W_d the dense weight's
 remaining rows,

@@ -1,6 +1,6 @@
 """One layer of the dense and the pruned model while the pruned layer's projections are refitted.
 
-Comes in: parameters and hidden states of both models. Goes out, for a micro-batch: the inputs of
+In: parameters and hidden states of both models. Out, for a micro-batch: the inputs of
 the pruned model's projections and its residual stream after the refits so far, and the outputs that
 the projections should have.
 

@@ -1,6 +1,6 @@
 """Scale of a pruned model's logits, which corrects its overconfidence.
 
-Comes in: the last layers' hidden states of the dense and of the refit model. Goes out: one factor
+In: the last layers' hidden states of the dense and of the refit model. Out: one factor
 for the logits, which is folded into the final norm's weight. A hidden state that has lost
 information should shrink towards its mean, as in every least-squares refit, but the final norm
 undoes this, and the model stays as confident as the dense one. The factor is an inverse temperature

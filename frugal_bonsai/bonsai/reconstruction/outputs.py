@@ -1,7 +1,7 @@
 """Refit the projection out of a sublayer: o_proj or down_proj.
 
-Comes in: a layer of both models, and for each micro-batch the output that the projection should
-have. Goes out: its new weight, the share of the target's energy that the weight leaves, and access
+In: a layer of both models, and for each micro-batch the output that the projection should
+have. Out: its new weight, the share of the target's energy that the weight leaves, and access
 to the projection's inputs.
 
 Memory: one Gram matrix, the cross moments that become the weight, and the inputs where requested.

@@ -1,9 +1,9 @@
 """Reconstruction without gradients: refit each projection against the dense residual stream.
 
-Comes in: the dense and the pruned model, streamed side by side over the calibration windows. Goes
-out: new weights of every layer's projections, and from the same moments the next round's
-importance. With X the remaining inputs of an output projection and T = (dense residual stream after
-the sublayer) - (pruned residual stream before it),
+In: the dense and the pruned model, streamed side by side over windows of tokens. Out: new weights
+of every layer's projections, and from the same moments the next round's importance. With X the
+remaining inputs of an output projection and T = (dense residual stream after the sublayer) -
+(pruned residual stream before it),
 
     W' = argmin ||T - X W'^T||^2 + lambda ||W' - W||^2 .
 

@@ -1,7 +1,7 @@
 """Drop whole layers or whole experts, the least important first.
 
-Comes in: the remaining units, a score per unit that is the same within a layer or an expert, and a
-target. Goes out: a mask. Layers and experts are ranked once: removing one changes the inputs of the
+In: the remaining units, a score per unit that is the same within a layer or an expert, and a
+target. Out: a mask. Layers and experts are ranked once: removing one changes the inputs of the
 others, and the published methods (ShortGPT, Men et al. 2024; REAP, Lasby et al. 2025) do not
 measure again. Each layer loses the same number of experts, because scores of different layers are
 not comparable. Tokens of a dropped expert are routed to others. Memory: one mask for each count.
