@@ -57,18 +57,16 @@ def _of(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a whole dry run, and what it printed."""
-    out = tmp_path_factory.mktemp("dry")
-    done = _run("--dry-run", "--out", str(out))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out, done.stdout
-
-
 @pytest.mark.slow
-def test_dry_run_has_every_figure_and_no_failure(dry_run: tuple[Path, str]) -> None:
-    out, printed = dry_run
+def test_dry_run_has_every_figure_on_its_page_and_no_failure(tmp_path: Path) -> None:
+    # One test, because the run takes longer than all other tests of this file together.
+    done = _run("--dry-run", "--out", str(tmp_path / "dry"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    _check_figures(tmp_path / "dry", done.stdout)
+    _check_page(tmp_path / "dry", tmp_path / "again")
+
+
+def _check_figures(out: Path, printed: str) -> None:
     lines = _lines(out)
     assert lines[0]["kind"] == "machine" and lines[0]["torch"] == torch.__version__
     assert _of(lines, "failure") == []
@@ -80,11 +78,8 @@ def test_dry_run_has_every_figure_and_no_failure(dry_run: tuple[Path, str]) -> N
     assert printed == (out / "gpu_check.jsonl").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_page_has_every_table_and_comes_from_the_lines_alone(
-    dry_run: tuple[Path, str], tmp_path: Path
-) -> None:
-    out, _ = dry_run
+def _check_page(out: Path, again: Path) -> None:
+    """The page has every table, and is made again from the lines alone."""
     [page] = out.glob("gpu_dry-run_*.md")
     text = page.read_text(encoding="utf-8")
     for step, names in TABLES.items():
@@ -92,9 +87,9 @@ def test_page_has_every_table_and_comes_from_the_lines_alone(
         for name in names:
             assert f"\n{name[:1].upper()}{name[1:]}:\n\n| " in text
     assert str(out) not in text and str(TOOLS.parent) not in text, "a path of this machine"
-    done = _run("--render", str(out / "gpu_check.jsonl"), "--out", str(tmp_path))
+    done = _run("--render", str(out / "gpu_check.jsonl"), "--out", str(again))
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / page.name).read_text(encoding="utf-8") == text
+    assert (again / page.name).read_text(encoding="utf-8") == text
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import started, succeed
+from commands import succeed
 from safetensors.torch import load_file
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -49,9 +49,7 @@ def test_the_readmes_commands_end_in_a_better_model_and_a_gguf_file(tmp_path: Pa
     for name, *words in readme_commands():
         meant["FILE"] = file if name == "export" else text
         more = [*QUICK[name], *(["--eval-text", str(text)] if name == "adapt" else [])]
-        found[name] = succeed(
-            name, *(str(meant.get(word, word)) for word in words), *more, run=started
-        )
+        found[name] = succeed(name, *(str(meant.get(word, word)) for word in words), *more)
 
     assert found["prune"]["sparsity"] == pytest.approx(0.5, abs=0.01)
     before, after = found["adapt"]["before"], found["adapt"]["after"]
