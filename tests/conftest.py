@@ -11,6 +11,32 @@ from fresh_process import FreshProcesses, plain_transformers
 from stand_in_device import Machine, installed
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+TESTS = Path(__file__).parent
+# Files and folders that `tools/test.sh --fast` leaves out: whole commands, other runtimes, every
+# family. The file that takes longest comes first.
+SLOW = (
+    "test_gpu_check.py",
+    "run",
+    "accelerator/test_commands.py",
+    "bonsai/test_search.py",
+    "families",
+    "export/test_llama_cpp.py",
+    "export/test_llama_cpp_families.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests, and begin with them: the short ones then keep all processes busy."""
+    ranks = {}
+    for item in items:
+        place = item.path.relative_to(TESTS).as_posix()
+        found = [rank for rank, slow in enumerate(SLOW) if f"{place}/".startswith(f"{slow}/")]
+        if found:
+            item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("slow"):
+            found = [len(SLOW)]
+        ranks[item] = min(found, default=len(SLOW) + 1)
+    items.sort(key=ranks.__getitem__)
 
 
 @pytest.fixture(scope="session", autouse=True)

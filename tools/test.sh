@@ -6,6 +6,8 @@
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" ".[test]"
 # One thread a process: two processes with two threads each slow each other down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Without compiled files every process of a test would compile the package again.
+unset PYTHONDONTWRITEBYTECODE
 processes=(-n "${TEST_PROCESSES:-2}" --dist worksteal)
 if [ $# -eq 0 ]; then
     set -- "${processes[@]}"
