@@ -9,10 +9,11 @@ the rows and columns that stay; reads no tensor data.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.dtypes import DTYPE_BYTES, torch_dtype
 from frugal_bonsai.model.biases import bias_of, weight_of
@@ -124,24 +125,34 @@ def plan_tensors(
         if name in checkpoint.tensors:
             entry = checkpoint.tensors[name]
             indices = cut_indices(entry.shape, pieces.get(name, []), mask, padded)
-            plans[name] = TensorPlan(
-                name=name,
-                stored_name=name_in_file(spec.family, entry, name, new_name),
-                dtype=entry.dtype,
-                shape=tuple(
-                    len(indices.get(axis, range(extent))) for axis, extent in enumerate(entry.shape)
-                ),
-                transposed=entry.transposed,
-                cut=TensorCut(name, indices),
-            )
+            stored_name = name_in_file(spec.family, entry, name, new_name)
+            plans[name] = _plan_kept(name, entry, stored_name, indices)
         else:
-            weight = plans[weight_of(name)]
-            plans[name] = TensorPlan(
-                name=name,
-                stored_name=bias_of(weight.stored_name),
-                dtype=weight.dtype,
-                shape=weight.shape[:1],
-                transposed=False,
-                cut=None,
-            )
+            plans[name] = _plan_bias(name, plans[weight_of(name)])
     return list(plans.values())
+
+
+def _plan_kept(
+    name: str, entry: TensorEntry, stored_name: str, indices: Mapping[int, torch.Tensor]
+) -> TensorPlan:
+    """Plan a tensor of the source without its removed rows and columns."""
+    return TensorPlan(
+        name=name,
+        stored_name=stored_name,
+        dtype=entry.dtype,
+        shape=tuple(len(indices.get(axis, range(size))) for axis, size in enumerate(entry.shape)),
+        transposed=entry.transposed,
+        cut=TensorCut(name, indices),
+    )
+
+
+def _plan_bias(name: str, weight: TensorPlan) -> TensorPlan:
+    """Plan a bias that the source lacks, from the plan of the weight beside it."""
+    return TensorPlan(
+        name=name,
+        stored_name=bias_of(weight.stored_name),
+        dtype=weight.dtype,
+        shape=weight.shape[:1],
+        transposed=False,
+        cut=None,
+    )
