@@ -1,4 +1,4 @@
-"""Ranges of one file that are copied into another."""
+"""Copies of a range of one file into another."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def _copy(source: Path, start: int, to: int, size_bytes: int) -> bytes:
-    """What a target of dots becomes."""
+    """Copy into a target of dots and return its content."""
     path = source.parent / "target"
     path.write_bytes(b"." * 400_000)
     with FileIO(str(path), "r+b") as target:

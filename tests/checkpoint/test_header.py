@@ -113,7 +113,7 @@ _headers = st.dictionaries(st.text(max_size=4), _entries | _values, max_size=3).
 
 
 def _outcome(content: bytes) -> str | None:
-    """The error's text, or None for a file that is accepted."""
+    """Return the error text, or None if the file is accepted."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x"
         path.write_bytes(content)

@@ -19,14 +19,14 @@ from frugal_bonsai.errors import CheckpointError
 
 
 def made(kind: type[Exception], text: str = "said so") -> Exception:
-    """An error of the hub without the response that its constructor wants."""
+    """Make an error of the hub without the response that its constructor requires."""
     error = kind.__new__(kind)
     error.args = (text,)
     return error
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, answer: str | Exception) -> list[dict[str, Any]]:
-    """Put an answer in place of the network; returns what it was asked for."""
+    """Replace the network by a fixed answer; return the list of requests."""
     asked: list[dict[str, Any]] = []
 
     def snapshot_download(repo_id: str, **options: Any) -> str:

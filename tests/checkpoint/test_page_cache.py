@@ -1,4 +1,4 @@
-"""What stays in the page cache, and what the system is told."""
+"""Decisions about the page cache, and the hints to the system."""
 
 from __future__ import annotations
 

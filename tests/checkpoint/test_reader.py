@@ -30,7 +30,7 @@ TENSORS = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small checkpoint that the safetensors package wrote."""
+    """Write a small checkpoint with the safetensors package."""
     save_file(TENSORS, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     return tmp_path
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["preadv", "seek"])
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Positioned reads, and what Windows has instead."""
+    """Test with positioned reads, and with seek and read as on Windows."""
     if request.param == "seek":
         monkeypatch.setattr(reading, "_PREADV", None)
         monkeypatch.setattr(reading, "_FADVISE", None)

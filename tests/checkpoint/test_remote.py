@@ -1,4 +1,4 @@
-"""Headers without weights: from here, from the cache, or fetched."""
+"""Headers without weights: local, from the cache, or downloaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXAMPLE = find_model("example")
 
 
 class Hub:
-    """Answers in place of the network; counts what is asked of it."""
+    """Answer in place of the network, and count the requests."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, cached: Path | None) -> None:
         self.asked: list[str] = []

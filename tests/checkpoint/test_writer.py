@@ -53,7 +53,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files that take 200 bytes, then report a full disk."""
+    """Make files accept 200 bytes and then report a full disk."""
 
     class Full(FileIO):
         def write(self, data: bytes) -> int:  # type: ignore[override]

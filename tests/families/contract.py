@@ -1,4 +1,4 @@
-"""What every family must do; one class that each family's tests inherit."""
+"""The contract of every family: one class that the tests of each family inherit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def logits_of(model: Any, tokens_NS: torch.Tensor) -> torch.Tensor:
 
 
 def greedy(model: Any, tokens_NS: torch.Tensor, cache: str | None = None) -> torch.Tensor:
-    """The prompt and 8 tokens, with a dynamic cache unless another one is named."""
+    """Generate 8 tokens after the prompt, with a dynamic cache by default."""
     made: torch.Tensor = model.generate(
         tokens_NS,
         attention_mask=torch.ones_like(tokens_NS),
@@ -51,7 +51,7 @@ def greedy(model: Any, tokens_NS: torch.Tensor, cache: str | None = None) -> tor
 
 
 def streamed_logits(tiny: Tiny, tokens_NS: torch.Tensor, **source: Any) -> torch.Tensor:
-    """Logits of the streamed model in native precision, heads in chunks of 20 rows."""
+    """Return the streamed model's logits in native precision, the head in chunks of 20 rows."""
     engine = tiny.engine(micro_batch=2, head_rows=20)
     with engine.stream(tiny.source(**source)) as stream, torch.inference_mode():
         hidden = engine.sweep.run(stream, tokens_NS)
@@ -59,7 +59,7 @@ def streamed_logits(tiny: Tiny, tokens_NS: torch.Tensor, **source: Any) -> torch
 
 
 def legal_mask(tiny: Tiny, layout: str, *, seed: int = 1) -> KeepMask:
-    """Random units, in numbers that the layout can hold, fewer of every kind that can be cut."""
+    """Remove random units of every kind that can be cut, in numbers that the layout can hold."""
     rules = layout_rules(tiny.spec, layout, tile=1)
     generator = torch.Generator().manual_seed(seed)
     mask = KeepMask(tiny.spec.table)
@@ -73,7 +73,7 @@ def legal_mask(tiny: Tiny, layout: str, *, seed: int = 1) -> KeepMask:
 
 
 def random_refit(tiny: Tiny, mask: KeepMask, *, seed: int = 5) -> Refit:
-    """Random weights ``[H, kept columns]`` for every output projection but the first."""
+    """Draw weights ``[H, kept columns]`` for every output projection except the first."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         group.output_weight: 0.3
@@ -84,7 +84,7 @@ def random_refit(tiny: Tiny, mask: KeepMask, *, seed: int = 5) -> Refit:
 
 
 def masked_parent(tiny: Tiny, mask: KeepMask, refit: Refit) -> Any:
-    """Hugging Face's dense model, its output projections' inputs zeroed where masked."""
+    """Load Hugging Face's dense model and zero the removed inputs of its output projections."""
     model = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32).eval()
     for group in tiny.spec.table.groups:
         if group.expert is not None:
@@ -107,7 +107,7 @@ def masked_parent(tiny: Tiny, mask: KeepMask, refit: Refit) -> Any:
 
 
 def _mask_expert(tiny: Tiny, model: Any, mask: KeepMask, group: UnitGroup, refit: Refit) -> None:
-    """Zero an expert's columns in Hugging Face's tensor of all; one without any is not chosen."""
+    """Zero an expert's columns in the tensor of all experts; exclude it if none is left."""
     rule = tiny.spec.family.experts
     assert rule is not None
     experts = model.get_submodule(tiny.spec.prefix(group.layer) + rule.module)
@@ -123,7 +123,7 @@ def _mask_expert(tiny: Tiny, model: Any, mask: KeepMask, group: UnitGroup, refit
 
 
 def _route_without(expert: int, forward: Any, hidden: torch.Tensor) -> Any:
-    """Hugging Face's router, to which an expert's logit is minus infinity."""
+    """Set an expert's logit to minus infinity in Hugging Face's router."""
     linear = torch.nn.functional.linear
 
     def logits_without(*args: Any) -> torch.Tensor:
@@ -136,7 +136,7 @@ def _route_without(expert: int, forward: Any, hidden: torch.Tensor) -> Any:
 
 
 class FamilyContract:
-    """Inherit, name an entry of ``FAMILY_CONFIGS`` and say what the family can do.
+    """Inherit from this class, name an entry of ``FAMILY_CONFIGS``, and state the family's limits.
 
     Attributes:
         name: of the tiny model.
@@ -174,7 +174,7 @@ class FamilyContract:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Blocks of four rows, or int8 codes, of which the inputs keep 16 bits."""
+        """Test blocks of four rows, and int8 products with inputs of 16 bits."""
         monkeypatch.setattr(row_blocks, "_LEAST_ROWS", 4)
         monkeypatch.setattr(row_blocks, "_BLOCK_BYTES", 1)
         engine, found = tiny.engine(micro_batch=2), dict[str, torch.Tensor]()
@@ -255,7 +255,7 @@ class FamilyContract:
     def test_a_dropped_layer_is_one_that_the_model_skips(
         self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
     ) -> None:
-        """Sliding windows, rotary embeddings and the like stay with the layers that had them."""
+        """Sliding windows, rotary embeddings and the like stay with their layers."""
         mask = KeepMask(tiny.spec.table).without_layers([0])
         model = tiny.hugging_face()
         layer = model.get_submodule(tiny.spec.prefix(0).rstrip("."))
@@ -271,7 +271,7 @@ class FamilyContract:
     def test_layers_of_different_widths_generate(
         self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path
     ) -> None:
-        """Greedy tokens with a cache are the masked parent's, and those after a round trip."""
+        """Greedy tokens with a cache equal the masked parent's, also after saving and loading."""
         mask = legal_mask(tiny, PER_LAYER)
         rules = layout_rules(tiny.spec, PER_LAYER, tile=1)
         (tmp_path / "out").mkdir()
@@ -293,7 +293,7 @@ class FamilyContract:
     def test_recovery_of_a_whole_model_changes_nothing(
         self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path, refit: str
     ) -> None:
-        """The targets are those that this architecture's layers reach with their own weights."""
+        """Targets that the layers can reach: those of their own weights."""
         whole = KeepMask(tiny.spec.table)
         saved, _ = self._recover(tiny, whole, tmp_path, inputs=refit == "all")
         assert {group.output_weight for group in tiny.spec.table.groups} <= saved.keys()
@@ -330,13 +330,13 @@ class FamilyContract:
         tokens_NS: torch.Tensor,
         dense: torch.Tensor,
     ) -> float:
-        """Mean square of what the logits are away from the dense model's."""
+        """Return the mean squared difference of the logits from the dense model's."""
         refit = {name: (lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
         found = streamed_logits(tiny, tokens_NS, mask=mask, refit=refit)
         return float((found - dense).square().mean())
 
     def _sparse_mask(self, tiny: Tiny) -> KeepMask:
-        """Some channels of every layer, and a unit of attention in layer 1 where it can be cut."""
+        """Remove some channels of every layer, and an attention unit of layer 1 if possible."""
         mask = KeepMask(tiny.spec.table)
         for group in tiny.spec.table.groups:
             if group.kind == FFN:
@@ -358,7 +358,7 @@ class FamilyContract:
         assert relative(found, streamed_logits(tiny, tokens_NS, mask=mask)) < 1e-5
 
     def test_an_accelerator_computes_it_in_bf16(self, tmp_path: Path) -> None:
-        """Statistics, masked losses and a reconstruction, as on a CPU in the same arithmetic.
+        """Statistics, masked losses and a reconstruction equal a CPU's in the same arithmetic.
 
         On the stand-in device: no tensors of two devices meet, and no access lacks its order.
         """
@@ -407,7 +407,7 @@ class FamilyContract:
     def _recover(
         self, tiny: Tiny, mask: KeepMask, folder: Path, *, inputs: bool = False, updates: int = 0
     ) -> tuple[dict[str, torch.Tensor], list[float]]:
-        """The refits of a recovery on many windows, and what they leave of each target."""
+        """Return the refits of a reconstruction on many windows, and their remaining errors."""
         saved: dict[str, torch.Tensor] = {}
 
         def save(_: int, refits: dict[str, torch.Tensor]) -> None:

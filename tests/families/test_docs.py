@@ -1,4 +1,4 @@
-"""docs/families.md says what the tables and the tests say."""
+"""docs/families.md agrees with the tables and with the tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def rows() -> dict[str, list[str]]:
-    """Cells of the table's rows by model_type."""
+    """Return the cells of each row of the table by model_type."""
     found = {}
     for line in (DOCS / "families.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -28,7 +28,7 @@ def rows() -> dict[str, list[str]]:
 
 
 def contracts() -> dict[str, list[type[FamilyContract]]]:
-    """Test classes by model_type."""
+    """Return the test classes by model_type."""
     found: dict[str, list[type[FamilyContract]]] = {}
     for value in vars(test_families).values():
         if isinstance(value, type) and issubclass(value, FamilyContract) and hasattr(value, "name"):

@@ -1,4 +1,4 @@
-"""Families whose layers have experts: whole experts that go, widths that differ, who is refused."""
+"""Families with experts: removed experts, different widths, refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokens_NS(tiny: Tiny) -> torch.Tensor:
 
 
 def without_experts(tiny: Tiny, gone: dict[int, tuple[int, ...]], *, width: int = 16) -> KeepMask:
-    """These experts of each layer go, the others keep so many channels, other ones each."""
+    """Remove these experts of each layer; the others keep different channels of a given number."""
     mask, generator = KeepMask(tiny.spec.table), torch.Generator().manual_seed(3)
     for group in tiny.spec.table.groups:
         if group.kind == FFN:

@@ -1,4 +1,4 @@
-"""Per-layer outputs of every family, loaded by plain transformers with the file beside them."""
+"""Per-layer outputs of every family in plain transformers with the bundled file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ torch.save(found, sys.argv[1] + ".found")
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Masked parents' logits by the folder of the rewritten model."""
+    """Return folder of the rewritten model -> logits of the masked parent."""
     root, tokens_NS, expected = tmp_path_factory.mktemp("remote"), random_windows(2, 13), {}
     for name in FAMILY_CONFIGS:
         tiny = tiny_family(root / f"{name}-dense", name)

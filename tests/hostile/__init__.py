@@ -1,1 +1,1 @@
-"""Files and folders that are wrong in one way each, with the error text that each must give."""
+"""Files and folders with one error each, and the error text that each must give."""

@@ -1,4 +1,4 @@
-"""Safetensors files that are wrong in one way each.
+"""Safetensors files with one error each.
 
 ``FILES`` maps a name to the file's bytes and the pieces that the error text must have.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def file_bytes(header: Any, data: bytes = b"") -> bytes:
-    """A file from a header (JSON value, text or bytes) and its data."""
+    """Return a file made of a header (JSON value, text or bytes) and data."""
     if not isinstance(header, str | bytes):
         header = json.dumps(header)
     raw = header.encode() if isinstance(header, str) else header
@@ -18,7 +18,7 @@ def file_bytes(header: Any, data: bytes = b"") -> bytes:
 
 
 def tensor(start: int = 0, end: int = 8, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
-    """One tensor's entry."""
+    """Return one tensor's entry."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint folders that are wrong in one way each.
+"""Checkpoint folders with one error each.
 
 ``FOLDERS`` maps a name to what fills the folder and the pieces that the error text must have.
 """
@@ -31,13 +31,13 @@ def files(contents: Mapping[str, Any], *, config: Any = "{}") -> Fill:
 
 
 def shard(*names: str) -> bytes:
-    """A good file with some tensors of two numbers."""
+    """Return a valid file with some tensors of two numbers."""
     header = {name: tensor(8 * place, 8 * place + 8) for place, name in enumerate(names)}
     return file_bytes(header, bytes(8 * len(names)))
 
 
 def index(weight_map: Any) -> dict[str, Any]:
-    """An index."""
+    """Return an index."""
     return {"metadata": {"total_size": 0}, "weight_map": weight_map}
 
 
@@ -47,7 +47,7 @@ GOOD_FOLDER = files({INDEX: index({"a": ONE, "b": TWO}), ONE: shard("a"), TWO: s
 
 
 def outside(name: str) -> tuple[Fill, list[str]]:
-    """An index that names a file elsewhere."""
+    """Return an index that names a file outside the folder."""
     return (
         files({INDEX: index({"a": name})}),
         [INDEX, "tensor 'a'", repr(name), "outside the folder", "refused"],

@@ -1,4 +1,4 @@
-"""Names and axes of checkpoints that differ from the model's own."""
+"""Checkpoints whose names and axes differ from the model's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from frugal_bonsai.rewrite.shrink import shrink
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
-    """GPT-2 as the hub has it: the base model's names, and causal masks that nothing reads."""
+    """Save GPT-2 as on the hub: the base model's names, and causal masks that no model reads."""
     tiny_family(tmp_path / "bare", "gpt2").checkpoint.close()
     path = tmp_path / "bare" / "model.safetensors"
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(path).items()}

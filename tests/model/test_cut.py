@@ -16,7 +16,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def test_each_tensor_loses_exactly_its_units(tiny: Tiny) -> None:
-    """Rows and columns written down by name, not by the unit table."""
+    """The expected rows and columns are listed by name, not taken from the unit table."""
     mask = random_mask(tiny.spec, seed=4)
     cuts = slices_by_tensor(tiny.spec.table)
     attention, ffn = tiny.spec.table.of_layer(1)
@@ -53,7 +53,7 @@ def test_nothing_removed_changes_nothing(tiny: Tiny) -> None:
 
 
 def test_fused_tensor_keeps_what_lies_around_and_between() -> None:
-    """Two groups in one tensor (fused QKV), with rows before, between and behind them."""
+    """Two groups in one tensor (fused QKV), with rows before, between and after them."""
 
     def group(kind: str, count: int, start: int, width: int) -> UnitGroup:
         piece = UnitSlice(tensor="fused", axis=0, width=width, start=start)

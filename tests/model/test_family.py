@@ -1,4 +1,4 @@
-"""A model's description from its config and headers alone."""
+"""The description of a model from its config and headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which unit counts an output layout can hold."""
+"""The numbers of units that an output layout can hold."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_tile_bounds_ffn_counts_but_the_dense_count_stays_legal(spec: ModelSpec)
 
 
 def test_uniform_head_counts_are_those_that_transformers_accepts(tmp_path: Path) -> None:
-    """hidden 24 with two query heads a group: 5 groups would be 10 heads, 24 % 10 != 0."""
+    """Hidden size 24, two query heads per group: 5 groups are 10 heads, and 24 % 10 != 0."""
     changes = {"num_attention_heads": 12, "num_key_value_heads": 6}
     spec = tiny_llama(tmp_path / "m", **changes).spec
     rules = layout_rules(spec, UNIFORM)

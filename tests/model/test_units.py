@@ -1,4 +1,4 @@
-"""Units, the flat vector over them, and the mask whose polarity is its name."""
+"""Units, the flat vector over them, and the mask of kept units."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_json_of_another_model_is_refused(removed: dict[str, list[list[int]]], t
 def test_removed_parameters_are_those_of_a_really_smaller_model(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
-    """Counted on Hugging Face's own modules with one KV group and seven channels less a layer."""
+    """Compare with Hugging Face's modules of one KV group and seven channels fewer per layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     spec = tiny_llama(tmp_path / "dense", **changes).spec

@@ -1,4 +1,4 @@
-"""Tiny random Llamas, masks for them, and the masked parent that every rewrite is held against."""
+"""Tiny random Llamas, masks for them, and the masked parents that rewrites are compared with."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def open_parent(folder: Path) -> Parent:
 def save_llama(
     folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> LlamaForCausalLM:
-    """Save a Llama whose every parameter, norms and biases too, is random."""
+    """Save a Llama with random parameters, norms and biases included."""
     model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def tiny_parent(folder: Path, **options: Any) -> Parent:
 
 
 def random_mask(spec: ModelSpec, layout: str, *, seed: int = 0) -> KeepMask:
-    """Random units; ``uniform`` keeps 2 groups and 9 channels a layer, the others any count."""
+    """Draw random units: 2 groups and 9 channels per layer for ``uniform``, else any number."""
     generator = torch.Generator().manual_seed(seed)
     mask = KeepMask(spec.table)
     for group in spec.table.groups:
@@ -98,7 +98,7 @@ def random_mask(spec: ModelSpec, layout: str, *, seed: int = 0) -> KeepMask:
 
 
 def keep_counts(spec: ModelSpec, counts: Mapping[str, list[int]]) -> KeepMask:
-    """The first units of each group."""
+    """Keep the first units of each group."""
     mask = KeepMask(spec.table)
     for group in spec.table.groups:
         mask.of(group)[counts[group.kind][group.layer] :] = False
@@ -106,7 +106,7 @@ def keep_counts(spec: ModelSpec, counts: Mapping[str, list[int]]) -> KeepMask:
 
 
 def random_refit(spec: ModelSpec, mask: KeepMask, *, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Random ``[H, kept columns]`` for every output projection but the first."""
+    """Draw ``[H, kept columns]`` for every output projection except the first."""
     generator = torch.Generator().manual_seed(seed)
     return {
         group.output_weight: 0.3
@@ -122,7 +122,7 @@ def thunks(refit: Mapping[str, torch.Tensor]) -> dict[str, Callable[[], torch.Te
 def masked_parent(
     parent: Parent, mask: KeepMask, refit: Mapping[str, torch.Tensor] | None = None
 ) -> Any:
-    """The dense model in fp32 with the inputs of o_proj and down_proj zeroed where masked."""
+    """Load the dense model in fp32 and zero the removed inputs of o_proj and down_proj."""
     model = AutoModelForCausalLM.from_pretrained(
         parent.folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -173,7 +173,7 @@ def greedy(model: Any, input_ids: torch.Tensor, *, new_tokens: int = 20, **optio
 def expected_llama_tensor(
     name: str, dense: torch.Tensor, mask: KeepMask, query_rows: int, head_dim: int
 ) -> torch.Tensor:
-    """What must be kept of a Llama's tensor, written down by name and not by the unit table.
+    """Return the kept part of a Llama's tensor, by the tensor's name and not by the unit table.
 
     ``query_rows``: rows of q_proj, and columns of o_proj, that one KV group owns.
     """

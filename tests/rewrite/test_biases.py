@@ -1,4 +1,4 @@
-"""Biases that a rewrite adds: masked parent == rewritten model, loaded by plain transformers."""
+"""Biases that the rewriter adds: masked parent == rewritten model, in plain transformers too."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_dropped_layers_get_no_biases(tmp_path: Path, layout: str) -> None:
 
 
 def test_added_biases_are_named_as_the_source_names_its_tensors(tmp_path: Path) -> None:
-    """A base model's file has no prefix; a bias that had one would be another module's."""
+    """A base model's file has no prefix, so an added bias must not have one."""
     tiny_parent(tmp_path / "dense", tie_word_embeddings=True).checkpoint.close()
     path = tmp_path / "dense" / "model.safetensors"
     bare = {name.removeprefix("model."): value for name, value in load_file(path).items()}

@@ -1,4 +1,4 @@
-"""Which small files go with the model, and which stay behind."""
+"""The small files that are copied with the model, and those that are not."""
 
 from __future__ import annotations
 

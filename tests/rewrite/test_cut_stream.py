@@ -1,4 +1,4 @@
-"""Pieces of tensors on their way to the output: what they make, and how much is held."""
+"""The pieces in which tensors are cut: their content and their memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def expected(tensor: torch.Tensor, indices: dict[int, torch.Tensor]) -> torch.Te
 
 
 def some(extent: int, generator: torch.Generator, zeros: int) -> torch.Tensor:
-    """Ascending indices, with runs of zeros among and behind them, or in front."""
+    """Draw ascending indices with runs of zeros before, between and after them."""
     kept = (torch.rand(extent, generator=generator) < 0.5).nonzero().flatten()
     places = torch.randint(0, len(kept) + 1, (3,), generator=generator).sort().values.tolist()
     parts = torch.tensor_split(kept, places)

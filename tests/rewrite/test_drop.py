@@ -1,4 +1,4 @@
-"""Dropped layers: masked parent == rewritten model, renumbered, loaded by plain transformers."""
+"""Dropped layers: masked parent == rewritten model, in plain transformers too."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_masked_parent_equals_rewritten_model_without_the_layers(
 
 
 def logits_of_first(model: torch.nn.Module) -> torch.Tensor:
-    """Layers keep a place in the cache by their old number: no cache."""
+    """Layers of the parent use the cache by their old index, so it generates without a cache."""
     with torch.no_grad():
         return model(tokens(), use_cache=False).logits.float()
 
@@ -166,7 +166,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_other_families_without_layers_compute_what_is_left_of_the_parent(
     tmp_path: Path, name: str, layout: str
 ) -> None:
-    """What a layer's number decides (sliding windows, rotary embeddings) stays with the layer."""
+    """Sliding windows and rotary embeddings depend on the old index and stay with the layer."""
     tiny = tiny_family(tmp_path / "dense", name, **FAMILIES[name])
     mask = KeepMask(tiny.spec.table).without_layers((1, 3))
     (tmp_path / "out").mkdir()

@@ -152,7 +152,7 @@ ROPES = {
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_per_layer_with_scaled_rotary_embeddings(tmp_path: Path, rope: str) -> None:
-    """Some of transformers' rotary code reads head counts from the global config, and must not."""
+    """Some rotary code of transformers reads head counts from the global config and must not."""
     settings = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
     with tiny_parent(
         tmp_path / "dense", rope_parameters=settings, max_position_embeddings=32
@@ -197,7 +197,7 @@ def test_pruning_a_pruned_model(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stories3m(tmp_path: Path, stories3m: Path, layout: str) -> None:
-    """A real bf16 model with its tokenizer; compared in fp32."""
+    """Compare a real bf16 model with its tokenizer, in fp32."""
     with open_parent(stories3m) as parent:
         mask = KeepMask(parent.spec.table)
         generator = torch.Generator().manual_seed(1)

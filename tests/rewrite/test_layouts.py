@@ -1,4 +1,4 @@
-"""The configs that the layouts write, and what a layout cannot hold."""
+"""The configs that the layouts write, and the masks that they refuse."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_uniform_changes_the_widths_alone(tmp_path: Path) -> None:
 
 
 def test_head_dim_and_kv_heads_are_made_explicit(tmp_path: Path) -> None:
-    """Old configs leave out both; their defaults would change with the heads."""
+    """Old configs omit both, and their defaults would change with the number of heads."""
     save_llama(tmp_path / "dense", **{**MHA, "head_dim": 12})
     config = read_config(tmp_path / "dense")
     del config["head_dim"], config["num_key_value_heads"]
@@ -140,7 +140,7 @@ def test_padded_goes_up_to_a_head_count_that_llama_accepts(tmp_path: Path) -> No
 
 
 def test_padded_without_any_legal_head_count(tmp_path: Path) -> None:
-    """A pruned Llama may have more heads than a config of equal layers can name."""
+    """A pruned Llama may have a number of heads that a config of equal layers cannot state."""
     changes = {"num_attention_heads": 24, "num_key_value_heads": 24, "head_dim": 2}
     with tiny_parent(tmp_path / "dense", hidden_size=24, **changes) as parent:
         mask = keep_counts(parent.spec, {"attention": [23, 5, 5], "ffn": [9, 9, 9]})
@@ -214,7 +214,7 @@ def test_plain_transformers_raises(tmp_path: Path, counts: dict[str, list[int]],
 
 
 def test_config_says_nothing_that_reads_global_widths(tmp_path: Path) -> None:
-    """The switch that would let transformers build every layer like the widest stays off."""
+    """The switch with which transformers builds every layer like the widest must stay off."""
     with tiny_parent(tmp_path / "dense") as parent:
         mask = keep_counts(parent.spec, {"attention": [1, 2, 3], "ffn": [9, 8, 7]})
         parent.shrink(mask, tmp_path / "out", PER_LAYER)
@@ -246,7 +246,7 @@ def test_architecture_that_transformers_does_not_have() -> None:
 
 
 def test_bundled_file_stands_alone() -> None:
-    """It runs on machines that have transformers and not this package."""
+    """It must run on machines with transformers and without this package."""
     tree = ast.parse(read_bundled())
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]

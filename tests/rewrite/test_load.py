@@ -1,4 +1,4 @@
-"""Loading in fresh processes with transformers alone, and what ``load_pruned`` refuses."""
+"""Loading in fresh processes with plain transformers, and the refusals of ``load_pruned``."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_folder_without_weights(tmp_path: Path) -> None:
 
 
 def test_missing_tensor_is_no_random_tensor(tmp_path: Path) -> None:
-    """transformers fills what is missing at random and logs it."""
+    """transformers initialises missing weights at random and only logs it."""
     save_llama(tmp_path / "dense")
     file = tmp_path / "dense" / "model.safetensors"
     tensors = load_file(file)

@@ -1,4 +1,4 @@
-"""Mask files: what is written is read back, and what a stranger's file may get wrong."""
+"""Mask files: round trips, and refusals of files with errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_file_says_what_is_removed(tmp_path: Path) -> None:
 
 
 def test_models_of_equal_geometry_share_masks(tmp_path: Path) -> None:
-    """Other weights, dtype, config order, version and a tied head stored twice are no matter."""
+    """Weights, dtype, order of the config, version and a head stored twice do not matter."""
     save_llama(tmp_path / "one", tie_word_embeddings=True)
     save_llama(tmp_path / "two", tie_word_embeddings=True, seed=1, dtype=torch.bfloat16)
     path = tmp_path / "two" / "config.json"

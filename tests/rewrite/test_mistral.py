@@ -1,4 +1,4 @@
-"""A Llama at a head count that its config class refuses, written as a Mistral."""
+"""A Llama with a number of heads that its config class refuses, written as a Mistral."""
 
 from __future__ import annotations
 

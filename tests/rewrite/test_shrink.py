@@ -1,4 +1,4 @@
-"""What the rewriter writes: values, dtypes, shards, companions; and what it refuses."""
+"""The rewriter's output (values, dtypes, shards, companions) and its refusals."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_sharded_output_loads_equal(tmp_path: Path, layout: str) -> None:
 def test_files_do_not_depend_on_the_size_of_a_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, copied: bool
 ) -> None:
-    """Nor on whether whole tensors are copied inside the system."""
+    """The files do not depend on whether the system copies whole tensors, either."""
     with tiny_parent(tmp_path / "dense", tie_word_embeddings=True) as parent:
         # The last units go, so that whole pieces at the end of a tensor are empty.
         mask = keep_counts(parent.spec, {"attention": [1, 1, 1], "ffn": [6, 6, 6]})
@@ -153,7 +153,7 @@ def test_refits_are_asked_for_one_by_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_tensors_that_no_table_names_pass_unchanged(tmp_path: Path) -> None:
-    """Old Llama checkpoints carry rotary buffers in their layers; others carry extras outside."""
+    """Old Llama checkpoints hold rotary buffers in their layers; others hold extra tensors."""
     save_llama(tmp_path / "dense")
     tensors = load_file(tmp_path / "dense" / WEIGHTS)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(5)
@@ -167,7 +167,7 @@ def test_tensors_that_no_table_names_pass_unchanged(tmp_path: Path) -> None:
 
 
 def test_fused_tensors_keep_what_lies_between_and_behind_their_slices() -> None:
-    """No family in the table is fused yet; the slices of one tensor may be several."""
+    """A tensor may have several slices, with rows between and after them."""
     group = UnitGroup(
         layer=0,
         kind="attention",

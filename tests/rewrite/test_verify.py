@@ -1,4 +1,4 @@
-"""Verify: what it lets through and what it refuses."""
+"""Verification: differences that pass and differences that do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WINDOWS_NS = torch.arange(2 * 16).view(2, 16) % 53
 
 
 def compare_with_changed(tmp_path: Path, value: float) -> float:
-    """A model against its copy, of which one weight has been set to ``value``."""
+    """Compare a model with a copy in which one weight is set to ``value``."""
     dense = tiny_llama(tmp_path / "dense")
     folder = tmp_path / "copy"
     tiny_llama(folder)

@@ -24,7 +24,7 @@ def lines(*texts: str) -> str:
 
 
 class FakeDatasets(ModuleType):
-    """Stands in for the datasets package: no network in tests."""
+    """Replaces the datasets package: tests use no network."""
 
     def __init__(self, rows: list[dict[str, Any]] | Exception) -> None:
         super().__init__("datasets")

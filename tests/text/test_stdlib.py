@@ -1,4 +1,4 @@
-"""The offline text source: what it holds, what it leaves out, and that it is always the same."""
+"""The offline text source: its content, its omissions, and that it is reproducible."""
 
 import ast
 import hashlib
@@ -75,7 +75,7 @@ def test_sources_and_held_out_text_are_the_same_again(
 
 
 def test_documentation_is_the_same_in_another_process(documentation: str) -> None:
-    """Also holds that what is read is not imported."""
+    """This also checks that the modules are read and not imported."""
     script = (
         "import hashlib, sys\n"
         "from frugal_bonsai.text import stdlib\n"
@@ -119,7 +119,7 @@ def test_each_held_out_module_gives_docstrings_and_source(held_out: str) -> None
 def test_long_lines_of_held_out_modules_are_not_found_elsewhere(
     documentation: str, sources: dict[str, str]
 ) -> None:
-    """A near twin of a held-out module would show as many equal lines."""
+    """A near copy of a held-out module would have many equal lines."""
     elsewhere = {line.strip() for source in sources.values() for line in source.splitlines()}
     elsewhere |= {line.strip() for line in documentation.splitlines()}
     for module in stdlib.HELD_OUT_MODULES:

@@ -13,7 +13,7 @@ from frugal_bonsai.text.windows import cut_windows, load_tokenizer, tokenise
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A folder with a tokenizer of whole words, short positions and a start token."""
+    """Save a tokenizer of whole words with a short window and a start token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
