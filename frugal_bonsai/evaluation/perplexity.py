@@ -38,6 +38,34 @@ class Perplexity:
         return math.exp(self.nll)
 
 
+def measure_texts(
+    engine: Engine,
+    held_out_NS: torch.Tensor | None,
+    text: tuple[str, torch.Tensor] | None,
+    what: str,
+) -> dict[str, float | None]:
+    """Measure a model's perplexities on held-out windows and on the user's text.
+
+    Args:
+        engine: the model's.
+        held_out_NS: held-out windows, or None.
+        text: name and windows of the text of ``--eval-text``, or None.
+        what: name of the model for the progress.
+
+    Returns:
+        ``"perplexity"`` and ``"eval_perplexity"``, as in the summaries; None for missing windows.
+    """
+    found: dict[str, float | None] = {"perplexity": None, "eval_perplexity": None}
+    with engine.native() as stream:
+        if held_out_NS is not None:
+            name = f"{what}: held-out perplexity"
+            found["perplexity"] = measure_perplexity(engine, stream, held_out_NS, name=name).value
+        if text is not None:
+            name, text_NS = f"{what}: perplexity on {text[0]}", text[1]
+            found["eval_perplexity"] = measure_perplexity(engine, stream, text_NS, name=name).value
+    return found
+
+
 def measure_perplexity(
     engine: Engine, stream: LayerStream, windows_NS: torch.Tensor, *, name: str = "perplexity"
 ) -> Perplexity:

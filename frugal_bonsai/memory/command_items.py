@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES
 from frugal_bonsai.memory.items import SweepItems
-from frugal_bonsai.memory.work import DISK, HOST, SHARD_BYTES, Choice, PlanItem
+from frugal_bonsai.memory.work import (
+    DISK,
+    HOST,
+    SHARD_BYTES,
+    VERIFY_TOKENS,
+    VERIFY_WINDOWS,
+    Choice,
+    PlanItem,
+)
 
 # Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
 _REWRITE_PIECES_BYTES = 4 * 2**21
-# Tokens of a window that the verification looks at, see rewrite/verify.py.
-_VERIFY_TOKENS, _VERIFY_WINDOWS = 64, 2
 
 
 class CommandItems(SweepItems):
@@ -64,13 +70,13 @@ class CommandItems(SweepItems):
     def verified_activations(self) -> PlanItem:
         """A layer's activations of the verification's tokens, and both models' hidden states."""
         per_token = self._per_token() + 3 * self.spec.hidden
-        size = _VERIFY_WINDOWS * _VERIFY_TOKENS * per_token * self._compute
+        size = VERIFY_WINDOWS * VERIFY_TOKENS * per_token * self._compute
         return self._near("activations of a micro-batch", size, "2*64 tokens * (2H+3I + 3H)*c")
 
     def verified_logits(self) -> PlanItem:
         """Logits of some tokens of both models, in parts and joined, and their difference."""
-        size = 3 * _VERIFY_TOKENS * self.spec.vocabulary * 4
-        return self._near("logits that are compared", size, f"3 x {_VERIFY_TOKENS}*V*4")
+        size = 3 * VERIFY_TOKENS * self.spec.vocabulary * 4
+        return self._near("logits that are compared", size, f"3 x {VERIFY_TOKENS}*V*4")
 
     def heads_in_fp32(self, choice: Choice) -> list[PlanItem]:
         """Of a verification on a GPU, where each of its models keeps a head that is one chunk."""

@@ -19,10 +19,13 @@ _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
 # Conjugate-gradient steps of one update of the FFN's channels.
 REFINE_ITERATIONS = 4
 _CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
-# Of a teacher's cache, windows of at most so much are asked for and written together.
+# Bytes of the windows of a teacher's cache that are computed and written together.
 SHARD_BYTES = 64 * MIB
-# Bytes of a stored weight that are dense at the same time (adapt/stored_linear.py): an int8
-# head of 128,256 tokens is a gigabyte in fp32.
+# Number of held-out windows, and of their first tokens, whose logits a verification compares: few,
+# so that the logits are small.
+VERIFY_WINDOWS, VERIFY_TOKENS = 2, 64
+# Bytes of a stored weight that are dense at the same time (adapt/stored_linear.py): an int8 head of
+# 128,256 tokens would take a gigabyte in fp32.
 DENSE_BLOCK_BYTES = 32 * MIB
 
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 import torch
 
 from frugal_bonsai.errors import VerifyError
+from frugal_bonsai.memory.work import VERIFY_TOKENS
 from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.source import CheckpointSource
 
 # Largest difference relative to the largest logit. The models differ only by rounding: the parent's
 # sums contain zeros.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
-# Tokens of a window that are compared; more would make the logits large.
-VERIFY_TOKENS = 64
 
 
 def compare_logits(
@@ -50,11 +50,44 @@ def compare_logits(
             difference_SV = expected_SV - rewritten.head.logits(found.read(one))
             scale = torch.maximum(scale, expected_SV.abs().max())
             largest = torch.maximum(largest, difference_SV.abs().max())
+    what = "the rewritten model's logits differ from the masked parent's"
+    return _require_small(largest, scale, parent.dtype, what)
+
+
+def compare_student(
+    engine: Engine, merged: CheckpointSource, windows_NS: torch.Tensor, student_NSV: torch.Tensor
+) -> float:
+    """Return the largest difference of a student's logits, relative to its largest logit.
+
+    Args:
+        engine: the pruned model's engine, in fp32.
+        merged: the pruned model's layers with the merged weights, in fp32.
+        windows_NS: int64 ``[N, S]``, a few windows.
+        student_NSV: the student's fp32 logits for their first tokens, on the CPU.
+
+    Raises:
+        VerifyError: the difference is NaN or larger than rounding in fp32 explains.
+    """
+    tokens_NS, largest = windows_NS[:, : student_NSV.shape[1]], torch.zeros(())
+    # One buffer in fp32 is as large as the two in 16 bits that the plan has.
+    with LayerStream(merged, device=engine.device, dtype=engine.dtype, buffers=1) as stream:
+        hidden = engine.sweep.run(stream, tokens_NS, name="verify: student")
+    with torch.inference_mode():
+        for window, student_SV in enumerate(student_NSV):
+            found_SV = engine.head.logits(hidden.read(slice(window, window + 1)))[0].cpu()
+            largest = torch.maximum(largest, (found_SV - student_SV).abs().max())
+    what = "the merged weights' logits differ from the student's"
+    return _require_small(largest, student_NSV.abs().max(), engine.dtype, what)
+
+
+def _require_small(
+    largest: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, what: str
+) -> float:
+    """Return the largest difference relative to the largest logit, if rounding explains it."""
     relative = float(largest) / max(float(scale), 1e-30)
-    if not relative <= TOLERANCE[parent.dtype]:
+    if not relative <= TOLERANCE[dtype]:
         raise VerifyError(
-            f"the rewritten model's logits differ from the masked parent's by {relative:.2e} of "
-            f"the largest logit, allowed are {TOLERANCE[parent.dtype]:.0e}; nothing was written. "
-            f"This is a defect: please report it with the model's config.json"
+            f"{what} by {relative:.2e} of the largest logit, allowed are {TOLERANCE[dtype]:.0e}; "
+            f"nothing was written. This is a defect: please report it with the model's config.json"
         )
     return relative

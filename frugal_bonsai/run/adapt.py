@@ -29,18 +29,17 @@ from frugal_bonsai.adapt.train import Trained, Trainer
 from frugal_bonsai.adapt.training_data import TrainingData
 from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory
 from frugal_bonsai.errors import StateError
-from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.training_items import STREAMED
+from frugal_bonsai.memory.work import VERIFY_TOKENS, VERIFY_WINDOWS
 from frugal_bonsai.progress import Progress, Silent
-from frugal_bonsai.rewrite.verify import VERIFY_TOKENS
-from frugal_bonsai.run.adapt_output import VERIFY_WINDOWS, measure, write_adapted
+from frugal_bonsai.run.adapt_output import measure, write_adapted
 from frugal_bonsai.run.adapt_plan import plan_adaptation
 from frugal_bonsai.run.adapt_summary import describe_adaptation, write_papers
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
+from frugal_bonsai.run.engine import enforce_caps
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.training_data import make_training_data
-from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.stream.engine import compute_dtype
 
 
@@ -71,7 +70,6 @@ def adapt_pruned(
     """
     out, progress, started = Path(out), progress or Silent(), time.monotonic()
     require_no_output(out)
-    parse_bytes(options.max_shard_size, option="--max-shard-size")
     folder = _run_folder(out, resume=resume)
     with ExitStack() as stack:
         job = prepare_adaptation(
@@ -125,7 +123,7 @@ def _train(
     job: Adaptation, settings: AdaptSettings, plan: TrainingPlan, data: TrainingData
 ) -> Trained:
     """Train the student; its best parameters are in the run directory then."""
-    _enforce_caps(job, plan)
+    enforce_caps(plan, job.device)
     folder = TrainingFolder(job.folder, _identity(job, settings, plan, data))
     if job.resume and not folder.exists:
         job.progress.note(
@@ -210,10 +208,3 @@ def _identity(
         "windows": hash_windows(data.windows_NS),
         "teacher": None if data.cache is None else data.cache.identity,
     }
-
-
-def _enforce_caps(job: Adaptation, plan: TrainingPlan) -> None:
-    """Set the caps in the allocators."""
-    enforce_host_cap(job.budget.host_bytes, plan.total_bytes("host"))
-    if job.budget.gpu_bytes is not None:
-        enforce_gpu_cap(job.device, job.budget)

@@ -16,27 +16,19 @@ import torch
 from frugal_bonsai.adapt.merge import Merged, merged_weights
 from frugal_bonsai.adapt.state import BEST_FILE
 from frugal_bonsai.checkpoint.commit import output_errors
-from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.errors import VerifyError
-from frugal_bonsai.evaluation.perplexity import measure_perplexity
+from frugal_bonsai.evaluation.perplexity import measure_texts
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.model.canonical_names import describe_checkpoint
+from frugal_bonsai.memory.work import VERIFY_WINDOWS
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.companions import write_companions
 from frugal_bonsai.rewrite.shrink import shrink
-from frugal_bonsai.rewrite.verify import TOLERANCE, compare_logits
+from frugal_bonsai.rewrite.verify import compare_logits, compare_student
 from frugal_bonsai.run.adaptation import Adaptation
 from frugal_bonsai.run.engine import make_engine
-from frugal_bonsai.run.open import Model
+from frugal_bonsai.run.open import Model, open_output
 from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE
-from frugal_bonsai.sizes import parse_bytes
-from frugal_bonsai.stream.engine import Engine
-from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.source import CheckpointSource
-
-# Held-out windows whose logits the verification compares.
-VERIFY_WINDOWS = 2
 
 
 def measure(
@@ -56,24 +48,11 @@ def measure(
         held_out_NS: held-out windows; None leaves their perplexity out.
         what: name of the model for the progress.
     """
-    sizes = {
-        "parameters": model.spec.parameters,
-        "block_parameters": model.spec.block_parameters,
-        "weight_bytes": model.checkpoint.weight_bytes,
-    }
-    texts: dict[str, tuple[str, torch.Tensor]] = {}
-    if held_out_NS is not None:
-        texts["perplexity"] = (f"{what}: held-out perplexity", held_out_NS)
-    if job.eval_text is not None:
-        name, windows_NS = job.eval_text
-        texts["eval_perplexity"] = (f"{what}: perplexity on {name}", windows_NS)
     found: dict[str, float | None] = {"perplexity": None, "eval_perplexity": None}
-    if texts:
+    if held_out_NS is not None or job.eval_text is not None:
         engine = make_engine(model, plan, job.device, job.progress)
-        with engine.native() as stream:
-            for key, (name, windows_NS) in texts.items():
-                found[key] = measure_perplexity(engine, stream, windows_NS, name=name).value
-    return {**sizes, **found}
+        found = measure_texts(engine, held_out_NS, job.eval_text, what)
+    return {**model.sizes, **found}
 
 
 def write_adapted(
@@ -110,13 +89,11 @@ def write_adapted(
             staged,
             rules=layout_rules(model.spec, layout, tile=1),
             refit=merged,
-            max_shard_bytes=parse_bytes(job.options.max_shard_size, option="--max-shard-size"),
+            max_shard_bytes=job.shard_bytes,
         )
         write_companions(model.folder, staged)
         _copy_reports(model.folder, staged)
-        with Checkpoint.open(staged) as output:
-            spec = describe_checkpoint(output, source="the adapted config.json")
-            adapted = Model(name=str(staged), checkpoint=output, spec=spec)
+        with open_output(staged, model) as adapted:
             verify = _verify(job, plan, adapted, merged, held_out_NS, student_NSV)
             after = measure(adapted, plan, job, held_out_NS, what="adapted")
     return {"layout": layout, "verify": verify, "after": after}
@@ -165,40 +142,8 @@ def _verify(
     difference = compare_logits(parent, merged_source(), output, windows_NS)
     return {
         "max_relative_difference": difference,
-        "student_difference": _compare_student(
+        "student_difference": compare_student(
             parent, merged_source("F32"), windows_NS, student_NSV
         ),
         "windows": len(windows_NS),
     }
-
-
-def _compare_student(
-    engine: Engine, merged: CheckpointSource, windows_NS: torch.Tensor, student_NSV: torch.Tensor
-) -> float:
-    """Return the largest difference of the student's logits, relative to its largest logit.
-
-    Args:
-        engine: the pruned model's, in fp32.
-        merged: its layers with the merged weights in fp32.
-        windows_NS: the windows.
-        student_NSV: the student's logits of their first tokens.
-
-    Raises:
-        VerifyError: the difference is larger than sums in another order explain.
-    """
-    tokens_NS, largest = windows_NS[:, : student_NSV.shape[1]], torch.zeros(())
-    # One buffer in fp32 is no larger than the two in 16 bits that the plan has.
-    with LayerStream(merged, device=engine.device, dtype=engine.dtype, buffers=1) as stream:
-        hidden = engine.sweep.run(stream, tokens_NS, name="verify: student")
-    with torch.inference_mode():
-        for window, student_SV in enumerate(student_NSV):
-            found_SV = engine.head.logits(hidden.read(slice(window, window + 1)))[0].cpu()
-            largest = torch.maximum(largest, (found_SV - student_SV).abs().max())
-    relative = float(largest) / max(float(student_NSV.abs().max()), 1e-30)
-    if not relative <= TOLERANCE[torch.float32]:
-        raise VerifyError(
-            f"the merged weights' logits differ from the student's by {relative:.2e} of the "
-            f"largest logit, allowed are {TOLERANCE[torch.float32]:.0e}; nothing was written. This "
-            f"is a defect: please report it with the model's config.json"
-        )
-    return relative

@@ -23,6 +23,7 @@ from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.texts import choose_window, read_windows
+from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.text.sources import SELF
 
 
@@ -61,6 +62,7 @@ class Adaptation:
         eval_text: name and windows of the text of ``--eval-text``, or None.
         device: device to compute on.
         budget: caps on memory.
+        shard_bytes: largest shard of the output.
         folder: run directory.
         resume: whether to continue the training in the run directory.
         progress: gets sweeps, steps and notes.
@@ -76,6 +78,7 @@ class Adaptation:
     eval_text: tuple[str, torch.Tensor] | None
     device: torch.device
     budget: Budget
+    shard_bytes: int
     folder: Path
     resume: bool
     progress: Progress
@@ -112,6 +115,7 @@ def prepare_adaptation(
         FrugalBonsaiError: an option cannot work with these models, or a model or text cannot be
             read.
     """
+    shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
     given = {name: value for name, value in options.settings.items() if value is not None}
     settings = AdaptSettings(**given)
     if settings.method == LORA:
@@ -139,6 +143,7 @@ def prepare_adaptation(
         eval_text=eval_text,
         device=device,
         budget=budget,
+        shard_bytes=shard_bytes,
         folder=folder,
         resume=resume,
         progress=progress,

@@ -12,6 +12,7 @@ from frugal_bonsai.int8 import has_bitsandbytes
 from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
 from frugal_bonsai.memory.meter import peak_resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.open import Model
@@ -43,9 +44,7 @@ def make_engine(
         arithmetic: Arithmetic of masked evaluation, ``"float"`` or ``"int8"``.
         dtype: Compute dtype. None takes the device's default.
     """
-    enforce_host_cap(plan.budget.host_bytes, plan.total_bytes("host"))
-    if plan.budget.gpu_bytes is not None:
-        enforce_gpu_cap(device, plan.budget)
+    enforce_caps(plan, device)
     return Engine(
         model.checkpoint,
         model.spec,
@@ -55,6 +54,13 @@ def make_engine(
         arithmetic=arithmetic,
         progress=progress,
     )
+
+
+def enforce_caps(plan: MemoryPlan | TrainingPlan, device: torch.device) -> None:
+    """Set a plan's caps in the allocators."""
+    enforce_host_cap(plan.budget.host_bytes, plan.total_bytes("host"))
+    if plan.budget.gpu_bytes is not None:
+        enforce_gpu_cap(device, plan.budget)
 
 
 def in_fp32(engine: Engine, plan: MemoryPlan) -> Engine:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from frugal_bonsai.bonsai.search import Found
-from frugal_bonsai.evaluation.perplexity import measure_perplexity
+from frugal_bonsai.evaluation.perplexity import measure_texts
+from frugal_bonsai.memory.work import VERIFY_WINDOWS
 from frugal_bonsai.rewrite.companions import write_companions
 from frugal_bonsai.rewrite.shrink import shrink
 from frugal_bonsai.rewrite.verify import compare_logits
@@ -21,9 +22,6 @@ from frugal_bonsai.run.open import open_output
 from frugal_bonsai.run.prepare import PruneRun
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.source import CheckpointSource
-
-# Windows whose logits the verification compares.
-_VERIFY_WINDOWS = 2
 
 
 def measure_dense(run: PruneRun) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def write_pruned(run: PruneRun, found: Found, staged: Path, shard_bytes: int) ->
     write_companions(run.model.folder, staged)
     with open_output(staged, run.model) as output:
         engine = make_engine(output, run.memory, run.engine.device, run.progress)
-        windows_NS = run.calibration.held_out_NS[:_VERIFY_WINDOWS]
+        windows_NS = run.calibration.held_out_NS[:VERIFY_WINDOWS]
         difference = _verify(run, found, engine, windows_NS)
         return {
             "after": {**output.sizes, **_perplexities(run, engine, "pruned")},
@@ -79,14 +77,7 @@ def _verify(run: PruneRun, found: Found, rewritten: Engine, windows_NS: torch.Te
 
 def _perplexities(run: PruneRun, engine: Engine, what: str) -> dict[str, float | None]:
     """Return the perplexities on the held-out windows and on the text of ``--eval-text``."""
-    texts = run.texts
-    with engine.native() as stream:
-        held_out = measure_perplexity(
-            engine, stream, run.calibration.held_out_NS, name=f"{what}: held-out perplexity"
-        )
-        on_text = None
-        if texts.eval_NS is not None:
-            on_text = measure_perplexity(
-                engine, stream, texts.eval_NS, name=f"{what}: perplexity on {texts.eval_name}"
-            ).value
-    return {"perplexity": held_out.value, "eval_perplexity": on_text}
+    texts, text = run.texts, None
+    if texts.eval_name is not None and texts.eval_NS is not None:
+        text = texts.eval_name, texts.eval_NS
+    return measure_texts(engine, run.calibration.held_out_NS, text, what)
