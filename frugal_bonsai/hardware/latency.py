@@ -2,21 +2,22 @@
 
 In: a model, the operations of its layers, a machine's profile. Out: milliseconds, dense and pruned.
 One prefill takes the prompt through the model. Then each decode step computes one token, for which
-all weights and the KV cache are read from memory. Holds a few numbers.
+all weights and the KV cache are read from memory. Elementwise work and calls are the layer's own,
+not its units'. Holds a few numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from frugal_bonsai.accelerator import is_accelerator
-from frugal_bonsai.hardware.operations import LayerOperations, Rates
+from frugal_bonsai.hardware.operations import LayerOperations
 from frugal_bonsai.hardware.profile import HardwareProfile
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, KeepMask, UnitGroup
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LatencyModel:
     """Milliseconds of an answer, linear in the units that the model keeps.
 
@@ -41,31 +42,28 @@ class LatencyModel:
         return {kind: 1e3 * self._unit_seconds(group) for kind, group in groups.items()}
 
     def _unit_seconds(self, group: UnitGroup) -> float:
-        layer, profile, prompt = self.layer, self.profile, self.prompt_tokens
-        # Elementwise traffic that a layer without units does not have belongs to the columns.
-        traffic = layer.traffic_bytes - layer.kept(0.0).traffic_bytes
-        share = group.columns_per_unit / (layer.query + layer.ffn)
-        seconds = prompt * share * traffic / profile.memory_bytes_per_second
-        seconds += prompt * 2 * group.unit_parameters / profile.products[profile.arithmetic]
+        profile, parameters = self.profile, group.unit_parameters
+        seconds = self.prompt_tokens * 2 * parameters / profile.products[profile.arithmetic]
         if group.kind != ATTENTION:
-            return seconds + self._decode_seconds(group.unit_parameters)
-        operations = prompt**2 * layer.attention * group.columns_per_unit / layer.query
+            return seconds + self._decode_seconds(parameters)
+        share = group.columns_per_unit / self.layer.query
+        operations = self.prompt_tokens**2 * self.layer.attention * share
         seconds += operations / profile.attention_flops_per_second
-        cached = 2 * self.spec.head_dim * (prompt + self.generated_tokens / 2)
-        return seconds + self._decode_seconds(group.unit_parameters + cached)
+        cached = 2 * self.spec.head_dim * (self.prompt_tokens + self.generated_tokens / 2)
+        return seconds + self._decode_seconds(parameters + cached)
 
     def _decode_seconds(self, elements: float) -> float:
+        """Return the seconds of reading elements in every decode step."""
         element_bytes = 2 if is_accelerator(self.profile.device) else 4
         size_bytes = self.generated_tokens * elements * element_bytes
         return size_bytes / self.profile.memory_bytes_per_second
 
     def milliseconds(self, mask: KeepMask) -> float:
         """Return the milliseconds of an answer of the model with these units."""
-        # Arrays of an earlier answer are used again.
-        rates = Rates(replace(self.profile, fresh_bytes_per_second=None))
-        bare = rates.forward(self.layer.kept(0.0), self.prompt_tokens, 1, 1).seconds
-        bare += self.generated_tokens * self.profile.call_seconds
-        rest = (self.spec.layers - len(mask.dropped_layers())) * bare
+        traffic_bytes = self.prompt_tokens * self.layer.traffic_bytes
+        layer = traffic_bytes / self.profile.memory_bytes_per_second
+        layer += (1 + self.generated_tokens) * self.profile.call_seconds
+        rest = (self.spec.layers - len(mask.dropped_layers())) * layer
         rest += self._decode_seconds(self.spec.vocabulary * self.spec.hidden)
         unit = self.unit
         return 1e3 * rest + sum(mask.kept(g) * unit[g.kind] for g in mask.table.groups)

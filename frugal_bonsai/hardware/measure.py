@@ -1,24 +1,24 @@
-"""Measuring a machine: matrix products, attention, elementwise work, copies.
+"""Rates of a device: matrix products, attention, elementwise work, copies.
 
-In: a device, how long to take. Out: rates, of which run/profile.py
-makes a :class:`~frugal_bonsai.hardware.profile.HardwareProfile`. Holds the matrices of one shape
-(at most about 0.5 GB).
-
-Each rate is the best of several runs: what disturbs a run only makes it slower. With one CPU thread
-its processor time is taken instead of the wall's, so that other work on the machine counts less.
+In: a device, and how long to measure. Out: rates, of which run/profile.py makes a
+:class:`HardwareProfile`. The disk is in measure_disk.py. Holds the matrices of one shape, at most
+about 0.5 GB.
 """
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frugal_bonsai.accelerator import (
     CUDA,
     is_accelerator,
+    name_of,
     shares_host_memory,
     synchronize,
     tensor_cores,
@@ -29,7 +29,7 @@ from frugal_bonsai.sizes import MIB
 if TYPE_CHECKING:
     import torch
 
-# (hidden, FFN channels) of Llama models of 1B and 8B: gate or up, and down_proj turned round.
+# (hidden, FFN channels) of Llama models of 1B and 8B: gate, up, and down_proj transposed.
 SHAPES = ((2048, 8192), (4096, 14336))
 _QUICK_SHAPES = ((1024, 2048),)
 _CPU_TOKENS, _GPU_TOKENS = 256, 4096
@@ -37,12 +37,15 @@ _CPU_TOKENS, _GPU_TOKENS = 256, 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Timer:
-    """Times a function on a device.
+    """Times functions on a device.
+
+    The fastest of several runs counts, because a disturbance only makes a run slower. With one CPU
+    thread the processor time of the thread counts, so that other programs disturb it less.
 
     Attributes:
-        device: where it computes.
-        seconds: how long to repeat it.
-        least: runs at least, after one that is not counted.
+        device: Device that computes.
+        seconds: How long each function is repeated.
+        least: Number of runs at least, after one that is not counted.
     """
 
     device: torch.device
@@ -50,53 +53,59 @@ class Timer:
     least: int = 1
 
     def best(self, run: Callable[[], object]) -> float:
-        """Seconds of the fastest run; one before it is not counted."""
-        clock = self._clock()
-        self._timed(run, clock)
-        best, runs, deadline = float("inf"), 0, time.perf_counter() + self.seconds
-        while runs < self.least or time.perf_counter() < deadline:
-            best, runs = min(best, self._timed(run, clock)), runs + 1
-        return max(best, 1e-9)
-
-    def _clock(self) -> Callable[[], float]:
+        """Return the seconds of the fastest run; a first one is not counted."""
         import torch
 
         alone = not is_accelerator(self.device) and torch.get_num_threads() == 1
-        return time.thread_time if alone else time.perf_counter
+        clock = time.thread_time if alone else time.perf_counter
+        times: list[float] = []
+        deadline = time.perf_counter() + self.seconds
+        while len(times) <= self.least or time.perf_counter() < deadline:
+            started = clock()
+            run()
+            synchronize(self.device)
+            times.append(clock() - started)
+        return max(min(times[1:]), 1e-9)
 
-    def _timed(self, run: Callable[[], object], clock: Callable[[], float]) -> float:
-        started = clock()
-        run()
-        synchronize(self.device)
-        return clock() - started
+
+def device_name(device: torch.device) -> str:
+    """Return a device's name for people."""
+    import torch
+
+    if is_accelerator(device):
+        return name_of(device)
+    processor = f"{platform.processor() or platform.machine()} CPU"
+    cpuinfo = Path("/proc/cpuinfo")  # Linux alone
+    for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            processor = line.partition(":")[2].strip()
+            break
+    threads = torch.get_num_threads()
+    return f"{processor}, {threads} thread{'s' * (threads != 1)}"
 
 
 def measure_products(timer: Timer, *, quick: bool = False) -> dict[str, float]:
-    """Operations a second of matrix products, for each arithmetic that the device has.
+    """Return the operations a second of matrix products in each arithmetic of the device.
 
     Args:
-        timer: device and patience.
-        quick: one small shape, and no more than the device's own arithmetic and int8.
+        timer: The device's timer.
+        quick: One small shape; on a CPU only fp32 and int8.
 
     Returns:
         All shapes' operations over all shapes' seconds: long products weigh more, as in a model.
     """
-    kinds: tuple[str, ...] = (FP32, BF16, INT8)
+    kinds = [FP32, BF16, INT8]
     if timer.device.type == CUDA:
-        kinds = (FP32, TF32, BF16, INT8)
+        kinds.append(TF32)
     elif quick and not is_accelerator(timer.device):
-        kinds = (FP32, INT8)
+        kinds.remove(BF16)
     shapes = _QUICK_SHAPES if quick else SHAPES
-    rates = {}
-    for kind in kinds:
-        rate = _product_rate(timer, kind, shapes)
-        if rate is not None:
-            rates[kind] = rate
-    return rates
+    rates = {kind: _product_rate(timer, kind, shapes) for kind in kinds}
+    return {kind: rate for kind, rate in rates.items() if rate is not None}
 
 
 def _product_rate(timer: Timer, kind: str, shapes: tuple[tuple[int, int], ...]) -> float | None:
-    """None where the device has no such product."""
+    """Return operations a second; None where the device has no such product."""
     import torch
 
     tokens = _GPU_TOKENS if is_accelerator(timer.device) else _CPU_TOKENS
@@ -114,14 +123,14 @@ def _product_rate(timer: Timer, kind: str, shapes: tuple[tuple[int, int], ...]) 
         try:
             seconds += timer.best(run)
         except RuntimeError:
-            # torch has this product for some devices and builds only; it says so by raising.
+            # torch raises where a device or a build lacks this product.
             return None
         operations += 2 * tokens * hidden * ffn
     return operations / seconds
 
 
 def _random(device: torch.device, kind: str, *shape: int) -> torch.Tensor:
-    """Numbers as a model has them: a GPU's clock depends on how many bits change."""
+    """Return random numbers: a GPU's clock depends on how many bits change."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +141,10 @@ def _random(device: torch.device, kind: str, *shape: int) -> torch.Tensor:
 
 
 def measure_attention(timer: Timer) -> float:
-    """Operations a second of causal attention: 2 S H_q a token, windows of 512, heads of 64."""
+    """Return the operations a second of causal attention: windows of 512 tokens, heads of 64.
+
+    A token counts 2 S C operations: S / 2 keys on average, two products, C query columns.
+    """
     import torch
 
     windows, heads, window, width = 4, 16, 512, 64
@@ -144,11 +156,11 @@ def measure_attention(timer: Timer) -> float:
 
 
 def measure_memory(timer: Timer) -> float:
-    """Bytes a second of elementwise work: an FFN's activation and a norm, 4,096 tokens of 1,024.
+    """Return the bytes a second of elementwise work: an FFN's activation and a norm.
 
-    Into arrays that are there already: what new ones cost is measured by itself. Three arrays of 16
-    MiB are, like those of a layer, too large for a cache. Counted as cost.py counts: 5 elements for
-    the activation, 7 for the norm.
+    The results go into arrays that exist already; new ones are measured by themselves. Like a
+    layer's, the arrays (16 MiB) are too large for a cache. The activation takes 5 elements a
+    channel, the norm 7.
     """
     import torch
 
@@ -169,7 +181,7 @@ def measure_memory(timer: Timer) -> float:
 
 
 def measure_fresh(timer: Timer) -> float | None:
-    """Bytes a second of first writes to new blocks of 64 MiB; None where blocks are kept."""
+    """Return the bytes a second of first writes to new blocks of 64 MiB; None on a GPU."""
     import torch
 
     if is_accelerator(timer.device):
@@ -179,7 +191,7 @@ def measure_fresh(timer: Timer) -> float | None:
 
 
 def measure_copy(timer: Timer) -> float | None:
-    """Bytes a second from pinned host memory to the device; None where both are one memory."""
+    """Return the bytes a second from pinned host memory; None where both share memory."""
     import torch
 
     if shares_host_memory(timer.device):

@@ -1,16 +1,15 @@
-"""Measuring a disk: cold and warm sequential reads, and writes, of a file of its own.
+"""Rates of a disk: cold and warm sequential reads, and writes, of a temporary file.
 
-In: a folder, a size. Out: :class:`DiskRates`. Holds a read buffer of 8 MiB; the file is removed
-whatever happens. Reads as the working store does: positioned reads of long runs.
+In: a folder, a size. Out: :class:`DiskRates`. Reads as the working store does: positioned reads of
+8 MiB. The file is removed whatever happens. Holds one buffer of 8 MiB.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +28,10 @@ class DiskRates:
     """Bytes a second.
 
     Attributes:
-        cold: reads from the disk itself.
-        warm: reads from the page cache.
-        write: writes, fsync included.
-        note: how it was measured.
+        cold: Reads from the disk itself.
+        warm: Reads from the page cache.
+        write: Writes, fsync included.
+        note: How they were measured.
     """
 
     cold: float
@@ -42,15 +41,15 @@ class DiskRates:
 
 
 def measure_disk(folder: Path, size_bytes: int) -> DiskRates:
-    """Write a file of about this size into ``folder`` and read it cold and warm.
+    """Write a file into a folder and read it cold and warm.
 
-    Takes at most a quarter of what is free there.
+    Args:
+        folder: On the disk to measure.
+        size_bytes: Size of the file; it takes at most a quarter of the free space.
 
     Raises:
-        OutputError: the folder cannot be written, or there is no room for a file worth measuring.
+        OutputError: The folder cannot be written, or has no room for a file worth measuring.
     """
-    import shutil
-
     with output_errors(folder):
         free = shutil.disk_usage(folder).free
     size = min(size_bytes, free // 4)
@@ -60,37 +59,28 @@ def measure_disk(folder: Path, size_bytes: int) -> DiskRates:
             f"{folder}: {format_bytes(free)} are free, too little to measure the disk; free some "
             f"space or name another folder with --dir"
         )
-    with _temporary(folder) as path:
+    with (
+        output_errors(folder),
+        tempfile.TemporaryDirectory(prefix=".frugal-bonsai-profile-", dir=folder) as inside,
+    ):
+        path = Path(inside) / "blocks"
         write = _write(path, size)
         cold = _read(path, size) if _forget(path) else None
         warm = max(_read(path, size) for _ in range(_RUNS))
-    note = (
-        f"a file of {format_bytes(size)}, fsync, dropped from the page cache before the cold read"
+    note = f"a file of {format_bytes(size)}"
+    if cold is not None:
+        note += ", fsync, dropped from the page cache before the cold read"
+        return DiskRates(cold=cold, warm=warm, write=write, note=note)
+    note += (
+        "; this system cannot drop a file from the page cache (no posix_fadvise), so the cold rate "
+        "is the write rate"
     )
-    if cold is None:
-        # What can be written with fsync at a rate can be read at it.
-        cold = min(write, warm)
-        note = (
-            f"a file of {format_bytes(size)}; this system cannot drop a file from the page cache "
-            "(no posix_fadvise), so the cold rate is the write rate"
-        )
-    return DiskRates(cold=cold, warm=warm, write=write, note=note)
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    with output_errors(folder):
-        handle, name = tempfile.mkstemp(prefix=".frugal-bonsai-profile-", dir=folder)
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    return DiskRates(cold=min(write, warm), warm=warm, write=write, note=note)
 
 
 def _write(path: Path, size: int) -> float:
-    block = os.urandom(_BLOCK_BYTES)  # nothing that a file system could compress
-    with output_errors(path), path.open("wb", buffering=0) as file:
+    block = os.urandom(_BLOCK_BYTES)  # no file system can compress it
+    with path.open("wb", buffering=0) as file:
         started = time.perf_counter()
         for _ in range(size // _BLOCK_BYTES):
             file.write(block)
@@ -99,11 +89,11 @@ def _write(path: Path, size: int) -> float:
 
 
 def _forget(path: Path) -> bool:
-    """Drop a file from the page cache; False where the system cannot be asked to."""
+    """Drop a file from the page cache; return False where the system has no call for it."""
     advise = getattr(os, "posix_fadvise", None)
     if advise is None:
         return False
-    with output_errors(path), path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 

@@ -1,6 +1,6 @@
-"""The work of one layer, and the seconds that a machine takes for work of each kind.
+"""The operations of a layer, and the seconds that a machine takes for work of each kind.
 
-In: the operations and bytes of a layer, which :mod:`frugal_bonsai.stream.operations` counts, and a
+In: operations and bytes, which :mod:`frugal_bonsai.stream.operations` counts for a layer, and a
 :class:`HardwareProfile`. Out: seconds as a :class:`TimePhase`. Nothing is measured or fitted here.
 Holds a few numbers.
 """
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from frugal_bonsai.hardware.profile import FP32, INT8, HardwareProfile
+from frugal_bonsai.hardware.profile import INT8, HardwareProfile
 from frugal_bonsai.hardware.time_model import TimePhase
 from frugal_bonsai.sizes import MIB
 
 # glibc returns freed blocks of at least this size to the system. Each page of the next such block
 # costs a page fault.
-FRESH_BLOCK_BYTES = 32 * MIB
-# int8 products write each input as two int8 digits and join two sums. Bytes read and written for
-# an element of the input (absolute value, maximum, quotient, rounding, remainder, digits) and of
-# the result (scaling by token, by digit and by row, sum).
+_FRESH_BLOCK_BYTES = 32 * MIB
+# int8 products write each input as two int8 digits and join two sums: bytes read and written for an
+# element of the input (absolute value, maximum, quotient, rounding, remainder, digits) and of the
+# result (scaling by token, by digit and by row, sum).
 _DIGIT_BYTES, _JOIN_BYTES = 66, 36
 
 
@@ -32,7 +32,7 @@ class LayerOperations:
         traffic_bytes: Bytes that elementwise operations and the projections' operands take.
         array_bytes: Bytes of each array that is allocated.
         inputs: Elements that enter the projections.
-        outputs: Elements that leave them.
+        outputs: Elements that leave the projections.
         hidden: H, width of the residual stream.
         query: Input columns of the attention's output projection.
         ffn: Input columns of the FFN's output projection; of the chosen experts together.
@@ -55,107 +55,82 @@ class LayerOperations:
 
         About half of the elementwise traffic is the residual stream's, which keeps its width.
         """
+        half = (1 + share) / 2
         return replace(
             self,
             projections=self.projections * share,
             attention=self.attention * share,
-            traffic_bytes=self.traffic_bytes * (1 + share) / 2,
+            traffic_bytes=self.traffic_bytes * half,
             array_bytes=tuple(size * share for size in self.array_bytes),
-            inputs=self.inputs * (1 + share) / 2,
-            outputs=self.outputs * (1 + share) / 2,
+            inputs=self.inputs * half,
+            outputs=self.outputs * half,
             query=self.query * share,
             ffn=self.ffn * share,
         )
 
-    def fresh_bytes(self, tokens: float) -> float:
-        """Return the bytes a token of arrays that the system allocates anew for these tokens."""
-        return sum(size for size in self.array_bytes if size * tokens >= FRESH_BLOCK_BYTES)
-
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds that a machine takes for work of each kind.
-
-    Attributes:
-        profile: The machine.
-    """
+    """Seconds that a machine takes for work of each kind."""
 
     profile: HardwareProfile
 
-    def products(self, operations: float, rate: float | None = None) -> TimePhase:
-        """Return the time of matrix products, by default in the device's own arithmetic."""
-        own = self.profile.products[self.profile.arithmetic]
-        return TimePhase(compute=operations / (rate or own))
-
-    def fp32(self, operations: float) -> TimePhase:
-        """Return the time of fp32 products, which reconstruction and the importance scores use."""
-        return self.products(operations, self.profile.products[FP32])
+    def products(self, operations: float, kind: str | None = None) -> TimePhase:
+        """Return the time of matrix products: of a kind, else of the device's own arithmetic."""
+        return TimePhase(
+            compute=operations / self.profile.products[kind or self.profile.arithmetic]
+        )
 
     def projections(
-        self, operations: float, inputs: float, outputs: float, arithmetic: str | None
+        self, operations: float, inputs: float, outputs: float, *, int8: bool = False
     ) -> TimePhase:
-        """Return the time of a product of activations and weights.
+        """Return the time of products of activations and weights.
 
         Args:
-            operations: Operations of the product.
+            operations: Operations of the products.
             inputs: Elements of the activations.
-            outputs: Elements of the result.
-            arithmetic: ``"int8"`` multiplies both digits of each activation; None is the device's
-                own arithmetic.
+            outputs: Elements of the results.
+            int8: Both int8 digits of each activation are multiplied by the stored codes.
         """
-        if arithmetic != INT8:
+        if not int8:
             return self.products(operations)
-        digits = _DIGIT_BYTES * inputs + _JOIN_BYTES * outputs
-        return self.products(2 * operations, self.profile.products[INT8]) + self.traffic(digits)
+        digits = self.traffic(_DIGIT_BYTES * inputs + _JOIN_BYTES * outputs)
+        return self.products(2 * operations, INT8) + digits
+
+    def gram(self, columns: float, others: float, tokens: float) -> TimePhase:
+        """Return the time of X^T X and X^T Y over tokens, for C columns of X and others of Y."""
+        operations = 2 * columns * (columns + others) * tokens
+        return self.products(operations, self.profile.gram_arithmetic)
 
     def cholesky(self, columns: float, rows: float = 0.0) -> TimePhase:
-        """Return the time of a Cholesky factor and of solves for this many right-hand sides.
+        """Return the time of a Cholesky factor and of solves for rows of right-hand sides.
 
-        The factor takes C^3 / 3 operations, the two triangular solves 2 C^2 a right-hand side
-        (Golub and Van Loan, Matrix Computations, 4.2).
+        The factor takes C^3 / 3 operations, its two triangular solves 2 C^2 a row (Golub and Van
+        Loan, Matrix Computations, 4.2).
         """
         operations = columns**3 / 3 + 2 * columns**2 * rows
         return TimePhase(compute=operations / self.profile.solve_flops_per_second)
 
-    def gram(self, columns: float, others: float, tokens: float) -> TimePhase:
-        """Return the time of X^T X and X^T Y over tokens, for C columns of X and others of Y."""
-        return self.products(2 * columns * (columns + others) * tokens, self.profile.gram_rate)
-
     def traffic(self, size_bytes: float, fresh_bytes: float = 0.0) -> TimePhase:
-        """Return the time of elementwise work.
-
-        Args:
-            size_bytes: Bytes read and written.
-            fresh_bytes: Bytes of blocks that the system allocates anew.
-        """
-        fresh = self.profile.fresh_bytes_per_second
-        return TimePhase(
-            elementwise=size_bytes / self.profile.memory_bytes_per_second
-            + (fresh_bytes / fresh if fresh else 0.0)
-        )
+        """Return the time of elementwise work: bytes read and written, bytes allocated anew."""
+        seconds = size_bytes / self.profile.memory_bytes_per_second
+        if self.profile.fresh_bytes_per_second is not None:
+            seconds += fresh_bytes / self.profile.fresh_bytes_per_second
+        return TimePhase(elementwise=seconds)
 
     def copy(self, size_bytes: float) -> TimePhase:
-        """Return the time of copies between host and device; none where both share memory."""
+        """Return the time of copies between host and device; 0 where both share memory."""
         rate = self.profile.copy_bytes_per_second
         return TimePhase(copy=size_bytes / rate if rate else 0.0)
-
-    def read(self, size_bytes: float, *, cold: bool) -> TimePhase:
-        """Return the time of sequential reads, from the disk itself or from the page cache."""
-        profile = self.profile
-        rate = profile.disk_cold_bytes_per_second if cold else profile.disk_warm_bytes_per_second
-        return TimePhase(disk=size_bytes / rate)
-
-    def write(self, size_bytes: float) -> TimePhase:
-        """Return the time of sequential writes."""
-        return TimePhase(disk=size_bytes / self.profile.disk_write_bytes_per_second)
 
     def forward(
         self,
         layer: LayerOperations,
         window: int,
         windows: float,
-        micro_batch: int,
-        arithmetic: str | None = None,
+        *,
+        micro_batch: int = 1,
+        int8: bool = False,
     ) -> TimePhase:
         """Return the time of one layer's forward pass.
 
@@ -163,32 +138,23 @@ class Rates:
             layer: The layer.
             window: Tokens of a window.
             windows: Number of windows.
-            micro_batch: Windows that are computed together.
-            arithmetic: See :meth:`projections`.
+            micro_batch: Windows that are computed together, at most.
+            int8: See :meth:`projections`.
         """
         tokens, at_once = window * windows, min(micro_batch, windows)
         attention = tokens * window * layer.attention / self.profile.attention_flops_per_second
         calls = windows / at_once * self.profile.call_seconds
-        return (
-            TimePhase(compute=attention + calls)
-            + self.projections(
-                tokens * layer.projections,
-                tokens * layer.inputs,
-                tokens * layer.outputs,
-                arithmetic,
-            )
-            + self.traffic(
-                tokens * layer.traffic_bytes, tokens * layer.fresh_bytes(at_once * window)
-            )
-        )
+        arrays = [
+            size for size in layer.array_bytes if size * at_once * window >= _FRESH_BLOCK_BYTES
+        ]
+        one = self.projections(layer.projections, layer.inputs, layer.outputs, int8=int8)
+        one += self.traffic(layer.traffic_bytes, sum(arrays))
+        return one * tokens + TimePhase(compute=attention + calls)
 
 
 def int8_wins(layer: LayerOperations, profile: HardwareProfile) -> bool:
     """Return whether int8 products of a layer are faster than the device's own arithmetic."""
     if INT8 not in profile.products:
         return False
-    own, int8 = (
-        Rates(profile).projections(layer.projections, layer.inputs, layer.outputs, arithmetic)
-        for arithmetic in (None, INT8)
-    )
-    return int8.seconds < own.seconds
+    work, rates = (layer.projections, layer.inputs, layer.outputs), Rates(profile)
+    return rates.projections(*work, int8=True).seconds < rates.projections(*work).seconds

@@ -1,21 +1,20 @@
 """The predicted time of a prune, one function a phase.
 
-In: shapes, a layer's operations, a workload, its memory plan, the rates of a machine.
-Out: a :class:`TimeEstimate`. Operations of a layer are counted by torch; what no layer has (Gram
-matrices, Cholesky solves, quantisation, the head, disk) is stated here. Nothing is measured or
-fitted. Holds a few numbers.
-
-Legend: H hidden, C input columns of an output projection, V vocabulary, S tokens of a window.
+In: shapes, a layer's operations, a workload, its memory plan, the rates of a machine. Out: a
+:class:`TimeEstimate`. torch counts the operations of a layer. What no layer has (Gram matrices,
+Cholesky solves, quantisation, the head, disk) is stated here. Nothing is measured or fitted. Holds
+a few numbers.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 
-from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache
-from frugal_bonsai.hardware.operations import FRESH_BLOCK_BYTES, LayerOperations, Rates
-from frugal_bonsai.hardware.profile import INT8, HardwareProfile
+from frugal_bonsai.hardware.operations import LayerOperations, Rates
+from frugal_bonsai.hardware.profile import BF16, FP32, HardwareProfile
 from frugal_bonsai.hardware.time_model import SAMPLING, TimeEstimate, TimePhase
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import (
@@ -26,63 +25,40 @@ from frugal_bonsai.memory.work import (
     refining_passes,
 )
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.row_blocks import multiplied_in_blocks
 
 # Bytes that quantisation reads and writes for an element, beside the element itself: conversion to
 # fp16, comparison with zero, absolute value, maximum, scaling in fp32, rounding, int8, a copy.
 _QUANTISE_BYTES = 33
-# Bytes a logit of the log-sum-exp: maximum, difference, exponential and sum in fp32; conversion.
-_LOGIT_BYTES, _CONVERT_BYTES = 24, 6
-# Bytes that a channel update reads and writes for a channel, in one pass of one input projection.
+# Bytes that the log-sum-exp takes for a logit in fp32: maximum, difference, exponential, sum.
+_LOGIT_BYTES = 24
+# Bytes that a channel update takes for a channel, in one pass of one projection into the FFN.
 _UPDATE_BYTES = 24
 # Passes of the head that find the scale of the logits (convex_minimum of logit_scale.py).
 _SCALES_TRIED = 7
 
 
-def estimate_time(
-    spec: ModelSpec,
-    operations: LayerOperations,
-    work: PruneWorkload,
-    plan: MemoryPlan,
-    profile: HardwareProfile,
-) -> TimeEstimate:
-    """Predict the time of a prune.
+@dataclass(frozen=True, kw_only=True)
+class PruneTime:
+    """The time of a prune.
 
-    Args:
+    Attributes:
         spec: The model.
         operations: Operations of its mean layer.
         work: The workload.
         plan: Its memory plan.
         profile: The machine.
     """
-    return TimeEstimate(phases=_PruneTime(spec, operations, work, plan, profile).phases())
 
+    spec: ModelSpec
+    operations: LayerOperations
+    work: PruneWorkload
+    plan: MemoryPlan
+    profile: HardwareProfile
 
-class _PruneTime:
-    def __init__(
-        self,
-        spec: ModelSpec,
-        operations: LayerOperations,
-        work: PruneWorkload,
-        plan: MemoryPlan,
-        profile: HardwareProfile,
-    ) -> None:
-        self._spec, self._layer, self._work = spec, operations, work
-        self._plan, self._limits = plan, plan.limits
-        self._rates, self._start_seconds = Rates(profile), profile.start_seconds
-        self._gpu = is_accelerator(profile.device)
-        self._element_bytes = 2 if self._gpu else 4
-        self._int8_store = work.weights == "int8"
-        stored_bytes = 1 if self._int8_store else work.source_bytes
-        free_bytes = max(0, profile.host_bytes - plan.total_bytes(HOST))
-        # Dense and pruned store are read again and again.
-        self._cached = fits_page_cache(2 * spec.block_parameters * stored_bytes, free_bytes)
-
-    # -- phases --------------------------------------------------------------------------------
-    def phases(self) -> tuple[TimePhase, ...]:
-        """Return the phases in order of appearance."""
-        work = self._work
-        phases = [TimePhase(name="starting", compute=self._start_seconds)]
+    def estimate(self) -> TimeEstimate:
+        """Return the predicted phases in order of appearance."""
+        work = self.work
+        phases = [TimePhase(name="starting", compute=self.profile.start_seconds)]
         if work.sampled:
             phases.append(self._phase(SAMPLING, self._sampling()))
         phases += [
@@ -94,69 +70,68 @@ class _PruneTime:
             phases.append(self._phase("masked evaluation", self._masked_evaluation()))
         if work.reconstruction:
             phases.append(self._phase("recovery", self._reconstruction()))
-        return (*phases, self._phase("rewriting", self._rewriting(), overlaps=False))
+        phases.append(self._phase("rewriting", self._rewriting(), overlaps=False))
+        return TimeEstimate(phases=tuple(phases))
 
     def _phase(self, name: str, seconds: TimePhase, *, overlaps: bool = True) -> TimePhase:
         # With one layer buffer the next layer is read when this one has been computed.
-        overlaps = overlaps and self._limits.layer_buffers > 1
+        overlaps = overlaps and self.plan.limits.layer_buffers > 1
         return TimePhase(name=name, overlaps=overlaps) + seconds
 
+    # -- phases --------------------------------------------------------------------------------
     def _sampling(self) -> TimePhase:
-        """Return the time of calibration text from the model: a sweep for each token."""
-        windows, tokens = self._work.sampled, self._work.window
-        logits = 2 * self._spec.vocabulary * self._spec.hidden * windows
-        one = self._forward(1.0, windows / tokens) + self._rates.products(logits)
-        return (one + self._visits(1.0, windows, native=True)) * (tokens - 1)
+        """Return the time of text that the model draws: a sweep for each token."""
+        windows, tokens = self.work.sampled, self.work.window
+        logits = self._rates.products(2 * self.spec.vocabulary * self.spec.hidden * windows)
+        one = self._forward(1.0, windows / tokens) + self._visits(1.0, windows, native=True)
+        return (one + logits) * (tokens - 1)
 
     def _perplexity(self) -> TimePhase:
         """Return the time of the dense and the pruned model's perplexity on held-out windows."""
-        windows, shares = sum(self._work.measured), self._work.remaining
+        windows = sum(self.work.measured)
         seconds = self._head(windows) * 2
-        for share in (shares[0], shares[-1]):
+        for share in (1.0, self.work.remaining[-1]):
             seconds += self._forward(share, windows) + self._visits(share, windows, native=True)
         return seconds
 
     def _stores(self) -> TimePhase:
         """Return the time of the working stores: dense, pruned, reconstructed, and candidates'."""
-        work, blocks = self._work, self._spec.block_parameters
-        shares = [work.remaining[0]]
-        for number, share in enumerate(work.remaining[1:], start=1):
-            last = number == work.rounds
-            stores = int(work.reconstruction or not last) + int(work.reconstruction and not last)
-            shares += [share] * (stores + (work.candidates if work.trial_windows else 0))
-        elements, source_bytes = sum(shares) * blocks, work.source_bytes
-        seconds = self._read(len(shares) * blocks * source_bytes)
-        seconds += self._rates.write(elements * (1 if self._int8_store else source_bytes))
-        if self._int8_store:
-            seconds += self._rates.traffic(elements * (source_bytes + _QUANTISE_BYTES))
-            seconds += self._rates.copy(elements * (source_bytes + 1))
-        return seconds
+        work, blocks = self.work, self.spec.block_parameters
+        each = 1 + work.reconstruction + (work.candidates if work.trial_windows else 0)
+        # Nothing starts from the store of the last round's end.
+        count = 1 + each * work.rounds - 1
+        elements = blocks * (1 + each * sum(work.remaining[1:]) - work.remaining[-1])
+        seconds = self._disk(count * blocks * work.source_bytes, elements * self._stored_bytes)
+        if work.weights != "int8":
+            return seconds
+        seconds += self._rates.traffic(elements * (work.source_bytes + _QUANTISE_BYTES))
+        return seconds + self._rates.copy(elements * (work.source_bytes + 1))
 
     def _statistics(self) -> TimePhase:
         """Return the time of importance scores: once, or without reconstruction in every round."""
-        work, seconds = self._work, TimePhase()
+        work, seconds = self.work, TimePhase()
+        windows = work.part_windows
         for number in range(1 if work.reconstruction else work.rounds):
-            share, windows = work.remaining[number], work.part_windows
-            layer = self._layer.kept(share)
+            share = work.remaining[number]
+            layer = self.operations.kept(share)
             seconds += self._forward(share, windows) + self._visits(share, windows)
             if work.exact_importance or work.imputation_pool:
                 for columns in (layer.query, layer.ffn):
                     gram = self._rates.gram(columns, 0, windows * work.window)
-                    seconds += gram * self._spec.layers
+                    seconds += gram * self.spec.layers
             seconds += self._importance(number, factors=2)
         return seconds
 
     def _masked_evaluation(self) -> TimePhase:
         """Return the time of every round's masks."""
-        work, seconds = self._work, TimePhase()
-        tokens = work.pairs * work.window * self._spec.layers
-        arithmetic = INT8 if work.int8_arithmetic else None
+        work, seconds = self.work, TimePhase()
+        tokens = work.pairs * work.window * self.spec.layers
         for number, share in enumerate(work.remaining[:-1]):
-            layer, pool = self._layer.kept(share), work.round_imputed_share(number)
-            seconds += self._forward(share, work.pairs, arithmetic)
-            seconds += self._head(work.pairs, arithmetic)
+            layer, pool = self.operations.kept(share), work.round_imputed_share(number)
+            seconds += self._forward(share, work.pairs, int8=work.int8_arithmetic)
+            seconds += self._head(work.pairs, int8=work.int8_arithmetic)
             for pairs in work.pair_batches:
-                seconds += self._visits(share, pairs, arithmetic=arithmetic)
+                seconds += self._visits(share, pairs, as_stored=work.int8_arithmetic)
             # Masks are multiplied in place. An imputed column is gathered, predicted from the
             # columns outside of the pool, and chosen.
             passes = 2 + (4 if pool else 0)
@@ -168,105 +143,101 @@ class _PruneTime:
 
     def _reconstruction(self) -> TimePhase:
         """Return the time of reconstruction after each round, and of the candidates before it."""
-        work, seconds = self._work, TimePhase()
+        work, seconds = self.work, self._head(self.work.scale_windows) * _SCALES_TRIED
         for number, share in enumerate(work.remaining[1:], start=1):
             last = number == work.rounds
             windows = work.windows if last else work.part_windows
             seconds += self._refit_sweep(share, windows)
             if work.trial_windows:
                 seconds += self._refit_sweep(share, work.trial_windows) * work.candidates
-            if not last:  # the refit's factor is the importance scores' too
+            if not last:  # the factor of the refit serves the importance scores too
                 seconds += self._importance(number, factors=1)
             # The dense model's losses, unless the first round has measured them on these windows.
             if number == 1 or work.part_windows < work.windows:
                 seconds += self._head(windows)
-        seconds += self._head(work.scale_windows) * _SCALES_TRIED
-        return seconds + self._channel_update(work.remaining[-1])
+        return seconds + (self._channel_updates() if work.channel_updates else TimePhase())
 
     def _rewriting(self) -> TimePhase:
         """Return the time of the output: parent read, kept part written, both read to verify."""
-        spec, source_bytes = self._spec, self._work.source_bytes
-        share = self._work.remaining[-1]
-        after = spec.parameters - (1 - share) * spec.block_parameters
-        seconds = self._rates.read(spec.parameters * source_bytes, cold=True)
-        seconds += self._rates.write(after * source_bytes)
+        spec, share = self.spec, self.work.remaining[-1]
+        kept = spec.parameters - (1 - share) * spec.block_parameters
+        source_bytes = self.work.source_bytes
+        seconds = self._disk(spec.parameters * source_bytes, kept * source_bytes, cold=True)
         return seconds + self._visits(1.0, 1, native=True) + self._visits(share, 1, native=True)
 
     # -- parts of phases -----------------------------------------------------------------------
-    def _forward(self, share: float, windows: float, arithmetic: str | None = None) -> TimePhase:
+    @cached_property
+    def _rates(self) -> Rates:
+        return Rates(self.profile)
+
+    @property
+    def _element_bytes(self) -> int:
+        """Bytes of an element of activations."""
+        return 2 if self.profile.arithmetic == BF16 else 4
+
+    @property
+    def _stored_bytes(self) -> int:
+        """Bytes of an element of the working stores."""
+        return 1 if self.work.weights == "int8" else self.work.source_bytes
+
+    def _disk(
+        self, read_bytes: float, written_bytes: float = 0, *, cold: bool = False
+    ) -> TimePhase:
+        """Return the time of reads and writes; the page cache keeps two stores where it can."""
+        profile = self.profile
+        free_bytes = max(0, profile.host_bytes - self.plan.total_bytes(HOST))
+        stores_bytes = 2 * self.spec.block_parameters * self._stored_bytes
+        rate = profile.disk_warm_bytes_per_second
+        if cold or not fits_page_cache(stores_bytes, free_bytes):
+            rate = profile.disk_cold_bytes_per_second
+        written = written_bytes / profile.disk_write_bytes_per_second
+        return TimePhase(disk=read_bytes / rate + written)
+
+    def _forward(self, share: float, windows: float, *, int8: bool = False) -> TimePhase:
         """Return the time of all layers' forward pass, weights at hand."""
         if not windows:
             return TimePhase()
-        layer, micro_batch = self._layer.kept(share), self._limits.micro_batch
-        forward = self._rates.forward(layer, self._work.window, windows, micro_batch, arithmetic)
-        return forward * self._spec.layers
+        micro_batch = self.plan.limits.micro_batch
+        forward = self._rates.forward(
+            self.operations.kept(share),
+            self.work.window,
+            windows,
+            micro_batch=micro_batch,
+            int8=int8,
+        )
+        return forward * self.spec.layers
 
     def _visits(
-        self,
-        share: float,
-        windows: int,
-        *,
-        native: bool = False,
-        dense: bool = False,
-        arithmetic: str | None = None,
+        self, share: float, windows: int, *, native: bool = False, as_stored: bool = False
     ) -> TimePhase:
         """Return the time of bringing all layers to the windows: read, copied, made dense.
 
         Args:
             share: Share of the block parameters that is left.
-            windows: Number of windows; each wave of them reads the layers once.
+            windows: Number of windows; each wave of them takes the layers once.
             native: The checkpoint is read instead of the working store.
-            dense: Weights are made dense as a whole.
-            arithmetic: ``"int8"`` multiplies weights as they are stored.
+            as_stored: Weights are multiplied as they are stored.
         """
-        work, limits, rates = self._work, self._limits, self._rates
+        limits = self.plan.limits
         waves = math.ceil(windows / limits.windows_in_flight)
-        elements = share * self._spec.block_parameters
-        stored_bytes = 1 if self._int8_store and not native else work.source_bytes
-        seconds = self._read(waves * elements * stored_bytes, cold=native)
-        if stored_bytes != self._element_bytes and arithmetic != INT8:
-            # A CPU makes rows of a large weight dense in the cache, for each micro-batch anew.
-            weight = (int(self._layer.ffn * share), int(self._layer.hidden))
-            blocks = (
-                not self._gpu and not dense and multiplied_in_blocks(weight, self._element_bytes)
-            )
-            times = math.ceil(windows / min(limits.micro_batch, windows)) if blocks else waves
+        elements = waves * share * self.spec.block_parameters
+        stored_bytes = self.work.source_bytes if native else self._stored_bytes
+        seconds = self._disk(elements * stored_bytes, cold=native)
+        if stored_bytes != self._element_bytes and not as_stored:
             # int8 is converted, then scaled in place.
-            passes = 3 if stored_bytes == 1 and not blocks else 1
-            size_bytes = stored_bytes + passes * self._element_bytes
-            seconds += rates.traffic(times * elements * size_bytes)
+            passes = 3 if stored_bytes == 1 else 1
+            seconds += self._rates.traffic(elements * (stored_bytes + passes * self._element_bytes))
         spilled = max(0, min(windows, limits.windows_in_flight) - limits.resident_windows) * waves
-        hidden_bytes = work.window * self._spec.hidden * self._element_bytes
-        copied = waves * elements * stored_bytes + 2 * self._spec.layers * spilled * hidden_bytes
-        return seconds + rates.copy(copied)
+        hidden_bytes = self.work.window * self.spec.hidden * self._element_bytes
+        spilled_bytes = 2 * self.spec.layers * spilled * hidden_bytes
+        return seconds + self._rates.copy(elements * stored_bytes + spilled_bytes)
 
-    def _read(self, size_bytes: float, *, cold: bool = False) -> TimePhase:
-        """Return the time of reads; stores that the page cache cannot hold are read cold."""
-        return self._rates.read(size_bytes, cold=cold or not self._cached)
-
-    def _head(self, windows: int, arithmetic: str | None = None) -> TimePhase:
-        """Return the time of the logits and their log-sum-exp, in chunks of the vocabulary."""
-        spec, limits, tokens = self._spec, self._limits, windows * self._work.window
-        rows = min(limits.head_rows, spec.vocabulary)
-        chunks, logits = math.ceil(spec.vocabulary / rows), tokens * spec.vocabulary
-        seconds = self._rates.projections(
-            2 * spec.hidden * logits, chunks * tokens * spec.hidden, logits, arithmetic
-        )
-        fresh = rows * limits.head_tokens * 4 >= FRESH_BLOCK_BYTES
-        each = _LOGIT_BYTES + (_CONVERT_BYTES if self._gpu else 0)
-        seconds += self._rates.traffic(each * logits, 4 * logits if fresh else 0)
-        if chunks == 1:
-            return seconds
-        # A head that does not fit is read again for every wave.
-        waves = math.ceil(windows / limits.windows_in_flight)
-        weights, source_bytes = spec.vocabulary * spec.hidden, self._work.source_bytes
-        blocks = not self._gpu and multiplied_in_blocks((rows, spec.hidden), self._element_bytes)
-        times = math.ceil(tokens / limits.head_tokens) if blocks else waves
-        seconds += self._read(waves * weights * source_bytes)
-        seconds += self._rates.traffic(times * weights * (source_bytes + self._element_bytes))
-        spilled = max(0, windows - limits.resident_windows) * self._work.window * spec.hidden
-        copied = (waves * weights + chunks * spilled) * self._element_bytes
-        return seconds + self._rates.copy(copied)
+    def _head(self, windows: int, *, int8: bool = False) -> TimePhase:
+        """Return the time of the logits and their log-sum-exp."""
+        tokens, hidden = windows * self.work.window, self.spec.hidden
+        logits = tokens * self.spec.vocabulary
+        seconds = self._rates.projections(2 * hidden * logits, tokens * hidden, logits, int8=int8)
+        return seconds + self._rates.traffic(_LOGIT_BYTES * logits, 4 * logits)
 
     def _importance(self, number: int, *, factors: int) -> TimePhase:
         """Return the time of a round's importance scores and imputation, from Gram matrices.
@@ -275,16 +246,17 @@ class _PruneTime:
             number: The round, from 0.
             factors: Cholesky factors and inverses of each Gram matrix, C^3 / 3 operations each.
         """
-        work, rates, seconds = self._work, self._rates, TimePhase()
+        work, rates, seconds = self.work, self._rates, TimePhase()
         if not work.exact_importance and not work.imputation_pool:
             return seconds
-        layer, pool = self._layer.kept(work.remaining[number]), work.round_imputed_share(number)
+        layer = self.operations.kept(work.remaining[number])
+        pool = work.round_imputed_share(number)
         for columns in (layer.query, layer.ffn):
             seconds += rates.cholesky(columns) * factors
             # Imputation solves for the pool's columns from the others'.
             seconds += rates.cholesky(pool * columns, (1 - pool) * columns)
-            seconds += rates.fp32(2 * pool * columns**3)
-        return seconds * self._spec.layers
+            seconds += rates.products(2 * pool * columns**3, FP32)
+        return seconds * self.spec.layers
 
     def _refit_sweep(self, share: float, windows: int) -> TimePhase:
         """Return the time of one reconstruction: both models over windows, projections refitted.
@@ -292,58 +264,48 @@ class _PruneTime:
         The pruned model's layer runs once where its inputs are held and about three times where
         they are not. Its o_proj is refitted first and multiplies again wherever it is needed.
         """
-        work, layer = self._work, self._layer.kept(share)
-        tokens, hidden = windows * work.window, self._layer.hidden
-        pruned = self._forward(share, windows) * (1 if self._plan.keep_inputs else 3)
-        again = 2 * layer.query * hidden * tokens * (2 + int(work.refit_inputs))
-        refits = self._rates.products(again)
-        # Targets of the output projections: three sums, and their energy.
-        refits += self._rates.traffic(2 * 10 * 4 * hidden * tokens)
+        work, layer = self.work, self.operations.kept(share)
+        tokens, hidden = windows * work.window, layer.hidden
+        again = 2 + work.refit_inputs
+        refits = self._rates.products(2 * layer.query * hidden * tokens * again)
         refits += self._refit(layer.query, hidden, tokens) + self._refit(layer.ffn, hidden, tokens)
         if work.refit_inputs:
-            ffn_rows = layer.ffn * layer.ffn_inputs
-            outputs = layer.projections / 2 / hidden - layer.query - layer.ffn
-            for rows in (ffn_rows, outputs - ffn_rows):
-                refits += self._refit(hidden, rows, tokens, products=2)
-        seconds = self._forward(1.0, windows) + pruned + refits * self._spec.layers
-        for stored in (1.0, share):
-            seconds += self._visits(stored, windows, dense=True)
-        return seconds + self._head(windows)
+            rows = layer.projections / 2 / hidden - layer.query - layer.ffn
+            # Attention's inputs and the FFN's; the weights are multiplied with two moments.
+            refits += self._refit(hidden, rows, tokens) + self._refit(hidden, 0, tokens)
+            refits += self._rates.products(2 * hidden**2 * rows, FP32)
+        pruned = self._forward(share, windows) * (1 if self.plan.keep_inputs else 3)
+        visits = self._visits(1.0, windows) + self._visits(share, windows)
+        sweeps = self._forward(1.0, windows) + pruned + visits + self._head(windows)
+        return sweeps + refits * self.spec.layers
 
-    def _refit(self, columns: float, rows: float, tokens: float, products: int = 1) -> TimePhase:
-        """Return the time of a ridge regression of a projection's rows on its input columns.
+    def _refit(self, columns: float, rows: float, tokens: float) -> TimePhase:
+        """Return the time of a ridge regression of a projection's rows on its input columns."""
+        moments = self._rates.gram(columns, self.operations.hidden, tokens)
+        product = self._rates.products(2 * columns**2 * rows, FP32)
+        return moments + product + self._rates.cholesky(columns, rows)
 
-        Args:
-            columns: Input columns.
-            rows: Rows of the weight.
-            tokens: Tokens that the Gram matrix and the cross moments are summed over.
-            products: Products of the weight and a matrix of moments.
+    def _channel_updates(self) -> TimePhase:
+        """Return the time of the last reconstruction's channel updates.
+
+        Their conjugate gradients pass through the FFN forward and back. Triangular solves with the
+        factor of the inputs' Gram matrix whiten the weights. down_proj is refitted after each.
         """
-        moments = self._rates.gram(columns, self._layer.hidden, tokens)
-        moments += self._rates.fp32(2 * products * columns**2 * rows)
-        return moments + self._rates.cholesky(columns, rows)
-
-    def _channel_update(self, share: float) -> TimePhase:
-        """Return the time of the last reconstruction's channel update.
-
-        Its conjugate gradients pass through the FFN there and back. Triangular solves with the
-        factor of the inputs' Gram matrix whiten the weights. After each step down_proj is refitted.
-        """
-        work, layer, hidden = self._work, self._layer.kept(share), self._layer.hidden
-        if not work.channel_updates:
-            return TimePhase()
-        tokens, blocks = work.windows * work.window, refined_blocks(round(layer.ffn))
+        work, share = self.work, self.work.remaining[-1]
+        layer, hidden = self.operations.kept(share), self.spec.hidden
+        tokens, updates = work.windows * work.window, work.channel_updates
         passes = tokens * refining_passes(
-            blocks, keep=self._plan.keep_refinement, iterations=REFINE_ITERATIONS
+            refined_blocks(round(layer.ffn)),
+            keep=self.plan.keep_refinement,
+            iterations=REFINE_ITERATIONS,
         )
         rows = layer.ffn_inputs * layer.ffn
-        sublayer = (layer.ffn_inputs + 1) * layer.ffn * hidden
-        seconds = self._rates.products(2 * passes * sublayer, self._rates.profile.tf32_rate)
+        products = 2 * passes * (rows + layer.ffn) * hidden
+        seconds = self._rates.products(products, self.profile.update_arithmetic)
         seconds += self._rates.traffic(_UPDATE_BYTES * passes * rows)
         solves = (
-            work.channel_updates * (2 * REFINE_ITERATIONS + 3) / 2
-        )  # a triangular solve is half of a solve
+            updates * (2 * REFINE_ITERATIONS + 3) / 2
+        )  # one triangular solve is half of a solve
         seconds += self._rates.gram(hidden, 0, tokens) + self._rates.cholesky(hidden, solves * rows)
-        seconds += self._refit(layer.ffn, hidden, tokens) * work.channel_updates
-        forwards = self._forward(share, work.windows) * (work.channel_updates + 1)
-        return seconds * self._spec.layers + forwards
+        seconds += self._refit(layer.ffn, hidden, tokens) * updates
+        return seconds * self.spec.layers + self._forward(share, work.windows) * (updates + 1)

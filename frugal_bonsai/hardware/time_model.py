@@ -1,8 +1,8 @@
 """A predicted time: phases, the resource that binds each of them, and their total.
 
 In: seconds by resource. Out: seconds of a phase and of a command. Reading, copying and computing
-overlap within a sweep, so the slowest of the three sets the pace (the roofline). Phases that write
-one thing after another do not overlap. Holds a few numbers.
+overlap within a sweep, so the slowest of the three sets the pace (the roofline). Holds a few
+numbers.
 """
 
 from __future__ import annotations
@@ -50,31 +50,17 @@ class TimePhase:
         return max(self.by_resource.items(), key=lambda item: item[1])[0]
 
     def __add__(self, other: TimePhase) -> TimePhase:
-        return replace(
-            self,
-            compute=self.compute + other.compute,
-            elementwise=self.elementwise + other.elementwise,
-            disk=self.disk + other.disk,
-            copy=self.copy + other.copy,
-        )
+        names = ("compute", "elementwise", "disk", "copy")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def __mul__(self, times: float) -> TimePhase:
-        return replace(
-            self,
-            compute=self.compute * times,
-            elementwise=self.elementwise * times,
-            disk=self.disk * times,
-            copy=self.copy * times,
-        )
+        names = ("compute", "elementwise", "disk", "copy")
+        return replace(self, **{name: getattr(self, name) * times for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
-    """The predicted time of a command.
-
-    Attributes:
-        phases: Phases in order.
-    """
+    """The phases of a command in order."""
 
     phases: tuple[TimePhase, ...]
 

@@ -128,6 +128,8 @@ def _how(summary: Values) -> str:
     batch = plural(memory["final_micro_batch"], "window")
     if memory["final_micro_batch"] < memory["planned_micro_batch"]:
         batch += f" (planned {memory['planned_micro_batch']}; memory ran out)"
+    latency = summary["latency"]
+    speed = [("predicted speed-up", latency_words(latency))] if latency else []
     facts = (
         ("method", f"`{summary['method']}`"),
         ("calibration text", source_name(calibration["source"])),
@@ -138,20 +140,13 @@ def _how(summary: Values) -> str:
         ("forward tokens", f"{summary['forward_tokens']:,}"),
         ("time", duration(summary["seconds"])),
         ("peak", peak),
-        *_latency(summary),
+        *speed,
         ("micro-batch", batch),
     )
     chosen = ((f"`{name}`", f"`{value}`") for name, value in settings.items())
     return "\n".join(
         (markdown_table(("", ""), facts), markdown_table(("setting", "value"), chosen))
     )
-
-
-def _latency(summary: Values) -> list[tuple[str, str]]:
-    """The predicted speed of the output, where a profile was given."""
-    if summary["latency"] is None:
-        return []
-    return [("predicted speed-up", latency_words(summary["latency"]))]
 
 
 def _peak(memory: Values, where: str) -> str:

@@ -12,14 +12,17 @@ import torch
 
 from frugal_bonsai.accelerator import CPU
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.hardware.profile import HardwareProfile, profile_budget
-from frugal_bonsai.memory.budget import Budget, find_device, make_budget
+from frugal_bonsai.hardware.profile import HardwareProfile
+from frugal_bonsai.memory.budget import Budget, Caps, find_device, make_budget
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.profile import quick_profile
-from frugal_bonsai.sizes import format_bytes
+from frugal_bonsai.sizes import GIB, format_bytes
 
 # Memory of a card in GB -> the profile of such a machine, a file in profiles/.
 NOMINAL_PROFILES = {8: "rtx-8gb", 12: "rtx-12gb", 24: "rtx-24gb", 48: "a6000-48gb", 141: "h200"}
+
+# Left to the rest of a profile's machine where the user names no cap.
+_LEAVE_HOST_BYTES = GIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,32 @@ def find_machine(
         rates=profile or quick_profile(device),
         profiled=profile is not None,
         elsewhere=elsewhere,
+    )
+
+
+def profile_budget(profile: HardwareProfile, caps: Caps) -> Budget:
+    """Return the budget of the profile's machine: the user's caps, else its memory."""
+    notes: list[str] = []
+    host = caps.host_bytes
+    if host is None:
+        host = max(profile.host_bytes - _LEAVE_HOST_BYTES, profile.host_bytes // 2)
+    elif host > profile.host_bytes:
+        notes.append(_more_than("--max-cpu-mem", host, profile.host_bytes))
+    gpu = profile.gpu_bytes
+    if gpu is None:
+        if caps.gpu_bytes is not None:
+            notes.append("--max-gpu-mem has no effect: the profile's machine has no GPU memory")
+        return Budget(device=profile.device, host_bytes=host, notes=tuple(notes))
+    if caps.gpu_bytes is not None:
+        if caps.gpu_bytes > gpu:
+            notes.append(_more_than("--max-gpu-mem", caps.gpu_bytes, gpu))
+        gpu = min(gpu, caps.gpu_bytes)
+    return Budget(device=profile.device, host_bytes=host, gpu_bytes=gpu, notes=tuple(notes))
+
+
+def _more_than(option: str, cap_bytes: int, own_bytes: int) -> str:
+    return (
+        f"{option} {format_bytes(cap_bytes)} is more than the profile's {format_bytes(own_bytes)}"
     )
 
 

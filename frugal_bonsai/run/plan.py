@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from frugal_bonsai.hardware.profile import NOMINAL_BASE_BYTES
-from frugal_bonsai.hardware.prune_time import estimate_time
+from frugal_bonsai.hardware.prune_time import PruneTime
 from frugal_bonsai.hardware.time_model import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
 from frugal_bonsai.memory.training import TrainingPlan
@@ -80,7 +80,13 @@ def sampling_note(
 def _estimate(
     model: Model, resolved: ResolvedPrune, work: PruneWorkload, memory: MemoryPlan
 ) -> TimeEstimate:
-    return estimate_time(model.spec, resolved.operations, work, memory, resolved.machine.rates)
+    return PruneTime(
+        spec=model.spec,
+        operations=resolved.operations,
+        work=work,
+        plan=memory,
+        profile=resolved.machine.rates,
+    ).estimate()
 
 
 def _sampling_note(work: PruneWorkload, estimate: TimeEstimate) -> str:

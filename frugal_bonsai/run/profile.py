@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from frugal_bonsai.accelerator import free_and_total_bytes, is_accelerator, shares_host_memory
 from frugal_bonsai.hardware.measure import (
     Timer,
+    device_name,
     measure_attention,
     measure_copy,
     measure_fresh,
@@ -26,7 +27,7 @@ from frugal_bonsai.hardware.measure import (
     measure_products,
 )
 from frugal_bonsai.hardware.measure_disk import DiskRates, measure_disk
-from frugal_bonsai.hardware.profile import HardwareProfile, device_name
+from frugal_bonsai.hardware.profile import HardwareProfile
 from frugal_bonsai.hardware.profile_file import require_replaceable, write_profile
 from frugal_bonsai.memory.work import refit_rows
 from frugal_bonsai.progress import Progress, Silent

@@ -101,15 +101,7 @@ def resolve(
         refine=0 if spec.experts else settings.refine,
         arithmetic=_arithmetic(settings, operations, machine.rates, begun or {}),
     )
-    latency = None
-    if profile is not None:
-        latency = LatencyModel(
-            spec=spec,
-            layer=operations,
-            profile=profile,
-            prompt_tokens=settings.prompt_tokens,
-            generated_tokens=settings.generated_tokens,
-        )
+    lengths = settings.prompt_tokens, settings.generated_tokens
     return ResolvedPrune(
         settings=settings,
         rules=rules,
@@ -118,7 +110,7 @@ def resolve(
         source=options.calibration or _default_source(model),
         machine=machine,
         operations=operations,
-        latency=latency,
+        latency=None if profile is None else LatencyModel(spec, operations, profile, *lengths),
         notes=notes,
     )
 

@@ -128,7 +128,7 @@ def test_a_profile_of_the_device(machine: Machine, tmp_path: Path) -> None:
     assert measured["copy_bytes_per_second"] > 0
     found = read_profile(out)
     assert found.device == "cuda" and found.products["tf32"] > 0
-    assert (found.gram_rate, found.tf32_rate) == (found.products["bf16"], found.products["tf32"])
+    assert (found.gram_arithmetic, found.update_arithmetic) == ("bf16", "tf32")
     assert machine.order.races == []
 
 

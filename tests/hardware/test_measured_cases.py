@@ -10,7 +10,7 @@ import torch
 from plan_shapes import shapes
 
 from frugal_bonsai.hardware.profile_file import read_profile
-from frugal_bonsai.hardware.prune_time import estimate_time
+from frugal_bonsai.hardware.prune_time import PruneTime
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.phases import Phase as MemoryPhase
 from frugal_bonsai.memory.plan import MemoryPlan
@@ -57,7 +57,8 @@ def test_measured_cases_are_predicted_within_a_quarter(name: str) -> None:
     )
     spec, profile = MODELS[case["model"]], read_profile(MEASURED / case["profile"])
     operations = count_operations(spec, work.window, torch.float32)
-    predicted = estimate_time(spec, operations, work, plan, profile).total_seconds
+    time = PruneTime(spec=spec, operations=operations, work=work, plan=plan, profile=profile)
+    predicted = time.estimate().total_seconds
     measured, before = case["seconds"], case["before"]
     print(f"{name}: predicted {predicted:.1f}, measured {measured}: {predicted / measured:.2f}")
     assert abs(predicted - measured) < 0.25 * measured

@@ -9,8 +9,9 @@ import torch
 
 import profiles
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.hardware.profile import device_name, profile_budget
+from frugal_bonsai.hardware.measure import device_name
 from frugal_bonsai.memory.budget import parse_caps
+from frugal_bonsai.run.machine import profile_budget
 from frugal_bonsai.sizes import GIB
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from plan_shapes import LLAMA_1B
 
 import profiles
 from frugal_bonsai.hardware.profile import HardwareProfile
-from frugal_bonsai.hardware.prune_time import estimate_time
+from frugal_bonsai.hardware.prune_time import PruneTime
 from frugal_bonsai.hardware.time_model import TimeEstimate, TimePhase
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.phases import Phase as MemoryPhase
@@ -72,7 +71,9 @@ PLAN = plan()
 
 
 def estimate(profile: HardwareProfile, memory: MemoryPlan = PLAN, **changes: Any) -> TimeEstimate:
-    return estimate_time(SPEC, OPERATIONS, replace(WORK, **changes), memory, profile)
+    work = replace(WORK, **changes)
+    time = PruneTime(spec=SPEC, operations=OPERATIONS, work=work, plan=memory, profile=profile)
+    return time.estimate()
 
 
 def phase(found: TimeEstimate, name: str) -> TimePhase:
@@ -90,31 +91,6 @@ def test_phases_in_order() -> None:
         *("starting", "sampling text", "perplexity"),
         *("building stores", "statistics", "rewriting"),
     ]
-
-
-def test_large_weights_are_dequantised_for_every_micro_batch_on_a_cpu() -> None:
-    """Small ones once a wave, however many micro-batches it has."""
-    found = {}
-    for name, spec in (("large", LLAMA_1B), ("small", SPEC)):
-        seconds = [
-            phase(
-                estimate_time(
-                    spec,
-                    count_operations(spec, 256, torch.float32),
-                    WORK,
-                    plan(micro_batch=size),
-                    profiles.cpu(**{**ONLY_PRODUCTS, "memory_bytes_per_second": 1e10}),
-                ),
-                "statistics",
-            ).elementwise
-            for size in (4, 8)
-        ]
-        found[name] = seconds[0] - seconds[1]
-    visits = WORK.part_windows // 4 - WORK.part_windows // 8
-    assert visits > 1
-    # int8 is read, fp32 written.
-    assert found["large"] == pytest.approx(visits * LLAMA_1B.block_parameters * 5 / 1e10)
-    assert found["small"] == pytest.approx(0, abs=1e-12)
 
 
 def test_products_of_the_masked_evaluation() -> None:

@@ -32,14 +32,15 @@ def test_a_share_of_the_units() -> None:
     assert LAYER.kept(1.0) == LAYER
 
 
-def test_only_large_blocks_are_new_ones() -> None:
+@pytest.mark.parametrize(("micro_batch", "fresh"), [(2, 0), (4, 12000), (8, 20000)])
+def test_only_large_blocks_are_new_ones(micro_batch: int, fresh: float) -> None:
     # 4,096 tokens: 12,000 bytes a token are 47 MiB, 8,000 are 31.
-    assert LAYER.fresh_bytes(4096) == 12000
-    assert (LAYER.fresh_bytes(2048), LAYER.fresh_bytes(8192)) == (0, 20000)
+    found = RATES.forward(LAYER, 1024, 8, micro_batch=micro_batch).elementwise
+    assert found == pytest.approx(8 * 1024 * (800 / 2e10 + fresh / 2e9))
 
 
 def test_a_layers_forward() -> None:
-    found = RATES.forward(LAYER, 1024, 8, 4)
+    found = RATES.forward(LAYER, 1024, 8, micro_batch=4)
     tokens = 8 * 1024
     # Products, causal attention, two calls of the layer.
     expected = tokens * LAYER.projections / 1e11 + tokens * 1024 * 8 / 5e10 + 2 * 1e-3
@@ -49,7 +50,7 @@ def test_a_layers_forward() -> None:
 
 
 def test_two_digits_of_int8() -> None:
-    found = RATES.projections(1e9, 1e6, 2e6, "int8")
+    found = RATES.projections(1e9, 1e6, 2e6, int8=True)
     assert found.compute == pytest.approx(2e9 / 8e11)
     assert found.elementwise == pytest.approx((66e6 + 36 * 2e6) / 2e10)
 
@@ -61,13 +62,11 @@ def test_solves_and_gram_matrices() -> None:
     # 16-bit activations are multiplied as they are where sums are in fp32.
     near = Rates(profiles.cuda())
     assert near.gram(6, 0, 20).compute == pytest.approx(2 * 36 * 20 / 1e14)
-    assert near.fp32(1e9).compute == pytest.approx(1e9 / 4e13)
+    assert near.products(1e9, "fp32").compute == pytest.approx(1e9 / 4e13)
 
 
-def test_copies_and_disk() -> None:
+def test_copies_take_time_where_the_device_has_its_own_memory() -> None:
     assert RATES.copy(1e9).copy == 0 and Rates(profiles.cuda()).copy(1e9).copy == 1e9 / 2e10
-    assert (RATES.read(1e9, cold=True).disk, RATES.read(1e9, cold=False).disk) == (1.0, 0.25)
-    assert RATES.write(1e9).disk == 2.0
 
 
 def test_int8_wins_where_both_digits_and_their_making_cost_less() -> None:

@@ -26,20 +26,15 @@ def spec() -> Iterator[ModelSpec]:
 
 
 def _latency(spec: ModelSpec, profile: HardwareProfile, prompt: int, answer: int) -> LatencyModel:
-    return LatencyModel(
-        spec=spec,
-        layer=count_operations(spec, 128, torch.float32),
-        profile=profile,
-        prompt_tokens=prompt,
-        generated_tokens=answer,
-    )
+    layer = count_operations(spec, 128, torch.float32)
+    return LatencyModel(spec, layer, profile, prompt, answer)
 
 
 @pytest.mark.parametrize("profile", [cpu(fresh_bytes_per_second=None), cuda()], ids=["cpu", "gpu"])
 def test_a_prefill_takes_what_its_layers_cost(spec: ModelSpec, profile: HardwareProfile) -> None:
     """Units and rest add up to the whole layers' work at the machine's rates."""
     found = _latency(spec, profile, 200, 0)
-    layers = spec.layers * Rates(profile).forward(found.layer, 200, 1, 1).seconds
+    layers = spec.layers * Rates(profile).forward(found.layer, 200, 1).seconds
     assert found.milliseconds(KeepMask(spec.table)) == pytest.approx(1e3 * layers, rel=1e-9)
 
 
@@ -81,7 +76,7 @@ def test_pruned_models_are_as_much_faster_as_their_units_say(spec: ModelSpec) ->
     # A whole layer's norms and its 17 calls of a millisecond go with its units.
     gone = latency.milliseconds(dense) - latency.milliseconds(dense.without_layers([1]))
     units = sum(g.count * latency.unit[g.kind] for g in spec.table.of_layer(1))
-    assert gone - units == pytest.approx(17, rel=0.02)
+    assert gone - units == pytest.approx(17, rel=0.03)
     told = latency.describe(mask)
     assert told["speed_up"] == pytest.approx(
         latency.milliseconds(dense) / latency.milliseconds(mask)
