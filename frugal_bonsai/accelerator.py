@@ -1,7 +1,7 @@
-"""Accelerators as torch knows them: CUDA (and ROCm, which torch calls CUDA), XPU, MPS.
+"""Differences between devices: CUDA (also ROCm, which torch calls CUDA), XPU, MPS and the CPU.
 
-In: a device. Out: its streams and memory by way of ``torch.accelerator``, and what it lacks. The
-rest of the package asks here and never for a kind of device by name. Holds nothing.
+In: a device. Out: its streams, its memory, and the operations that it lacks, through
+``torch.accelerator``. The rest of the package calls these functions and compares no device names.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     import torch
 
 CPU, CUDA, XPU, MPS = "cpu", "cuda", "xpu", "mps"
-# Kinds of accelerator whose device code has been written; others are refused by name.
+# Supported kinds of accelerators. Others are refused.
 ACCELERATORS = (CUDA, XPU, MPS)
-# MPS computes in the host's memory, and has neither fp64 nor streams that PyTorch shows.
+# MPS computes in the host's memory, has no fp64, and PyTorch has no streams for it.
 _UNIFIED, _NO_DOUBLES, _NO_STREAMS = (MPS,), (MPS,), (MPS,)
 
 
 def is_accelerator(device: torch.device | str) -> bool:
-    """True for every device, or kind of device, but the CPU."""
+    """Return whether a device (or kind of device) is not the CPU."""
     return (device if isinstance(device, str) else device.type) != CPU
 
 
 def shares_host_memory(device: torch.device | str) -> bool:
-    """True where a device, or kind of device, keeps its tensors in the host's memory."""
+    """Return whether a device (or kind of device) keeps its tensors in the host's memory."""
     kind = device if isinstance(device, str) else device.type
     return kind == CPU or kind in _UNIFIED
 
 
 def has_streams(device: torch.device) -> bool:
-    """True where copies can run during computation: streams, events and pinned host memory."""
+    """Return whether copies can run during computation (streams, events, pinned memory)."""
     return is_accelerator(device) and device.type not in _NO_STREAMS
 
 
 def available() -> torch.device | None:
-    """The accelerator of this machine, without a number; None where there is none."""
+    """Return the accelerator of this machine, without an index; None if there is none."""
     import torch
 
     found: torch.device | None = torch.accelerator.current_accelerator(check_available=True)
@@ -45,7 +45,7 @@ def available() -> torch.device | None:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Dtype of long sums: fp64; fp32 where the device has no fp64."""
+    """Return the dtype of long sums: fp64, or fp32 if the device has no fp64."""
     import torch
 
     return torch.float32 if device.type in _NO_DOUBLES else torch.float64
@@ -53,7 +53,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 # -- streams -----------------------------------------------------------------------------------
 def current_stream(device: torch.device) -> torch.Stream:
-    """The stream that operations on this device are queued on."""
+    """Return the stream on which operations of this device are queued."""
     import torch
 
     stream: torch.Stream = torch.accelerator.current_stream(device)
@@ -61,7 +61,7 @@ def current_stream(device: torch.device) -> torch.Stream:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until an accelerator has done everything that it was given; a CPU always has."""
+    """Wait until an accelerator has finished all queued work; a no-op on a CPU."""
     import torch
 
     if is_accelerator(device):
@@ -69,10 +69,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on a device, without waiting for the device.
+    """Copy a CPU tensor to a device without waiting for the device.
 
-    A copy from pageable memory would wait for everything that the device still has to do. The
-    tensor goes through pinned memory instead, which torch's allocator keeps until it is copied.
+    A copy from pageable memory would wait for all queued work. The tensor goes through pinned
+    memory instead, which torch's allocator keeps until the copy is done.
     """
     if not has_streams(device) or tensor.device.type != CPU:
         return tensor.to(device)
@@ -82,7 +82,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 # -- memory ------------------------------------------------------------------------------------
 def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
-    """Free and total memory of an accelerator, in bytes; on MPS what Metal recommends."""
+    """Return free and total bytes of an accelerator's memory; on MPS, as Metal recommends."""
     import torch
 
     module = torch.get_device_module(device)
@@ -94,7 +94,7 @@ def free_and_total_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def reserved_bytes(device: torch.device) -> int:
-    """Memory that torch's allocator has reserved on an accelerator now."""
+    """Return the bytes that torch's allocator has reserved on an accelerator."""
     import torch
 
     if device.type == MPS:
@@ -103,7 +103,7 @@ def reserved_bytes(device: torch.device) -> int:
 
 
 def peak_reserved_bytes(device: torch.device) -> int:
-    """The most that torch's allocator has had reserved; on MPS, which keeps no peak, now."""
+    """Return the peak of :func:`reserved_bytes`; on MPS, which has no peak, the current value."""
     import torch
 
     if device.type == MPS:
@@ -112,7 +112,7 @@ def peak_reserved_bytes(device: torch.device) -> int:
 
 
 def cap_allocator(device: torch.device, share: float) -> None:
-    """Let torch's allocator take no more than a share of an accelerator's memory."""
+    """Limit torch's allocator to a share (0 to 1) of an accelerator's memory."""
     import torch
 
     module = torch.get_device_module(device)
@@ -123,10 +123,10 @@ def cap_allocator(device: torch.device, share: float) -> None:
 
 
 def empty_host_cache(device: torch.device) -> None:
-    """Give pinned memory that nobody uses back to the system.
+    """Return unused pinned memory to the system.
 
-    torch's allocator of pinned memory keeps every block for the next of its size, otherwise for
-    good: phases that need other sizes would add up.
+    torch's allocator of pinned memory keeps every block for a later request of the same size.
+    Without this call, phases with blocks of different sizes would add up.
     """
     import torch
 
@@ -140,7 +140,7 @@ def empty_host_cache(device: torch.device) -> None:
 
 # -- for people --------------------------------------------------------------------------------
 def name_of(device: torch.device) -> str:
-    """An accelerator's name."""
+    """Return an accelerator's name for people."""
     import torch
 
     if device.type == MPS:
@@ -151,10 +151,10 @@ def name_of(device: torch.device) -> str:
 # -- arithmetic --------------------------------------------------------------------------------
 @contextmanager
 def tensor_cores(device: torch.device) -> Iterator[None]:
-    """Within it fp32 products may round their factors to TF32 (10 bits); only where CUDA computes.
+    """Let fp32 products round their factors to TF32 (10 bits) inside the block, on CUDA only.
 
-    For iterations that correct themselves. Not for factors and solves, whose errors grow with the
-    matrix's condition.
+    Use it for iterations that correct their own errors, not for factorisations and solves, whose
+    errors grow with the condition number of the matrix.
     """
     import torch
 
