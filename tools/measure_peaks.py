@@ -256,7 +256,7 @@ def _recover(
         mask=KeepMask(opened.spec.table) if ready.settings.refit == "all" else None,
         channel_updates=refine,
         keep_inputs=plan.keep_inputs,
-        keep_updates=plan.keep_refinement,
+        keep_updates=plan.keep_updates,
         saved_dtype=dtype,
     )
     reconstruction = Reconstruction(engine.sweep, options, save=save)

@@ -74,7 +74,7 @@ class Search:
         state: of the run directory.
         work: folder for the stores.
         keep_inputs: recovery may hold a layer's inputs (from the plan).
-        keep_refinement: refinement may hold its targets and slopes (from the plan).
+        keep_updates: refinement may hold its targets and slopes (from the plan).
         utility: a user's own utility.
         unit_milliseconds: of each kind of unit, for the objective ``latency``.
     """
@@ -89,13 +89,13 @@ class Search:
         state: StateFolder,
         work: Path,
         keep_inputs: bool,
-        keep_refinement: bool = True,
+        keep_updates: bool = True,
         utility: Utility | None = None,
         unit_milliseconds: Mapping[str, float] | None = None,
     ) -> None:
         self._engine, self._settings, self._rules = engine, settings, rules
         self._windows_NS, self._folder = windows_NS, state
-        self._keep_inputs, self._keep_refinement = keep_inputs, keep_refinement
+        self._keep_inputs, self._keep_updates = keep_inputs, keep_updates
         self._utility = utility
         self._stores = Stores(engine, state, work, settings.weights)
         self._blocks = engine.spec.block_parameters
@@ -382,7 +382,7 @@ class Search:
             mask=mask if self._settings.refit == "all" else None,
             channel_updates=channel_updates,
             keep_inputs=self._keep_inputs,
-            keep_updates=self._keep_refinement,
+            keep_updates=self._keep_updates,
             saved_dtype=self._stores.saved_dtype,
         )
         return Reconstruction(self._engine.sweep, options, save=save, name=name)

@@ -296,7 +296,7 @@ class PruneTime:
         tokens, updates = work.windows * work.window, work.channel_updates
         passes = tokens * refining_passes(
             refined_blocks(round(layer.ffn)),
-            keep=self.plan.keep_refinement,
+            keep=self.plan.keep_updates,
             iterations=REFINE_ITERATIONS,
         )
         rows = layer.ffn_inputs * layer.ffn

@@ -1,14 +1,16 @@
-"""The phases of a command, and which items of the plan are held together in each.
+"""The phases of a command, and the items that are held together in each.
 
-In: the items, the work, a choice. Out: phases. A cap must hold in every phase; the peak is the
-largest of them. What differs within a phase only by a moment (a layer's activations, a solve, the
-head) counts as phases of its own.
+In: items, a choice of sizes. Out: phases. The caps must hold in every phase; the predicted peak is
+the largest of them. Steps that hold different items for a moment (the activations of a layer, a
+solve, the head) are phases of their own. Pure.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
@@ -19,56 +21,140 @@ from frugal_bonsai.sizes import MIB, format_bytes
 
 # Rounding and fragmentation. On the host large blocks are mapped one by one: there is little.
 _SLACK = {HOST: (0.03, 10 * MIB), GPU: (0.08, 16 * MIB)}
+_Choice = TypeVar("_Choice")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
-    """Items that are held at the same time."""
+class MemoryPhase:
+    """Items that are held at the same time.
+
+    Attributes:
+        name: Name of the phase.
+        items: The items.
+    """
 
     name: str
     items: tuple[PlanItem, ...]
 
     def total_bytes(self, where: str) -> int:
-        """What the phase holds in a place."""
+        """Return the bytes that the phase holds on ``host`` or ``gpu``."""
         return sum(item.size_bytes for item in self.items if item.where == where)
 
 
-class Phases:
-    """Builds the phases of a command that prunes nothing, for a choice."""
+@dataclass(frozen=True, kw_only=True)
+class PlannedPhases:
+    """The phases of a plan and their peaks.
+
+    Attributes:
+        phases: Phases in the order in which they come first.
+        budget: The caps.
+    """
+
+    phases: tuple[MemoryPhase, ...]
+    budget: Budget
+
+    def peak_phase(self, where: str) -> MemoryPhase:
+        """Return the phase that holds most on ``host`` or ``gpu``."""
+        return max(self.phases, key=lambda phase: phase.total_bytes(where))
+
+    @property
+    def items(self) -> tuple[PlanItem, ...]:
+        """Items of the GPU's peak phase, then of the host's."""
+        return tuple(
+            item
+            for where in (GPU, HOST)
+            for item in self.peak_phase(where).items
+            if item.where == where
+        )
+
+    def total_bytes(self, where: str) -> int:
+        """Return the predicted peak in bytes on ``host`` or ``gpu``."""
+        return self.peak_phase(where).total_bytes(where)
+
+
+class PhaseBuilder(ABC, Generic[_Choice]):
+    """Builds the phases of a command for a choice of sizes.
+
+    Args:
+        items: Items of the command's sweeps.
+        budget: The caps.
+        base_bytes: Bytes that the process holds before the model.
+    """
 
     def __init__(self, items: CommandItems, budget: Budget, base_bytes: int) -> None:
-        self._items, self._budget = items, budget
+        self._budget = budget
         self._always = [
             PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured"),
             items.outer(),
             items.masks(),
         ]
         if budget.gpu_bytes is not None:
+            context = budget.context_bytes
             self._always.append(
-                PlanItem(
-                    name="device context",
-                    where=GPU,
-                    size_bytes=budget.context_bytes,
-                    formula="measured",
-                )
+                PlanItem(name="device context", where=GPU, size_bytes=context, formula="measured")
             )
 
+    @abstractmethod
+    def of(self, choice: _Choice) -> list[MemoryPhase]:
+        """Return all phases in the order in which they come first."""
+
     def caps(self) -> list[tuple[str, int, str]]:
-        """(place, cap, option), device first."""
+        """Return (place, cap in bytes, option) of each cap, the device first."""
         caps = [(HOST, self._budget.host_bytes, "--max-cpu-mem")]
         if self._budget.gpu_bytes is not None:
             caps.insert(0, (GPU, self._budget.gpu_bytes, "--max-gpu-mem"))
         return caps
 
-    def fits(self, choice: Choice) -> bool:
-        """Whether all caps hold in all phases."""
+    def fits(self, choice: _Choice) -> bool:
+        """Return whether all caps hold in all phases."""
         phases = self.of(choice)
         return all(
             phase.total_bytes(where) <= cap for phase in phases for where, cap, _ in self.caps()
         )
 
+    def refuse(self, choice: _Choice, hint: str = "") -> None:
+        """Raise if a cap does not hold for a choice.
+
+        Args:
+            choice: The choice that needs least.
+            hint: Further advice for the error text.
+
+        Raises:
+            BudgetError: Names the largest item and the smallest cap that works.
+        """
+        for where, cap, option in self.caps():
+            phase = max(self.of(choice), key=lambda phase: phase.total_bytes(where))
+            if phase.total_bytes(where) > cap:
+                raise _refusal(phase, where, cap, option, hint)
+
+    def phase(self, name: str, own: list[PlanItem]) -> MemoryPhase:
+        """Return a phase: the items always held, its own, and the allocators' slack for its own."""
+        own, slack = [item for item in own if item.size_bytes], []
+        for where, (share, fixed) in _SLACK.items():
+            size = sum(item.size_bytes for item in own if item.where == where)
+            if size:
+                slack.append(
+                    PlanItem(
+                        name="allocator slack",
+                        where=where,
+                        size_bytes=int(share * size) + fixed,
+                        formula=f"{share:g} of the rest + {fixed // MIB} MiB",
+                    )
+                )
+        always = (item for item in self._always if item.size_bytes)
+        return MemoryPhase(name=name, items=(*always, *own, *slack))
+
+
+class CommandPhases(PhaseBuilder[Choice]):
+    """Builds the phases of a command that streams a model and prunes nothing."""
+
+    def __init__(self, items: CommandItems, budget: Budget, base_bytes: int) -> None:
+        super().__init__(items, budget, base_bytes)
+        self._items = items
+        self._kept: PlanItem | None = None
+
     def limits(self, choice: Choice) -> SweepLimits:
-        """The sweep's limits for a choice."""
+        """Return the limits of the sweeps for a choice."""
         rows, tokens = self._items.head_sizes(choice)
         return SweepLimits(
             micro_batch=choice.micro_batch,
@@ -80,28 +166,28 @@ class Phases:
         )
 
     def on_disk(self) -> list[PlanItem]:
-        """What lies on disk meanwhile; no cap bounds it."""
+        """Return the files on disk; no cap bounds them."""
         return [] if self._items.work.weights is None else [self._items.stores(1)]
 
-    def of(self, choice: Choice) -> list[Phase]:
-        """All phases in the order in which they come first."""
+    def of(self, choice: Choice) -> list[MemoryPhase]:
+        """Return all phases in the order in which they come first."""
         work = self._items.work
         self._kept = self._items.kept_head(choice)
         phases = self._sampling(choice)
         if work.weights is not None:
-            phases.append(self._phase("building the store", self._items.building()))
+            phases.append(self._held("building the store", self._items.building()))
         if work.measured:
             phases += self._sweep("perplexity", choice, max(work.measured), weights=work.weights)
         if work.rewrite:
             phases += self._rewrite(choice)
         return phases
 
-    def _sampling(self, choice: Choice) -> list[Phase]:
+    def _sampling(self, choice: Choice) -> list[MemoryPhase]:
         items = self._items
         if not items.work.sampled:
             return []
         held = [*items.stream(choice, None), items.sampling(), *items.head_rows(choice)]
-        return [self._phase("sampling", held)]
+        return [self._held("sampling", held)]
 
     def _sweep(
         self,
@@ -112,8 +198,8 @@ class Phases:
         weights: str | None,
         products: bool = False,
         called: list[PlanItem] | None = None,
-    ) -> list[Phase]:
-        """A sweep and the head behind it; the layers' buffers stay meanwhile."""
+    ) -> list[MemoryPhase]:
+        """Return the phases of a sweep: the layers, then the head beside the layers' buffers."""
         items, work = self._items, self._items.work
         windows = min(choice.in_flight, windows)
         held = [
@@ -133,50 +219,33 @@ class Phases:
             within = items.with_products(choice) if products else choice
             called = [items.activations(within, windows)]
         return [
-            self._phase(f"{name}: layers", [*held, *called]),
-            self._phase(f"{name}: head", [*held, *head]),
+            self._held(f"{name}: layers", [*held, *called]),
+            self._held(f"{name}: head", [*held, *head]),
         ]
 
-    def _rewrite(self, choice: Choice) -> list[Phase]:
+    def _rewrite(self, choice: Choice) -> list[MemoryPhase]:
         items = self._items.in_fp32()
         layers = [*items.stream(choice, None), items.verified_activations()]
         head = [*items.head_rows(choice), items.verified_logits()]
         head += items.heads_in_fp32(choice)
         return [
-            self._phase("rewriting", [self._rewriting()]),
-            self._phase("verifying: layers", layers),
-            self._phase("verifying: head", head),
+            self._held("rewriting", [self._rewriting()]),
+            self._held("verifying: layers", layers),
+            self._held("verifying: head", head),
         ]
 
     def _rewriting(self) -> PlanItem:
         return self._items.rewriting()
 
-    def _phase(self, name: str, own: list[PlanItem]) -> Phase:
-        """Add what is always there, and slack for the phase's own items."""
+    def _held(self, name: str, own: list[PlanItem]) -> MemoryPhase:
+        """Return a phase; a head that is one chunk stays in phases without chunks of their own."""
         if self._kept is not None and not any(item.name == HEAD_CHUNKS for item in own):
             own.append(self._kept)
-        return with_slack(name, self._always, own)
+        return self.phase(name, own)
 
 
-def with_slack(name: str, always: list[PlanItem], own: list[PlanItem]) -> Phase:
-    """A phase of what is always there, its own items, and the allocators' slack for these."""
-    own, slack = [item for item in own if item.size_bytes], []
-    for where, (share, fixed) in _SLACK.items():
-        size = sum(item.size_bytes for item in own if item.where == where)
-        if size:
-            slack.append(
-                PlanItem(
-                    name="allocator slack",
-                    where=where,
-                    size_bytes=int(share * size) + fixed,
-                    formula=f"{share:g} of the rest" + (f" + {fixed // MIB} MiB" if fixed else ""),
-                )
-            )
-    return Phase(name=name, items=(*(i for i in always if i.size_bytes), *own, *slack))
-
-
-def refusal(phase: Phase, where: str, cap: int, option: str, hint: str = "") -> BudgetError:
-    """Why a cap is too small for a phase: the largest item, the smallest cap that works."""
+def _refusal(phase: MemoryPhase, where: str, cap: int, option: str, hint: str) -> BudgetError:
+    """Return the error of a cap that is too small for a phase."""
     needed = phase.total_bytes(where)
     items = [item for item in phase.items if item.where == where]
     largest = max(items, key=lambda item: item.size_bytes)

@@ -1,40 +1,40 @@
-"""The phases of a prune: what a command without one has, and the phases of its rounds.
+"""The phases of a prune: statistics, masked evaluation and reconstruction beside a command's own.
 
-In: the items, the workload, a choice. Out: phases, as phases.py builds them. Pure.
+In: items, a choice of sizes. Out: phases, as in phases.py. Pure.
 """
 
 from __future__ import annotations
 
-from frugal_bonsai.memory.phases import Phase, Phases
+from frugal_bonsai.memory.phases import CommandPhases, MemoryPhase
 from frugal_bonsai.memory.prune_items import PruneItems
 from frugal_bonsai.memory.work import Choice, PlanItem
 
 
-class PrunePhases(Phases):
-    """Builds the phases of a prune, for a choice."""
+class PrunePhases(CommandPhases):
+    """Builds the phases of a prune for a choice of sizes."""
 
     _items: PruneItems
 
     def on_disk(self) -> list[PlanItem]:
-        """The dense store and a round's."""
+        """Return the files on disk: the dense store and the one of a round."""
         return [self._items.stores(2)]
 
-    def of(self, choice: Choice) -> list[Phase]:
-        """All phases in the order in which they come first."""
+    def of(self, choice: Choice) -> list[MemoryPhase]:
+        """Return all phases in the order in which they come first."""
         items, work = self._items, self._items.work
         self._kept = items.kept_head(choice)
         phases = self._sampling(choice)
         if work.measured:
             phases += self._sweep("perplexity", choice, max(work.measured), weights=None)
-        phases.append(self._phase("building the store", items.building()))
+        phases.append(self._held("building the store", items.building()))
         phases += self._statistics(choice)
         if work.pairs:
             phases += self._masked(choice)
         if work.reconstruction:
-            phases += self._recovery(choice)
+            phases += self._reconstruction(choice)
         return phases + self._rewrite(choice)
 
-    def _masked(self, choice: Choice) -> list[Phase]:
+    def _masked(self, choice: Choice) -> list[MemoryPhase]:
         items, work, called = self._items, self._items.work, None
         if work.imputed_share:
             within = items.with_products(choice) if work.int8_arithmetic else choice
@@ -49,7 +49,7 @@ class PrunePhases(Phases):
             called=called,
         )
 
-    def _statistics(self, choice: Choice) -> list[Phase]:
+    def _statistics(self, choice: Choice) -> list[MemoryPhase]:
         items, gram = self._items, self._items.work.gram
         held = [
             *items.stream(choice, self._items.work.weights),
@@ -60,17 +60,17 @@ class PrunePhases(Phases):
         if gram:
             scored.append(items.solve(stand_ins=self._items.work.imputed_share))
         return [
-            self._phase("statistics: layers", [*held, items.tapped_activations(choice)]),
-            self._phase("statistics: scores", [*held, *scored]),
+            self._held("statistics: layers", [*held, items.tapped_activations(choice)]),
+            self._held("statistics: scores", [*held, *scored]),
         ]
 
-    def _recovery(self, choice: Choice) -> list[Phase]:
+    def _reconstruction(self, choice: Choice) -> list[MemoryPhase]:
         items, work = self._items, self._items.work
         windows = work.windows
-        # Both models'; the dense inputs of a sublayer, or those of what is refined; its targets;
-        # the dense layer's last projection where a norm lies behind it.
+        # Hidden states of both models; a sublayer's dense inputs, or its own for channel updates;
+        # targets of the updates; the dense layer's last projection if a norm follows it.
         states = 2 + int(work.refit_inputs or work.channel_updates > 0)
-        states += int(choice.keep_refinement)
+        states += int(choice.keep_updates)
         states += int(items.spec.family.ffn_norm is not None)
         held = [
             *items.paired_streams(choice, self._items.work.weights),
@@ -81,33 +81,36 @@ class PrunePhases(Phases):
             layer.append(items.kept_inputs(windows))
         solve = items.solve(stand_ins=work.imputed_share)
         phases = [
-            self._phase("recovery: layers", [*layer, items.paired_activations(choice)]),
-            self._phase("recovery: solve", [*layer, solve]),
+            self._held("recovery: layers", [*layer, items.paired_activations(choice)]),
+            self._held("recovery: solve", [*layer, solve]),
         ]
         if work.channel_updates:
-            phases += self._refinement(choice, held)
+            phases += self._channel_updates(choice, held)
         head = [*items.head_rows(choice), items.logits(choice)]
-        if work.full_logits:  # a trial judges by the user's utility
+        if work.full_logits:  # candidates are judged by the user's utility
             head.append(items.all_logits())
         return [
             *phases,
-            self._phase("recovery: head", [*held, *head]),
+            self._held("recovery: head", [*held, *head]),
         ]
 
-    def _refinement(self, choice: Choice, held: list[PlanItem]) -> list[Phase]:
-        """Channels are moved, then what mixes them is solved for; neither holds its inputs."""
+    def _channel_updates(self, choice: Choice, held: list[PlanItem]) -> list[MemoryPhase]:
+        """Return the phases of channel updates: an update, then the refit of down_proj.
+
+        Neither holds the FFN's inputs.
+        """
         items, windows = self._items, self._items.work.windows
         layer = [*held, items.refits(), *items.refined_weights()]
         if choice.keep_inputs:
             layer.append(items.kept_inputs(windows, ffn=False))
         moved = [*layer, items.refined_block(), items.refined_activations(choice)]
-        if choice.keep_refinement:
+        if choice.keep_updates:
             moved.append(items.slopes(windows))
         again = [*layer, items.gram_of_recovery()]
         return [
-            self._phase("refinement: channels", moved),
-            self._phase("refinement: layers", [*again, items.paired_activations(choice)]),
-            self._phase("refinement: solve", [*again, items.solve()]),
+            self._held("refinement: channels", moved),
+            self._held("refinement: layers", [*again, items.paired_activations(choice)]),
+            self._held("refinement: solve", [*again, items.solve()]),
         ]
 
     def _rewriting(self) -> PlanItem:

@@ -1,52 +1,52 @@
-"""The memory of a training: the best way to hold it that fits, or a refusal.
+"""The memory of a training: the fastest form that fits into the caps.
 
-In: shapes, caps, what is to be trained. Out: a frozen, itemised :class:`TrainingPlan`, or a refusal
-that names the largest item and the smallest cap that would work. Pure, as plan.py. The items are
-training_items.py's.
+In: shapes, caps, a training. Out: a frozen, itemised :class:`TrainingPlan`, or an error that names
+the largest item and the smallest cap that works. Pure, as plan.py. The items are in
+training_items.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.phases import Phase, refusal
+from frugal_bonsai.memory.phases import MemoryPhase, PhaseBuilder, PlannedPhases
 from frugal_bonsai.memory.plan import step_tokens
 from frugal_bonsai.memory.training_items import (
     GPU_HEAD_CHUNKS,
+    INT8,
+    NATIVE,
+    STREAMED,
     TrainingChoice,
     TrainingItems,
     TrainingWork,
 )
-from frugal_bonsai.memory.work import GPU, HOST, PlanItem
+from frugal_bonsai.memory.work import PlanItem
 from frugal_bonsai.model.family import ModelSpec
+
+RANKS = (64, 32, 16, 8, 4)
+# Largest rank of an adapter, as a share of the hidden size: beyond it, full training is smaller.
+_RANK_SHARE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """What a training will hold.
+class TrainingPlan(PlannedPhases):
+    """Predicted memory of a training, and the form chosen for it.
 
     Attributes:
-        phases: what is held together.
-        budget: the caps.
-        weights: how the frozen weights are held.
-        rank: of the adapters; 0 without.
+        weights: Form of the frozen weights.
+        rank: Rank of the adapters. 0 without.
         optimiser: ``"adamw"`` or ``"adamw8bit"``.
-        micro_batch: windows computed together.
-        head_tokens: tokens whose logits are held.
+        micro_batch: Windows computed together.
+        head_tokens: Tokens whose logits are held.
     """
 
-    phases: tuple[Phase, ...]
-    budget: Budget
     weights: str
     rank: int
     optimiser: str
     micro_batch: int
     head_tokens: int
-
-    def peak_phase(self, where: str) -> Phase:
-        """The phase that holds most on ``host`` or ``gpu``."""
-        return max(self.phases, key=lambda phase: phase.total_bytes(where))
 
     @property
     def all_items(self) -> tuple[tuple[PlanItem, tuple[str, ...]], ...]:
@@ -57,89 +57,90 @@ class TrainingPlan:
                 held.setdefault(item, []).append(phase.name)
         return tuple((item, tuple(phases)) for item, phases in held.items())
 
-    @property
-    def items(self) -> tuple[PlanItem, ...]:
-        """Of each place the items of the phase that holds most there."""
-        return tuple(
-            item
-            for where in (GPU, HOST)
-            for item in self.peak_phase(where).items
-            if item.where == where
-        )
 
-    def total_bytes(self, where: str) -> int:
-        """Predicted peak on ``host`` or ``gpu``."""
-        return self.peak_phase(where).total_bytes(where)
+class _TrainingPhases(PhaseBuilder[TrainingChoice]):
+    def __init__(self, items: TrainingItems, budget: Budget, base_bytes: int) -> None:
+        super().__init__(items, budget, base_bytes)
+        self._items = items
+
+    def of(self, choice: TrainingChoice) -> list[MemoryPhase]:
+        items, held = self._items, self._items.held(choice)
+        return [
+            self.phase("training: layers", [*held, *items.layers(choice)]),
+            self.phase("training: head", [*held, *items.head(choice)]),
+        ]
+
+    def excess(self, choice: TrainingChoice) -> float:
+        """Return the largest ratio of a phase's bytes to their cap."""
+        phases, caps = self.of(choice), self.caps()
+        return max(p.total_bytes(where) / max(cap, 1) for p in phases for where, cap, _ in caps)
 
 
 def plan_training(
     spec: ModelSpec, budget: Budget, work: TrainingWork, *, base_bytes: int
 ) -> TrainingPlan:
-    """Fit a training into the caps: the weights first, then rank, optimiser, micro-batch.
+    """Choose the form of a training so that it fits into the caps.
 
-    Native weights before int8 before streamed ones, the largest rank, the first optimiser that is
-    allowed, and the largest micro-batch that divides the batch.
+    Native weights are preferred to int8 weights and these to streamed ones; then the largest rank,
+    the first optimiser that is allowed, and the largest micro-batch that divides the batch.
 
     Args:
-        spec: the pruned model's shapes.
-        budget: caps.
-        work: what is to be trained.
-        base_bytes: what the process holds before the model (measured or nominal).
+        spec: Shapes of the pruned model.
+        budget: The caps.
+        work: The training.
+        base_bytes: Bytes that the process holds before the model (measured or nominal).
 
     Raises:
-        BudgetError: nothing fits; names the largest item and the smallest cap that works.
+        BudgetError: Nothing fits; names the largest item and the smallest cap that works.
     """
-    build = TrainingItems(spec, budget, work, base_bytes)
+    items = TrainingItems(spec, budget, work)
+    build = _TrainingPhases(items, budget, base_bytes)
     choices = [
         TrainingChoice(weights=weights, rank=rank, optimiser=optimiser, micro_batch=1)
-        for weights in build.weights()
-        for rank in build.ranks()
+        for weights in _weights(work)
+        for rank in _ranks(spec, work)
         for optimiser in work.optimisers
     ]
     choice = next((choice for choice in choices if build.fits(choice)), None)
     if choice is None:
-        _refuse(build, choices)
-    assert choice is not None
-    for chunks in GPU_HEAD_CHUNKS if budget.gpu_bytes is not None else ():
-        larger = replace(choice, head_chunks=chunks)
-        if build.fits(larger):
-            choice = larger
-            break
-    for micro_batch in _divisors(work.batch, max(1, step_tokens(spec, budget) // work.window)):
-        larger = replace(choice, micro_batch=micro_batch)
-        if build.fits(larger):
-            choice = larger
-            break
+        # Streamed weights do not always need least: they keep the boundaries of all windows of a
+        # step. So the error names the choice that comes closest to the caps.
+        choice = min(choices, key=build.excess)
+        build.refuse(choice)
+    if budget.gpu_bytes is not None:
+        larger = [replace(choice, head_chunks=chunks) for chunks in GPU_HEAD_CHUNKS]
+        choice = next((c for c in larger if build.fits(c)), choice)
+    divisors = _divisors(work.batch, max(1, step_tokens(spec, budget) // work.window))
+    larger = [replace(choice, micro_batch=size) for size in divisors]
+    choice = next((c for c in larger if build.fits(c)), choice)
     return TrainingPlan(
-        phases=tuple(build.phases(choice)),
+        phases=tuple(build.of(choice)),
         budget=budget,
         weights=choice.weights,
         rank=choice.rank,
         optimiser=choice.optimiser,
         micro_batch=choice.micro_batch,
-        head_tokens=build.head_tokens(choice),
+        head_tokens=items.head_tokens(choice),
     )
 
 
+def _weights(work: TrainingWork) -> Sequence[str]:
+    """Forms of the frozen weights that are allowed, in order of preference."""
+    if not work.lora:
+        return (NATIVE,)
+    return (NATIVE, INT8, STREAMED) if work.weights is None else (work.weights,)
+
+
+def _ranks(spec: ModelSpec, work: TrainingWork) -> Sequence[int]:
+    """Ranks that are allowed, the largest first."""
+    if not work.lora:
+        return (0,)
+    if work.rank is not None:
+        return (work.rank,)
+    most = max(RANKS[-1], spec.hidden // _RANK_SHARE)
+    return [rank for rank in RANKS if rank <= most]
+
+
 def _divisors(batch: int, most: int) -> list[int]:
-    """Micro-batches that make up a batch, the largest first."""
+    """Return the sizes of micro-batches that divide a batch, the largest first."""
     return [n for n in range(min(batch, most), 0, -1) if batch % n == 0]
-
-
-def _refuse(build: TrainingItems, choices: list[TrainingChoice]) -> None:
-    """Say what the choice that comes closest to the caps would need.
-
-    Streamed weights are not always the smallest: they keep the boundaries of a whole step's
-    windows.
-    """
-    caps = build.caps()
-
-    def excess(choice: TrainingChoice) -> float:
-        phases = build.phases(choice)
-        return max(p.total_bytes(where) / max(cap, 1) for p in phases for where, cap, _ in caps)
-
-    phases = build.phases(min(choices, key=excess))
-    for where, cap, option in caps:
-        phase = max(phases, key=lambda phase: phase.total_bytes(where))
-        if phase.total_bytes(where) > cap:
-            raise refusal(phase, where, cap, option)

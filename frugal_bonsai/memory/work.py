@@ -224,5 +224,5 @@ class Choice:
     in_flight: int
     resident: int
     keep_inputs: bool
-    keep_refinement: bool = False
+    keep_updates: bool = False
     buffers: int = 2

@@ -135,7 +135,7 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
         state=state,
         work=folder / "store",
         keep_inputs=run.memory.keep_inputs,
-        keep_refinement=run.memory.keep_refinement,
+        keep_updates=run.memory.keep_updates,
         utility=utility,
         unit_milliseconds=None if resolved.latency is None else resolved.latency.unit,
     )

@@ -129,7 +129,7 @@ def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> in
     if work.channel_updates:
         channels = max(group.columns for group in spec.table.groups if group.kind == FFN)
         passes = refining_passes(
-            refined_blocks(channels), keep=plan.keep_refinement, iterations=REFINE_ITERATIONS
+            refined_blocks(channels), keep=plan.keep_updates, iterations=REFINE_ITERATIONS
         )
         updated = (passes + work.channel_updates + 1) * work.remaining[-1]
     head = spec.vocabulary * spec.hidden

@@ -12,7 +12,7 @@ from plan_shapes import shapes
 from frugal_bonsai.hardware.profile_file import read_profile
 from frugal_bonsai.hardware.prune_time import PruneTime
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.phases import Phase as MemoryPhase
+from frugal_bonsai.memory.phases import MemoryPhase
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import PruneWorkload, SweepLimits
 from frugal_bonsai.run.open import open_model
@@ -53,7 +53,7 @@ def test_measured_cases_are_predicted_within_a_quarter(name: str) -> None:
         budget=Budget(device="cpu", host_bytes=2**40),
         limits=limits,
         keep_inputs=True,
-        keep_refinement=True,
+        keep_updates=True,
     )
     spec, profile = MODELS[case["model"]], read_profile(MEASURED / case["profile"])
     operations = count_operations(spec, work.window, torch.float32)

@@ -13,7 +13,7 @@ from frugal_bonsai.hardware.profile import HardwareProfile
 from frugal_bonsai.hardware.prune_time import PruneTime
 from frugal_bonsai.hardware.time_model import TimeEstimate, TimePhase
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.phases import Phase as MemoryPhase
+from frugal_bonsai.memory.phases import MemoryPhase
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import HOST, PlanItem, PruneWorkload, SweepLimits
 from frugal_bonsai.run.open import open_model
@@ -63,7 +63,7 @@ def plan(*, held_bytes: int = 0, kept: bool = True, **limits: int) -> MemoryPlan
         budget=Budget(device="cpu", host_bytes=2**40),
         limits=replace(LIMITS, **limits),
         keep_inputs=kept,
-        keep_refinement=kept,
+        keep_updates=kept,
     )
 
 
@@ -214,7 +214,7 @@ def test_channel_updates_are_the_last_rounds() -> None:
     expected = 2 * (1 + 1 + 2 * 4) * 3 * 192 * ffn * tokens + 2 * 192**2 * tokens
     expected += 2 * (2 * ffn * (ffn + 192) * tokens + 2 * ffn**2 * 192) + 3 * P * tokens
     assert updated - plain == pytest.approx(LAYERS * expected / 1e11)
-    for changes in ({"keep_refinement": False}, {"keep_inputs": False}):
+    for changes in ({"keep_updates": False}, {"keep_inputs": False}):
         memory = replace(PLAN, **changes)
         assert phase(estimate(only, memory, channel_updates=2), "recovery").compute > updated
 

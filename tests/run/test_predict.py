@@ -39,7 +39,7 @@ PLAN = MemoryPlan(
         micro_batch=4, windows_in_flight=32, resident_windows=0, head_rows=64, head_tokens=64
     ),
     keep_inputs=True,
-    keep_refinement=True,
+    keep_updates=True,
 )
 
 
@@ -63,7 +63,7 @@ def test_parts_trials_and_refinement() -> None:
     # Forward for the slopes and a block's residual, four times there and back; two solves, the end.
     passes = 1 + 1 + 2 * 4 + 2 + 1
     assert tokens(refined) - tokens(part) == 10 * 32 * passes // 2
-    again = tokens(refined, keep_refinement=False)
+    again = tokens(refined, keep_updates=False)
     assert again - tokens(refined) == 10 * 32 * 4 // 2
 
 
