@@ -188,10 +188,10 @@ def _measure_stand_ins(spec: Any, items: Any, share: float) -> Any:
         save=lambda group, tensors: saved.update(tensors),
     )
     size, _ = growth(lambda: writer.add(group, moments, torch.rand(group.count)))
-    yield "making stand-ins", items.solve(stand_ins=share).size_bytes, size
+    yield "computing imputation", items.solve(share=share).size_bytes, size
     loaded = Imputations(lambda group: saved)
     size, _ = growth(lambda: loaded.of(group, torch.randn(1, 1, group.columns)))
-    yield "stand-ins of a group", items.stand_ins()[0].size_bytes, size
+    yield "imputation of a group", items.imputation()[0].size_bytes, size
 
 
 def _measure_solve(spec: Any, items: Any) -> Any:

@@ -19,10 +19,10 @@ from frugal_bonsai.hardware.time_model import SAMPLING, TimeEstimate, TimePhase
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import (
     HOST,
-    REFINE_ITERATIONS,
+    UPDATE_ITERATIONS,
     PruneWorkload,
-    refined_blocks,
-    refining_passes,
+    update_blocks,
+    update_passes,
 )
 from frugal_bonsai.model.family import ModelSpec
 
@@ -294,17 +294,17 @@ class PruneTime:
         work, share = self.work, self.work.remaining[-1]
         layer, hidden = self.operations.kept(share), self.spec.hidden
         tokens, updates = work.windows * work.window, work.channel_updates
-        passes = tokens * refining_passes(
-            refined_blocks(round(layer.ffn)),
+        passes = tokens * update_passes(
+            update_blocks(round(layer.ffn)),
             keep=self.plan.keep_updates,
-            iterations=REFINE_ITERATIONS,
+            iterations=UPDATE_ITERATIONS,
         )
         rows = layer.ffn_inputs * layer.ffn
         products = 2 * passes * (rows + layer.ffn) * hidden
         seconds = self._rates.products(products, self.profile.update_arithmetic)
         seconds += self._rates.traffic(_UPDATE_BYTES * passes * rows)
         solves = (
-            updates * (2 * REFINE_ITERATIONS + 3) / 2
+            updates * (2 * UPDATE_ITERATIONS + 3) / 2
         )  # one triangular solve is half of a solve
         seconds += self._rates.gram(hidden, 0, tokens) + self._rates.cholesky(hidden, solves * rows)
         seconds += self._refit(layer.ffn, hidden, tokens) * updates

@@ -1,8 +1,8 @@
-"""Memory caps as the user gives them, and the device that they are for.
+"""Memory caps, and the device that they hold for.
 
-In: ``--max-gpu-mem``, ``--max-cpu-mem``. Out: a :class:`Budget` in bytes. A hard cap on a GPU is
-set in torch's allocator with the device's context subtracted; near a cap on host memory the C
-library is told to give freed blocks back at once.
+In: ``--max-gpu-mem``, ``--max-cpu-mem``, ``--device``. Out: a :class:`Budget` in bytes. The cap on
+a GPU is enforced in torch's allocator, less the device's context. Near the cap on host memory the
+C library returns freed blocks to the system at once.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
 if TYPE_CHECKING:
     import torch
 
-# What a GPU's context and its kernels take outside torch's allocator, where it cannot be measured.
+# Bytes of a GPU's context and kernels outside torch's allocator, where they cannot be measured.
 NOMINAL_CONTEXT_BYTES = 600 * MIB
-# No context is as large: so much in use outside the allocator is another program's.
+# A context is smaller: more bytes in use outside the allocator belong to another program.
 _LARGEST_CONTEXT_BYTES = 2 * GIB
-# Left to the rest of the machine when the user names no cap; on a GPU to what libraries load late
-# and to a desktop that draws on it.
+# Bytes left to other programs when the user names no cap; on a GPU also to libraries that load late
+# and to the desktop.
 _LEAVE_HOST_BYTES, _LEAVE_GPU_BYTES = GIB, 384 * MIB
 _NAMES = {CUDA: "CUDA", XPU: "XPU", MPS: "MPS"}
-# glibc keeps freed blocks below a threshold that it raises by itself up to 32 MiB, and places the
-# next ones between them: measured, up to 90 MB more than is in use, another amount in every run.
-# Blocks above a fixed threshold are mapped and unmapped one by one. That costs small models up to
-# a third of their speed and large ones nothing, hence only where the cap is near.
+# glibc keeps freed blocks below a threshold, which it raises up to 32 MiB by itself, and fragments
+# them: measured, up to 90 MB more than is in use, varying from run to run. With a fixed threshold,
+# larger blocks are mapped and unmapped one by one. That costs small models up to a third of their
+# speed and large ones nothing, so it is done only near the cap.
 _MALLOC_SLACK_BYTES, _MALLOC_SLACK_SHARE = 256 * MIB, 0.25
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 128 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Caps in bytes.
+    """Caps of one run on one device, in bytes.
 
     Attributes:
-        device: kind of device: ``"cpu"``, ``"cuda"``, ``"xpu"`` or ``"mps"``.
-        host_bytes: cap on this process's resident memory.
-        gpu_bytes: cap on device memory, context included; None without a GPU, and where the
-            device computes in the host's memory.
-        context_bytes: what the device's context takes of it: measured, else nominal.
-        notes: what the user should know about the caps.
+        device: Kind of device: ``"cpu"``, ``"cuda"``, ``"xpu"`` or ``"mps"``.
+        host_bytes: Cap on the resident memory of this process.
+        gpu_bytes: Cap on device memory, context included. None without a GPU, and if the device
+            computes in the host's memory.
+        context_bytes: Bytes of the device's context: measured, else nominal.
+        notes: Notes for the user about the caps.
     """
 
     device: str
@@ -96,13 +96,17 @@ def parse_caps(max_gpu_mem: str | int | None, max_cpu_mem: str | int | None) -> 
 
 
 def find_device(device: str | None = None) -> torch.device:
-    """The device to compute on, with its number: what the user names, else the accelerator.
+    """Return the device that computes, with its number, and make it torch's current one.
 
-    An accelerator becomes torch's current one, so that libraries that name no number mean it too.
+    Libraries that name no number then use the same accelerator.
+
+    Args:
+        device: Device that the user names, such as ``"cuda:1"``. None takes the accelerator if
+            there is one, else the CPU.
 
     Raises:
-        OptionError: no name of a device.
-        BudgetError: an accelerator was asked for and there is none, or none of that number.
+        OptionError: ``device`` is not the name of a device.
+        BudgetError: There is no such accelerator.
     """
     import torch
 
@@ -201,11 +205,11 @@ def _unified_budget(
 
 
 def measure_context(device: torch.device) -> int:
-    """Device memory in use that torch's allocator does not count: context, kernels, libraries.
+    """Return the device memory in use outside torch's allocator: context, kernels, libraries.
 
-    Kernels and libraries are loaded at their first use, so one of each that a run needs comes
-    first: products, attention, a factor, a solve. The driver counts the whole device: another
-    program on it is counted too.
+    Kernels and libraries load at their first use, so each kind that a run needs is used first:
+    products, attention, a factor, a solve. The driver counts the whole device, so memory of other
+    programs is included.
     """
     import torch
 
@@ -223,36 +227,40 @@ def measure_context(device: torch.device) -> int:
 
 
 def enforce_gpu_cap(device: torch.device, budget: Budget) -> None:
-    """Bound torch's allocator to the cap less what the device's context takes.
+    """Limit torch's allocator to the cap less the device's context.
 
     Raises:
-        BudgetError: the context alone takes the cap.
+        BudgetError: The context alone takes the whole cap.
     """
     cap_allocator(device, allocator_share(budget, free_and_total_bytes(device)[1]))
 
 
 def allocator_share(budget: Budget, total_bytes: int) -> float:
-    """The share of the device that torch's allocator may take.
+    """Return the share of the device's memory that torch's allocator may take.
+
+    Args:
+        budget: The caps.
+        total_bytes: Memory of the device.
 
     Raises:
-        BudgetError: the context alone takes the cap.
+        BudgetError: The context alone takes the whole cap.
     """
     assert budget.gpu_bytes is not None
     left = budget.gpu_bytes - budget.context_bytes
     if left <= 0:
         raise BudgetError(
-            f"--max-gpu-mem {format_bytes(budget.gpu_bytes)} is not more than what the device's "
-            f"context takes ({format_bytes(budget.context_bytes)}); nothing is left for the model"
+            f"--max-gpu-mem {format_bytes(budget.gpu_bytes)} is too small: the device's context "
+            f"alone takes {format_bytes(budget.context_bytes)}; raise it, or take --device cpu"
         )
     return min(1.0, left / total_bytes)
 
 
 def enforce_host_cap(cap_bytes: int, planned_bytes: int) -> None:
-    """Near the cap, have glibc return every large freed block at once; elsewhere a no-op.
+    """Make glibc return every large freed block at once if the plan comes near the cap.
 
     Args:
-        cap_bytes: on resident memory.
-        planned_bytes: the plan's prediction of its peak.
+        cap_bytes: Cap on resident memory.
+        planned_bytes: Predicted peak of the plan.
     """
     slack = max(_MALLOC_SLACK_BYTES, int(_MALLOC_SLACK_SHARE * planned_bytes))
     if sys.platform != "linux" or planned_bytes + slack <= cap_bytes:

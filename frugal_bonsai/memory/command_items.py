@@ -1,7 +1,7 @@
 """The items of every command beside its sweeps: sampling, a teacher's cache, stores, rewriting.
 
-In: as items.py, whose sweeps these build on. Out: itemised bytes. Pure. The formulas are explained
-and compared with measurements in docs/memory.md; the legend is that of items.py.
+In: shapes, the device, a workload, a choice of sizes. Out: itemised bytes. Pure. docs/memory.md
+explains the formulas and compares them with measurements; items.py has the legend.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES
 from frugal_bonsai.memory.items import SweepItems
 from frugal_bonsai.memory.work import (
     DISK,
-    HOST,
     SHARD_BYTES,
     VERIFY_TOKENS,
     VERIFY_WINDOWS,
@@ -23,12 +22,12 @@ _REWRITE_PIECES_BYTES = 4 * 2**21
 
 
 class CommandItems(SweepItems):
-    """The items for one model, device and workload."""
+    """The items of a command for one model, device and workload."""
 
     def sampling(self) -> PlanItem:
-        """Keys and values of what is sampled.
+        """Keys and values of the windows that are sampled.
 
-        A cache grows by concatenation: while a layer's does, its old one is held too.
+        A cache grows by concatenation, so a layer's old cache is held beside its new one.
         """
         spec, windows = self.spec, self.work.sampled
         cache = 2 * self.work.window * spec.kv_heads * spec.head_dim * (spec.layers + 1)
@@ -37,29 +36,24 @@ class CommandItems(SweepItems):
         return self._near("KV cache of the text that is sampled", size, formula)
 
     def teacher_shard(self) -> PlanItem:
-        """A shard of a teacher's cache, as it is made: 64 MiB or one window."""
+        """A shard of a teacher's cache while it is computed: 64 MiB, or one larger window."""
         window, hidden = self.work.window, self.spec.hidden
         one = window * (10 * self.work.top + 4 + 2 * hidden)
         return self._near("a shard of the teacher's cache", max(SHARD_BYTES, one), "64 MiB")
 
     def followers(self, choice: Choice) -> PlanItem:
-        """A block of tokens' likeliest followers, so far and of a chunk: values and numbers."""
+        """Values and indices of a block's likeliest followers: those so far, and a chunk's."""
         _, tokens = self.head_sizes(choice)
         size = tokens * self.work.top * 48
         return self._near("followers of a block", size, "tokens*k*48")
 
     def building(self) -> list[PlanItem]:
-        """A layer's store file is collected; a tensor is read, cut and quantised at a time."""
+        """Buffers of a store that is built: a layer's file, and one tensor that is quantised."""
         stored, int8 = self.stored_bytes(self.work.weights), self.work.weights == "int8"
         element = 1 if int8 else self._source
-        items = [
-            PlanItem(
-                name="building the store",
-                where=HOST,
-                size_bytes=stored + self._largest * (2 * self._source - element),
-                formula="layer as stored, its largest tensor twice as in the source instead",
-            )
-        ]
+        size = stored + self._largest * (2 * self._source - element)
+        formula = "layer as stored, its largest tensor twice as in the source instead"
+        items = [self._host("building the store", size, formula)]
         if self._gpu and int8:
             size, formula = self._largest * (self._source + 1), "largest tensor * (source + 1)"
             items.append(self._near("a tensor that is quantised", size, formula))
@@ -68,35 +62,37 @@ class CommandItems(SweepItems):
         return items
 
     def verified_activations(self) -> PlanItem:
-        """A layer's activations of the verification's tokens, and both models' hidden states."""
+        """Activations of a layer and hidden states of both models, for the tokens compared."""
         per_token = self._per_token() + 3 * self.spec.hidden
         size = VERIFY_WINDOWS * VERIFY_TOKENS * per_token * self._compute
         return self._near("activations of a micro-batch", size, "2*64 tokens * (2H+3I + 3H)*c")
 
     def verified_logits(self) -> PlanItem:
-        """Logits of some tokens of both models, in parts and joined, and their difference."""
+        """Logits of both models, in parts and joined, and their difference."""
         size = 3 * VERIFY_TOKENS * self.spec.vocabulary * 4
         return self._near("logits that are compared", size, f"3 x {VERIFY_TOKENS}*V*4")
 
     def heads_in_fp32(self, choice: Choice) -> list[PlanItem]:
-        """Of a verification on a GPU, where each of its models keeps a head that is one chunk."""
+        """Heads of both models of a verification on a GPU, if a head is one chunk."""
         head = self.kept_head(choice)
         if head is None or not self._gpu:
             return []
         return [self._near("heads of the verification", 2 * head.size_bytes, "2 x V*H*4")]
 
     def rewriting(self, *, refitted: bool = False) -> PlanItem:
-        """Pieces of the tensor that is read, cut and written; a refitted one is held whole."""
-        refit = 2 * self._largest * self._source if refitted else 0
-        return PlanItem(
-            name="rewriting the model",
-            where=HOST,
-            size_bytes=max(refit, _REWRITE_PIECES_BYTES),
-            formula="max(2 x largest of a layer * source, 8 MiB)" if refit else "8 MiB",
-        )
+        """Pieces of the tensor that is read, cut and written; a refitted tensor is held whole."""
+        size, formula = _REWRITE_PIECES_BYTES, "8 MiB"
+        if refitted:
+            size = max(2 * self._largest * self._source, size)
+            formula = "max(2 x largest of a layer * source, 8 MiB)"
+        return self._host("rewriting the model", size, formula)
 
     def stores(self, copies: int) -> PlanItem:
-        """The stores on disk."""
+        """Working stores on disk.
+
+        Args:
+            copies: Number of stores.
+        """
         return PlanItem(
             name="working stores",
             where=DISK,

@@ -1,16 +1,14 @@
-"""The items of a sweep in a memory plan: each with its formula, from shapes and a choice of sizes.
+"""The items of a sweep and its head in a memory plan, each with its formula.
 
-In: shapes, the device, the work, a choice of micro-batch and windows in flight. Out: itemised bytes
-of what a sweep and its head hold (prune_items.py has all the rest); phases.py says which of them
-are held together. Pure. The formulas are explained and compared with measurements in
-docs/memory.md.
+In: shapes, the device, a workload, a choice of sizes. Out: itemised bytes. Pure. docs/memory.md
+explains the formulas and compares them with measurements.
 
 Legend: P parameters of the largest layer, H hidden, I FFN channels, C_o and C_down input columns of
 o_proj and down_proj, V vocabulary (v rows of it in a chunk), S tokens of a window, m windows of a
 micro-batch, n windows in flight, c bytes of a compute element, K columns of a key, A query heads
-times S, L layers; of refinement: J projections into the FFN, R channels of a block, r steps; of
-stand-ins: p their share of a group. Where layers have experts, I and C_down are one expert's, E
-their number and k how many of them a token is sent to.
+times S, L layers, p share of a group's units that imputation covers. Channel updates: J projections
+into the FFN, R channels of a block, r updates. Experts: I and C_down belong to one expert, E is
+their number, k the number of experts of a token.
 """
 
 from __future__ import annotations
@@ -34,14 +32,20 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 HEAD_CHUNKS = "head chunks"
-# A head chunk, or a block of logits, of this many bytes is as good as a larger one.
+# Larger head chunks, or blocks of logits, are not faster.
 HEAD_CHUNK_BYTES = 32 * MIB
-# A block of rows is multiplied with at most so many tokens into memory of its own.
+# Tokens that a block of rows is multiplied with at a time, into a buffer.
 _BLOCK_TOKENS = 256
 
 
 class SweepItems:
-    """The items of sweeps over one model, device and work."""
+    """The items of sweeps over one model on one device.
+
+    Args:
+        spec: Shapes of the model.
+        budget: The device and its caps.
+        work: The workload.
+    """
 
     def __init__(self, spec: ModelSpec, budget: Budget, work: SweepWorkload) -> None:
         self.spec, self.work = spec, work
@@ -62,14 +66,14 @@ class SweepItems:
             for kind in (ATTENTION, FFN)
         }
         self._attention, self._ffn = columns[ATTENTION], columns[FFN]
-        # Groups of channels in a layer, and how many of them a token goes through.
+        # FFNs of a layer, and how many of them a token is sent to.
         self._ffns = max(1, spec.experts)
         self._chosen = max(1, spec.experts_chosen)
         copies = spec.activation_copies
         self._peaks = tuple(peak.with_copies(copies) for peak in spec.family.peaks)
 
     def in_fp32(self) -> Self:
-        """The items of the same sweep where it computes in fp32; chunks of the head stay."""
+        """Return the items of the same sweeps in fp32, with head chunks of the same rows."""
         exact = copy.copy(self)
         exact._compute = 4
         return exact
@@ -80,7 +84,7 @@ class SweepItems:
         return self._source
 
     def stored_bytes(self, weights: str | None) -> int:
-        """One layer as stored; None is the checkpoint itself."""
+        """Return the bytes of one layer as stored; None is the checkpoint itself."""
         if weights == "int8":
             router = 0 if not self.spec.experts else self.spec.experts * self.spec.hidden
             native = self._source * (self._small + router) - router
@@ -90,7 +94,13 @@ class SweepItems:
     def stream(
         self, choice: Choice, weights: str | None, *, products: bool = False
     ) -> list[PlanItem]:
-        """The buffers of a stream of layers that are called."""
+        """Buffers of a stream of layers that are called.
+
+        Args:
+            choice: Gives the number of buffers.
+            weights: Working store. None streams the checkpoint.
+            products: Stored codes are multiplied as they are.
+        """
         items = self._stream(choice, weights)
         if products:
             widest = max(self._attention, self._ffn, self.spec.hidden)
@@ -100,7 +110,7 @@ class SweepItems:
         return items
 
     def paired_streams(self, choice: Choice, weights: str | None) -> list[PlanItem]:
-        """The buffers of two streams, both models', whose weights are changed and solved for."""
+        """Buffers of the streams of two models whose weights are read, changed and solved for."""
         items = self._stream(choice, weights, models=2)
         if weights == "int8" or self._source != self._compute:
             items.append(self._dense_layers(2))
@@ -111,7 +121,7 @@ class SweepItems:
         return self._near("dequantised layer", size, f"{models} x P*c")
 
     def _dense_rows(self) -> PlanItem | None:
-        """What a CPU holds dense of a layer whose large weights it multiplies block by block."""
+        """Dense rows on a CPU, which multiplies large weights in blocks; None without any."""
         large = [shape for shape in self._shapes if self._in_blocks(shape)]
         if not large:
             return None
@@ -128,42 +138,36 @@ class SweepItems:
         return block_bytes(shape, self._compute) + products
 
     def scored_weight(self) -> PlanItem:
-        """An output projection whose columns a prior looks at; elsewhere it is dense anyway."""
+        """The output projection whose columns are scored; 0 bytes if the layer is dense anyway."""
         shapes = [(self.spec.hidden, columns) for columns in (self._attention, self._ffn)]
         sizes = [math.prod(shape) * 4 for shape in shapes if self._in_blocks(shape)]
         return self._near("weight that is scored", max(sizes, default=0), "H*C*4")
 
     def _stream(self, choice: Choice, weights: str | None, *, models: int = 1) -> list[PlanItem]:
-        """The buffers of a stream of layers as stored, and of two when two models are walked."""
+        """Buffers of layers as stored, for the streams of one or two models."""
         stored = self.stored_bytes(weights)
         items = self._buffers("layer buffers", choice.buffers * models, stored, "layer as stored")
         if weights is None and self.spec.family.transposed:
-            items.append(
-                PlanItem(
-                    name="a tensor that is turned",
-                    where=HOST,
-                    size_bytes=self._largest * self._source,
-                    formula="largest tensor of a layer * source",
-                )
-            )
+            size, formula = self._largest * self._source, "largest tensor of a layer * source"
+            items.append(self._host("a tensor that is transposed", size, formula))
         return items
 
     def masks(self) -> PlanItem:
-        """Attention masks of a window, where the architecture needs any."""
+        """Attention masks of a window, if the architecture needs any."""
         size = self.spec.family.masks * self.work.window**2 * self._compute
         return self._near("attention masks", size, "masks*S*S*c")
 
     def outer(self) -> PlanItem:
-        """What stands outside the layers: final norm, learned positions; not embedding and head."""
+        """Weights outside the layers, such as the final norm, without embedding and head."""
         family, others = self.spec.family, self.spec.other_tensors
         own = [n for n in others if n not in (family.embedding, family.head)]
         size = sum(math.prod(others[name]) for name in own) * self._compute
         return self._near("norms and positions", size, "outside the layers * c")
 
     def _products(self, choice: Choice, rows: int, columns: int, packed: int) -> PlanItem:
-        """Digits and sums of a block of tokens; a GPU multiplies a micro-batch at once.
+        """Digits and sums of int8 products; a GPU multiplies a micro-batch at once.
 
-        On a CPU the kernel packs the weight, of ``packed`` elements, anew at each call.
+        On a CPU the kernel packs a weight of ``packed`` elements in every call.
         """
         tokens = choice.micro_batch * self.work.window if self._gpu else PRODUCT_TOKENS
         size = product_scratch_bytes(tokens, rows, columns)
@@ -173,7 +177,7 @@ class SweepItems:
         return self._near("int8 products", size + packed, formula)
 
     def with_products(self, choice: Choice) -> Choice:
-        """The micro-batch of int8 products, which are fastest with few tokens on a CPU."""
+        """Return the choice with the micro-batch of int8 products: few tokens on a CPU."""
         if self._gpu:
             return choice
         widest = max(self._attention, self._ffn, self.spec.hidden, self._input_rows)
@@ -181,21 +185,31 @@ class SweepItems:
         return replace(choice, micro_batch=min(choice.micro_batch, windows))
 
     def _buffers(self, name: str, count: int, size: int, what: str) -> list[PlanItem]:
-        """Buffers of a stream: on the host, pinned for a GPU and there once more."""
+        """Buffers of a stream: on the host, and for a GPU pinned there and on the device."""
         formula = f"{count} x {what} ({format_bytes(size)})"
         if self.near == HOST:
-            return [PlanItem(name=name, where=HOST, size_bytes=count * size, formula=formula)]
+            return [self._host(name, count * size, formula)]
         pinned = count * pinned_bytes(size)
         return [
-            PlanItem(name=name, where=HOST, size_bytes=pinned, formula=f"{formula}, pinned: 2^k"),
-            PlanItem(name=name, where=GPU, size_bytes=count * size, formula=formula),
+            self._host(name, pinned, f"{formula}, pinned: 2^k"),
+            self._near(name, count * size, formula),
         ]
 
     def _near(self, name: str, size: int, formula: str) -> PlanItem:
+        """Item where layers are computed: on the GPU if it has memory of its own."""
         return PlanItem(name=name, where=self.near, size_bytes=size, formula=formula)
 
+    def _host(self, name: str, size: int, formula: str) -> PlanItem:
+        return PlanItem(name=name, where=HOST, size_bytes=size, formula=formula)
+
     def hidden(self, choice: Choice, windows: int, *, states: int = 1) -> list[PlanItem]:
-        """Hidden states of windows in flight: on the host, but for resident ones on a GPU."""
+        """Hidden states of windows in flight: resident ones on the device, the others on the host.
+
+        Args:
+            choice: Gives resident windows and the micro-batch.
+            windows: Number of windows in flight.
+            states: Number of hidden states of each window.
+        """
         each = self.work.window * self.spec.hidden * self._compute
         if self.near == HOST:
             size = states * windows * each
@@ -207,26 +221,21 @@ class SweepItems:
             batch = min(choice.micro_batch, windows)
             size = 3 * states * batch * each
             items.append(self._near("micro-batches on their way", size, f"{3 * states} x m*S*H*c"))
-            items.append(
-                PlanItem(
-                    name="hidden states",
-                    where=HOST,
-                    size_bytes=states * (windows - resident) * pinned_bytes(each),
-                    formula=f"{states} x (n-resident)*S*H*c, pinned: 2^k",
-                )
-            )
+            size = states * (windows - resident) * pinned_bytes(each)
+            formula = f"{states} x (n-resident)*S*H*c, pinned: 2^k"
+            items.append(self._host("hidden states", size, formula))
         return items
 
     def activations(
         self, choice: Choice, windows: int, *, extra: int = 0, why: str = ""
     ) -> PlanItem:
-        """What one of Hugging Face's layers holds at its peak, and what is kept beside it.
+        """Peak of one Hugging Face layer, and the tensors held beside it.
 
         Args:
-            choice: gives m.
-            windows: of the sweep, where they are fewer than m.
-            extra: elements a token beside the layer's own.
-            why: their names, for the formula.
+            choice: Gives the micro-batch (m).
+            windows: Number of windows of the sweep; caps m.
+            extra: Elements per token beside the layer's own.
+            why: Names of the extra elements, for the formula.
         """
         peaks = ", ".join(str(peak) for peak in self._peaks)
         formula = f"m*S*(max({peaks}){why})*c"
@@ -235,7 +244,7 @@ class SweepItems:
         return self._near("activations of a micro-batch", size, formula)
 
     def _per_token(self) -> int:
-        """Elements a token of one of Hugging Face's layers at its peak, traced in the tests."""
+        """Return the peak number of elements per token of a Hugging Face layer, traced in tests."""
         spec = self.spec
         return max(
             peak.elements(
@@ -249,7 +258,7 @@ class SweepItems:
         )
 
     def head_sizes(self, choice: Choice) -> tuple[int, int]:
-        """Rows and tokens of a head chunk."""
+        """Return the number of rows and of tokens of a head chunk."""
         spec, window = self.spec, self.work.window
         if self.work.full_logits:
             return spec.vocabulary, window
@@ -261,7 +270,7 @@ class SweepItems:
         return rows, tokens
 
     def head_rows(self, choice: Choice, *, products: bool = False) -> list[PlanItem]:
-        """The head's rows, streamed as layers are."""
+        """Buffers of the head's rows, which are streamed as layers are."""
         rows, _ = self.head_sizes(choice)
         hidden = self.spec.hidden
         slots = 1 if rows >= self.spec.vocabulary else choice.buffers
@@ -277,7 +286,7 @@ class SweepItems:
         return items
 
     def kept_head(self, choice: Choice) -> PlanItem | None:
-        """A head that is one chunk stays once it has been read."""
+        """The head, if it is one chunk: it stays once it has been read."""
         rows, _ = self.head_sizes(choice)
         if rows < self.spec.vocabulary:
             return None
@@ -286,7 +295,7 @@ class SweepItems:
         return self._near("head", rows * self.spec.hidden * self._compute, "V*H*c")
 
     def logits(self, choice: Choice, *, products: bool = False) -> PlanItem:
-        """A block of tokens' logits over a chunk of rows, and the tokens' hidden states."""
+        """Logits of a block of tokens for a chunk of rows, and the tokens' hidden states."""
         rows, tokens = self.head_sizes(choice)
         wide = 4 if self._compute == 4 else 4 + self._compute
         normed = max(tokens, self.work.window) * self.spec.hidden * self._compute
@@ -296,13 +305,13 @@ class SweepItems:
         return self._near("logits", tokens * rows * wide + normed, formula)
 
     def all_logits(self) -> PlanItem:
-        """A whole window's logits for a custom utility, in parts and joined."""
+        """All logits of a window for a custom utility, in parts and joined."""
         size = 2 * self.work.window * self.spec.vocabulary * 4
         return self._near("all logits of a window", size, "2 x S*V*4")
 
 
 def pinned_bytes(size: int) -> int:
-    """What torch's allocator of pinned host memory takes for a block: the next power of two."""
+    """Return the bytes of a pinned host block: torch's allocator takes the next power of two."""
     return 1 << max(0, size - 1).bit_length()
 
 

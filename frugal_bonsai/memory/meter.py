@@ -1,4 +1,4 @@
-"""Meters of what a run really used: peak resident memory, peak reserved device memory."""
+"""Memory that a run has used: peak resident memory, peak reserved device memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def resident_bytes() -> int:
-    """This process's resident memory now."""
+    """Return the resident memory of this process in bytes."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
-    """This process's largest resident memory so far."""
+    """Return the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():
@@ -42,7 +42,7 @@ def peak_resident_bytes() -> int:
 
 
 def reserved_gpu_bytes() -> int:
-    """Memory that torch's allocator has reserved now on all GPUs; 0 before torch is there."""
+    """Return the bytes that torch's allocator has reserved on all GPUs; 0 without torch."""
     torch = sys.modules.get("torch")
     if torch is None or (kind := available()) is None or shares_host_memory(kind):
         return 0
@@ -53,11 +53,11 @@ def reserved_gpu_bytes() -> int:
 
 
 def peak_gpu_bytes(device: torch.device, context_bytes: int) -> int | None:
-    """Largest device memory so far: reserved by torch's allocator, and the context beside it.
+    """Return the peak device memory in bytes: reserved by torch's allocator, plus the context.
 
     Args:
-        device: None is returned for one that computes in the host's memory.
-        context_bytes: of the device's context, which the allocator does not see.
+        device: The device. The result is None if it computes in the host's memory.
+        context_bytes: Bytes of the device's context, which the allocator does not count.
     """
     if shares_host_memory(device):
         return None

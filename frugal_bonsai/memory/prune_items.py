@@ -1,7 +1,7 @@
-"""The items of a prune: statistics, masked evaluation, recovery, refinement, files.
+"""The items of a prune: statistics, masked evaluation, reconstruction, channel updates.
 
-In: as items.py, whose sweeps these build on. Out: itemised bytes. Pure. The formulas are explained
-and compared with measurements in docs/memory.md; the legend is that of items.py.
+In: shapes, the device, a workload, a choice of sizes. Out: itemised bytes. Pure. docs/memory.md
+explains the formulas and compares them with measurements; items.py has the legend.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from frugal_bonsai.memory.work import (
     Choice,
     PlanItem,
     PruneWorkload,
-    refined_blocks,
     refit_rows,
+    update_blocks,
 )
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import FFN, UnitGroup
@@ -36,67 +36,66 @@ class PruneItems(CommandItems):
         self._ffn_inputs = max(
             _input_projections(spec, group) for group in spec.table.groups if group.kind == FFN
         )
-        self._block = -(-self._ffn // refined_blocks(self._ffn))
+        self._block = -(-self._ffn // update_blocks(self._ffn))
 
     def masked_activations(self, choice: Choice, windows: int) -> PlanItem:
-        """With what stands in: the core's inputs (1 - p) C, guesses, a choice of both: 3 p C.
+        """Activations with imputation: core inputs (1 - p) C, guesses and the choice 3 p C.
 
-        At an output projection the layer holds 2H + C, or half of what attention had: of the
-        channels that the layer holds at its peak (three times C with a gate, twice without) all
-        others are room for C (1 + 2 p), up to p = 1/2 with a gate, and for the stand-ins as they
-        were stored, which are there only while they are converted.
+        At an output projection a layer holds 2H + C, fewer than at its peak (3 C with a gate, 2 C
+        without). The difference has room for C (1 + 2 p) up to p = 1/2 with a gate, and for the
+        imputation weights as stored, which are held only while they are converted.
         """
         held = max(peak.ffn for peak in self._peaks)
         extra = max(0, math.ceil((2 * self.work.imputed_share + 2 - held) * self._ffn))
         item = self.activations(choice, windows, extra=extra, why=f" + (2p+2-{held})*C_down")
         tokens = min(choice.micro_batch, windows) * self.work.window
         loading = tokens * (2 * self.spec.hidden + self._ffn) * self._compute
-        loading += 2 * self._stand_in_widths()
+        loading += 2 * self._imputation_elements()
         if loading <= item.size_bytes:
             return item
         return self._near(item.name, loading, "m*S*(2H+C_down)*c + 2*p*C*(1-p)*C")
 
-    def stand_ins(self) -> list[PlanItem]:
-        """The stand-ins of one group as computed with; on the host of a GPU the next one's."""
-        name, widths = "stand-ins of a group", self._stand_in_widths()
+    def imputation(self) -> list[PlanItem]:
+        """Imputation weights of one group as used; for a GPU the next group's on the host too."""
+        name, widths = "imputation of a group", self._imputation_elements()
         items = [self._near(name, widths * self._compute, "p*C*(1-p)*C*c")]
         if self.near != HOST:
             size, formula = 3 * pinned_bytes(2 * widths), "3 x p*C*(1-p)*C*2: as read, pinned"
-            items.append(PlanItem(name=name, where=HOST, size_bytes=size, formula=formula))
+            items.append(self._host(name, size, formula))
         return items
 
-    def _stand_in_widths(self) -> int:
-        """Elements of a group's stand-ins."""
+    def _imputation_elements(self) -> int:
+        """Return the number of elements of a group's imputation weights."""
         share, columns = self.work.imputed_share, max(self._attention, self._ffn)
         if share >= 0.5:
             return math.ceil(columns**2 / 4)  # the largest product that a pool can have
         return math.ceil(share * columns) * math.ceil((1 - share) * columns)
 
     def tapped_activations(self, choice: Choice) -> PlanItem:
-        """With o_proj's input kept for the statistics; and every expert's down_proj's."""
+        """Activations with the inputs of o_proj, and of each expert's down_proj, for statistics."""
         if not self.spec.experts:
             return self.activations(choice, self.work.windows, extra=self._attention, why=" + C_o")
         extra = self._attention + self._ffns * self._ffn
         return self.activations(choice, self.work.windows, extra=extra, why=" + C_o + E*C_down")
 
     def paired_activations(self, choice: Choice) -> PlanItem:
-        """With target, residual and the refitted sublayer's output beside the layer's own."""
+        """Activations with the target, the residual and the output of the refitted sublayer."""
         windows, hidden = self.work.windows, self.spec.hidden
         if not self.spec.experts:
             return self.activations(choice, windows, extra=2 * hidden, why=" + 2H")
-        # What the layer gave and misses, its experts' inputs and aims, one's in fp32.
+        # Output and residual of the layer, inputs and targets of its experts, one expert in fp32.
         extra = (3 + self._chosen) * hidden + self._chosen * self._ffn
         extra += 4 // self._compute * (hidden + self._ffn)
         return self.activations(choice, windows, extra=extra, why=" + (3+k)*H + k*C_down + fp32")
 
     def gram(self) -> PlanItem:
-        """Gram matrices of all of a layer's groups."""
+        """Gram matrices of all groups of a layer."""
         size = 4 * (self._attention**2 + self._ffns * self._ffn**2)
         experts = "E*" if self.spec.experts else ""
         return self._near("Gram matrices", size, f"4*(C_o^2 + {experts}C_down^2)")
 
-    def gram_of_recovery(self) -> PlanItem:
-        """One group's Gram matrix and cross moments at a time; all experts' together."""
+    def gram_of_reconstruction(self) -> PlanItem:
+        """Gram matrix and cross moments of one group at a time, or of all experts together."""
         hidden = self.spec.hidden
         counts = ((1, self._attention), (self._ffns, self._ffn))
         size = max(
@@ -107,51 +106,51 @@ class PruneItems(CommandItems):
         formula += ", 2*H^2 + R*H" if self.work.refit_inputs else ""
         return self._near("Gram matrix and cross moments", 4 * size, formula)
 
-    def solve(self, *, stand_ins: float = 0.0) -> PlanItem:
-        """What a factorisation, an inverse and a refit hold beside the Gram matrix.
+    def solve(self, *, share: float = 0.0) -> PlanItem:
+        """Blocks of a factor, an inverse and a refit beside the Gram matrix.
 
         Args:
-            stand_ins: share of a group whose stand-ins are made from the inverse: twice the
-                products of their columns with each other, the fp16 result, a block of their columns
-                and one of the others', three of what these give.
+            share: Share of a group whose imputation weights are computed from the inverse. They
+                take two products of their columns, the fp16 result, a block of their columns, a
+                block of the others, and three products of these.
         """
         widest = max(self._attention, self._ffn)
         rows = refit_rows(self._device)
         size = 4 * widest * max(3 * _FACTOR_BLOCK, _FACTOR_BLOCK + 6 * rows)
-        pool = math.ceil(stand_ins * widest)
+        pool = math.ceil(share * widest)
         made = 4 * 2 * pool**2 + 2 * pool * (widest - pool)
         made += 4 * _FACTOR_BLOCK * (2 * widest + 3 * pool)
         if not pool or made <= size:
             return self._near("blocks of a solve", size, f"4*C*(256 + 6*{rows})")
         return self._near(
-            "making stand-ins", made, "8*(p*C)^2 + 2*p*C*(1-p)*C + 4*256*(2*C + 3*p*C)"
+            "computing imputation", made, "8*(p*C)^2 + 2*p*C*(1-p)*C + 4*256*(2*C + 3*p*C)"
         )
 
     def kept_inputs(self, windows: int, *, ffn: bool = True) -> PlanItem:
-        """Recovery's inputs of the projections of a layer; refinement's of attention's alone."""
-        ffn = ffn and not self.spec.experts  # experts' inputs are seen in a pass of their own
+        """Inputs of a layer's projections that are kept; channel updates keep attention's alone."""
+        ffn = ffn and not self.spec.experts  # experts' inputs are not kept
         tokens, columns = windows * self.work.window, self._attention + int(ffn) * self._ffn
         size, widths = tokens * columns * self._compute, "(C_o+C_down)" if ffn else "C_o"
         return self._near("recovery's inputs of a layer", size, f"n*S*{widths}*c")
 
-    def refined_weights(self) -> list[PlanItem]:
-        """New weights of the FFN in fp32, and down_proj's refit.
+    def updated_weights(self) -> list[PlanItem]:
+        """New weights of the FFN in fp32, and the refit of down_proj.
 
-        Those that are computed with lie where the dense layer's were.
+        The weights that compute lie in the memory of the dense layer.
         """
         if self._compute == 4:
             return []
         size = 4 * (self._ffn_inputs + 1) * self._ffn * self.spec.hidden
         return [self._near("refined weights of a layer", size, "4*(J+1)*C_down*H")]
 
-    def refined_block(self) -> PlanItem:
-        """A block's weights, step, and what conjugate gradients keep; the inputs' factor."""
+    def updated_block(self) -> PlanItem:
+        """Weights, step and conjugate-gradient vectors of a block; the factor of the inputs."""
         hidden = self.spec.hidden
         size = 4 * (8 * self._ffn_inputs * self._block * hidden + hidden**2)
         return self._near("refinement of a block of channels", size, "4*(8*J*R*H + H^2)")
 
-    def refined_activations(self, choice: Choice) -> PlanItem:
-        """A block's pre-activations, slopes and products of both, in fp32; or a layer's own.
+    def update_activations(self, choice: Choice) -> PlanItem:
+        """Pre-activations, slopes and their products of a block in fp32, or a layer's activations.
 
         In bf16 half as many windows are taken at a time.
         """
@@ -164,16 +163,16 @@ class PruneItems(CommandItems):
         return self._near("activations of a micro-batch", size, formula)
 
     def slopes(self, windows: int) -> PlanItem:
-        """Refinement's slopes of a block of channels for a step's windows, fp32."""
+        """Slopes of a block of channels for the windows of one update, fp32."""
         steps = min(self.work.channel_updates, windows)
         part = -(-windows // steps)
         size = 4 * part * self.work.window * self._ffn_inputs * self._block
         return self._near("refinement's slopes", size, "n/r*S*J*R*4")
 
     def refits(self) -> PlanItem:
-        """Refit weights that are saved more precisely than computed with; others lie in place.
+        """Refitted weights that are stored more precisely than they compute; others stay in place.
 
-        The one that is being written is converted to the source's dtype.
+        The weight that is written is converted to the source's dtype.
         """
         columns = self._attention + self._ffns * self._ffn
         whole, formula = columns * self.spec.hidden, "H*(C_o+C_down)*source"
@@ -182,13 +181,11 @@ class PruneItems(CommandItems):
         if self._compute == 4 or self._source == self._compute:
             converted = self._source != self._compute
             whole, formula = int(converted) * self._largest, "largest projection * source"
-        return PlanItem(
-            name="refit weights", where=HOST, size_bytes=whole * self._source, formula=formula
-        )
+        return self._host("refit weights", whole * self._source, formula)
 
 
 def _input_projections(spec: ModelSpec, group: UnitGroup) -> int:
-    """Projections whose output rows the group's units own."""
+    """Return the number of projections whose output rows belong to the group's units."""
     prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
     return sum(
         piece.axis == 0 and not piece.joint and len(shapes[piece.tensor.removeprefix(prefix)]) == 2

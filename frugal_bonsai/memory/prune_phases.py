@@ -39,7 +39,7 @@ class PrunePhases(CommandPhases):
         if work.imputed_share:
             within = items.with_products(choice) if work.int8_arithmetic else choice
             windows = min(choice.in_flight, work.pairs)
-            called = [*items.stand_ins(), items.masked_activations(within, windows)]
+            called = [*items.imputation(), items.masked_activations(within, windows)]
         return self._sweep(
             "masked evaluation",
             choice,
@@ -58,7 +58,7 @@ class PrunePhases(CommandPhases):
         ]
         scored = [items.scored_weight()]
         if gram:
-            scored.append(items.solve(stand_ins=self._items.work.imputed_share))
+            scored.append(items.solve(share=self._items.work.imputed_share))
         return [
             self._held("statistics: layers", [*held, items.tapped_activations(choice)]),
             self._held("statistics: scores", [*held, *scored]),
@@ -76,10 +76,10 @@ class PrunePhases(CommandPhases):
             *items.paired_streams(choice, self._items.work.weights),
             *items.hidden(choice, windows, states=states),
         ]
-        layer = [*held, items.refits(), items.gram_of_recovery()]
+        layer = [*held, items.refits(), items.gram_of_reconstruction()]
         if choice.keep_inputs:
             layer.append(items.kept_inputs(windows))
-        solve = items.solve(stand_ins=work.imputed_share)
+        solve = items.solve(share=work.imputed_share)
         phases = [
             self._held("recovery: layers", [*layer, items.paired_activations(choice)]),
             self._held("recovery: solve", [*layer, solve]),
@@ -100,13 +100,13 @@ class PrunePhases(CommandPhases):
         Neither holds the FFN's inputs.
         """
         items, windows = self._items, self._items.work.windows
-        layer = [*held, items.refits(), *items.refined_weights()]
+        layer = [*held, items.refits(), *items.updated_weights()]
         if choice.keep_inputs:
             layer.append(items.kept_inputs(windows, ffn=False))
-        moved = [*layer, items.refined_block(), items.refined_activations(choice)]
+        moved = [*layer, items.updated_block(), items.update_activations(choice)]
         if choice.keep_updates:
             moved.append(items.slopes(windows))
-        again = [*layer, items.gram_of_recovery()]
+        again = [*layer, items.gram_of_reconstruction()]
         return [
             self._held("refinement: channels", moved),
             self._held("refinement: layers", [*again, items.paired_activations(choice)]),

@@ -174,12 +174,7 @@ class TrainingItems(CommandItems):
             pinned = 2 * pinned_bytes(size)
             return [
                 self._near("frozen weights", 2 * size + beside, "2 x a layer as stored"),
-                PlanItem(
-                    name="frozen weights",
-                    where=HOST,
-                    size_bytes=pinned,
-                    formula="2 x a layer as stored, pinned: 2^k",
-                ),
+                self._host("frozen weights", pinned, "2 x a layer as stored, pinned: 2^k"),
             ]
         size = matrices * self._source + beside
         return [self._near("frozen weights", size, "P*source*L")]
@@ -248,7 +243,7 @@ class TrainingItems(CommandItems):
         size = tokens * (work.top * (4 + 8 + 4) + 4)
         size += work.hidden_layers * tokens * self.spec.hidden * 6
         formula = "m*S*(16*k + 4 + 6*H*layers), of streamed layers a step's"
-        return [PlanItem(name="teacher's answers", where=HOST, size_bytes=size, formula=formula)]
+        return [self._host("teacher's answers", size, formula)]
 
     def _activations(self, choice: TrainingChoice) -> PlanItem:
         elements = training_elements(self.spec, self.training.window)

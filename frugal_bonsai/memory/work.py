@@ -1,6 +1,7 @@
-"""What the planner is asked, what it may choose, and what it answers with.
+"""The plain values of the planner: workloads, items of a plan, a choice of sizes, sweep limits.
 
-Plain values: the work of a command, a choice of sizes, one item of a plan, the limits of a sweep.
+Holds nothing and computes what several folders must agree on: rows refitted together, blocks of
+channels updated together.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from frugal_bonsai.sizes import MIB
 
 HOST, GPU, DISK = "host", "gpu", "disk"
 BASE = "Python and libraries"
-# Recovery's refinement moves the FFN's channels in blocks of at least so many, at most so many
-# blocks.
+# The FFN's channels are updated in blocks of at least this many, and in at most this many blocks.
 _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
 # Conjugate-gradient steps of one update of the FFN's channels.
-REFINE_ITERATIONS = 4
+UPDATE_ITERATIONS = 4
 _CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
 # Bytes of the windows of a teacher's cache that are computed and written together.
 SHARD_BYTES = 64 * MIB
@@ -30,41 +30,46 @@ DENSE_BLOCK_BYTES = 32 * MIB
 
 
 def refit_rows(device: str) -> int:
-    """Rows of a projection that are refitted together: half a dozen of them are held.
+    """Return the number of rows of a projection that are refitted together.
 
-    More of them cost memory and save calls: of a GPU a hundred rows are a small part.
+    More rows take more memory (six copies are held) and fewer calls.
 
     Args:
-        device: kind of device.
+        device: Kind of device.
     """
     return _GPU_REFIT_ROWS if is_accelerator(device) else _CPU_REFIT_ROWS
 
 
-def refined_blocks(channels: int) -> int:
-    """In how many blocks so many channels are moved."""
+def update_blocks(channels: int) -> int:
+    """Return the number of blocks that an FFN's channels are updated in, one after another."""
     return min(_MOST_BLOCKS, -(-channels // _LEAST_CHANNELS))
 
 
-def refining_passes(blocks: int, *, keep: bool, iterations: int) -> int:
-    """How often one step of refinement takes its tokens through the sublayer, there or back.
+def update_passes(blocks: int, *, keep: bool, iterations: int) -> int:
+    """Return the number of passes of all tokens through the FFN in one channel update.
 
-    Once for the slopes of all blocks, once for each block's residual, and there and back in every
-    iteration; where the slopes are not held they are made anew, another pass there.
+    One pass computes the slopes of all blocks, one the residual of each block, and every iteration
+    takes one pass forward and one back. Slopes that are not held take another pass each time.
+
+    Args:
+        blocks: Number of blocks of channels.
+        keep: The slopes are held.
+        iterations: Conjugate-gradient iterations.
     """
     return blocks + 1 + (2 if keep else 3) * iterations
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepLimits:
-    """What the plan lets a sweep hold.
+    """Limits of a sweep, from the memory plan.
 
     Attributes:
-        micro_batch: windows computed together.
-        windows_in_flight: windows whose hidden states are held; more are run in waves.
-        resident_windows: of these, windows kept on the device.
-        head_rows: vocabulary rows of the head held at a time.
-        head_tokens: tokens whose logits are held at a time.
-        layer_buffers: layers held as stored: two, or one where two do not fit.
+        micro_batch: Windows computed together.
+        windows_in_flight: Windows whose hidden states are held. More windows run in waves.
+        resident_windows: Windows in flight whose hidden states stay on the device.
+        head_rows: Vocabulary rows of the head held at a time.
+        head_tokens: Tokens whose logits are held at a time.
+        layer_buffers: Layers held as stored: two, or one if two do not fit.
     """
 
     micro_batch: int
@@ -208,7 +213,14 @@ class PruneWorkload(SweepWorkload):
 
 @dataclass(frozen=True, kw_only=True)
 class PlanItem:
-    """One line of the plan."""
+    """One item of a plan.
+
+    Attributes:
+        name: Name of the item.
+        where: ``"host"``, ``"gpu"`` or ``"disk"``.
+        size_bytes: Predicted size.
+        formula: Formula of the size, for the user.
+    """
 
     name: str
     where: str
@@ -218,7 +230,16 @@ class PlanItem:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the planner is free to choose."""
+    """Sizes that the planner chooses.
+
+    Attributes:
+        micro_batch: Windows computed together (m).
+        in_flight: Windows whose hidden states are held (n).
+        resident: Windows in flight whose hidden states stay on the device.
+        keep_inputs: Reconstruction holds the inputs of a layer's projections.
+        keep_updates: Channel updates hold their targets and slopes.
+        buffers: Layers held as stored.
+    """
 
     micro_batch: int
     in_flight: int

@@ -1,8 +1,8 @@
-"""``bench``: how much faster the pruned model is than the dense one, measured in one run.
+"""``bench``: time a dense and a pruned model in alternating runs.
 
-In: two models (folders, or GGUF files), a runtime. Out: tokens per second of reading a prompt and
-of making tokens, peak memory, their ratios, as plain values. Each model is held by a process of its
-own; their runs alternate, so that a machine that slows down slows both. Holds nothing itself.
+In: two models (folders, or GGUF files), a runtime. Out: tokens per second of prefill and decode,
+peak memory and their ratios, as plain values. A separate process holds each model; the runs
+alternate, so that a machine that slows down slows both. Holds no model itself.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from typing import Any
 from frugal_bonsai.errors import BenchError, OptionError
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.bench_worker import LLAMA_CPP, TRANSFORMERS, WorkerOptions
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.version import package_version
 
 RUNTIMES = (TRANSFORMERS, LLAMA_CPP)
 GGUF_SUFFIX = ".gguf"
-# Runs of each model that are not counted: caches fill, threads start.
+# Runs of each model that are not counted, because caches fill and threads start.
 _WARM_UP = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What is measured.
+    """Options of ``bench``, except the two models.
 
     Attributes:
         runtime: ``transformers`` or ``llama.cpp``.
-        prompt_tokens: of the prompt, random ones.
-        new_tokens: made after it.
-        repeat: counted runs of each model.
-        threads: None leaves the runtime's choice.
-        device: None takes a GPU where there is one (transformers).
-        dtype: None is fp32 on a CPU, bf16 on a GPU (transformers; a GGUF file has its own).
-        seed: of the prompt.
+        prompt_tokens: Random tokens of the prompt.
+        new_tokens: Tokens generated after it.
+        repeat: Counted runs of each model.
+        threads: Number of CPU threads. None takes the runtime's default.
+        device: Device that computes (transformers). None takes a GPU if there is one.
+        dtype: Dtype (transformers; a GGUF file has its own). None takes fp32 on a CPU, bf16 on a
+            GPU.
+        seed: Seed of the prompt.
     """
 
     runtime: str = TRANSFORMERS
@@ -76,23 +78,40 @@ def bench(
     """Time two models in turn.
 
     Args:
-        dense: the model that is compared with.
-        pruned: the other one.
-        options: what is measured.
-        progress: told of each run.
+        dense: The dense model: folder, hub id, ``example`` or GGUF file.
+        pruned: The pruned model, likewise.
+        options: All other options.
+        progress: Told of each run.
 
     Returns:
-        Plain values: for each model medians, smallest and largest of prefill and decode in tokens
-        per second, peak memory; and the ratios of the medians.
+        Plain values: for each model the median, smallest and largest rate of prefill and decode in
+        tokens per second, and peak memory; and the ratios of the medians.
 
     Raises:
-        OptionError: an option that cannot work.
-        BenchError: a model's process ended.
+        OptionError: An option cannot work.
+        BenchError: The process of a model ended.
     """
     options, progress = options or BenchOptions(), progress or Silent()
     models = {"dense": dense, "pruned": pruned}
     files = {name: _find(model, options.runtime) for name, model in models.items()}
     prompt = _prompt(list(files.values()), options)
+    facts, runs = _measure(files, prompt, options, progress)
+    results = {
+        name: {"model": models[name], **facts[name], **_figures(runs[name][_WARM_UP:], options)}
+        for name in models
+    }
+    return {
+        "version": package_version(),
+        **asdict(options),
+        **results,
+        "ratios": _ratios(results["dense"], results["pruned"]),
+    }
+
+
+def _measure(
+    files: dict[str, str], prompt: list[int], options: BenchOptions, progress: Progress
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Load the models, run them in turn, and return their descriptions and runs."""
     with ExitStack() as stack:
         workers = {
             name: stack.enter_context(_Worker(name, _worker_options(file, prompt, options)))
@@ -109,20 +128,11 @@ def bench(
                     f"{done['prefill_seconds']:.3f} s, decode {done['decode_seconds']:.3f} s"
                     + (", not counted" if number < _WARM_UP else "")
                 )
-    results = {
-        name: {"model": models[name], **facts[name], **_figures(runs[name][_WARM_UP:], options)}
-        for name in models
-    }
-    return {
-        "version": package_version(),
-        **asdict(options),
-        **results,
-        "ratios": _ratios(results["dense"], results["pruned"]),
-    }
+    return facts, runs
 
 
 def _find(model: str, runtime: str) -> str:
-    """What the runtime loads: a folder or hub id, or a GGUF file."""
+    """Return what the runtime loads: a folder or hub id, or a GGUF file."""
     path = Path(model)
     if runtime == TRANSFORMERS:
         if path.suffix == GGUF_SUFFIX:
@@ -140,14 +150,12 @@ def _find(model: str, runtime: str) -> str:
 
 
 def _prompt(files: Sequence[str], options: BenchOptions) -> list[int]:
-    """Random tokens that both models have."""
+    """Draw random tokens that both models have."""
     if options.runtime == LLAMA_CPP:
         from frugal_bonsai.export.gguf_file import read_vocabulary
 
         vocabulary = min(read_vocabulary(Path(file)) for file in files)
     else:
-        from frugal_bonsai.run.open import open_model
-
         vocabulary = 2**62
         for file in files:
             with open_model(file, headers_only=True) as opened:
@@ -175,17 +183,17 @@ def _worker_options(file: str, prompt: list[int], options: BenchOptions) -> Work
 
 
 class _Worker:
-    """One model's process.
+    """The process of one model.
 
     Args:
-        name: of the model, for error texts.
-        options: what it is asked.
+        name: Name of the model, for error texts.
+        options: Options of the process.
     """
 
     def __init__(self, name: str, options: WorkerOptions) -> None:
         self._name, self._options = name, options
-        # What libraries say is not this command's output; the end of it explains a failure.
-        self._said = tempfile.TemporaryFile()
+        # The output of libraries is not this command's; its end explains a failure.
+        self._log = tempfile.TemporaryFile()
         environment = dict(os.environ)
         if options.threads is not None:
             environment["OMP_NUM_THREADS"] = str(options.threads)
@@ -193,7 +201,7 @@ class _Worker:
             [sys.executable, "-m", "frugal_bonsai.run.bench_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._log,
             text=True,
             encoding="utf-8",
             env=environment,
@@ -205,14 +213,14 @@ class _Worker:
     def __exit__(self, *exception: object) -> None:
         self._process.kill()
         self._process.communicate()
-        self._said.close()
+        self._log.close()
 
     def loaded(self) -> dict[str, Any]:
-        """Have it load the model; what it says of it."""
+        """Load the model and return its description."""
         return self._ask(json.dumps(asdict(self._options)))
 
     def run(self) -> dict[str, Any]:
-        """One run's seconds and the peak memory so far."""
+        """Run once and return the seconds, and the peak memory so far."""
         return self._ask("run")
 
     def _ask(self, line: str) -> dict[str, Any]:
@@ -222,7 +230,7 @@ class _Worker:
             process.stdin.write(line + "\n")
             process.stdin.flush()
         except OSError:
-            pass  # it has ended: the empty answer says so
+            pass  # the process has ended, and the answer is empty
         answer = process.stdout.readline()
         if not answer:
             raise BenchError(
@@ -235,15 +243,15 @@ class _Worker:
         return values
 
     def _last_words(self) -> str:
-        """The errors that llama.cpp logged, or the end of what was said."""
-        self._said.seek(0)
-        lines = self._said.read().decode("utf-8", "replace").splitlines()
+        """Return the errors that llama.cpp logged, or the end of the log."""
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").splitlines()
         errors = [line for line in lines if " E " in line]
         return "\n".join(errors[:3] or lines[-3:])
 
 
 def _figures(runs: Sequence[dict[str, Any]], options: BenchOptions) -> dict[str, Any]:
-    """Medians and spread of one model's runs."""
+    """Return medians and spread of one model's runs."""
     rates = {
         "prefill": [options.prompt_tokens / run["prefill_seconds"] for run in runs],
         "decode": [options.new_tokens / run["decode_seconds"] for run in runs],
@@ -262,7 +270,7 @@ def _figures(runs: Sequence[dict[str, Any]], options: BenchOptions) -> dict[str,
 
 
 def _ratios(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float | None]:
-    """Pruned against dense: above 1 is faster, or smaller for memory below 1."""
+    """Return pruned / dense: rates above 1 are faster, memory below 1 is smaller."""
     ratios: dict[str, float | None] = {
         kind: pruned[f"{kind}_tokens_per_second"]["median"]
         / dense[f"{kind}_tokens_per_second"]["median"]

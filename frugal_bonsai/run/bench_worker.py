@@ -1,8 +1,9 @@
 """The process in which ``bench`` times one model: ``python -m frugal_bonsai.run.bench_worker``.
 
-In: one JSON object (:class:`WorkerOptions`) on the first line of standard input, then one line a
-run. Out: one JSON object a line: what was loaded, then each run's seconds and the process's peak
-memory; ``{"error": text}`` for a user's error. A process for each model, so that memory is its own.
+In: one JSON object (:class:`WorkerOptions`) on the first line of standard input, then one line per
+run. Out: one JSON object per line: the model's description, then the seconds and the peak memory of
+each run; ``{"error": text}`` for a user's error. Each model has a process, so that its memory is
+measured alone.
 """
 
 from __future__ import annotations
@@ -15,22 +16,23 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from frugal_bonsai.errors import FrugalBonsaiError
+from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 
 TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """What a worker times.
+    """Options of one process.
 
     Attributes:
-        model: folder, hub id or ``example``; a GGUF file for llama.cpp.
+        model: Folder, hub id or ``example``; a GGUF file for llama.cpp.
         runtime: ``transformers`` or ``llama.cpp``.
-        prompt: token ids.
-        new_tokens: to make.
-        threads: None leaves the runtime's choice.
-        device: None takes a GPU where there is one; transformers.
-        dtype: None is fp32 on a CPU, bf16 on a GPU; transformers.
+        prompt: Token ids of the prompt.
+        new_tokens: Tokens to generate.
+        threads: Number of CPU threads. None takes the runtime's default.
+        device: Device that computes (transformers). None takes a GPU if there is one.
+        dtype: Dtype (transformers). None takes fp32 on a CPU, bf16 on a GPU.
     """
 
     model: str
@@ -44,7 +46,7 @@ class WorkerOptions:
 
 def main() -> None:
     """Serve until standard input ends."""
-    # Libraries may print: what was standard output is the channel, nothing else writes there.
+    # Libraries may print, so they get standard error and the answers keep standard output.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     options = WorkerOptions(**json.loads(sys.stdin.readline()))
@@ -60,8 +62,6 @@ def _say(channel: TextIO, values: dict[str, Any]) -> None:
 
 
 def _serve(options: WorkerOptions, channel: TextIO) -> None:
-    from frugal_bonsai.memory.meter import peak_resident_bytes
-
     if options.runtime == LLAMA_CPP:
         from frugal_bonsai.evaluation.latency import LlamaCppModel
 
@@ -80,7 +80,7 @@ def _serve(options: WorkerOptions, channel: TextIO) -> None:
 
 
 def _load(options: WorkerOptions) -> tuple[Any, dict[str, Any], Any]:
-    """The model in transformers, what it is, and its device."""
+    """Return the model in transformers, its description and its device."""
     import torch
 
     from frugal_bonsai.evaluation.latency import TransformersModel
@@ -109,8 +109,6 @@ def _load(options: WorkerOptions) -> tuple[Any, dict[str, Any], Any]:
 
 
 def _gpu_peak(device: Any) -> int | None:
-    from frugal_bonsai.memory.meter import peak_gpu_bytes
-
     return None if device is None else peak_gpu_bytes(device, 0)
 
 

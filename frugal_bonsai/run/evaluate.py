@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from frugal_bonsai.evaluation.perplexity import measure_perplexity
-from frugal_bonsai.memory.budget import find_device, make_budget, parse_caps
-from frugal_bonsai.memory.plan import SweepWorkload, plan_memory
+from frugal_bonsai.memory.budget import Caps, find_device, make_budget, parse_caps
+from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.engine import make_engine, measured_base_bytes
-from frugal_bonsai.run.open import note_assumed, open_model
+from frugal_bonsai.run.open import Model, note_assumed, open_model
 from frugal_bonsai.run.summary import describe_memory
 from frugal_bonsai.run.texts import choose_window, read_windows
 from frugal_bonsai.stream.engine import Engine
@@ -64,17 +66,12 @@ def evaluate(
     caps = parse_caps(max_gpu_mem, max_cpu_mem)
     with open_model(model, assume_family=assume_family) as opened:
         note_assumed(opened, progress)
-        spec = opened.spec
-        require_tied_head(opened.checkpoint, spec)
-        window = choose_window(spec, window)
+        require_tied_head(opened.checkpoint, opened.spec)
+        window = choose_window(opened.spec, window)
         name, windows_NS = read_windows(opened, text, window, windows=windows, option="--text")
-        place = find_device(device)
-        budget = make_budget(place, caps)
-        progress.caps(budget.host_bytes, budget.gpu_bytes)
         store = INT8 if weights == INT8 else None
         work = SweepWorkload(window=window, measured=(len(windows_NS),), weights=store)
-        plan = plan_memory(spec, budget, work, base_bytes=measured_base_bytes(spec))
-        engine = make_engine(opened, plan, place, progress)
+        plan, engine = _plan(opened, work, find_device(device), caps, progress)
         with _layers(engine, store) as stream:
             measured = measure_perplexity(engine, stream, windows_NS)
         seconds = time.monotonic() - started
@@ -90,8 +87,19 @@ def evaluate(
             "seconds": seconds,
             "tokens_per_second": windows_NS.numel() / seconds,
             **describe_memory(plan, engine),
-            "notes": list(budget.notes),
+            "notes": list(plan.budget.notes),
         }
+
+
+def _plan(
+    model: Model, work: SweepWorkload, device: torch.device, caps: Caps, progress: Progress
+) -> tuple[MemoryPlan, Engine]:
+    """Plan the memory of the sweep and make an engine within its limits."""
+    budget = make_budget(device, caps)
+    progress.caps(budget.host_bytes, budget.gpu_bytes)
+    base_bytes = measured_base_bytes(model.spec)
+    plan = plan_memory(model.spec, budget, work, base_bytes=base_bytes)
+    return plan, make_engine(model, plan, device, progress)
 
 
 @contextmanager

@@ -1,20 +1,24 @@
-"""``inspect``: family, units, parameters and size, from headers alone."""
+"""``inspect``: describe a model from config and headers, without reading weights."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.run.open import open_model
 
 
 def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
-    """What a model is, as plain values; reads no weights.
+    """Describe a model: family, shapes, units, parameters and size.
 
     Args:
-        model: folder, hub id or ``example``.
-        assume_family: the family that an architecture without a table is like.
+        model: Folder, hub id or ``example``.
+        assume_family: Family whose table is used for an architecture that has none.
+
+    Returns:
+        Plain values (what ``inspect --json`` prints).
     """
     with open_model(model, headers_only=True, assume_family=assume_family) as opened:
         spec, checkpoint = opened.spec, opened.checkpoint
@@ -22,20 +26,6 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
         for entry in checkpoint.tensors.values():
             dtypes[entry.dtype] += entry.size_bytes
         rules = layout_rules(spec, UNIFORM)
-        groups = []
-        for kind in spec.table.kinds:
-            mine = [group for group in spec.table.groups if group.kind == kind]
-            groups.append(
-                {
-                    "kind": kind,
-                    # Of all experts of a layer together.
-                    "units_per_layer": [
-                        sum(group.count for group in mine if group.layer == layer)
-                        for layer in range(spec.layers)
-                    ],
-                    "parameters_per_unit": [group.unit_parameters for group in mine],
-                }
-            )
         return {
             "model": model,
             "family": spec.family.title,
@@ -51,11 +41,20 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
             "positions": spec.positions,
             "tied": spec.tied,
             "dtypes": dict(dtypes),
-            "parameters": spec.parameters,
-            "block_parameters": spec.block_parameters,
-            "weight_bytes": checkpoint.weight_bytes,
-            "groups": groups,
+            **opened.sizes,
+            "groups": [_describe_units(spec, kind) for kind in spec.table.kinds],
             "layouts": {
                 UNIFORM: {"tile": rules.tile, "attention_counts": list(rules.attention_counts)}
             },
         }
+
+
+def _describe_units(spec: ModelSpec, kind: str) -> dict[str, Any]:
+    """Return the units of one kind; those of a layer's experts are counted together."""
+    groups = [group for group in spec.table.groups if group.kind == kind]
+    counts = [sum(g.count for g in groups if g.layer == layer) for layer in range(spec.layers)]
+    return {
+        "kind": kind,
+        "units_per_layer": counts,
+        "parameters_per_unit": [group.unit_parameters for group in groups],
+    }

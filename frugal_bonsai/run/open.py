@@ -14,12 +14,11 @@ from pathlib import Path
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.remote import open_headers
+from frugal_bonsai.dtypes import FLOATING
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.progress import Progress
-
-FLOATING = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,6 @@ class PruneRun:
         model: The dense model.
         resolved: Its resolved options.
         texts: The texts, as read.
-        work: The workload.
         memory: The memory plan.
         predicted: The predicted time as plain values. None without a profile.
         engine: Engine of the dense model, within the plan's limits.
@@ -80,7 +79,6 @@ class PruneRun:
     model: Model
     resolved: ResolvedPrune
     texts: Texts
-    work: PruneWorkload
     memory: MemoryPlan
     predicted: dict[str, Any] | None
     engine: Engine
@@ -131,29 +129,30 @@ def prepare_run(
     predicted = predict(model, resolved, work, memory)
     if predicted is not None:
         progress.note(f"predicted: about {duration(predicted['seconds'])}")
-    require_free_space(folder, memory.total_bytes("disk"), "the working stores")
-    # The layers' weights are checked as the working store is written.
-    require_finite(model.checkpoint, model.spec.other_tensors)
-    engine = make_engine(
-        model,
-        memory,
-        resolved.machine.device,
-        progress,
-        arithmetic=resolved.settings.arithmetic,
-    )
     if texts.windows_nS is None:
         progress.note(sampling_note(model, resolved, work, memory))
+    engine = _make_engine(model, resolved, memory, folder, progress)
     return PruneRun(
         model=model,
         resolved=resolved,
         texts=texts,
-        work=work,
         memory=memory,
         predicted=predicted,
         engine=engine,
         calibration=_calibrate(model, resolved, texts, work, engine),
         progress=progress,
     )
+
+
+def _make_engine(
+    model: Model, resolved: ResolvedPrune, memory: MemoryPlan, folder: Path, progress: Progress
+) -> Engine:
+    """Return the dense model's engine, once disk and weights outside the layers are checked."""
+    require_free_space(folder, memory.total_bytes("disk"), "the working stores")
+    # The layers' weights are checked as the working store is written.
+    require_finite(model.checkpoint, model.spec.other_tensors)
+    device, arithmetic = resolved.machine.device, resolved.settings.arithmetic
+    return make_engine(model, memory, device, progress, arithmetic=arithmetic)
 
 
 def _read_texts(model: Model, resolved: ResolvedPrune, options: PruneOptions) -> Texts:

@@ -1,8 +1,8 @@
-"""``profile``: measure this machine, for the time that ``plan`` and ``prune`` predict.
+"""``profile``: measure this machine, so that ``plan`` and ``prune`` can predict their time.
 
 In: a device, a folder on the disk to measure. Out: a :class:`HardwareProfile`, as a TOML file or
-plain values. Also the second's worth of measuring that ``plan`` does when no profile is given.
-Holds what hardware/measure.py holds.
+plain values. :func:`quick_profile` measures for a second, for ``plan`` without a profile. Holds the
+arrays of hardware/measure.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import psutil
+import torch
 
 from frugal_bonsai.accelerator import free_and_total_bytes, is_accelerator, shares_host_memory
+from frugal_bonsai.bonsai.importance.factor import DampedFactor
 from frugal_bonsai.hardware.measure import (
     Timer,
     device_name,
@@ -29,15 +33,17 @@ from frugal_bonsai.hardware.measure import (
 from frugal_bonsai.hardware.measure_disk import DiskRates, measure_disk
 from frugal_bonsai.hardware.profile import HardwareProfile
 from frugal_bonsai.hardware.profile_file import require_replaceable, write_profile
+from frugal_bonsai.memory.budget import find_device
 from frugal_bonsai.memory.work import refit_rows
 from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.sizes import GIB, MIB
+from frugal_bonsai.stream.call import call_layer
+from frugal_bonsai.stream.engine import compute_dtype
+from frugal_bonsai.stream.skeleton import Skeleton
 from frugal_bonsai.version import package_version
 
-if TYPE_CHECKING:
-    import torch
-
-# What a command does before its first sweep, in a process of its own.
+# The start of a command until its first sweep, run in a new process.
 _START = (
     "import scipy.optimize, scipy.stats\n"
     "from frugal_bonsai.run import prune\n"
@@ -45,7 +51,7 @@ _START = (
     "from frugal_bonsai.run.open import open_model\n"
     "with open_model('example') as model: measured_base_bytes(model.spec)"
 )
-# Where a second's measuring cannot say: a usual NVMe disk's rates (docs/hardware.md).
+# Rates of a usual NVMe disk (docs/hardware.md), which a second is too short to measure.
 _NOMINAL_DISK = DiskRates(cold=1.5e9, warm=4e9, write=1e9, note="disk rates nominal")
 _NOMINAL_START_SECONDS = 6.0
 _CALLS = 10
@@ -53,7 +59,7 @@ _CALLS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class _Effort:
-    """How thoroughly to measure."""
+    """Sizes and seconds of the measurements."""
 
     seconds: float
     solve_columns: int
@@ -76,20 +82,18 @@ def profile(
     """Measure this machine.
 
     Args:
-        out: TOML file to write; one that is a profile is replaced, anything else refused.
-        device: None takes a GPU where there is one.
-        folder: on the disk to measure; a file of about 1 GiB is written there and removed.
-        quick: small shapes and a small file: a few seconds, rougher.
-        progress: told what is measured.
+        out: TOML file to write. A profile is replaced, any other file is not.
+        device: Device to measure. None takes a GPU if there is one.
+        folder: Folder on the disk to measure. A file of about 1 GiB is written there and removed.
+        quick: Measure small shapes and a small file: a few seconds, rougher.
+        progress: Told of each measurement.
 
     Returns:
         The profile's fields as plain values, and ``out``.
 
     Raises:
-        FrugalBonsaiError: no such device, no room, or ``out`` is something else.
+        FrugalBonsaiError: There is no such device, the disk is full, or ``out`` is another file.
     """
-    from frugal_bonsai.memory.budget import find_device
-
     if out is not None:
         require_replaceable(Path(out))
     where = find_device(device)
@@ -103,7 +107,7 @@ def profile(
 def measure_machine(
     device: torch.device, folder: Path, *, quick: bool, progress: Progress
 ) -> HardwareProfile:
-    """Every rate of this machine."""
+    """Return the profile of this machine."""
     effort = _QUICK if quick else _THOROUGH
     progress.note(f"measuring the disk at {folder}")
     disk = measure_disk(folder, effort.disk_bytes)
@@ -113,16 +117,13 @@ def measure_machine(
 
 
 def quick_profile(device: torch.device) -> HardwareProfile:
-    """About a second of measuring; the disk's rates and a command's start are nominal."""
+    """Measure for about a second; the rates of the disk and a command's start are nominal."""
     return _measured(device, _NOMINAL_DISK, _QUICK, start=_NOMINAL_START_SECONDS, progress=Silent())
 
 
 def _measured(
     device: torch.device, disk: DiskRates, effort: _Effort, *, start: float, progress: Progress
 ) -> HardwareProfile:
-    import psutil
-    import torch
-
     timer = Timer(device=device, seconds=effort.seconds)
     progress.note("measuring matrix products")
     products = measure_products(timer, quick=effort.small)
@@ -152,9 +153,7 @@ def _measured(
 
 
 def _measure_start(device: torch.device) -> float:
-    """Seconds of a command's start; processor time where one thread computes, as in Timer."""
-    import torch
-
+    """Return the seconds of a command's start: processor time of one thread, as in Timer."""
     before, started = os.times(), time.perf_counter()
     done = subprocess.run([sys.executable, "-c", _START], capture_output=True, text=True)
     wall, after = time.perf_counter() - started, os.times()
@@ -167,13 +166,11 @@ def _measure_start(device: torch.device) -> float:
 
 
 def _measure_solves(timer: Timer, columns: int) -> float:
-    """Operations a second of a factor, a solve with it and its inverse, as recovery makes them."""
-    import torch
-
-    from frugal_bonsai.bonsai.importance.factor import DampedFactor
-
+    """Return the operations per second of a Cholesky factor, its solves and its inverse."""
     identity_CC = torch.eye(columns, device=timer.device)
-    rows = min(refit_rows(timer.device.type), columns // 2)  # that recovery solves for at a time
+    rows = min(
+        refit_rows(timer.device.type), columns // 2
+    )  # rows that reconstruction refits together
     right_RC = torch.ones(rows, columns, device=timer.device)
 
     def run() -> None:
@@ -187,14 +184,7 @@ def _measure_solves(timer: Timer, columns: int) -> float:
 
 
 def _measure_call(timer: Timer) -> float:
-    """Seconds of one layer call with next to no arithmetic: the example's layer, two tokens."""
-    import torch
-
-    from frugal_bonsai.run.open import open_model
-    from frugal_bonsai.stream.call import call_layer
-    from frugal_bonsai.stream.engine import compute_dtype
-    from frugal_bonsai.stream.skeleton import Skeleton
-
+    """Return the seconds of a layer call of two tokens: overhead, hardly any arithmetic."""
     dtype = compute_dtype(timer.device)
     with open_model("example") as model, torch.inference_mode():
         skeleton = Skeleton(model.checkpoint, model.spec, device=timer.device, dtype=dtype)
@@ -214,4 +204,4 @@ def _measure_call(timer: Timer) -> float:
 
 
 def _nothing(_: torch.Tensor) -> None:
-    """A hook that changes nothing."""
+    """Change nothing, as a hook."""

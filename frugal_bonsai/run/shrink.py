@@ -1,8 +1,8 @@
-"""``shrink``: the rewriter alone, from a mask that someone made elsewhere.
+"""``shrink``: rewrite a model with a mask from elsewhere.
 
 In: a dense model, a mask file, an output folder. Out: the pruned model in that folder, which
-appears when it is complete, and a summary as plain values. No text, no forward pass, no GPU. Holds
-one tensor. Weights that recovery refitted are not in a mask: the result is the masked parent.
+appears when it is complete, and a summary as plain values. Reads no text, runs no forward pass and
+uses no GPU. Holds one tensor. A mask has no refitted weights, so the result is the masked parent.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory, write_bytes
-from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.report.mask_card import mask_card
-from frugal_bonsai.run.open import Model, note_assumed, open_model
+from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
+from frugal_bonsai.rewrite.shrink import shrink as rewrite
+from frugal_bonsai.run.open import Model, note_assumed, open_model, open_output
 from frugal_bonsai.run.summary import MASK_FILE, load_line
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.version import package_version
@@ -44,25 +45,21 @@ def shrink(
     """Write the pruned model that a mask file describes.
 
     Args:
-        model: the dense model: folder, hub id or ``example``.
-        mask: mask file, such as the ``pruning_mask.json`` that a prune wrote.
-        out: folder that must not exist yet.
-        layout: of the output.
-        as_mistral: a Llama whose head count its config class refuses is written as a Mistral.
-        max_shard_size: of the output.
-        assume_family: the family that an architecture without a table is like.
-        progress: told what is done.
+        model: Dense model: folder, hub id or ``example``.
+        mask: Mask file, such as the ``pruning_mask.json`` that a prune writes.
+        out: Folder that must not exist yet.
+        layout: Layout of the output.
+        as_mistral: A Llama whose head count its config class refuses is written as a Mistral.
+        max_shard_size: Largest shard of the output: bytes, or text such as ``"5GB"``.
+        assume_family: Family whose table is used for an architecture that has none.
+        progress: Told of notes.
 
     Returns:
-        The summary, plain values (what ``--json`` prints).
+        The summary as plain values (what ``--json`` prints).
 
     Raises:
-        FrugalBonsaiError: anything that the user can mend; no half-written output is left.
+        FrugalBonsaiError: The user can mend it; no half-written output is left.
     """
-    from frugal_bonsai.rewrite.companions import write_companions
-    from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
-    from frugal_bonsai.rewrite.shrink import shrink as rewrite
-
     out, progress, started = Path(out), progress or Silent(), time.monotonic()
     require_no_output(out)
     shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
@@ -70,7 +67,7 @@ def shrink(
         note_assumed(opened, progress)
         spec = opened.spec
         keep = read_mask(Path(mask), spec)
-        # The mask decides: any FFN width that the layout can hold is as good as another.
+        # The mask has the FFN widths, so the layout's finest tile is used.
         rules = layout_rules(spec, layout, tile=1, as_mistral=as_mistral)
         progress.note(NO_REFITS)
         with staged_directory(out) as staged:
@@ -92,28 +89,16 @@ def shrink(
 
 
 def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
-    """Sizes before and after, the latter read back from what was written."""
+    """Return units and sizes before and after, the latter read back from the output."""
     spec = model.spec
-    with Checkpoint.open(staged) as output:
-        after = describe_checkpoint(
-            output, source="the pruned config.json", assume=spec.family.assumed
-        )
-        after_bytes = output.weight_bytes
-    return {
-        "version": package_version(),
-        "model": model.name,
-        "family": spec.family.title,
-        "written_as": after.family.title,
-        "kept": mask.counts_with_experts(),
-        "dense": KeepMask(spec.table).counts_with_experts(),
-        "before": {
-            "parameters": spec.parameters,
-            "block_parameters": spec.block_parameters,
-            "weight_bytes": model.checkpoint.weight_bytes,
-        },
-        "after": {
-            "parameters": after.parameters,
-            "block_parameters": after.block_parameters,
-            "weight_bytes": after_bytes,
-        },
-    }
+    with open_output(staged, model) as output:
+        return {
+            "version": package_version(),
+            "model": model.name,
+            "family": spec.family.title,
+            "written_as": output.spec.family.title,
+            "kept": mask.counts_with_experts(),
+            "dense": KeepMask(spec.table).counts_with_experts(),
+            "before": model.sizes,
+            "after": output.sizes,
+        }

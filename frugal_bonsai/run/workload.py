@@ -23,10 +23,10 @@ from frugal_bonsai.bonsai.settings import GROUP, NONE, PruneSettings
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import (
-    REFINE_ITERATIONS,
+    UPDATE_ITERATIONS,
     PruneWorkload,
-    refined_blocks,
-    refining_passes,
+    update_blocks,
+    update_passes,
 )
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import FFN
@@ -128,8 +128,8 @@ def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> in
     updated = 0.0
     if work.channel_updates:
         channels = max(group.columns for group in spec.table.groups if group.kind == FFN)
-        passes = refining_passes(
-            refined_blocks(channels), keep=plan.keep_updates, iterations=REFINE_ITERATIONS
+        passes = update_passes(
+            update_blocks(channels), keep=plan.keep_updates, iterations=UPDATE_ITERATIONS
         )
         updated = (passes + work.channel_updates + 1) * work.remaining[-1]
     head = spec.vocabulary * spec.hidden

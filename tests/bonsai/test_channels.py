@@ -18,7 +18,7 @@ from frugal_bonsai.bonsai.reconstruction.layer_pass import (
     ReconstructionOptions,
 )
 from frugal_bonsai.bonsai.reconstruction.least_squares import conjugate_gradients
-from frugal_bonsai.memory.work import REFINE_ITERATIONS
+from frugal_bonsai.memory.work import UPDATE_ITERATIONS
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store
 
@@ -77,7 +77,7 @@ def _problem(
     folder: Path,
     *,
     keep: bool = True,
-    iterations: int = REFINE_ITERATIONS,
+    iterations: int = UPDATE_ITERATIONS,
 ) -> tuple[ChannelUpdate, Any]:
     """Layer 0's FFN with a third of its channels gone and nothing refitted."""
     engine, mask = tiny.engine(micro_batch=7), cut(tiny)
@@ -210,5 +210,5 @@ def test_passes_through_the_sublayer_count_by_its_share(
     weights = 3 * 3 * 24 * 14  # layers, projections, hidden, channels kept
     share = weights / tiny.spec.block_parameters
     # One block: there once and for its residual, the iterations; a solve; the layer's end.
-    passes = 2 + 2 * REFINE_ITERATIONS + 1 + 1
+    passes = 2 + 2 * UPDATE_ITERATIONS + 1 + 1
     assert refined - plain == round(passes * share * tokens.numel())

@@ -143,4 +143,4 @@ def test_gram_matrices_of_all_experts_are_planned(family: str) -> None:
         columns[group.kind] += group.columns**2
     assert items.gram().size_bytes == 4 * sum(columns.values())
     cross = spec.hidden * EXPERTS * spec.intermediate
-    assert items.gram_of_recovery().size_bytes == 4 * (columns[FFN] + cross)
+    assert items.gram_of_reconstruction().size_bytes == 4 * (columns[FFN] + cross)

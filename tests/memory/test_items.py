@@ -167,11 +167,11 @@ def test_a_custom_utility_needs_all_logits() -> None:
 
 def test_gram_matrices() -> None:
     assert near().gram().size_bytes == 4 * (4096**2 + FFN**2)
-    assert near().gram_of_recovery().size_bytes == 4 * (FFN**2 + FFN * H)
+    assert near().gram_of_reconstruction().size_bytes == 4 * (FFN**2 + FFN * H)
     assert near().solve().size_bytes == 4 * FFN * (256 + 6 * 1024)
     assert far().solve().size_bytes == 4 * FFN * (256 + 6 * 128)
     narrow = PruneItems(LLAMA_1B, CPU, replace(WORK, refit_inputs=False))
-    assert narrow.gram_of_recovery().size_bytes == 4 * (8192**2 + 8192 * 2048)
+    assert narrow.gram_of_reconstruction().size_bytes == 4 * (8192**2 + 8192 * 2048)
 
 
 def test_recovery_holds_inputs_and_refits() -> None:
@@ -184,20 +184,20 @@ def test_refinement() -> None:
     work = replace(WORK, channel_updates=2)
     block = FFN // 4
     # gate, up and the refit of down_proj before; in fp32 where the dense layer's are.
-    (weights,) = near(work).refined_weights()
+    (weights,) = near(work).updated_weights()
     assert weights.size_bytes == 3 * FFN * H * 4
-    assert far(work).refined_weights() == []
-    assert near(work).refined_block().size_bytes == 4 * (8 * 2 * block * H + H**2)
+    assert far(work).updated_weights() == []
+    assert near(work).updated_block().size_bytes == 4 * (8 * 2 * block * H + H**2)
     # 16 of 32 windows in a step, two projections, fp32.
     assert near(work).slopes(32).size_bytes == 16 * 2048 * 2 * block * 4
     token = 3 * H + (3 * 2 + 4) * block
     own = 2 * H + 3 * FFN + 2 * H
-    assert far(work).refined_activations(CHOICE).size_bytes == 3 * 2048 * own * 4
+    assert far(work).update_activations(CHOICE).size_bytes == 3 * 2048 * own * 4
     one = replace(CHOICE, micro_batch=1)
-    assert near(work).refined_activations(one).size_bytes == 2048 * token * 4
+    assert near(work).update_activations(one).size_bytes == 2048 * token * 4
     assert near(work).kept_inputs(32, ffn=False).size_bytes == 32 * 2048 * 4096 * 2
     # Blocks are a quarter of the channels, but at least 512.
-    assert PruneItems(LLAMA_1B, CPU, work).refined_block().size_bytes == 4 * (
+    assert PruneItems(LLAMA_1B, CPU, work).updated_block().size_bytes == 4 * (
         8 * 2 * 2048 * 2048 + 2048**2
     )
 
@@ -205,16 +205,16 @@ def test_refinement() -> None:
 def test_stand_ins() -> None:
     work = replace(WORK, imputation_pool=0.5)  # of a half
     pool, core = FFN // 4, FFN - FFN // 4
-    assert near(work).stand_ins()[0].size_bytes == pool * core * 2
-    assert far(work).stand_ins()[0].size_bytes == pool * core * 4
+    assert near(work).imputation()[0].size_bytes == pool * core * 2
+    assert far(work).imputation()[0].size_bytes == pool * core * 4
     made = 8 * pool**2 + 2 * pool * core + 4 * 256 * (2 * FFN + 3 * pool)
-    assert far(work).solve(stand_ins=0.25).size_bytes == made
+    assert far(work).solve(share=0.25).size_bytes == made
     # As read, the next group's as read, and one that is being pinned; in powers of two.
-    on_host = near(work).stand_ins()[1]
+    on_host = near(work).imputation()[1]
     assert on_host.where == "host"
     assert on_host.size_bytes == 3 * pinned_bytes(2 * pool * core)
-    assert len(far(work).stand_ins()) == 1
-    assert near(work).solve(stand_ins=0.01) == near(work).solve()
+    assert len(far(work).imputation()) == 1
+    assert near(work).solve(share=0.01) == near(work).solve()
     # Up to half of a group there is room beside what a layer holds at its peak.
     plain, masked = near().activations(CHOICE, 20), near(work).masked_activations(CHOICE, 20)
     assert masked.size_bytes == plain.size_bytes
@@ -223,7 +223,7 @@ def test_stand_ins() -> None:
     assert few.size_bytes == 128 * (2 * H + FFN) * 2 + 2 * pool * core
     most = near(replace(WORK, imputation_pool=2.0)).masked_activations(CHOICE, 20)
     assert most.size_bytes == plain.size_bytes + 3 * 2048 * FFN * 2
-    assert near(replace(WORK, imputation_pool=1.8)).stand_ins()[0].size_bytes == FFN**2 // 4 * 2
+    assert near(replace(WORK, imputation_pool=1.8)).imputation()[0].size_bytes == FFN**2 // 4 * 2
 
 
 def test_files() -> None:

@@ -37,7 +37,7 @@ from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
 from frugal_bonsai.bonsai.reconstruction.least_squares import conjugate_gradients
 from frugal_bonsai.bonsai.reconstruction.outputs import OutputRefit, refit_output
 from frugal_bonsai.bonsai.reconstruction.sublayer import Sublayer
-from frugal_bonsai.memory.work import REFINE_ITERATIONS, refined_blocks, refining_passes
+from frugal_bonsai.memory.work import UPDATE_ITERATIONS, update_blocks, update_passes
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.micro_batch import memory_for
 
@@ -106,7 +106,7 @@ class ChannelUpdate:
         group: UnitGroup,
         *,
         keep: bool,
-        iterations: int = REFINE_ITERATIONS,
+        iterations: int = UPDATE_ITERATIONS,
     ) -> None:
         assert work.pair.dense_inputs is not None
         self.work, self.group, self.keep, self.iterations = work, group, keep, iterations
@@ -138,12 +138,12 @@ class ChannelUpdate:
     def blocks(self) -> list[slice]:
         """Blocks of channels that are updated in sequence."""
         channels = self.sublayer.channels
-        return _split(channels, refined_blocks(channels))
+        return _split(channels, update_blocks(channels))
 
     @property
     def passes(self) -> int:
         """Number of passes of :meth:`improve` over its tokens through the FFN, in any direction."""
-        return refining_passes(len(self.blocks), keep=self.keep, iterations=self.iterations)
+        return update_passes(len(self.blocks), keep=self.keep, iterations=self.iterations)
 
     def target(self, items: slice) -> tuple[torch.Tensor, Callable[[], None]]:
         """Return the FFN's target, bias included, and a function that stores nothing."""
