@@ -135,16 +135,23 @@ def replaced(
     """
     owner = projection.rpartition(".")[0]
     sublayer = module.get_submodule(owner or projection)
-    given = (output_BSH, None) if owner and returns_tuple else output_BSH
-    # Shadows the class's forward.
-    if owner:
-        sublayer.forward = lambda *args, **kwargs: given
-    else:
-        sublayer.forward = lambda value: output_BSH.view(*value.shape[:-1], -1)
+    result = (output_BSH, None) if owner and returns_tuple else output_BSH
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return result if owner else output_BSH.view(*args[0].shape[:-1], -1)
+
+    with shadowed_forward(sublayer, forward):
+        yield
+
+
+@contextmanager
+def shadowed_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context the module computes ``forward`` instead of its class's forward."""
+    module.forward = forward
     try:
         yield
     finally:
-        del sublayer.forward
+        del module.forward
 
 
 @contextmanager

@@ -71,10 +71,10 @@ def update_channels(
         for part in _split(work.pair.fitted, min(steps, work.pair.fitted)):
             before = {name: work.pruned[name] for name in names}
             moved = update.improve(refit.weight_HC, part)
-            tried = refit_output(work, group, update.target, keep=False, most_left=refit.left)
+            tried = refit_output(work, group, update.target, keep=False, score_below=refit.residual)
             passes += 1 + update.passes * (part.stop - part.start) / work.pair.fitted
             work.pruned.update(before)
-            if tried.left >= refit.left:
+            if tried.residual >= refit.residual:
                 break
             refit = _set_aside(work, group, tried)
             del tried

@@ -47,7 +47,7 @@ def refit_experts(work: LayerPass, groups: Sequence[UnitGroup]) -> None:
             problem, name = problems.pop(group.output), f"{group.output}.weight"
             if not problem.moments.empty:
                 where = f"reconstruction of {group.output_weight}"
-                work.left.append(problem.solve_(work.pair.options.ridge, where=where))
+                work.residual.append(problem.solve_(work.pair.options.ridge, where=where))
             else:
                 problem.weight_HC.copy_(work.pruned[name])
             if scores is not None:

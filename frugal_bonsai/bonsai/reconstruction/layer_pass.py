@@ -94,7 +94,7 @@ class LayerPass:
         kwargs: keyword arguments that the model calls this layer with.
         outputs: refitted output projection -> its output for a micro-batch.
         refits: refit weights by full name, as they are to be saved.
-        left: share of each target's energy that its refit leaves.
+        residual: share of each target's energy that its refit does not explain.
         extra_passes: passes over all fitted windows beyond those of every layer, counted by the
             share of the model's parameters.
     """
@@ -106,7 +106,7 @@ class LayerPass:
     kwargs: dict[str, Any]
     outputs: dict[str, Batch] = field(default_factory=dict)
     refits: dict[str, torch.Tensor] = field(default_factory=dict)
-    left: list[float] = field(default_factory=list)
+    residual: list[float] = field(default_factory=list)
     extra_passes: float = 0.0
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class LeastSquares:
         self._energy += energy
 
     def solve_(self, ridge: float, *, where: str) -> float:
-        """Solve in place; return the share of the targets' energy that W' leaves.
+        """Solve in place; return the share of the targets' energy that W' does not explain.
 
         Args:
             ridge: lambda as a share of the Gram matrix's mean diagonal.
@@ -59,15 +59,9 @@ class LeastSquares:
 
 
 def ridge_refit_(factor: DampedFactor, cross_HC: torch.Tensor, anchor_HC: torch.Tensor) -> float:
-    """Replace ``cross_HC`` by ``argmin ||T - X W'^T||^2 + lambda ||W' - W||^2``.
+    """Overwrite T^T X by W', given the factor of X^T X + lambda I and the present weight W.
 
-    Args:
-        factor: of X^T X + lambda I.
-        cross_HC: T^T X, fp32; overwritten by W'.
-        anchor_HC: W, the present weight, in any floating dtype.
-
-    Returns:
-        Energy of T that W' explains: ``2 <X W'^T, T> - ||X W'^T||^2``.
+    Returns the energy of T that W' explains: ``2 <X W'^T, T> - ||X W'^T||^2``.
     """
     explained, rows = 0.0, refit_rows(cross_HC.device.type)
     for start in range(0, len(cross_HC), rows):

@@ -1,8 +1,8 @@
 """Refit the projection out of a sublayer: o_proj or down_proj.
 
 In: a layer of both models, and for each micro-batch the output that the projection should
-have. Out: its new weight, the share of the target's energy that the weight leaves, and access
-to the projection's inputs.
+have. Out: its new weight, the share of the target's energy that the weight does not explain, and
+access to the projection's inputs.
 
 Memory: one Gram matrix, the cross moments that become the weight, and the inputs where requested.
 
@@ -33,12 +33,12 @@ class OutputRefit:
 
     Attributes:
         weight_HC: fp32.
-        left: share of the target's energy that the weight leaves.
+        residual: share of the target's energy that the weight does not explain.
         inputs: the projection's inputs of a micro-batch.
     """
 
     weight_HC: torch.Tensor
-    left: float
+    residual: float
     inputs: Batch
 
 
@@ -48,7 +48,7 @@ def refit_output(
     target: Target,
     *,
     keep: bool,
-    most_left: float = float("inf"),
+    score_below: float = float("inf"),
 ) -> OutputRefit:
     """Sum the Gram matrix and the cross moments over the fitted windows, then solve.
 
@@ -57,7 +57,7 @@ def refit_output(
         group: units of the output projection.
         target: of the projection.
         keep: hold the inputs of all windows; otherwise they are computed again when needed.
-        most_left: score the group from these moments only if the refit leaves less than this.
+        score_below: score the group from these moments only if the residual is less than this.
     """
     weight_HC = work.pruned[f"{group.output}.weight"]
     bias_H = work.pruned.get(f"{group.output}.bias")
@@ -84,11 +84,11 @@ def refit_output(
         batches.run(work.pair.fitted, add)
         if kept is not None:
             _keep_held_out(work, group, kept)
-        left = problem.solve_(work.pair.options.ridge, where=where)
-        if work.pair.scores is not None and left < most_left:
+        residual = problem.solve_(work.pair.options.ridge, where=where)
+        if work.pair.scores is not None and residual < score_below:
             work.pair.scores.add(group, moments, problem.weight_HC)
     inputs = kept.read if kept is not None else work.recompute_inputs(group.output)
-    return OutputRefit(problem.weight_HC, left, inputs)
+    return OutputRefit(problem.weight_HC, residual, inputs)
 
 
 def _keep_held_out(work: LayerPass, group: UnitGroup, kept: HiddenStates) -> None:

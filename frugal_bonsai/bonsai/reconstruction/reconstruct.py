@@ -52,7 +52,7 @@ class Reconstructed:
 
     Attributes:
         scores: importance of the refit model's units for the next round; None if not requested.
-        residual: share of each target's energy that the refit leaves, per projection.
+        residual: share of each target's energy that its refit does not explain.
         hidden_dense: the dense model's hidden states of all fitted windows before the final norm.
         hidden_pruned: the refit model's hidden states of all windows before the final norm.
     """
@@ -113,7 +113,7 @@ class Reconstruction:
                 work = LayerPass(pair, layer, theirs, mine, kwargs[layer])
                 self._refit_layer(work)
                 self._save(layer, work.refits)
-                residual += work.left
+                residual += work.residual
                 extra_passes += work.extra_passes
                 self._sweep.progress.step(f"layer {layer}")
         self._count_tokens(pair, extra_passes)
@@ -179,7 +179,7 @@ class Reconstruction:
         refit = refit_output(work, group, target, keep=options.keep_inputs and not updates)
         if updates:
             refit = update_channels(work, group, refit, steps=updates, keep=options.keep_updates)
-        work.left.append(refit.left)
+        work.residual.append(refit.residual)
         work.adopt(f"{group.output}.weight", refit.weight_HC)
         work.register_output(group.output, refit.inputs)
 

@@ -11,16 +11,16 @@ Shape suffixes: T tokens, H hidden, R channels of a block, K input projections.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import nn
 
 from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.bonsai.reconstruction.input_rows import input_rows
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
 from frugal_bonsai.model.units import UnitGroup
+from frugal_bonsai.stream.call import shadowed_forward
 
 # Half the distance of the two values of a difference, as a share of the pre-activations' root mean
 # square.
@@ -32,12 +32,12 @@ class Sublayer:
 
     Attributes:
         rows: rows of the input projections that the FFN's channels own.
-        projection: first of its input projections.
-        names: its input projections' weights.
+        projection: name of the first input projection.
+        names: names of the input projections' weights.
 
     Args:
         work: the layer of both models.
-        group: the FFN's units, one channel each.
+        group: the FFN's units.
     """
 
     def __init__(self, work: LayerPass, group: UnitGroup) -> None:
@@ -79,7 +79,12 @@ class Sublayer:
             earlier_TR = outputs.get(rows.projection)
             whole = one_TR if earlier_TR is None else torch.cat([earlier_TR, one_TR], dim=-1)
             outputs[rows.projection] = whole
-        with _replaced_outputs(self._module, outputs, self._output):
+        with ExitStack() as stack:
+            for name, output in outputs.items():
+                module = self._module.get_submodule(name)
+                stack.enter_context(shadowed_forward(module, lambda _, output=output: output))
+            last = self._module.get_submodule(self._output)
+            stack.enter_context(shadowed_forward(last, lambda input_TR: input_TR))
             activation_TR: torch.Tensor = self._activation_module(before[0])
         return activation_TR
 
@@ -99,20 +104,3 @@ class Sublayer:
             slope_KTR[at] -= self.activation(moved)
             slope_KTR[at] /= 2 * reach
         return slope_KTR
-
-
-@contextmanager
-def _replaced_outputs(
-    module: nn.Module, outputs: dict[str, torch.Tensor], last: str
-) -> Iterator[None]:
-    """Within the context projections return ``outputs``, and the last one returns its input."""
-    with ExitStack() as stack:
-        for name, output in outputs.items():
-            _shadow(stack, module.get_submodule(name), lambda _, output=output: output)
-        _shadow(stack, module.get_submodule(last), lambda value: value)
-        yield
-
-
-def _shadow(stack: ExitStack, module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
-    module.forward = forward  # shadows the class's forward
-    stack.callback(delattr, module, "forward")
