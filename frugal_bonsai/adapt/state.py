@@ -20,6 +20,7 @@ from torch import nn
 from frugal_bonsai.adapt.optimiser import kept_state, restore_state
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.header import read_header
+from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import open_tensors, write_tensors
 from frugal_bonsai.errors import CheckpointError, StateError
 
@@ -88,18 +89,13 @@ class TrainingFolder:
         Raises:
             StateError: the state is damaged, of another version, or made with other options.
         """
-        path, state = self.folder / STATE_FILE, self._read_progress()
-        with open_tensors(path) as file, torch.no_grad():
-            entries = file.tensors
+        state = self._read_progress()
+        with open_tensors(self.folder / STATE_FILE) as file:
+            self._copy(file, parameters)
             for name, value in parameters.items():
-                if name not in entries or entries[name].shape != tuple(value.shape):
-                    raise StateError(
-                        f"{path}: has no {name!r} of shape {tuple(value.shape)}; {self._advice}"
-                    )
-                value.copy_(file.read(name))
                 kept = {
                     entry.removeprefix(f"{name}."): file.read(entry)
-                    for entry in entries
+                    for entry in file.tensors
                     if entry.startswith(f"{name}.")
                 }
                 if kept:
@@ -115,10 +111,21 @@ class TrainingFolder:
 
         Raises:
             CheckpointError: their file is missing or damaged.
+            StateError: they have other names or shapes.
         """
-        with open_tensors(self.folder / BEST_FILE) as file, torch.no_grad():
-            for name, value in parameters.items():
-                value.copy_(file.read(name))
+        with open_tensors(self.folder / BEST_FILE) as file:
+            self._copy(file, parameters)
+
+    @torch.no_grad()
+    def _copy(self, file: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Copy a file's tensors into the parameters."""
+        for name, value in parameters.items():
+            shape = tuple(value.shape)
+            if name not in file.tensors or file.tensors[name].shape != shape:
+                raise StateError(
+                    f"{self.folder}: has no saved {name!r} of shape {shape}; {self._advice}"
+                )
+            value.copy_(file.read(name))
 
     @property
     def _advice(self) -> str:

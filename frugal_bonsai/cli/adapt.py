@@ -82,7 +82,7 @@ def adapt_command(
 ) -> None:
     """Train PRUNED to do what DENSE does, inside the same caps, into DIR.
 
-    The dense model is asked once, streamed, and kept on disk as its likeliest next tokens; then
+    The dense model is asked once, streamed, and kept on disk as its most likely next tokens; then
     adapters (extra: adapt) are trained beside the pruned weights and merged into them.
     """
     if plan_only:

@@ -41,11 +41,11 @@ class CommandItems(SweepItems):
         one = window * (10 * self.work.top + 4 + 2 * hidden)
         return self._near("a shard of the teacher's cache", max(SHARD_BYTES, one), "64 MiB")
 
-    def followers(self, choice: Choice) -> PlanItem:
-        """Values and indices of a block's likeliest followers: those so far, and a chunk's."""
+    def top_tokens(self, choice: Choice) -> PlanItem:
+        """Values and numbers of the most likely next tokens, so far and of a chunk of the head."""
         _, tokens = self.head_sizes(choice)
         size = tokens * self.work.top * 48
-        return self._near("followers of a block", size, "tokens*k*48")
+        return self._near("most likely tokens of a block", size, "tokens*k*48")
 
     def building(self) -> list[PlanItem]:
         """Buffers of a store that is built: a layer's file, and one tensor that is quantised."""

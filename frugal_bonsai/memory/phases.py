@@ -212,7 +212,7 @@ class CommandPhases(PhaseBuilder[Choice]):
         ]
         if work.top:
             held.append(items.teacher_shard())
-            head.append(items.followers(choice))
+            head.append(items.top_tokens(choice))
         if work.full_logits:
             head.append(items.all_logits())
         if called is None:

@@ -6,7 +6,7 @@ the formulas and compares them with measurements; training.py chooses the sizes.
 Legend: P parameters of a layer, L layers, H hidden, I FFN channels, C_o input columns of o_proj, K
 columns of a key, A query heads times S, V vocabulary, S tokens of a window, m windows of a
 micro-batch, t tokens whose logits are held, c bytes of a compute element, R rank, O and I a
-projection's sides, k followers that the teacher's cache keeps.
+projection's sides, k most likely next tokens in the teacher's cache.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TrainingWork:
             None lets the plan choose.
         optimisers: Optimisers that are allowed, ``"adamw"`` or ``"adamw8bit"``, in order of
             preference.
-        top: Number of followers per token that the teacher's cache keeps (k). 0 without a teacher.
+        top: Number of most likely next tokens in the teacher's cache (k). 0 without a teacher.
         hidden_layers: Number of layers whose hidden states the loss compares.
     """
 
@@ -236,7 +236,7 @@ class TrainingItems(CommandItems):
         return self.training.batch if choice.weights == STREAMED else choice.micro_batch
 
     def _targets(self, choice: TrainingChoice) -> list[PlanItem]:
-        """The teacher's followers and hidden states of a micro-batch, as read and as used."""
+        """The teacher's next tokens and hidden states of a micro-batch, as read and as used."""
         work, tokens = self.training, self._together(choice) * self.training.window
         if not work.top:
             return []
@@ -264,8 +264,8 @@ class TrainingItems(CommandItems):
         return max(16, min(chunk, self.training.window))
 
     def _logits(self, choice: TrainingChoice) -> PlanItem:
-        followers = self.training.top * 8 * 4
-        size = self.head_tokens(choice) * (self.spec.vocabulary * 4 * _LOGIT_COPIES + followers)
+        top = self.training.top * 8 * 4
+        size = self.head_tokens(choice) * (self.spec.vocabulary * 4 * _LOGIT_COPIES + top)
         size += 2 * self._state_bytes
         return self._near("logits and their gradients", size, f"t*(V*4*{_LOGIT_COPIES} + 32*k)")
 

@@ -90,7 +90,7 @@ class SweepWorkload:
         measured: Number of windows of each text whose losses are measured.
         weights: Working store, ``"int8"`` or ``"native"``. None streams the checkpoint itself.
         sampled: Number of windows sampled from the model first, together. 0 for none.
-        top: Number of followers per token that a teacher's cache keeps. 0 for no cache.
+        top: Number of most likely next tokens that a teacher's cache keeps. 0 for no cache.
         full_logits: A custom utility needs all logits of a window.
         rewrite: A model is written and verified at the end.
     """

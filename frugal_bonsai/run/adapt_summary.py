@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.train import Trained
 from frugal_bonsai.adapt.training_data import TrainingData
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
-from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.report.adapt_card import adapt_card
 from frugal_bonsai.run.adapt_plan import AdaptPlans, describe_part
 from frugal_bonsai.run.adaptation import Adaptation
-from frugal_bonsai.run.summary import REPORT_FILE, load_line
+from frugal_bonsai.run.summary import REPORT_FILE, describe_peaks, load_line
 from frugal_bonsai.version import package_version
 
 ADAPT_REPORT_FILE = "adaptation_report.json"
@@ -49,6 +46,7 @@ def describe_adaptation(
         written: layout, verification and figures of the adapted model.
         out: folder of the output.
     """
+    parts = plans.named()
     eval_text, bounds = None, ("kl", "kl_upper")
     if job.eval_text is not None:
         name, windows_NS = job.eval_text
@@ -73,7 +71,10 @@ def describe_adaptation(
         "after": {**written["after"], **{key: trained.after[key] for key in bounds}},
         "verify": written["verify"],
         "layout": written["layout"],
-        "memory": _describe_memory(plans),
+        "memory": {
+            **describe_peaks(list(parts.values()), job.device),
+            "plans": {name: describe_part(plan) for name, plan in parts.items()},
+        },
         "notes": [*job.budget.notes, *_padding_note(job.pruned.folder)],
         "out": str(out),
         "load": load_line(out, written["layout"]),
@@ -124,20 +125,3 @@ def _padding_note(folder: Path) -> list[str]:
     if layout != "padded":
         return []
     return ["padded layout: the zeros that filled layers up were trained and are units now"]
-
-
-def _describe_memory(plans: AdaptPlans) -> dict[str, Any]:
-    """Return caps, the plans' predictions, and the measured peaks."""
-    budget, parts = plans.training.budget, plans.named()
-    predicted = {
-        where: max(plan.total_bytes(where) for plan in parts.values()) for where in ("host", "gpu")
-    }
-    return {
-        "host_cap_bytes": budget.host_bytes,
-        "host_predicted_bytes": predicted["host"],
-        "host_peak_bytes": peak_resident_bytes(),
-        "gpu_cap_bytes": budget.gpu_bytes,
-        "gpu_predicted_bytes": None if budget.gpu_bytes is None else predicted["gpu"],
-        "gpu_peak_bytes": peak_gpu_bytes(torch.device(budget.device), budget.context_bytes),
-        "plans": {name: describe_part(plan) for name, plan in parts.items()},
-    }

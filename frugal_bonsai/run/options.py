@@ -91,7 +91,7 @@ class AdaptOptions(CommandOptions):
         settings: Fields of ``AdaptSettings`` that the user names. None keeps the default.
         weights: Form of the frozen weights: ``"int8"``, ``"native"``, or ``"streamed"``, which
             reads them again in each step. None lets the plan choose.
-        top: Number of followers per token that the teacher's cache keeps.
+        top: Number of most likely next tokens that the teacher's cache keeps.
         temperature: Divisor of the teacher's logits.
         hidden_layers: Layers whose hidden states ``kl+hidden`` compares. None takes every fourth
             and the last.

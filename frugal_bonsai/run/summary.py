@@ -7,13 +7,17 @@ mask, report).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from frugal_bonsai.bonsai.search import Found
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PER_LAYER
 from frugal_bonsai.model.units import KeepMask
@@ -72,17 +76,32 @@ def describe_memory(memory: MemoryPlan, engine: Engine) -> dict[str, Any]:
         memory: The plan.
         engine: Engine that has done the work.
     """
-    budget, gpu = memory.budget, memory.budget.gpu_bytes is not None
     return {
-        "host_cap_bytes": budget.host_bytes,
-        "host_predicted_bytes": memory.total_bytes("host"),
-        "host_peak_bytes": peak_resident_bytes(),
-        "gpu_cap_bytes": budget.gpu_bytes,
-        "gpu_predicted_bytes": memory.total_bytes("gpu") if gpu else None,
-        "gpu_peak_bytes": peak_gpu_bytes(engine.device, budget.context_bytes),
+        **describe_peaks([memory], engine.device),
         "planned_micro_batch": engine.sweep.batches.planned,
         "final_micro_batch": engine.sweep.batches.size,
         "plan": plan_items(memory),
+    }
+
+
+def describe_peaks(
+    plans: Sequence[MemoryPlan | TrainingPlan], device: torch.device
+) -> dict[str, int | None]:
+    """Return caps, predicted and measured bytes of a command.
+
+    Args:
+        plans: Plans of its parts, which run one after the other under the same caps.
+        device: Device that has done the work.
+    """
+    budget = plans[0].budget
+    predicted = {where: max(p.total_bytes(where) for p in plans) for where in ("host", "gpu")}
+    return {
+        "host_cap_bytes": budget.host_bytes,
+        "host_predicted_bytes": predicted["host"],
+        "host_peak_bytes": peak_resident_bytes(),
+        "gpu_cap_bytes": budget.gpu_bytes,
+        "gpu_predicted_bytes": None if budget.gpu_bytes is None else predicted["gpu"],
+        "gpu_peak_bytes": peak_gpu_bytes(device, budget.context_bytes),
     }
 
 

@@ -317,10 +317,10 @@ def test_the_divergence_lies_between_its_bounds(kept: int, temperature: float) -
     logp, logq = (x.div(temperature).log_softmax(-1) for x in (teacher, student))
     exact = float((logp.exp() * (logp - logq)).sum())
     values, ids = logp.topk(kept, dim=-1)
-    followers = TopTokens(values, ids, (1 - values.exp().sum(-1)).clamp(min=0))
-    lower, upper = divergence_bounds(student, followers, temperature)
+    top = TopTokens(values, ids, (1 - values.exp().sum(-1)).clamp(min=0))
+    lower, upper = divergence_bounds(student, top, temperature)
     assert float(lower) <= exact * (1 + 1e-5) and exact <= float(upper) * (1 + 1e-5)
-    assert float(divergence(student, followers, temperature)) == pytest.approx(float(lower))
+    assert float(divergence(student, top, temperature)) == pytest.approx(float(lower))
     if kept == 53:
         assert float(lower) == pytest.approx(exact, rel=1e-4)
         assert float(upper) == pytest.approx(exact, rel=1e-4)
@@ -329,5 +329,5 @@ def test_the_divergence_lies_between_its_bounds(kept: int, temperature: float) -
 def test_a_student_like_its_teacher_has_no_divergence() -> None:
     logits = torch.randn(10, 53, generator=torch.Generator().manual_seed(0))
     values, ids = logits.log_softmax(-1).topk(6, dim=-1)
-    followers = TopTokens(values, ids, 1 - values.exp().sum(-1))
-    assert abs(float(divergence(logits, followers))) < 1e-4
+    top = TopTokens(values, ids, 1 - values.exp().sum(-1))
+    assert abs(float(divergence(logits, top))) < 1e-4
