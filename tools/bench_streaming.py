@@ -40,8 +40,8 @@ from typing import Any
 import torch
 
 from frugal_bonsai.hardware.measure import Timer, measure_products
-from frugal_bonsai.hardware.operations import int8_wins
 from frugal_bonsai.hardware.profile import BF16, FP32
+from frugal_bonsai.hardware.throughput import int8_wins
 from frugal_bonsai.memory.plan import SweepLimits
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.run.open import Model, open_model

@@ -1,1 +1,1 @@
-"""What a machine can do, and how long work takes on it."""
+"""Profiles of machines, their measurement, and predicted time."""

@@ -1,18 +1,16 @@
 """The predicted time of one answer, and the part of it that a unit takes.
 
-In: a model, the operations of its layers, a machine's profile. Out: milliseconds, dense and pruned.
-One prefill takes the prompt through the model. Then each decode step computes one token, for which
-all weights and the KV cache are read from memory. Elementwise work and calls are the layer's own,
-not its units'. Holds a few numbers.
+In: a model, a layer's operations, a machine's profile. Out: milliseconds, dense and pruned. One
+prefill takes the prompt through the model. Each decode step reads all weights and the KV cache.
+Elementwise work and calls are the layer's own, not its units'. Holds a few numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from frugal_bonsai.accelerator import is_accelerator
-from frugal_bonsai.hardware.operations import LayerOperations
 from frugal_bonsai.hardware.profile import HardwareProfile
+from frugal_bonsai.hardware.throughput import LayerOperations
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, KeepMask, UnitGroup
 
@@ -54,8 +52,7 @@ class LatencyModel:
 
     def _decode_seconds(self, elements: float) -> float:
         """Return the seconds of reading elements in every decode step."""
-        element_bytes = 2 if is_accelerator(self.profile.device) else 4
-        size_bytes = self.generated_tokens * elements * element_bytes
+        size_bytes = self.generated_tokens * elements * self.profile.element_bytes
         return size_bytes / self.profile.memory_bytes_per_second
 
     def milliseconds(self, mask: KeepMask) -> float:

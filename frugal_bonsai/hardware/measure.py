@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frugal_bonsai.accelerator import (
+    CPU,
     CUDA,
     is_accelerator,
     name_of,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 SHAPES = ((2048, 8192), (4096, 14336))
 _QUICK_SHAPES = ((1024, 2048),)
 _CPU_TOKENS, _GPU_TOKENS = 256, 4096
+# Arithmetic of products that a prune may use.
+_KINDS = {CPU: (FP32, INT8), CUDA: (FP32, TF32, BF16, INT8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +92,12 @@ def measure_products(timer: Timer, *, quick: bool = False) -> dict[str, float]:
 
     Args:
         timer: The device's timer.
-        quick: One small shape; on a CPU only fp32 and int8.
+        quick: One small shape.
 
     Returns:
         All shapes' operations over all shapes' seconds: long products weigh more, as in a model.
     """
-    kinds = [FP32, BF16, INT8]
-    if timer.device.type == CUDA:
-        kinds.append(TF32)
-    elif quick and not is_accelerator(timer.device):
-        kinds.remove(BF16)
+    kinds = _KINDS.get(timer.device.type, (FP32, BF16, INT8))
     shapes = _QUICK_SHAPES if quick else SHAPES
     rates = {kind: _product_rate(timer, kind, shapes) for kind in kinds}
     return {kind: rate for kind, rate in rates.items() if rate is not None}

@@ -13,9 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache
-from frugal_bonsai.hardware.operations import LayerOperations, Rates
-from frugal_bonsai.hardware.profile import BF16, FP32, HardwareProfile
-from frugal_bonsai.hardware.time_model import SAMPLING, TimeEstimate, TimePhase
+from frugal_bonsai.hardware.profile import FP32, HardwareProfile
+from frugal_bonsai.hardware.throughput import (
+    SAMPLING,
+    LayerOperations,
+    Rates,
+    TimeEstimate,
+    TimePhase,
+)
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import (
     HOST,
@@ -81,27 +86,25 @@ class PruneTime:
     # -- phases --------------------------------------------------------------------------------
     def _sampling(self) -> TimePhase:
         """Return the time of text that the model draws: a sweep for each token."""
-        windows, tokens = self.work.sampled, self.work.window
+        windows = self.work.sampled
         logits = self._rates.products(2 * self.spec.vocabulary * self.spec.hidden * windows)
-        one = self._forward(1.0, windows / tokens) + self._visits(1.0, windows, native=True)
-        return (one + logits) * (tokens - 1)
+        sweep = self._sweep(1.0, windows, tokens=1, native=True)
+        return (sweep + logits) * (self.work.window - 1)
 
     def _perplexity(self) -> TimePhase:
         """Return the time of the dense and the pruned model's perplexity on held-out windows."""
-        windows = sum(self.work.measured)
-        seconds = self._head(windows) * 2
-        for share in (1.0, self.work.remaining[-1]):
-            seconds += self._forward(share, windows) + self._visits(share, windows, native=True)
-        return seconds
+        windows, share = sum(self.work.measured), self.work.remaining[-1]
+        sweeps = self._sweep(1.0, windows, native=True) + self._sweep(share, windows, native=True)
+        return sweeps + self._head(windows) * 2
 
     def _stores(self) -> TimePhase:
         """Return the time of the working stores: dense, pruned, reconstructed, and candidates'."""
         work, blocks = self.work, self.spec.block_parameters
         each = 1 + work.reconstruction + (work.candidates if work.trial_windows else 0)
-        # Nothing starts from the store of the last round's end.
-        count = 1 + each * work.rounds - 1
+        # The dense store is one more; nothing starts from a store of the last round's end.
         elements = blocks * (1 + each * sum(work.remaining[1:]) - work.remaining[-1])
-        seconds = self._disk(count * blocks * work.source_bytes, elements * self._stored_bytes)
+        read_bytes = each * work.rounds * blocks * work.source_bytes
+        seconds = self._disk(read_bytes, elements * self._stored_bytes)
         if work.weights != "int8":
             return seconds
         seconds += self._rates.traffic(elements * (work.source_bytes + _QUANTISE_BYTES))
@@ -110,16 +113,11 @@ class PruneTime:
     def _statistics(self) -> TimePhase:
         """Return the time of importance scores: once, or without reconstruction in every round."""
         work, seconds = self.work, TimePhase()
-        windows = work.part_windows
+        tokens = work.part_windows * work.window
         for number in range(1 if work.reconstruction else work.rounds):
             share = work.remaining[number]
-            layer = self.operations.kept(share)
-            seconds += self._forward(share, windows) + self._visits(share, windows)
-            if work.exact_importance or work.imputation_pool:
-                for columns in (layer.query, layer.ffn):
-                    gram = self._rates.gram(columns, 0, windows * work.window)
-                    seconds += gram * self.spec.layers
-            seconds += self._importance(number, factors=2)
+            seconds += self._sweep(share, work.part_windows)
+            seconds += self._importance(number, factors=2, gram_tokens=tokens)
         return seconds
 
     def _masked_evaluation(self) -> TimePhase:
@@ -128,14 +126,13 @@ class PruneTime:
         tokens = work.pairs * work.window * self.spec.layers
         for number, share in enumerate(work.remaining[:-1]):
             layer, pool = self.operations.kept(share), work.round_imputed_share(number)
-            seconds += self._forward(share, work.pairs, int8=work.int8_arithmetic)
-            seconds += self._head(work.pairs, int8=work.int8_arithmetic)
             for pairs in work.pair_batches:
-                seconds += self._visits(share, pairs, as_stored=work.int8_arithmetic)
+                seconds += self._sweep(share, pairs, int8=work.int8_arithmetic)
+                seconds += self._head(pairs, int8=work.int8_arithmetic)
             # Masks are multiplied in place. An imputed column is gathered, predicted from the
             # columns outside of the pool, and chosen.
             passes = 2 + (4 if pool else 0)
-            columns = (layer.query + layer.ffn) * self._element_bytes
+            columns = (layer.query + layer.ffn) * self.profile.element_bytes
             seconds += self._rates.traffic(passes * columns * tokens)
             squares = layer.query**2 + layer.ffn**2
             seconds += self._rates.products(2 * pool * (1 - pool) * squares * tokens)
@@ -163,17 +160,12 @@ class PruneTime:
         kept = spec.parameters - (1 - share) * spec.block_parameters
         source_bytes = self.work.source_bytes
         seconds = self._disk(spec.parameters * source_bytes, kept * source_bytes, cold=True)
-        return seconds + self._visits(1.0, 1, native=True) + self._visits(share, 1, native=True)
+        return seconds + self._sweep(1.0, 1, native=True) + self._sweep(share, 1, native=True)
 
     # -- parts of phases -----------------------------------------------------------------------
     @cached_property
     def _rates(self) -> Rates:
         return Rates(self.profile)
-
-    @property
-    def _element_bytes(self) -> int:
-        """Bytes of an element of activations."""
-        return 2 if self.profile.arithmetic == BF16 else 4
 
     @property
     def _stored_bytes(self) -> int:
@@ -193,42 +185,44 @@ class PruneTime:
         written = written_bytes / profile.disk_write_bytes_per_second
         return TimePhase(disk=read_bytes / rate + written)
 
-    def _forward(self, share: float, windows: float, *, int8: bool = False) -> TimePhase:
-        """Return the time of all layers' forward pass, weights at hand."""
-        if not windows:
-            return TimePhase()
-        micro_batch = self.plan.limits.micro_batch
-        forward = self._rates.forward(
-            self.operations.kept(share),
-            self.work.window,
-            windows,
-            micro_batch=micro_batch,
-            int8=int8,
-        )
-        return forward * self.spec.layers
-
-    def _visits(
-        self, share: float, windows: int, *, native: bool = False, as_stored: bool = False
+    def _sweep(
+        self,
+        share: float,
+        windows: int,
+        *,
+        tokens: int | None = None,
+        passes: int = 1,
+        native: bool = False,
+        int8: bool = False,
     ) -> TimePhase:
-        """Return the time of bringing all layers to the windows: read, copied, made dense.
+        """Return the time of a sweep over all layers: read, copied, made dense, computed.
 
         Args:
             share: Share of the block parameters that is left.
             windows: Number of windows; each wave of them takes the layers once.
+            tokens: Tokens of a window. None takes those of the workload.
+            passes: Forward passes of each layer.
             native: The checkpoint is read instead of the working store.
-            as_stored: Weights are multiplied as they are stored.
+            int8: Weights are multiplied as they are stored.
         """
-        limits = self.plan.limits
+        limits, tokens = self.plan.limits, tokens or self.work.window
+        if not windows:
+            return TimePhase()
+        layer, micro_batch = self.operations.kept(share), limits.micro_batch
+        one = self._rates.forward(layer, tokens, windows, micro_batch=micro_batch, int8=int8)
+        seconds = one * (passes * self.spec.layers)
         waves = math.ceil(windows / limits.windows_in_flight)
         elements = waves * share * self.spec.block_parameters
         stored_bytes = self.work.source_bytes if native else self._stored_bytes
-        seconds = self._disk(elements * stored_bytes, cold=native)
-        if stored_bytes != self._element_bytes and not as_stored:
+        seconds += self._disk(elements * stored_bytes, cold=native)
+        if stored_bytes != self.profile.element_bytes and not int8:
             # int8 is converted, then scaled in place.
-            passes = 3 if stored_bytes == 1 else 1
-            seconds += self._rates.traffic(elements * (stored_bytes + passes * self._element_bytes))
+            made = 3 if stored_bytes == 1 else 1
+            seconds += self._rates.traffic(
+                elements * (stored_bytes + made * self.profile.element_bytes)
+            )
         spilled = max(0, min(windows, limits.windows_in_flight) - limits.resident_windows) * waves
-        hidden_bytes = self.work.window * self.spec.hidden * self._element_bytes
+        hidden_bytes = tokens * self.spec.hidden * self.profile.element_bytes
         spilled_bytes = 2 * self.spec.layers * spilled * hidden_bytes
         return seconds + self._rates.copy(elements * stored_bytes + spilled_bytes)
 
@@ -239,12 +233,13 @@ class PruneTime:
         seconds = self._rates.projections(2 * hidden * logits, tokens * hidden, logits, int8=int8)
         return seconds + self._rates.traffic(_LOGIT_BYTES * logits, 4 * logits)
 
-    def _importance(self, number: int, *, factors: int) -> TimePhase:
+    def _importance(self, number: int, *, factors: int, gram_tokens: int = 0) -> TimePhase:
         """Return the time of a round's importance scores and imputation, from Gram matrices.
 
         Args:
             number: The round, from 0.
             factors: Cholesky factors and inverses of each Gram matrix, C^3 / 3 operations each.
+            gram_tokens: Tokens that the Gram matrices are summed over; 0 where they are at hand.
         """
         work, rates, seconds = self.work, self._rates, TimePhase()
         if not work.exact_importance and not work.imputation_pool:
@@ -252,7 +247,7 @@ class PruneTime:
         layer = self.operations.kept(work.remaining[number])
         pool = work.round_imputed_share(number)
         for columns in (layer.query, layer.ffn):
-            seconds += rates.cholesky(columns) * factors
+            seconds += rates.gram(columns, 0, gram_tokens) + rates.cholesky(columns) * factors
             # Imputation solves for the pool's columns from the others'.
             seconds += rates.cholesky(pool * columns, (1 - pool) * columns)
             seconds += rates.products(2 * pool * columns**3, FP32)
@@ -274,9 +269,8 @@ class PruneTime:
             # Attention's inputs and the FFN's; the weights are multiplied with two moments.
             refits += self._refit(hidden, rows, tokens) + self._refit(hidden, 0, tokens)
             refits += self._rates.products(2 * hidden**2 * rows, FP32)
-        pruned = self._forward(share, windows) * (1 if self.plan.keep_inputs else 3)
-        visits = self._visits(1.0, windows) + self._visits(share, windows)
-        sweeps = self._forward(1.0, windows) + pruned + visits + self._head(windows)
+        dense, passes = self._sweep(1.0, windows), 1 if self.plan.keep_inputs else 3
+        sweeps = dense + self._sweep(share, windows, passes=passes) + self._head(windows)
         return sweeps + refits * self.spec.layers
 
     def _refit(self, columns: float, rows: float, tokens: float) -> TimePhase:
@@ -308,4 +302,4 @@ class PruneTime:
         )  # one triangular solve is half of a solve
         seconds += self._rates.gram(hidden, 0, tokens) + self._rates.cholesky(hidden, solves * rows)
         seconds += self._refit(layer.ffn, hidden, tokens) * updates
-        return seconds * self.spec.layers + self._forward(share, work.windows) * (updates + 1)
+        return seconds * self.spec.layers + self._sweep(share, work.windows) * (updates + 1)

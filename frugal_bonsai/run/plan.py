@@ -11,7 +11,7 @@ from typing import Any
 
 from frugal_bonsai.hardware.profile import NOMINAL_BASE_BYTES
 from frugal_bonsai.hardware.prune_time import PruneTime
-from frugal_bonsai.hardware.time_model import SAMPLING, TimeEstimate
+from frugal_bonsai.hardware.throughput import SAMPLING, TimeEstimate
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.work import BASE

@@ -31,8 +31,7 @@ from frugal_bonsai.hardware.measure import (
     measure_products,
 )
 from frugal_bonsai.hardware.measure_disk import DiskRates, measure_disk
-from frugal_bonsai.hardware.profile import HardwareProfile
-from frugal_bonsai.hardware.profile_file import require_replaceable, write_profile
+from frugal_bonsai.hardware.profile import HardwareProfile, require_replaceable, write_profile
 from frugal_bonsai.memory.budget import find_device
 from frugal_bonsai.memory.work import refit_rows
 from frugal_bonsai.progress import Progress, Silent

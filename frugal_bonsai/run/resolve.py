@@ -17,9 +17,8 @@ from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.latency import LatencyModel
-from frugal_bonsai.hardware.operations import LayerOperations, int8_wins
-from frugal_bonsai.hardware.profile import INT8, HardwareProfile
-from frugal_bonsai.hardware.profile_file import read_profile
+from frugal_bonsai.hardware.profile import INT8, HardwareProfile, read_profile
+from frugal_bonsai.hardware.throughput import LayerOperations, int8_wins
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
 from frugal_bonsai.run.compatibility import check_layout, check_method
 from frugal_bonsai.run.machine import Machine, choose_device, find_machine

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from frugal_bonsai.hardware.operations import LayerOperations
+from frugal_bonsai.hardware.throughput import LayerOperations
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.stream.skeleton import build_empty_model, record_layers

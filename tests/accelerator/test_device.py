@@ -10,7 +10,7 @@ from stand_in_device import CONTEXT_BYTES, GIB, Machine, installed
 
 from frugal_bonsai import accelerator
 from frugal_bonsai.errors import BudgetError, OptionError
-from frugal_bonsai.hardware.profile_file import read_profile
+from frugal_bonsai.hardware.profile import read_profile
 from frugal_bonsai.memory import budget as budgets
 from frugal_bonsai.memory.budget import enforce_gpu_cap, find_device, make_budget, parse_caps
 from frugal_bonsai.memory.meter import peak_gpu_bytes, reserved_gpu_bytes

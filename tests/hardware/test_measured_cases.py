@@ -9,7 +9,7 @@ import pytest
 import torch
 from plan_shapes import shapes
 
-from frugal_bonsai.hardware.profile_file import read_profile
+from frugal_bonsai.hardware.profile import read_profile
 from frugal_bonsai.hardware.prune_time import PruneTime
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.phases import MemoryPhase

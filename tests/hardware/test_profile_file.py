@@ -8,8 +8,12 @@ import pytest
 
 import profiles
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.hardware.profile import HardwareProfile
-from frugal_bonsai.hardware.profile_file import format_profile, read_profile, write_profile
+from frugal_bonsai.hardware.profile import (
+    HardwareProfile,
+    format_profile,
+    read_profile,
+    write_profile,
+)
 
 SHIPPED = sorted((Path(__file__).parents[2] / "profiles").glob("*.toml"))
 

@@ -11,7 +11,7 @@ import torch
 import profiles
 from frugal_bonsai.hardware.profile import HardwareProfile
 from frugal_bonsai.hardware.prune_time import PruneTime
-from frugal_bonsai.hardware.time_model import TimeEstimate, TimePhase
+from frugal_bonsai.hardware.throughput import TimeEstimate, TimePhase
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.phases import MemoryPhase
 from frugal_bonsai.memory.plan import MemoryPlan

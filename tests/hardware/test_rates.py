@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import profiles
-from frugal_bonsai.hardware.operations import LayerOperations, Rates, int8_wins
+from frugal_bonsai.hardware.throughput import LayerOperations, Rates, int8_wins
 
 # H 4, one KV group of two query heads of 2, I 6.
 LAYER = LayerOperations(

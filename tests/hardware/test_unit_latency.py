@@ -11,8 +11,8 @@ from hardware.profiles import cpu, cuda
 from tiny_models import tiny_llama
 
 from frugal_bonsai.hardware.latency import LatencyModel
-from frugal_bonsai.hardware.operations import Rates
 from frugal_bonsai.hardware.profile import HardwareProfile
+from frugal_bonsai.hardware.throughput import Rates
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 from frugal_bonsai.run.open import open_model

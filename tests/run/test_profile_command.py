@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import fail, frugal_bonsai, python, succeed
 
-from frugal_bonsai.hardware.profile_file import read_profile
+from frugal_bonsai.hardware.profile import read_profile
 from frugal_bonsai.run.machine import NOMINAL_PROFILES
 
 PROFILES = Path(__file__).parents[2] / "profiles"

@@ -1,8 +1,9 @@
-"""The operations of a layer, and the seconds that a machine takes for work of each kind.
+"""Seconds that a machine takes for work, and the phases that they add up to.
 
-In: operations and bytes, which :mod:`frugal_bonsai.stream.operations` counts for a layer, and a
-:class:`HardwareProfile`. Out: seconds as a :class:`TimePhase`. Nothing is measured or fitted here.
-Holds a few numbers.
+In: operations and bytes, of a layer as :mod:`frugal_bonsai.stream.operations` counts them, and a
+:class:`HardwareProfile`. Out: seconds by resource, of parts, of phases and of a command. Reading,
+copying and computing overlap within a phase, so the slowest of the three sets the pace (the
+roofline). Nothing is measured or fitted. Holds a few numbers.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from frugal_bonsai.hardware.profile import INT8, HardwareProfile
-from frugal_bonsai.hardware.time_model import TimePhase
 from frugal_bonsai.sizes import MIB
 
+# Name of the phase in which `self` draws its text.
+SAMPLING = "sampling text"
 # glibc returns freed blocks of at least this size to the system. Each page of the next such block
 # costs a page fault.
 _FRESH_BLOCK_BYTES = 32 * MIB
@@ -20,6 +22,71 @@ _FRESH_BLOCK_BYTES = 32 * MIB
 # element of the input (absolute value, maximum, quotient, rounding, remainder, digits) and of the
 # result (scaling by token, by digit and by row, sum).
 _DIGIT_BYTES, _JOIN_BYTES = 66, 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimePhase:
+    """Seconds of a phase, or of a part of one, by resource.
+
+    Attributes:
+        name: Name of the phase; empty for a part of one.
+        compute: Seconds of matrix products, attention, solves and calls.
+        elementwise: Seconds of norms, activations, masks and dequantisation.
+        disk: Seconds of reads and writes.
+        copy: Seconds of copies between host and device.
+        overlaps: Whether computing, disk and copies run at the same time.
+    """
+
+    name: str = ""
+    compute: float = 0.0
+    elementwise: float = 0.0
+    disk: float = 0.0
+    copy: float = 0.0
+    overlaps: bool = True
+
+    @property
+    def by_resource(self) -> dict[str, float]:
+        """Seconds of each resource."""
+        return {"compute": self.compute + self.elementwise, "disk": self.disk, "copy": self.copy}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the phase."""
+        each = self.by_resource.values()
+        return max(each) if self.overlaps else sum(each)
+
+    @property
+    def binds(self) -> str:
+        """Resource that takes longest."""
+        return max(self.by_resource.items(), key=lambda item: item[1])[0]
+
+    def __add__(self, other: TimePhase) -> TimePhase:
+        names = ("compute", "elementwise", "disk", "copy")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
+
+    def __mul__(self, times: float) -> TimePhase:
+        names = ("compute", "elementwise", "disk", "copy")
+        return replace(self, **{name: getattr(self, name) * times for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeEstimate:
+    """The phases of a command in order."""
+
+    phases: tuple[TimePhase, ...]
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of all phases."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def binds(self) -> str:
+        """Resource that binds for the largest part of the time."""
+        shares = dict.fromkeys(("compute", "disk", "copy"), 0.0)
+        for phase in self.phases:
+            shares[phase.binds] += phase.seconds
+        return max(shares.items(), key=lambda item: item[1])[0]
 
 
 @dataclass(frozen=True, kw_only=True)
