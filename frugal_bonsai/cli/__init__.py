@@ -1,4 +1,7 @@
-"""The command line: options in, tables or JSON out. No logic, and no torch until a command runs."""
+"""The command line: options in, tables or JSON out.
+
+Has no logic of its own, and imports no torch until a command runs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="frugal-bonsai")
 def cli() -> None:
-    """Prune language models with forward passes only, inside the memory that you name."""
+    """Prune language models with forward passes only, within a memory cap."""
 
 
 for _command in (
@@ -35,7 +38,7 @@ for _command in (
 
 
 def main() -> None:
-    """Entry point: a user's error is one text on standard error and exit code 2."""
+    """Run the command line; a user's error is a text on standard error and exit code 2."""
     try:
         cli.main(standalone_mode=False)
     except FrugalBonsaiError as error:
@@ -53,7 +56,7 @@ def main() -> None:
 
 
 def _kept_hint(out: str | None) -> str:
-    """How to go on, where a run is kept: one without a finished round leaves no folder."""
+    """Return how to resume, if the run directory is kept: a finished round is in it."""
     if out is None or not Path(f"{out}.run").is_dir():
         return ""
     kept = "what was done is" if sys.argv[1:2] == ["adapt"] else "finished rounds are"
@@ -61,7 +64,7 @@ def _kept_hint(out: str | None) -> str:
 
 
 def _option_value(name: str) -> str | None:
-    """The value of an option as typed, for the message about a run that ended early."""
+    """Return the value of an option as typed, for the message about a run that ended early."""
     for at, word in enumerate(sys.argv):
         if word == name and at + 1 < len(sys.argv):
             return sys.argv[at + 1].rstrip("/\\")

@@ -9,11 +9,15 @@ import click
 
 from frugal_bonsai.cli import options
 from frugal_bonsai.cli.running import print_result, set_threads, watched
+from frugal_bonsai.run.options import AdaptOptions
+from frugal_bonsai.sizes import parse_count
 
 
 @click.command(name="adapt")
 @click.argument("model", metavar="PRUNED")
-@click.option("--teacher", metavar="DENSE", help="What PRUNED was made from; not for --loss lm.")
+@click.option(
+    "--teacher", metavar="DENSE", help="Dense model that PRUNED was made from; not for --loss lm."
+)
 @click.option(
     "--data",
     required=True,
@@ -26,51 +30,65 @@ from frugal_bonsai.cli.running import print_result, set_threads, watched
 @click.option(
     "--plan-only",
     is_flag=True,
-    help="Show what would be held in memory, item by item, and run nothing; needs no --out.",
+    help="Predict the memory, item by item, and run nothing; needs no --out.",
 )
 @click.option(
     "--method",
     type=click.Choice(["lora", "full"]),
-    help="full trains the block projections themselves.  [default: lora]",
+    help="lora trains adapters, full the block projections.  [default: lora]",
 )
-@click.option("--rank", metavar="N|auto", help="Of the adapters.  [default: auto, as caps allow]")
+@click.option(
+    "--rank", metavar="N|auto", help="Rank of the adapters.  [default: auto, as caps allow]"
+)
 @click.option(
     "--optimizer",
     "optimiser",
     type=click.Choice(["auto", "adamw", "adamw8bit"]),
     help="auto: adamw8bit (bitsandbytes) where adamw's fp32 moments do not fit.  [default: auto]",
 )
-@click.option("--alpha", type=float, help="Adapters count alpha/rank.  [default: 2 x rank]")
+@click.option("--alpha", type=float, help="Adapters are scaled by alpha/rank.  [default: 2 x rank]")
 @click.option(
     "--loss",
     type=click.Choice(["lm", "kl", "kl+hidden"]),
-    help="lm: the text alone; kl: the teacher's next tokens too; kl+hidden: and its hidden states. "
-    " [default: kl]",
+    help="lm: the text; kl: and the teacher's next tokens; kl+hidden: and its hidden states.  "
+    "[default: kl]",
 )
 @click.option("--lm-weight", type=float, help="[default: 1]")
 @click.option("--kl-weight", type=float, help="[default: 1]")
 @click.option("--hidden-weight", type=float, help="[default: 1]")
 @click.option("--hidden-layers", metavar="N,N", help="[default: every fourth and the last]")
-@click.option("--top", type=int, default=64, show_default=True, help="Next tokens that are kept.")
+@click.option(
+    "--top",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Next tokens of the teacher that are kept.",
+)
 @click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--teacher-cache", metavar="DIR", help="Keeps what the teacher said, for more runs.")
-@click.option("--tokens", metavar="N", help="To train on, such as 10M.  [default: four passes]")
-@click.option("--minutes", type=float, help="To train for, instead of --tokens.")
+@click.option("--teacher-cache", metavar="DIR", help="Keep the teacher's answers for other runs.")
+@click.option(
+    "--tokens", metavar="N", help="Tokens to train on, such as 10M.  [default: four passes]"
+)
+@click.option("--minutes", type=float, help="Minutes to train for, instead of --tokens.")
 @click.option("--batch", type=int, help="Windows of a step.  [default: 8]")
 @click.option(
     "--learning-rate", type=float, help="[default: 0.384 / hidden size; full: 0.096 / it]"
 )
-@click.option("--evaluations", type=int, help="Held-out measurements on the way.  [default: 10]")
+@click.option(
+    "--evaluations", type=int, help="Held-out evaluations during training.  [default: 10]"
+)
 @click.option(
     "--weights",
     type=click.Choice(["int8", "native", "streamed"]),
-    help="How frozen weights are held; streamed: read anew for each step.  [default: native if it "
+    help="Form of the frozen weights; streamed: read again in each step.  [default: native if it "
     "fits, else int8, else streamed]",
 )
 @click.option(
     "--window", type=int, help="Tokens of a window.  [default: 2048, at most the model's positions]"
 )
-@click.option("--windows", type=int, help="Of each source.  [default: all; self: 65,536 tokens]")
+@click.option(
+    "--windows", type=int, help="Windows of each source.  [default: all; self: 65,536 tokens]"
+)
 @click.option("--eval-text", metavar="SOURCE", help="Report perplexity on this text too.")
 @click.option("--seed", type=int)
 @options.caps
@@ -80,10 +98,10 @@ from frugal_bonsai.cli.running import print_result, set_threads, watched
 def adapt_command(
     model: str, out: str | None, plan_only: bool, resume: bool, as_json: bool, **given: Any
 ) -> None:
-    """Train PRUNED to do what DENSE does, inside the same caps, into DIR.
+    """Train PRUNED to imitate DENSE under the same caps, into DIR.
 
-    The dense model is asked once, streamed, and kept on disk as its most likely next tokens; then
-    adapters (extra: adapt) are trained beside the pruned weights and merged into them.
+    The dense model is streamed once, and its most likely next tokens are kept on disk. Then adapters
+    (extra: adapt) are trained beside the pruned weights and merged into them.
     """
     if plan_only:
         _plan(model, out, given, as_json=as_json)
@@ -108,11 +126,8 @@ def _plan(model: str, out: str | None, given: dict[str, Any], *, as_json: bool) 
     print_result(plan_adapt(model, _adapt_options(given), run), render_adapt_plan, as_json=as_json)
 
 
-def _adapt_options(given: dict[str, Any]) -> Any:
-    """The flat options of the command as :class:`AdaptOptions`."""
-    from frugal_bonsai.run.options import AdaptOptions
-    from frugal_bonsai.sizes import parse_count
-
+def _adapt_options(given: dict[str, Any]) -> AdaptOptions:
+    """Return the options of the command; those that are settings of the training go together."""
     settings: dict[str, Any] = {
         name: given.pop(name)
         for name in (

@@ -1,4 +1,4 @@
-"""Options that several commands share, as decorators. click only."""
+"""Options that several commands share, as decorators. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from typing import Any
 
 import click
 
+from frugal_bonsai.bonsai.methods import METHODS
+from frugal_bonsai.bonsai.settings import (
+    ALLOCATIONS,
+    DESIGNS,
+    LEVELS,
+    OBJECTIVES,
+    PRIOR_NAMES,
+    REFITS,
+    REGRESSIONS,
+)
+from frugal_bonsai.model.layout import LAYOUTS, UNIFORM
 from frugal_bonsai.sizes import parse_bytes
 
 
 def several(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Several click options as one decorator, first on top."""
+    """Return several click options as one decorator, the first on top."""
 
     def decorate(command: Any) -> Any:
         for option in reversed(options):
@@ -51,22 +62,22 @@ profile = click.option(
 assume = click.option(
     "--assume-family",
     metavar="FAMILY",
-    help="Take an architecture without a table of its own for one like FAMILY (llama, say).",
+    help="Treat an architecture that is not supported as FAMILY, such as llama.",
 )
 json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 layout = several(
     click.option(
         "--layout",
-        type=click.Choice(["uniform", "per-layer", "padded"]),
-        default="uniform",
+        type=click.Choice(LAYOUTS),
+        default=UNIFORM,
         show_default=True,
-        help="uniform loads everywhere; per-layer prunes better; padded is per-layer, zero-filled "
-        "so that it loads everywhere.",
+        help="uniform loads everywhere; per-layer prunes better; padded is per-layer, filled with "
+        "zeros so that it loads everywhere.",
     ),
     click.option(
         "--as-mistral",
         is_flag=True,
-        help="Allow a Llama any number of heads: written as the Mistral that computes the same.",
+        help="Allow a Llama any number of heads: it is written as an equal Mistral.",
     ),
 )
 search = several(
@@ -98,70 +109,54 @@ search = several(
     ),
     click.option(
         "--method",
-        type=click.Choice(
-            [
-                "default",
-                "group",
-                "unit",
-                "local-only",
-                "paper",
-                "fluctuation",
-                "depth",
-                "experts",
-                "wanda",
-                "magnitude",
-                "random",
-            ]
-        ),
+        type=click.Choice(list(METHODS)),
         default="default",
         show_default=True,
-        help="A bundle of the options below, which override it.  paper: the published algorithm; "
-        "others are there to compare with.",
+        help="Values of the options below, which override it.  paper: the published algorithm; "
+        "the others are for comparison.",
     ),
     click.option(
         "--level",
-        type=click.Choice(["group", "unit", "none"]),
-        help="group: masks decide how much goes where, the prior which units; unit: masks "
+        type=click.Choice(LEVELS),
+        help="group: masks decide how much each group loses, the prior which units; unit: masks "
         "decide on every unit; none: no masks.",
     ),
     click.option(
         "--objective",
-        type=click.Choice(["parameters", "units", "latency"]),
-        help="What loss is weighed against: parameters removed, units, or milliseconds saved on "
-        "the machine of --profile.",
+        type=click.Choice(OBJECTIVES),
+        help="Divisor of a unit's loss: its parameters, 1, or its milliseconds on the machine of "
+        "--profile.",
     ),
-    click.option("--prompt-tokens", type=int, help="Of the prompt that latency is counted for."),
-    click.option("--generated-tokens", type=int, help="Of its answer.  [default: 512 and 128]"),
+    click.option(
+        "--prompt-tokens", type=int, help="Prompt of --objective latency.  [default: 512]"
+    ),
+    click.option(
+        "--generated-tokens", type=int, help="Answer of --objective latency.  [default: 128]"
+    ),
     click.option(
         "--allocation",
-        type=click.Choice(["global", "equal", "ffn", "layers", "experts"]),
-        help="Without masks: what costs least anywhere, the same share of every layer and kind, of "
-        "every FFN alone, whole layers, or whole experts.",
+        type=click.Choice(ALLOCATIONS),
+        help="Without masks: the cheapest units anywhere, the same share of every layer and kind, "
+        "the same share of every FFN alone, whole layers, or whole experts.",
+    ),
+    click.option("--prior", type=click.Choice(PRIOR_NAMES), help="Importance score of the units."),
+    click.option(
+        "--design",
+        type=click.Choice(DESIGNS),
+        help="Masks of each window, or masks that all windows share (paper).",
     ),
     click.option(
-        "--prior",
-        type=click.Choice(
-            [
-                "activation",
-                "wanda",
-                "output",
-                "fluctuation",
-                "flap",
-                "exact",
-                "magnitude",
-                "random",
-                "similarity",
-                "reap",
-            ]
-        ),
+        "--regression",
+        type=click.Choice(REGRESSIONS),
+        help="Regression of the masks' utilities.",
     ),
-    click.option("--design", type=click.Choice(["per-window", "shared"])),
-    click.option("--regression", type=click.Choice(["ridge", "paper"])),
-    click.option("--masks", type=int, help="Masks a round on every mask window, at most."),
+    click.option(
+        "--masks", type=int, help="Largest number of masks per round on every mask window."
+    ),
     click.option(
         "--certainty",
         type=float,
-        help="Stop drawing masks when the round's cut is as certain as this; 1 draws all.",
+        help="Stop drawing masks at this certainty of the round's cut; 1 draws all.",
     ),
     click.option("--mask-windows", type=int, help="Windows that masks are evaluated on."),
     click.option("--step", type=float, help="Share removed in one round; 0.25, then 0.1."),
@@ -173,40 +168,44 @@ search = several(
     click.option(
         "--bias/--no-bias",
         default=None,
-        help="Without masks and recovery: what goes leaves its mean behind as a bias.",
+        help="Without masks and recovery: replace removed units by their mean output, as a bias.",
     ),
     click.option(
         "--refit",
-        type=click.Choice(["outputs", "all"]),
-        help="Which ones: o_proj and down_proj, or q, k, v, gate and up too.",
+        type=click.Choice(REFITS),
+        help="Projections that are refitted: o_proj and down_proj, or q, k, v, gate and up too.",
     ),
     click.option(
         "--refine",
         type=int,
-        help="How often the last recovery also moves the FFN's remaining channels; 0 never.",
+        help="Updates of the FFN's remaining channels in the last recovery; 0 for none.",
     ),
     click.option(
         "--compensate/--no-compensate",
         default=None,
-        help="Judge units by what removal costs after the others make up for it.",
+        help="Evaluate masks with removed units predicted from the others (imputation).",
     ),
     click.option(
         "--trial/--no-trial",
         default=None,
-        help="Recover a cut with and without attention units before it is made.",
+        help="Compare cuts with and without attention units, each recovered, before a cut is made.",
     ),
     click.option(
         "--rescale/--no-rescale",
         default=None,
-        help="Scale the recovered model's logits, in its final norm, to how sure it can be.",
+        help="Scale the recovered model's logits, in its final norm, for the smallest loss.",
     ),
-    click.option("--ridge", type=float, help="Recovery's penalty, a share of the mean diagonal."),
+    click.option(
+        "--ridge",
+        type=float,
+        help="Ridge penalty of recovery, as a share of the Gram matrix's mean diagonal.",
+    ),
     click.option("--weights", type=click.Choice(["int8", "native"]), help="The working copy."),
     click.option(
         "--arithmetic",
         type=click.Choice(["auto", "float", "int8"]),
-        help="Of masked evaluation: int8 multiplies the working copy as it is.  [default: auto, "
-        "the faster one]",
+        help="Arithmetic of masked evaluation: int8 multiplies the working copy as it is.  "
+        "[default: auto, the faster one]",
     ),
-    click.option("--seed", type=int),
+    click.option("--seed", type=int, help="Seed of every random draw.  [default: 0]"),
 )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import click
 
 from frugal_bonsai.cli import options
 from frugal_bonsai.cli.running import print_result, set_threads, watched
+from frugal_bonsai.run.options import PruneOptions
 
 
 @click.command(name="prune")
 @click.argument("model")
-@click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
+@click.option("--out", required=True, metavar="DIR", help="Output folder; appears when complete.")
 @options.search
 @options.assume
 @options.caps
@@ -39,7 +41,7 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 @options.profile
 @options.json_output
 def plan_command(model: str, as_json: bool, **given: Any) -> None:
-    """Show what pruning MODEL would hold in memory and how long it would take; runs nothing."""
+    """Predict the memory and the time of pruning MODEL; run nothing."""
     from frugal_bonsai.report.plan_tables import render_plan
 
     set_threads(given.pop("threads"))
@@ -48,34 +50,8 @@ def plan_command(model: str, as_json: bool, **given: Any) -> None:
     print_result(plan(model, _prune_options(given)), render_plan, as_json=as_json)
 
 
-def _prune_options(given: dict[str, Any]) -> Any:
-    """The flat options of the command as :class:`PruneOptions`."""
-    from frugal_bonsai.run.options import PruneOptions
-
-    settings = (
-        "sparsity",
-        "step",
-        "level",
-        "objective",
-        "prompt_tokens",
-        "generated_tokens",
-        "allocation",
-        "prior",
-        "design",
-        "regression",
-        "masks",
-        "certainty",
-        "mask_windows",
-        "recovery",
-        "bias",
-        "refit",
-        "refine",
-        "compensate",
-        "trial",
-        "rescale",
-        "ridge",
-        "weights",
-        "arithmetic",
-        "seed",
-    )
-    return PruneOptions(settings={name: given.pop(name) for name in settings}, **given)
+def _prune_options(given: dict[str, Any]) -> PruneOptions:
+    """Return the options of the command; those that are settings of the method go together."""
+    own = {field.name for field in fields(PruneOptions)}
+    settings = {name: value for name, value in given.items() if name not in own}
+    return PruneOptions(settings=settings, **{name: given[name] for name in given.keys() & own})

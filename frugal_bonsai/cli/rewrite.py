@@ -1,4 +1,4 @@
-"""What a model is made into, or compared with: ``shrink``, ``export``, ``bench``."""
+"""``shrink``, ``export`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from frugal_bonsai.cli.running import print_result, watched
 @options.assume
 @options.json_output
 def shrink_command(as_json: bool, **given: Any) -> None:
-    """Cut MODEL with a mask that someone else made: no text, memory of one tensor.
+    """Prune MODEL with a mask from elsewhere; needs no text and the memory of one tensor.
 
-    A mask holds no weights: what prune's recovery refitted is not in it.
+    A mask holds no weights, so projections that prune refitted are not in it.
     """
     from frugal_bonsai.report.rewrite_tables import render_shrink
     from frugal_bonsai.run.shrink import shrink
@@ -37,12 +37,12 @@ def shrink_command(as_json: bool, **given: Any) -> None:
     type=click.Choice(["f16", "bf16", "f32", "q8_0"]),
     default="f16",
     show_default=True,
-    help="Of the matrices; vectors stay f32.",
+    help="Number format of the matrices; vectors stay f32.",
 )
 @click.option("--out", required=True, metavar="FILE", help="Appears when it is complete.")
 @options.json_output
 def export_command(kind: str, as_json: bool, **given: Any) -> None:
-    """Write PRUNED (or a dense model) for llama.cpp, one file with the tokenizer in it."""
+    """Write PRUNED (or a dense model) for llama.cpp as one file, tokenizer included."""
     from frugal_bonsai.report.rewrite_tables import render_export
     from frugal_bonsai.run.export import export_gguf
 
@@ -61,7 +61,9 @@ def export_command(kind: str, as_json: bool, **given: Any) -> None:
 )
 @click.option("--prompt-tokens", type=int, default=256, show_default=True)
 @click.option("--new-tokens", type=int, default=64, show_default=True)
-@click.option("--repeat", type=int, default=5, show_default=True, help="Counted runs of each.")
+@click.option(
+    "--repeat", type=int, default=5, show_default=True, help="Counted runs of each model."
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's]")
 @options.device
 @click.option(
@@ -71,7 +73,7 @@ def export_command(kind: str, as_json: bool, **given: Any) -> None:
 )
 @options.json_output
 def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
-    """Time DENSE and PRUNED in turn: prefill, decode, peak memory, and their ratios."""
+    """Time DENSE and PRUNED in turn: prefill, decode and peak memory."""
     from frugal_bonsai.report.rewrite_tables import render_bench
     from frugal_bonsai.run.bench import BenchOptions, bench
 

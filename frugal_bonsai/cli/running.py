@@ -1,4 +1,4 @@
-"""What every command does around its work: threads, progress, printing."""
+"""Threads, progress and printing, which every command shares."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def watched(threads: int | None = None) -> Iterator[Any]:
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of everything that follows; None leaves them as they are."""
+    """Set the number of CPU threads; None keeps it."""
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
@@ -33,7 +33,7 @@ def set_threads(threads: int | None) -> None:
 def print_result(
     values: dict[str, Any], render: Callable[[dict[str, Any], Any], None], *, as_json: bool
 ) -> None:
-    """One JSON object, or tables on the console."""
+    """Print one JSON object, or tables on the console."""
     if as_json:
         click.echo(json.dumps(values, allow_nan=False))
         return

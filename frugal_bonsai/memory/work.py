@@ -189,7 +189,7 @@ class PruneWorkload(SweepWorkload):
 
     @property
     def gram(self) -> bool:
-        """Whether statistics collect Gram matrices."""
+        """True if statistics collect Gram matrices."""
         return self.reconstruction or self.exact_importance or self.imputation_pool > 0
 
     @property

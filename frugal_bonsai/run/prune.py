@@ -31,7 +31,7 @@ from frugal_bonsai.run.open import note_assumed, open_model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
 from frugal_bonsai.run.prune_output import measure_dense, write_pruned
-from frugal_bonsai.run.summary import describe_run, load_line, write_papers
+from frugal_bonsai.run.summary import describe_run, write_papers
 from frugal_bonsai.sizes import parse_bytes
 
 
@@ -86,10 +86,8 @@ def prune(
             found = _search(run, folder, resume=resume, utility=utility)
             with staged_directory(out) as staged:
                 figures = {"before": before, **write_pruned(run, found, staged, shard_bytes)}
-                summary = describe_run(run, found) | figures
-                summary |= {"out": str(out), "load": load_line(out, run.resolved.rules.layout)}
-                summary |= {"method": options.method, "predicted": run.predicted}
-                summary |= {"seconds": time.monotonic() - started}
+                summary = describe_run(run, found, out) | figures
+                summary["seconds"] = time.monotonic() - started
                 write_papers(staged, summary, opened.spec, found.mask)
         finally:
             _remove_if_unstarted(folder)

@@ -39,6 +39,7 @@ class ResolvedPrune:
     """A prune of one model on one machine, decided but not begun.
 
     Attributes:
+        method: Name of the method.
         settings: Settings of the method, every ``auto`` decided.
         rules: Rules of the layout.
         window: Tokens of a window (S).
@@ -50,6 +51,7 @@ class ResolvedPrune:
         notes: Notes about settings that have no effect on this model.
     """
 
+    method: str
     settings: PruneSettings
     rules: LayoutRules
     window: int
@@ -102,6 +104,7 @@ def resolve(
     )
     lengths = settings.prompt_tokens, settings.generated_tokens
     return ResolvedPrune(
+        method=options.method,
         settings=settings,
         rules=rules,
         window=window,

@@ -33,8 +33,14 @@ from frugal_bonsai.version import package_version
 MASK_FILE, REPORT_FILE = "pruning_mask.json", "pruning_report.json"
 
 
-def describe_run(run: PruneRun, found: Found) -> dict[str, Any]:
-    """Return the options of a prune and the result of its search, without figures of the models."""
+def describe_run(run: PruneRun, found: Found, out: Path) -> dict[str, Any]:
+    """Return the options of a prune and the result of its search, without figures of the models.
+
+    Args:
+        run: The prune.
+        found: The result of its search.
+        out: The output folder.
+    """
     model, resolved, texts = run.model, run.resolved, run.texts
     latency, window = resolved.latency, resolved.window
     eval_text = None
@@ -66,6 +72,10 @@ def describe_run(run: PruneRun, found: Found) -> dict[str, Any]:
             *resolved.notes,
             *(r["note"] for r in found.rounds if "note" in r),
         ],
+        "out": str(out),
+        "load": load_line(out, resolved.rules.layout),
+        "method": resolved.method,
+        "predicted": run.predicted,
     }
 
 
