@@ -1,7 +1,7 @@
-"""The model card: from what, how and with which numbers a pruned model was made.
+"""The model card of a pruned model: its parent, its settings, its figures.
 
-In: a prune's summary as plain values. Out: Markdown with a YAML head. No local path goes into it:
-of a folder or file only its name.
+In: the summary of a prune as plain values. Out: Markdown with a YAML head. It has the names of
+folders and files, no local paths.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _CITATION = """The method is Bonsai's (arXiv 2402.05406); the settings above say
 
 
 def model_card(summary: Values, *, dense_card_name: str | None = None) -> str:
-    """The text of the pruned model's README.md.
+    """Return the text of the pruned model's README.md.
 
     Args:
-        summary: what :func:`frugal_bonsai.prune` returns; "out" and "load" are not used.
-        dense_card_name: how to name the dense parent, where the summary's "model" says less (a
-            hub id, say, of which a local folder is a copy).
+        summary: Result of :func:`frugal_bonsai.prune`; "out" and "load" are not used.
+        dense_card_name: Name of the dense parent, such as the hub id of a local copy. None takes
+            the summary's "model".
 
     Returns:
         Markdown.
@@ -197,9 +197,7 @@ def _rounds(summary: Values) -> str:
         )
         for row in summary["rounds"]
     )
-    explained = (
-        "The search perplexity is of the calibration windows themselves, so it is too good.\n"
-    )
+    explained = "The search perplexity is measured on the calibration windows, so it is too low.\n"
     if any(row["observations"] for row in summary["rounds"]):
         said = (SCORES, covered(summary["rounds"]), mask_spending(summary["rounds"]))
         explained = "\n\n".join((*(f"{line}." for line in said if line), explained))

@@ -1,6 +1,6 @@
-"""What the cards of all commands share: names without local paths, the head, how to load, tables.
+"""Parts that the cards of all commands share: names without local paths, head, loading, tables.
 
-In: a summary's values. Out: pieces of Markdown. Holds nothing.
+In: values of a summary. Out: pieces of Markdown. Holds nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from frugal_bonsai.report.words import printable
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-# An absolute, home or dotted path inside other text: its last part alone is kept.
+# An absolute, home or dotted path inside other text, of which only the last part is kept.
 _LOCAL_PATH = re.compile(r"(?<!\S)(?:[A-Za-z]:[\\/]|[\\/~]|\.{1,2}[\\/])\S*")
 
 _PLAIN = """```python
@@ -51,7 +51,7 @@ Both need transformers 5.14 or newer.
 
 
 def parent_name(model: str) -> str:
-    """A hub id as it is; of a folder its name alone."""
+    """Return a hub id as it is, and of a folder only its name."""
     if is_hub_id(model):
         return model
     return printable(_name(Path(model).expanduser()) or _name(Path(model).resolve()) or "model")
@@ -63,32 +63,32 @@ def _name(path: Path) -> str:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether it reads ``org/name`` and no such folder lies here."""
+    """Return True for ``org/name`` if there is no such folder here."""
     return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
 def source_name(source: str) -> str:
-    """A text's name without the folders that it lies in."""
+    """Return the name of a text without its folders."""
     if PureWindowsPath(source).is_absolute() or source.startswith("/"):
         return printable(PureWindowsPath(source).name)
     return printable(_LOCAL_PATH.sub(lambda found: PureWindowsPath(found[0]).name, source))
 
 
 def card_head(model: str) -> str:
-    """The YAML head; a base model is named where it is on the hub."""
+    """Return the YAML head; a base model on the hub is named."""
     base = f"base_model: {model}\n" if is_hub_id(model) else ""
     return f"---\nlibrary_name: transformers\n{base}tags:\n- frugal-bonsai\n- pruned\n---\n"
 
 
 def layout_notes(summary: Mapping[str, Any]) -> list[str]:
-    """What the layout saves, where that is less than what was removed; what it is written as."""
+    """Return notes on parameters that a layout keeps as zeros, and on another family's format."""
     notes = []
     if summary["layout"] == "padded":
         before, after = summary["before"]["block_parameters"], summary["after"]["block_parameters"]
         notes.append(
-            f"Padded layout: every layer is filled up with zeros to the widest one, which changes "
+            f"Padded layout: every layer is filled with zeros to the widest one, which changes "
             f"no result. {summary['sparsity']:.1%} of the block weights have no effect any more; "
-            f"{1 - after / before:.1%} are really gone from the files, memory and work."
+            f"{1 - after / before:.1%} are gone from the files, memory and work."
         )
     if summary["written_as"] != summary["family"]:
         notes.append(
@@ -100,7 +100,7 @@ def layout_notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; its cells are escaped."""
+    """Return a table with escaped cells."""
     lines = [_row(head), "|" + "---|" * len(head), *map(_row, rows)]
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """Progress on standard error: a live display on a terminal, plain lines elsewhere.
 
-In: the calls of a :class:`~frugal_bonsai.progress.Progress`. Out: what the :class:`Tracker` makes
-of them. The live display adds rich's refreshing thread.
+In: the calls of a :class:`~frugal_bonsai.progress.Progress`. Out: the texts of the
+:class:`Tracker`, printed. The live display has a thread of rich that refreshes it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _REFRESHES_PER_SECOND = 4
 
 
 class PlainProgress:
-    """Plain lines: each round, each finished sweep, a line every few seconds inside a long one.
+    """Prints a line for each round and each finished sweep, and every few seconds of a long sweep.
 
     Args:
         stream: Stream that is written to.
@@ -42,7 +42,7 @@ class PlainProgress:
         self._tracker.caps(host_bytes, gpu_bytes)
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
-        """Say that a round begins."""
+        """Print that a round begins."""
         tracker = self._tracker
         tracker.round(number, rounds, sparsity)
         self._say(tracker.round_text(), tracker.run_left_text(), tracker.memory_text())
@@ -53,7 +53,7 @@ class PlainProgress:
         self._said_at = self._clock()
 
     def step(self, detail: str = "") -> None:
-        """Say how far the sweep is, now and then and at its end."""
+        """Print the progress of the sweep, every few seconds and at its end."""
         tracker = self._tracker
         tracker.step(detail)
         if tracker.finished or self._clock() - self._said_at >= _PLAIN_SECONDS:
@@ -62,7 +62,7 @@ class PlainProgress:
             self._say(text, left, tracker.memory_text())
 
     def note(self, text: str) -> None:
-        """Say something."""
+        """Print a note."""
         for line in text.split("\n"):
             self._say(line)
 
@@ -74,7 +74,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A display of three lines below whatever has been noted; gone when it is left.
+    """Shows three lines below the notes, and removes them at the end.
 
     Args:
         stream: A terminal.
@@ -90,7 +90,7 @@ class LiveProgress:
             get_renderable=self._render,
             refresh_per_second=_REFRESHES_PER_SECOND,
             transient=True,
-            # What others print goes above the display, but nothing is turned away from a pipe.
+            # Output of others goes above the display, unless it goes to a pipe.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
@@ -115,18 +115,18 @@ class LiveProgress:
         self._tracker.sweep(name, steps, tokens_per_step)
 
     def step(self, detail: str = "") -> None:
-        """Show how far the sweep is."""
+        """Show the progress of the sweep."""
         self._tracker.step(detail)
 
     def note(self, text: str) -> None:
-        """Print something above the display."""
+        """Print a note above the display."""
         from rich.text import Text
 
         for line in text.split("\n"):
             self._console.print(Text(printable(line, self._console.encoding)))
 
     def _render(self) -> RenderableType:
-        """The three lines; called by rich's thread."""
+        """Return the three lines; called by rich's thread."""
         from rich.console import Group
 
         tracker = self._tracker
@@ -139,7 +139,7 @@ class LiveProgress:
         return Group(*lines)
 
     def _line(self, name: str, share: float | None, figures: str) -> RenderableType:
-        """A name, cut if it must be, a bar, and figures."""
+        """Return a line of a name (truncated if needed), a bar and figures."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text

@@ -1,6 +1,6 @@
-"""The model card of what ``shrink`` wrote: the masked parent, made smaller.
+"""The model card of a model that ``shrink`` wrote.
 
-In: its summary as plain values. Out: Markdown with a YAML head, without local paths.
+In: the summary as plain values. Out: Markdown with a YAML head, without local paths.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from frugal_bonsai.report.words import KIND_NAMES, size_rows, span
 
 
 def mask_card(summary: Mapping[str, Any]) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
-        summary: what :func:`frugal_bonsai.shrink` returns; "out" and "load" are not used.
+        summary: Result of :func:`frugal_bonsai.shrink`; "out" and "load" are not used.
     """
     parent = parent_name(summary["model"])
     kept = [

@@ -1,7 +1,7 @@
-"""What ``plan`` and ``profile`` print: the verdict first, then what it rests on.
+"""The output of ``plan`` and ``profile``: the verdict first, then its figures.
 
-In: the plan or profile that ``--json`` prints. Out: text and tables on a rich console, at 80
-columns, on a terminal or a pipe. Computes nothing but shares.
+In: the values that ``--json`` prints. Out: text and tables on a rich console, at 80 columns, on a
+terminal or a pipe. Computes only shares.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _RESOURCES = ("compute", "elementwise", "disk", "copy")
 
 
 def render_plan(plan: Values, console: Console) -> None:
-    """Whether it fits, how long it takes and what binds, in ten lines; then every item.
+    """Print the verdict, the time and the binding resource in ten lines; then every item.
 
     Args:
-        plan: what :func:`frugal_bonsai.plan` returns.
-        console: where to.
+        plan: Result of :func:`frugal_bonsai.plan`.
+        console: Console that is printed on.
     """
     plan, sheet = all_printable(plan, console.encoding), Sheet(console)
     if plan.get("advice"):
@@ -45,7 +45,7 @@ def render_plan(plan: Values, console: Console) -> None:
     sheet.say(f"time: about {duration(plan['seconds'])}; {_BINDS[plan['binds']]}")
     sheet.blank()
     _phases(plan, sheet)
-    sheet.heading("what is held")
+    sheet.heading("memory items")
     sheet.table(
         ("item", "where", "formula", "size"),
         [
@@ -71,7 +71,7 @@ def render_plan(plan: Values, console: Console) -> None:
 
 
 def _count(parameters: int) -> str:
-    """``70.6 billion``."""
+    """Return ``70.6 billion``."""
     for scale, word in ((10**9, "billion"), (10**6, "million")):
         if parameters >= scale:
             return f"{parameters / scale:.1f} {word}"
@@ -79,7 +79,7 @@ def _count(parameters: int) -> str:
 
 
 def _fits(plan: Values) -> str:
-    """``fits: GPU memory 21.00 GiB of 22.35 GiB (94%), ...; most is held in ...``."""
+    """Return ``fits: GPU memory 21.00 GiB of 22.35 GiB (94%), ...; most in ...``."""
     totals, caps = plan["totals"], plan["caps"]
     parts, over = [], []
     for where, place in _PLACES.items():
@@ -99,7 +99,7 @@ def _fits(plan: Values) -> str:
 
 
 def _phases(plan: Values, sheet: Sheet) -> None:
-    """Seconds of each phase by resource; what binds it."""
+    """Print the seconds of each phase by resource, and the resource that binds it."""
     phases = plan["phases"]
     used = [name for name in _RESOURCES if any(phase[name] > 0 for phase in phases)]
     rows = [
@@ -123,11 +123,11 @@ def _time(seconds: float) -> str:
 
 
 def render_profile(profile: Values, console: Console) -> None:
-    """A machine's rates.
+    """Print the rates of a machine.
 
     Args:
-        profile: what :func:`frugal_bonsai.profile` returns.
-        console: where to.
+        profile: Result of :func:`frugal_bonsai.profile`.
+        console: Console that is printed on.
     """
     profile, sheet = all_printable(profile, console.encoding), Sheet(console)
     sheet.heading(f"{profile['name']} ({profile['device']})")

@@ -1,6 +1,6 @@
-"""What the commands that only rewrite print: plain values in, a rich console out.
+"""The output of ``shrink``, ``export`` and ``bench``.
 
-In: the summary that ``--json`` prints. Out: tables and a few lines of text.
+In: the values that ``--json`` prints. Out: tables and a few lines of text on a rich console.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Values = Mapping[str, Any]
 
 
 def render_shrink(summary: Values, console: Console) -> None:
-    """Before and after, kept units, where it was saved and how to load it.
+    """Print sizes before and after, kept units, and how to load the output.
 
     Args:
-        summary: what :func:`frugal_bonsai.shrink` returns.
-        console: where to.
+        summary: Result of :func:`frugal_bonsai.shrink`.
+        console: Console that is printed on.
     """
     summary, sheet = all_printable(summary, console.encoding), Sheet(console)
     sheet.heading(f"{summary['model']}: {summary['sparsity']:.1%} of the block weights removed")
@@ -47,11 +47,11 @@ def render_shrink(summary: Values, console: Console) -> None:
 
 
 def render_export(summary: Values, console: Console) -> None:
-    """What the file is for llama.cpp, and its size.
+    """Print architecture, tokenizer, tensors and size of the file.
 
     Args:
-        summary: what :func:`frugal_bonsai.export_gguf` returns.
-        console: where to.
+        summary: Result of :func:`frugal_bonsai.export_gguf`.
+        console: Console that is printed on.
     """
     summary, sheet = all_printable(summary, console.encoding), Sheet(console)
     sheet.heading(f"{summary['model']}: {summary['format']}")
@@ -73,11 +73,11 @@ def render_export(summary: Values, console: Console) -> None:
 
 
 def render_bench(result: Values, console: Console) -> None:
-    """Tokens per second and memory of both models, and their ratios.
+    """Print rates and memory of both models, and their ratios.
 
     Args:
-        result: what :func:`frugal_bonsai.bench` returns.
-        console: where to.
+        result: Result of :func:`frugal_bonsai.bench`.
+        console: Console that is printed on.
     """
     result, sheet = all_printable(result, console.encoding), Sheet(console)
     dense, pruned, ratios = result["dense"], result["pruned"], result["ratios"]
@@ -107,7 +107,7 @@ def render_bench(result: Values, console: Console) -> None:
     if "threads" in dense:
         how.append(f"{dense['threads']} threads")
     sheet.say(
-        f"medians of {result['repeat']} runs of each that alternate, smallest to largest in "
+        f"medians of {result['repeat']} alternating runs of each, smallest to largest in "
         f"brackets{'; ' + ', '.join(how) if how else ''}"
     )
 

@@ -1,4 +1,4 @@
-"""How a run's masks are written up: what they cost of their budget, and why each round stopped.
+"""Sentences about the masks of a run: their tokens, their fit, the reason that each round stopped.
 
 In: the reports of a run's rounds. Out: sentences for the console and the card. Holds nothing.
 """
@@ -13,14 +13,14 @@ from frugal_bonsai.report.words import NOTHING, numbers_from_to, runs
 Values = Mapping[str, Any]
 
 SCORES = (
-    "R2, tau: how well the regression foretells the loss of masks that it has not seen, in size "
-    "and in order; 1 is perfect, 0 is no better than guessing; sure (certainty): one less the "
-    "share of the cut's predicted loss that knowing everything would save"
+    "R2, tau: accuracy of the losses that the regression predicts for held-out masks, in size and "
+    "in order; 1 is perfect, 0 is no better than guessing; sure (certainty): 1 minus the share of "
+    "the cut's predicted loss that full knowledge would save"
 )
 
 
 def by_round(rounds: Sequence[Values], key: str) -> str:
-    """``ridge 0.1 (rounds 1-3), ridge 0.01 (round 4)``."""
+    """Return values by round, such as ``ridge 0.1 (rounds 1-3), ridge 0.01 (round 4)``."""
     chosen = [row[key] or NOTHING for row in rounds]
     if len(set(chosen)) == 1:
         return f"{chosen[0]} in every round"
@@ -33,7 +33,7 @@ def by_round(rounds: Sequence[Values], key: str) -> str:
 
 
 def mask_spending(rounds: Sequence[Values]) -> str:
-    """What the masks cost, of what they might have, and why each round drew no more."""
+    """Return the tokens of the masks, their budget, and the reason that each round stopped."""
     spent = sum(row["mask_tokens"] for row in rounds)
     budget = sum(row["mask_budget_tokens"] for row in rounds)
     return (
@@ -43,7 +43,7 @@ def mask_spending(rounds: Sequence[Values]) -> str:
 
 
 def covered(rounds: Sequence[Values]) -> str | None:
-    """Whether the stated uncertainty holds: held-out observations inside their 90% interval."""
+    """Return the share of held-out observations inside their 90% interval, as a sentence."""
     shares = [row["coverage"] for row in rounds if row["coverage"] is not None]
     if not shares:
         return None

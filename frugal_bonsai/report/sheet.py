@@ -1,8 +1,8 @@
-"""A sheet of text and tables on a rich console, which neither cuts nor interprets what it prints.
+"""Text and tables on a rich console, printed as they are.
 
-In: plain text. Out: on the console. Text is wrapped at the console's width; a table whose numbers
-need more than that is printed wider rather than cut. No markup, no emoji codes: a path such as
-``[red]`` is printed as it is. Only ASCII where the encoding has nothing else.
+In: plain text. Out: lines on the console. Text is wrapped at the console's width; a table whose
+numbers need more is printed wider, not truncated. Markup and emoji codes are not interpreted: a
+path such as ``[red]`` stays as it is. If the encoding has only ASCII, so has the output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-# Columns of text are folded, but not below this.
+# Narrowest column that text is folded to.
 _LEAST_TEXT_WIDTH = 14
 # rich's SIMPLE_HEAD, a rule below the head and nothing else, with a dash that every encoding has.
 _ASCII_BOX = "    \n    \n -- \n    \n    \n    \n    \n    \n"
@@ -26,42 +26,42 @@ class Sheet:
     """Prints on one console.
 
     Args:
-        console: where to.
+        console: Console that is printed on.
     """
 
     def __init__(self, console: Console) -> None:
         self._console, self._begun = console, False
 
     def heading(self, text: str) -> None:
-        """A line in bold; an empty line before all but the first."""
+        """Print a line in bold, after an empty line unless it is the first."""
         if self._begun:
             self._print("")
         self._begun = True
         self._print("\n".join(self._wrapped(text)), style="bold")
 
     def say(self, text: str) -> None:
-        """A paragraph, wrapped, its second line indented."""
+        """Print a wrapped paragraph with its second line indented."""
         self._begun = True
         self._print("\n".join(self._wrapped(text)))
 
     def verbatim(self, text: str) -> None:
-        """A line to copy: never wrapped."""
+        """Print a line to copy, which is never wrapped."""
         self._begun = True
         self._print(text)
 
     def blank(self) -> None:
-        """An empty line."""
+        """Print an empty line."""
         self._print("")
 
     def table(
         self, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1
     ) -> None:
-        """A table: the first ``left`` columns are text and fold, the others numbers, which do not.
+        """Print a table: columns of text, which fold, then columns of numbers, which do not.
 
         Args:
-            columns: heads; all empty for a table without a head.
-            rows: cells.
-            left: how many columns of text.
+            columns: Heads of the columns; all empty for a table without a head.
+            rows: Cells of each row.
+            left: Number of columns of text.
         """
         from rich.segment import Segments
 
@@ -116,7 +116,7 @@ class Sheet:
 
 
 def _text(text: str, style: str = "") -> Text:
-    """Text that rich does not interpret."""
+    """Return text that rich does not interpret."""
     from rich.text import Text
 
     return Text(text, style=style)

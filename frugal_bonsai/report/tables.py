@@ -1,8 +1,7 @@
-"""What the commands print on standard output: plain values in, a rich console out.
+"""The output of ``prune``, ``inspect`` and ``eval``.
 
-In: the summary, description or evaluation that ``--json`` prints. Out: tables and a few lines of
-text, at 80 columns, on a terminal or a pipe. Computes nothing but ratios and shares. What ``plan``
-and ``profile`` print is in plan_tables.py.
+In: the values that ``--json`` prints. Out: tables and a few lines of text on a rich console, at 80
+columns, on a terminal or a pipe. Computes only ratios and shares.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ _MOST_ROWS = 40
 
 
 def render_prune(summary: Values, console: Console) -> None:
-    """Before and after, kept units, rounds, memory, where it was saved and how to load it.
+    """Print figures before and after, kept units, rounds, memory, and how to load the output.
 
     Args:
-        summary: what :func:`frugal_bonsai.prune` returns.
-        console: where to.
+        summary: Result of :func:`frugal_bonsai.prune`.
+        console: Console that is printed on.
     """
     summary, sheet = all_printable(summary, console.encoding), Sheet(console)
     _say_before_after(summary, sheet)
@@ -121,8 +120,8 @@ def _say_rounds(summary: Values, sheet: Sheet) -> None:
     scale = rounds[-1].get("logit_scale") if rounds else None
     if scale is not None and round(scale, 2) != 1:
         sheet.say(
-            f"logits: times {number(scale)}, in the final norm: what is left of the model is "
-            f"{'less' if scale < 1 else 'more'} sure than the whole one was"
+            f"logits: scaled by {number(scale)} in the final norm: the pruned model is "
+            f"{'less' if scale < 1 else 'more'} certain than the dense one"
         )
     dense = [row["dense_perplexity"] for row in rounds if row.get("dense_perplexity") is not None]
     if dense:
@@ -133,7 +132,7 @@ def _say_rounds(summary: Values, sheet: Sheet) -> None:
 
 
 def _say_run(summary: Values, sheet: Sheet) -> None:
-    """What the run held, spent, read and verified."""
+    """Print memory, tokens, texts and verification of the run."""
     memory, calibration, verify = summary["memory"], summary["calibration"], summary["verify"]
     peaks = [f"{_peak(memory, 'host')} of host memory"]
     if memory["gpu_peak_bytes"] is not None:
@@ -163,11 +162,11 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
 
 
 def render_inspect(info: Values, console: Console) -> None:
-    """Family, sizes and units.
+    """Print family, sizes and units of a model.
 
     Args:
-        info: what :func:`frugal_bonsai.inspect` returns.
-        console: where to.
+        info: Result of :func:`frugal_bonsai.inspect`.
+        console: Console that is printed on.
     """
     info, sheet = all_printable(info, console.encoding), Sheet(console)
     sheet.heading(f"{info['model']}: {info['family']}, {plural(info['layers'], 'layer')}")
@@ -179,14 +178,14 @@ def render_inspect(info: Values, console: Console) -> None:
         rows.insert(2, ("experts", chosen))
     rows += [
         ("parameters", f"{info['parameters']:,}"),
-        ("block parameters, which pruning is about", f"{info['block_parameters']:,}"),
+        ("block parameters, which can be pruned", f"{info['block_parameters']:,}"),
         ("their share", f"{share:.1%}"),
-        ("embedding and head are one", "yes" if info["tied"] else "no"),
+        ("embedding and head are tied", "yes" if info["tied"] else "no"),
         ("bytes of weights", format_bytes(info["weight_bytes"])),
     ]
     rows += [(f"of these in {name}", format_bytes(size)) for name, size in info["dtypes"].items()]
     sheet.table(("", ""), rows)
-    sheet.heading('units, which are kept or removed whole (the paper says "module")')
+    sheet.heading('units, each kept or removed whole (the paper says "module")')
     sheet.table(
         ("kind", "a layer", "in all", "parameters of one"),
         [
@@ -208,11 +207,11 @@ def render_inspect(info: Values, console: Console) -> None:
 
 
 def render_eval(result: Values, console: Console) -> None:
-    """A perplexity, with the window length that it depends on.
+    """Print a perplexity with its window length.
 
     Args:
-        result: what :func:`frugal_bonsai.evaluate` returns.
-        console: where to.
+        result: Result of :func:`frugal_bonsai.evaluate`.
+        console: Console that is printed on.
     """
     result, sheet = all_printable(result, console.encoding), Sheet(console)
     rows = [
@@ -234,7 +233,7 @@ def render_eval(result: Values, console: Console) -> None:
 
 
 def _peak(memory: Values, where: str) -> str:
-    """``peak 0.50 GiB (predicted 0.48 GiB) of 2.00 GiB``."""
+    """Return ``peak 0.50 GiB (predicted 0.48 GiB) of 2.00 GiB``."""
     cap, predicted = memory[f"{where}_cap_bytes"], memory[f"{where}_predicted_bytes"]
     peak = (
         f"peak {format_bytes(memory[f'{where}_peak_bytes'])} (predicted {format_bytes(predicted)})"

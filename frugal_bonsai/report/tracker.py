@@ -1,7 +1,7 @@
-"""The figures of a run: round, sweep, rate, time left, memory in use against the caps.
+"""The progress of a run in figures: round, sweep, rate, time left, memory against the caps.
 
 In: the calls of a :class:`~frugal_bonsai.progress.Progress`. Out: short texts for both displays.
-Holds a few numbers; read by the live display's thread while the run writes them.
+Holds a few numbers. The thread of the live display reads them while the run writes them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from frugal_bonsai.sizes import GIB
 
 Clock = Callable[[], float]
 
-# Seconds between two readings of memory.
+# Seconds between two readings of the memory in use.
 _METER_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class _Round:
-    """Where the run is; replaced whole, since the display reads from another thread."""
+    """Position of the run. Replaced as a whole, because the display reads from another thread."""
 
     number: int
     rounds: int
@@ -32,7 +32,7 @@ class _Round:
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Where the sweep is; replaced whole, as above."""
+    """Position of the sweep, likewise."""
 
     name: str
     steps: int
@@ -44,7 +44,7 @@ class _Sweep:
 
 
 class Tracker:
-    """The figures of a run: what both displays show.
+    """Figures of a run that both displays show.
 
     Args:
         clock: Seconds that never go backwards.
@@ -59,20 +59,20 @@ class Tracker:
         self._sweep: _Sweep | None = None
 
     def caps(self, host_bytes: int, gpu_bytes: int | None) -> None:
-        """The caps on resident and on device memory are known."""
+        """Take the caps on resident and on device memory."""
         self._caps = (host_bytes, gpu_bytes)
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
-        """A round begins."""
+        """Begin a round."""
         self._round = _Round(number, rounds, sparsity, self._clock())
         self._first = self._first or self._round
 
     def sweep(self, name: str, steps: int, tokens: int) -> None:
-        """A sweep begins; ``tokens`` pass each of its steps."""
+        """Begin a sweep whose steps take ``tokens`` tokens each."""
         self._sweep = _Sweep(name, steps, tokens, self._clock())
 
     def step(self, detail: str = "") -> None:
-        """A step is done; ``detail`` such as "layer 3" says what the steps are."""
+        """Count a step; ``detail``, such as "layer 3", names the steps."""
         now = self._sweep
         if now is None:
             return
@@ -83,12 +83,12 @@ class Tracker:
 
     @property
     def finished(self) -> bool:
-        """Whether the sweep is through."""
+        """True if all steps of the sweep are done."""
         return self._sweep is not None and self._sweep.done >= self._sweep.steps
 
     @property
     def round_share(self) -> float | None:
-        """Share of the rounds that are done; None before the first."""
+        """Share of the rounds that are done. None before the first."""
         now = self._round
         return None if now is None else (now.number - 1) / max(now.rounds, 1)
 
@@ -99,14 +99,14 @@ class Tracker:
         return 0.0 if now is None else min(now.done / max(now.steps, 1), 1.0)
 
     def round_text(self) -> str:
-        """``round 3 of 10, 10.0% removed``; empty before the first."""
+        """Return ``round 3 of 10, 10.0% removed``; empty before the first."""
         now = self._round
         if now is None:
             return ""
         return f"round {now.number} of {now.rounds}, {now.sparsity:.1%} removed"
 
     def run_left_text(self) -> str:
-        """``about 12 min of rounds left``, once a round has finished."""
+        """Return ``about 12 min of rounds left``; empty until a round has finished."""
         first, now = self._first, self._round
         if first is None or now is None or now.number <= first.number:
             return ""
@@ -115,18 +115,18 @@ class Tracker:
         return f"about {duration(ahead)} of rounds left"
 
     def sweep_name(self) -> str:
-        """The sweep's name."""
+        """Return the name of the sweep."""
         return "" if self._sweep is None else self._sweep.name
 
     def sweep_text(self) -> str:
-        """``3 of 32 layers, 5,000 tokens/s, 12 s left``; at its end ``in 14 s``."""
+        """Return ``3 of 32 layers, 5,000 tokens/s, 12 s left``; at its end ``in 14 s``."""
         now = self._sweep
         if now is None:
             return ""
         parts = [f"{now.done} of {now.steps}{now.unit}"]
         spent = now.stepped - now.began
         if now.done and spent > 0 and now.tokens:
-            # All tokens pass all steps: a step is one layer's share of the way.
+            # All tokens pass all steps, so a step is the share of one layer.
             parts.append(f"{now.tokens * now.done / max(now.steps, 1) / spent:,.0f} tokens/s")
         if self.finished:
             parts.append(f"in {duration(spent)}")
@@ -136,7 +136,7 @@ class Tracker:
         return ", ".join(parts)
 
     def memory_text(self) -> str:
-        """``memory 0.53 of 2.00 GiB``, on a GPU ``, GPU 3.20 of 24.00 GiB`` behind it."""
+        """Return ``memory 0.53 of 2.00 GiB``, with ``, GPU 3.20 of 24.00 GiB`` on a GPU."""
         now, (cap, gpu_cap) = self._clock(), self._caps
         if now - self._read_at >= _METER_SECONDS:
             self._memory, self._read_at = resident_bytes(), now

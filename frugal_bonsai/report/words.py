@@ -1,7 +1,7 @@
-"""How figures and names are written for people.
+"""Figures and names as text for people.
 
-In: numbers, and text that came from elsewhere (paths, file names, device names). Out: short text
-without control characters. Holds nothing.
+In: numbers, and text from elsewhere (paths, file names, device names). Out: short text without
+control characters. Holds nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Row = tuple[str, str, str, str]
 
 # The paper's name for a kind of unit is "module"; these are the kinds' names in tables.
 KIND_NAMES = {"attention": "KV groups", "ffn": "FFN channels"}
-# What nobody measured, or what is no number.
+# Text of a value that is not measured or not a number.
 NOTHING = "-"
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    r"""The text on one line: control characters and what the encoding lacks become ``\x1b``."""
+    r"""Return the text on one line, control and unencodable characters as ``\x1b``."""
     kept = "".join(c if c.isprintable() else _escaped(c) for c in text)
     return kept.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -31,7 +31,7 @@ def _escaped(character: str) -> str:
 
 
 def all_printable(values: Any, encoding: str) -> Any:
-    """A copy of plain values (mappings, lists, text, numbers) with every text printable."""
+    """Return a copy of plain values (mappings, lists, text, numbers) with every text printable."""
     if isinstance(values, str):
         return printable(values, encoding)
     if isinstance(values, Mapping):
@@ -42,26 +42,26 @@ def all_printable(values: Any, encoding: str) -> Any:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A measured number with so many decimals; ``-`` for None and NaN, 1.2e+07 if it is large."""
+    """Return a number with this many decimals; ``-`` for None and NaN, 1.2e+07 if it is large."""
     if value is None or math.isnan(value):
         return NOTHING
     return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.{digits}e}"
 
 
 def ratio(before: float | None, after: float | None) -> str:
-    """What is left, as a share: after / before."""
+    """Return after / before as text."""
     if not before or after is None or math.isinf(before):
         return NOTHING
     return number(after / before, 3)
 
 
 def size_rows(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -> list[Row]:
-    """Parameters and bytes, before, after and what is left of them.
+    """Return rows of parameters and bytes: before, after, and the ratio.
 
     Args:
-        before: of the dense model: ``parameters``, ``block_parameters``, ``weight_bytes``.
-        after: the same of the pruned one.
-        where: what the bytes are of (``weights``, ``on disk``).
+        before: ``parameters``, ``block_parameters`` and ``weight_bytes`` of the dense model.
+        after: The same of the pruned model.
+        where: Noun of the bytes (``of weights``, ``on disk``).
     """
     rows = [
         (name, f"{before[key]:,}", f"{after[key]:,}", ratio(before[key], after[key]))
@@ -73,7 +73,7 @@ def size_rows(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -
 
 
 def duration(seconds: float) -> str:
-    """``12 s``, ``4 min``, ``2.5 h``, ``3.1 days``."""
+    """Return ``12 s``, ``4 min``, ``2.5 h`` or ``3.1 days``."""
     if seconds < 100:
         return f"{max(seconds, 0):.0f} s"
     if seconds < 6000:
@@ -82,18 +82,18 @@ def duration(seconds: float) -> str:
 
 
 def span(counts: Sequence[int]) -> str:
-    """``512``, or ``179 to 512`` where layers differ."""
+    """Return ``512``, or ``179 to 512`` if layers differ."""
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 window``, ``2 windows``."""
+    """Return ``1 window`` or ``2 windows``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def runs(rows: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """(first, last) of each run of equal neighbours."""
+    """Yield (first, last) of each run of equal neighbours."""
     first = 0
     for at in range(1, len(rows) + 1):
         if at == len(rows) or rows[at] != rows[first]:
@@ -102,12 +102,12 @@ def runs(rows: Sequence[Any]) -> Iterator[tuple[int, int]]:
 
 
 def numbers_from_to(first: int, last: int) -> str:
-    """``3``, or ``3-7``."""
+    """Return ``3`` or ``3-7``."""
     return str(first) if first == last else f"{first}-{last}"
 
 
 def latency_words(latency: Mapping[str, Any]) -> str:
-    """The predicted speed of a pruned model, and for which machine and shape."""
+    """Return the predicted speed of a pruned model, with the machine and the token counts."""
     return (
         f"{latency['speed_up']:.2f} times: {latency['dense_milliseconds']:.3g} to "
         f"{latency['pruned_milliseconds']:.3g} ms for a prompt of {latency['prompt_tokens']} "

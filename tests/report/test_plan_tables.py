@@ -19,7 +19,7 @@ def test_the_first_lines_say_whether_and_how_it_will_work() -> None:
     )
     assert "time: about 2.0 h; the disk sets the pace" in flat
     # Verdict, phases and the roofline, before the items.
-    verdict = text.split("what is held")[0]
+    verdict = text.split("memory items")[0]
     assert len(verdict.rstrip().splitlines()) <= 10
     masked = ["disk", "2.0 h", "83 min", "< 1 s", "2.0 h", "30 s"]
     assert row(text, "masked evaluation")[1:] == masked

@@ -52,7 +52,7 @@ def test_padded_is_what_per_layer_is_and_loads_everywhere(
     assert filled <= found["zeros"] < filled + 0.01 * found["parameters"]
     stored = padded["after"]["block_parameters"] / padded["before"]["block_parameters"]
     card = (tmp_path / "padded" / "README.md").read_text(encoding="utf-8")
-    assert f"{1 - stored:.1%} are really gone" in card and "no custom code" in card
+    assert f"{1 - stored:.1%} are gone from the files" in card and "no custom code" in card
     assert "AutoModelForCausalLM" in padded["load"]
 
 
