@@ -88,7 +88,7 @@ class PruneSettings:
         seed: of every random draw.
         weights: ``int8`` or ``native`` working store.
         arithmetic: of masked evaluation: ``float`` multiplies in the compute dtype, ``int8`` the
-            stored codes; ``auto`` takes what the machine does faster (run/plan.py).
+            stored codes; ``auto`` takes what the machine does faster (run/resolve.py).
     """
 
     sparsity: float = 0.5
