@@ -100,8 +100,8 @@ def adapt_command(
 ) -> None:
     """Train PRUNED to imitate DENSE under the same caps, into DIR.
 
-    The dense model is streamed once, and its most likely next tokens are kept on disk. Then adapters
-    (extra: adapt) are trained beside the pruned weights and merged into them.
+    The dense model is streamed once, and its most likely next tokens are kept on disk. Then
+    adapters (extra: adapt) are trained beside the pruned weights and merged into them.
     """
     if plan_only:
         _plan(model, out, given, as_json=as_json)
