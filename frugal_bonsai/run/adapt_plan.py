@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from frugal_bonsai.adapt.adapters import LORA
 from frugal_bonsai.adapt.optimiser import allowed_optimisers
@@ -21,13 +22,11 @@ from frugal_bonsai.memory.training_items import ADAMW, TrainingWork
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
 from frugal_bonsai.run.engine import measured_base_bytes
-from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.plan import plan_items, plan_phases
 from frugal_bonsai.run.training_data import SAMPLED_TOGETHER
 
-_Plan = TypeVar("_Plan")
-# Windows of the held-out data that the writing part is planned for at least.
+# Number of held-out windows that the plan expects at least: the data are split after planning.
 _LEAST_MEASURED = 16
 
 
@@ -83,45 +82,45 @@ def plan_adaptation(job: Adaptation) -> AdaptPlans:
     Raises:
         BudgetError: a part does not fit; of several parts the one that needs most.
     """
-    optimisers = allowed_optimisers(job.settings.optimiser)
-    lora, spec = job.settings.method == LORA, job.pruned.spec
-    base = measured_base_bytes(spec, training=lora or optimisers != (ADAMW,))
+    spec, budget = job.pruned.spec, job.budget
+    training = _training_work(job)
+    bitsandbytes = training.lora or training.optimisers != (ADAMW,)  # peft imports it, too
+    base = measured_base_bytes(spec, training=bitsandbytes)
+    measured = max(_LEAST_MEASURED, 0 if job.eval_text is None else len(job.eval_text[1]))
+    writing = SweepWorkload(window=job.window, measured=(measured,), rewrite=True)
+    makers: dict[str, Callable[[], MemoryPlan | TrainingPlan]] = {
+        "training": partial(plan_training, spec, budget, training, base_bytes=base),
+        "writing": partial(plan_memory, spec, budget, writing, base_bytes=base),
+    }
+    if job.teacher is not None:
+        asked = partial(plan_memory, job.teacher.spec, budget, _teacher_work(job), base_bytes=base)
+        makers = {"teacher": asked, **makers}
+    plans: dict[str, Any] = {"teacher": None}
     refused: list[BudgetError] = []
-
-    def attempt(make: Callable[[], _Plan]) -> _Plan | None:
+    for name, make in makers.items():
         try:
-            return make()
+            plans[name] = make()
         except BudgetError as error:
             refused.append(error)
-            return None
-
-    asked, teacher = None, job.teacher
-    if teacher is not None:
-        asked = attempt(lambda: _plan_teacher(job, teacher, base))
-    work = _training_work(job, optimisers)
-    training = attempt(lambda: plan_training(spec, job.budget, work, base_bytes=base))
-    measured = max(_LEAST_MEASURED, 0 if job.eval_text is None else len(job.eval_text[1]))
-    sweeps = SweepWorkload(window=job.window, measured=(measured,), rewrite=True)
-    writing = attempt(lambda: plan_memory(spec, job.budget, sweeps, base_bytes=base))
-    if training is None or writing is None or refused:
+    if refused:
         same = [error for error in refused if error.option == refused[0].option]
         raise max(same, key=lambda error: error.needed_bytes)
-    return AdaptPlans(teacher=asked, training=training, writing=writing)
+    return AdaptPlans(**plans)
 
 
-def _plan_teacher(job: Adaptation, teacher: Model, base_bytes: int) -> MemoryPlan:
-    """Plan the memory of sampling windows and of caching the teacher's answers."""
+def _teacher_work(job: Adaptation) -> SweepWorkload:
+    """Return the work of sampling windows and of caching the teacher's answers."""
     top = 0 if job.teacher_settings is None else job.teacher_settings.top
-    work = SweepWorkload(
+    return SweepWorkload(
         window=job.window,
         measured=(job.texts.count,) if top else (),
         sampled=min(job.texts.sampled, SAMPLED_TOGETHER),
         top=top,
     )
-    return plan_memory(teacher.spec, job.budget, work, base_bytes=base_bytes)
 
 
-def _training_work(job: Adaptation, optimisers: tuple[str, ...]) -> TrainingWork:
+def _training_work(job: Adaptation) -> TrainingWork:
+    """Return the work of the training."""
     kept = job.teacher_settings
     return TrainingWork(
         window=job.window,
@@ -129,7 +128,7 @@ def _training_work(job: Adaptation, optimisers: tuple[str, ...]) -> TrainingWork
         lora=job.settings.method == LORA,
         rank=job.settings.rank,
         weights=job.options.weights,
-        optimisers=optimisers,
+        optimisers=allowed_optimisers(job.settings.optimiser),
         top=0 if kept is None else kept.top,
         hidden_layers=0 if kept is None else len(kept.layers),
     )
