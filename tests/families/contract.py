@@ -364,7 +364,8 @@ class FamilyContract:
         """
         tiny = tiny_family(tmp_path / "m", self.name, dtype=torch.bfloat16)
         mask, whole = self._sparse_mask(tiny), KeepMask(tiny.spec.table)
-        tokens_NS = random_windows(10, WINDOW, seed=4, vocabulary=tiny.spec.vocabulary)
+        # Three micro-batches: one stays on the device, two spill to the host.
+        tokens_NS = random_windows(6, WINDOW, seed=4, vocabulary=tiny.spec.vocabulary)
         parts = {"whole": whole, "pruned": mask}
         stores = {
             name: build_store(tmp_path / name, tiny.checkpoint, tiny.spec, weights=INT8, mask=kept)
@@ -373,7 +374,7 @@ class FamilyContract:
 
         def measure(device: torch.device) -> dict[str, torch.Tensor]:
             engine = tiny.engine(
-                dtype=torch.bfloat16, device=device, micro_batch=3, resident_windows=4, head_rows=20
+                dtype=torch.bfloat16, device=device, micro_batch=2, resident_windows=2, head_rows=20
             )
             prior = ImportanceBuilder("exact", whole, damping=1e-2, generator=torch.Generator())
             with engine.stream(stores["whole"]) as stream:
