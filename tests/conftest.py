@@ -12,16 +12,20 @@ from stand_in_device import Machine, installed
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TESTS = Path(__file__).parent
-# Files and folders that `tools/test.sh --fast` leaves out: whole commands, other runtimes, every
-# family. The file that takes longest comes first.
+# Files and folders that `tools/test.sh --fast` leaves out: whole commands, every family, other
+# runtimes, the simulated device. The file that takes longest comes first.
 SLOW = (
     "test_gpu_check.py",
     "run",
-    "accelerator/test_commands.py",
     "bonsai/test_search.py",
     "families",
+    "accelerator",
     "export/test_llama_cpp.py",
     "export/test_llama_cpp_families.py",
+    "adapt/test_train.py",
+    "bonsai/test_memory_runs_out.py",
+    "bonsai/test_paper_regression.py",
+    "memory/test_activations.py",
 )
 
 
