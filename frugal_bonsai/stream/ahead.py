@@ -1,8 +1,8 @@
 """Tell the operating system in advance what a stream will read.
 
-In: the sources of a visit in the order in which they are read. Out: hints to the system,
-given by the reading thread. So the disk also works while both buffers are in use, while a chunk is
-computed, and between the last layer and the head; the data waits in the page cache. Holds nothing.
+In: the sources of a visit in the order in which they are read. Out: hints to the system, given by
+the reading thread. So the disk also works while both buffers are in use, while a chunk is computed,
+and between the last layer and the head; the data waits in the page cache. Holds nothing.
 """
 
 from __future__ import annotations

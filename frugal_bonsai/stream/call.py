@@ -1,9 +1,8 @@
 """Call one of Hugging Face's layers with streamed parameters.
 
-In: a layer module on the meta device, its parameters, hidden states. Out: the layer's
-output, or the inputs and outputs of some of its projections. Masks are hooks on the inputs of
-output projections: zeroing these inputs equals removing the units. Memory: one micro-batch's
-activations.
+In: a layer module on the meta device, its parameters, hidden states. Out: the layer's output, or
+the inputs and outputs of some of its projections. Masks are hooks on the inputs of output
+projections: zeroing these inputs equals removing the units. Memory: one micro-batch's activations.
 
 Shape suffixes: B windows of a micro-batch, S tokens, H hidden, C columns of an output projection.
 """

@@ -1,8 +1,8 @@
 """One model on one device under one plan: the objects that all sweeps of a run share.
 
-In: an open checkpoint, its description, device, compute dtype, the arithmetic of masked
-evaluation and the plan's limits. Out: streams, heads, the sweep. Memory: the skeleton (final
-norm, rotary embeddings) and, where it fits in one chunk, the head.
+In: an open checkpoint, its description, device, compute dtype, the arithmetic of masked evaluation
+and the plan's limits. Out: streams, heads, the sweep. Memory: the skeleton (final norm, rotary
+embeddings) and, where it fits in one chunk, the head.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Run windows of tokens through a streamed model, one layer at a time.
 
-In: windows of tokens, optionally a keep mask for each, optionally a tap on the inputs of the
-output projections. Out: the loss of every token, or the last layer's hidden states. A layer is
-read and dequantised once per wave, however many masks and windows are in flight. A window's result
-does not depend on its neighbours. When memory runs out inside a layer, its micro-batch halves and
-the layer continues with the windows that are left.
+In: windows of tokens, optionally a keep mask for each, optionally a tap on the inputs of the output
+projections. Out: the loss of every token, or the last layer's hidden states. A layer is read and
+dequantised once per wave, however many masks and windows are in flight. A window's result does not
+depend on its neighbours. When memory runs out inside a layer, its micro-batch halves and the layer
+continues with the windows that are left.
 
 Memory: the hidden states of a wave, one layer, one micro-batch's activations.
 
@@ -158,7 +158,7 @@ class Sweep:
 
         Args:
             stream: the layers.
-            tokens_NS: windows of tokens, all in flight together.
+            tokens_NS: windows of tokens.
             masker: kept columns of each window.
             tap: sees the inputs of the output projections.
             name: sweep's name for the progress.
@@ -194,10 +194,7 @@ class Sweep:
         name: str,
         then: LayerSource | None = None,
     ) -> HiddenStates:
-        """Call ``visit`` with each layer in order; it replaces the hidden states by the outputs.
-
-        All windows are in flight together. ``visit`` runs in inference mode.
-        """
+        """Call ``visit`` with each layer, in inference mode; it advances the hidden states."""
         stream.start(then)
         skeleton = self.skeleton
         kwargs = skeleton.layer_kwargs(tokens_NS.shape[1])

@@ -1,8 +1,8 @@
 """Residual stream of every window in flight.
 
-In: the first layer's inputs. Out: slices on the compute device, which are written back
-after each layer. Memory: windows * S * H elements. The planned number of windows is on the device,
-the rest in host memory (spill.py).
+In: the first layer's inputs. Out: slices on the compute device, which are written back after each
+layer. Memory: windows * S * H elements. The planned number of windows is on the device, the rest in
+host memory (spill.py).
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 """
@@ -44,6 +44,17 @@ class HiddenStates:
         with memory_for(f"hidden states of {windows} windows"):
             self._near = torch.empty(self._resident, window, hidden, dtype=dtype, device=device)
             self._far = Spill(windows - self._resident, window, hidden, device=device, dtype=dtype)
+
+    def resident_like(self, columns: int) -> HiddenStates:
+        """Allocate ``columns`` values for each token of the same windows, all on the device."""
+        return HiddenStates(
+            self.windows,
+            self.window,
+            columns,
+            device=self.device,
+            dtype=self._near.dtype,
+            resident=self.windows,
+        )
 
     def read(self, items: slice) -> torch.Tensor:
         """Return ``[B, S, H]`` on the device; a view where the windows are resident."""

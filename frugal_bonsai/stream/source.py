@@ -55,7 +55,7 @@ class Record:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the elements, without scales."""
+        """Size of the elements, without scales."""
         return self.elements * DTYPE_BYTES[self.dtype]
 
     def view(self, layer_bytes: torch.Tensor) -> torch.Tensor:

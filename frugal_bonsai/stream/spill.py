@@ -1,7 +1,7 @@
 """Hidden states in host memory, copied to the device and back while the device computes.
 
-In: the windows of a micro-batch. Out: their hidden states on the device. The next
-micro-batch is fetched and the last one written back in the background, each on its own stream.
+In: the windows of a micro-batch. Out: their hidden states on the device. The next micro-batch is
+fetched and the last one written back in the background, each on its own stream.
 
 Memory: the windows in pinned host memory, and on the device one micro-batch ahead and one behind.
 

@@ -1,8 +1,8 @@
 """Working copy of a model's layers: one file per layer, row-wise int8 or native.
 
-In: a checkpoint, a keep mask and refit tensors. Out: files, each of which is read
-sequentially at once. Removed units are left out, so that later rounds read and compute less. A
-store holds nothing of its own: it can be built again from checkpoint, mask and refits at any time.
+In: a checkpoint, a keep mask and refit tensors. Out: files, each read sequentially in one pass.
+Removed units are left out, so that later rounds read and compute less. A store can be built again
+from checkpoint, mask and refits at any time.
 
 Memory: building holds one layer as stored and one tensor (on the accelerator too, where it
 quantises); reading holds nothing. A store that fits into free memory stays in the page cache; a
@@ -115,8 +115,7 @@ def build_store(
         spec: its description.
         weights: ``"int8"`` or ``"native"``.
         mask: the remaining units; the others are left out. None keeps all.
-        refit: tensors that replace the checkpoint's, remaining rows or columns only, and biases
-            that the checkpoint lacks.
+        refit: refit tensors, remaining rows or columns only, and biases that the checkpoint lacks.
         device: where weights are quantised, to the same codes on every device; None is the CPU.
         check_finite: refuse NaN and infinity in the source.
         progress: receives each layer.

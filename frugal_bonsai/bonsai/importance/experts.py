@@ -1,9 +1,9 @@
 """Importance of whole experts: how much each adds for the tokens that are routed to it.
 
-In: one unmasked sweep. Out: a score per expert, which selection/whole.py ranks. The
-score is REAP's saliency (Lasby et al. 2025, arXiv 2510.13999): the mean, over the tokens routed to
-an expert, of the router's weight times the norm of the expert's output. Memory: that of a sweep,
-and the inputs of one layer's experts.
+In: one unmasked sweep. Out: a score per expert, which selection/whole.py ranks. The score is REAP's
+saliency (Lasby et al. 2025, arXiv 2510.13999): the mean, over the tokens routed to an expert, of
+the router's weight times the norm of the expert's output. Memory: that of a sweep, and the inputs
+of one layer's experts.
 
 Shape suffixes: N windows or units, S tokens, B windows of a micro-batch, R tokens of one expert, H
 hidden, C channels.

@@ -1,7 +1,7 @@
 """Cholesky factor of a damped Gram matrix, computed in the matrix's own memory.
 
-In: a symmetric fp32 matrix. Out: solves with it, products with the original matrix,
-blocks of its inverse, and the regression of some columns on the others.
+In: a symmetric fp32 matrix. Out: solves with it, products with the original matrix, blocks of its
+inverse, and the regression of some columns on the others.
 
 Memory: one block column beside the matrix. LAPACK's and torch's own routines would hold the matrix,
 its damped copy, its factor and its inverse: four times 0.8 GB for Llama-3-8B's FFN.

@@ -1,13 +1,13 @@
 """Second moments of the inputs of output projections, and the exact layerwise loss.
 
-In: micro-batches of inputs. Out: means, variances and Gram matrices, and the loss that
-remains after optimal compensation when a unit is removed.
+In: micro-batches of inputs. Out: means, variances and Gram matrices, and the loss that remains
+after optimal compensation when a unit is removed.
 
 Memory: one ``[C, C]`` fp32 matrix a group on the compute device (0.8 GB for Llama-3-8B's FFN).
 factor.py factorises and inverts it in place.
 
-Shape suffixes: C columns of an output projection, U units, H hidden, T tokens, M
-and N columns of two factors, K columns of a unit, B windows of a micro-batch, S tokens of a window.
+Shape suffixes: C columns of an output projection, U units, H hidden, T tokens, M and N columns of
+two factors, K columns of a unit, B windows of a micro-batch, S tokens of a window.
 """
 
 from __future__ import annotations

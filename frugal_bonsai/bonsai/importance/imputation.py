@@ -1,7 +1,7 @@
 """Imputation: predict the inputs of removed units from the units that surely stay.
 
-In: a group's Gram matrix and scores, while both exist. Out: for the group's pool (the
-units that the next round may remove) the best linear prediction of their activations from the other
+In: a group's Gram matrix and scores, while both exist. Out: for the group's pool (the units that
+the next round may remove) the best linear prediction of their activations from the other
 activations. A masked evaluation replaces a removed unit by this prediction instead of zero, which
 equals the model after optimal compensation by the other units. So a unit's relevance is measured
 *after* reconstruction. With zeros instead, attention, which other units can hardly replace, would

@@ -1,8 +1,8 @@
 """Importance of whole layers: how much each layer changes the residual stream.
 
-In: one unmasked sweep. Out: a score per layer, which selection/whole.py ranks. The score
-is ShortGPT's block influence (Men et al. 2024, section 3.1), ``1 - E[cos(h, h')]`` over tokens,
-with h the layer's input and h' its output. Memory: that of a sweep.
+In: one unmasked sweep. Out: a score per layer, which selection/whole.py ranks. The score is
+ShortGPT's block influence (Men et al. 2024, section 3.1), ``1 - E[cos(h, h')]`` over tokens, with h
+the layer's input and h' its output. Memory: that of a sweep.
 
 Shape suffixes: N windows or units, S tokens, B windows of a micro-batch, H hidden.
 """

@@ -1,7 +1,7 @@
 """Importance: one score per unit from one unmasked sweep; the paper's informative prior.
 
-In: the inputs x of every output projection over the calibration windows, and its weight w.
-Out: a score per unit; a higher score means a more important unit. ``exact`` is the default.
+In: the inputs x of every output projection over the calibration windows, and its weight w. Out: a
+score per unit; a higher score means a more important unit. ``exact`` is the default.
 
 Memory: the moments of one layer's inputs (for ``exact`` one Gram matrix a group).
 
@@ -16,8 +16,8 @@ Memory: the moments of one layer's inputs (for ``exact`` one Gram matrix a group
 | magnitude | norm(w) | |
 | random | uniform | |
 
-Shape suffixes: N all units, U units of a group, C columns, H hidden, B windows of a micro-batch,
-S tokens of a window, T tokens, R tokens routed to an expert.
+Shape suffixes: N all units, U units of a group, C columns, H hidden, B windows of a micro-batch, S
+tokens of a window, T tokens, R tokens routed to an expert.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Bias compensation: add the mean output of the removed units to a bias (FLAP, An et al. 2023).
 
-In: the dense weights, the mean inputs of the output projections before a cut, the units that
-the cut removes. Out: a new bias for every output projection. With W the projection's weight
-and g its removed columns, ``b' = b + W_g E[x_g]``. Memory: some rows of one projection.
+In: the dense weights, the mean inputs of the output projections before a cut, the units that the
+cut removes. Out: a new bias for every output projection. With W the projection's weight and g its
+removed columns, ``b' = b + W_g E[x_g]``. Memory: some rows of one projection.
 
 Shape suffixes: H hidden, C columns.
 """

@@ -1,9 +1,9 @@
 """Channel updates: change the FFN's gate and up projections so that fewer channels do all the work.
 
-In: a layer of both models whose FFN is refitted. Out: better weights of the projections
-into and out of it. A refit of down_proj can only mix the remaining channels; an update changes the
-channels themselves. With p = x W^T the channels' pre-activations, phi(p) their activations, D
-down_proj and T the sublayer's target,
+In: a layer of both models whose FFN is refitted. Out: better weights of the projections into and
+out of it. A refit of down_proj can only mix the remaining channels; an update changes the channels
+themselves. With p = x W^T the channels' pre-activations, phi(p) their activations, D down_proj and
+T the sublayer's target,
 
     argmin over dW of || T - (phi(p) + phi'(p) * x dW^T) D^T ||^2 + mu ||dW||^2 .
 
@@ -136,7 +136,7 @@ class ChannelUpdate:
 
     @property
     def blocks(self) -> list[slice]:
-        """Blocks of channels that are updated in sequence."""
+        """Channels that are updated together, one block after the other."""
         channels = self.sublayer.channels
         return _split(channels, update_blocks(channels))
 

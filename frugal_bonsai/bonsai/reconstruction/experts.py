@@ -1,11 +1,11 @@
 """Refit the output projections of a layer's experts.
 
-In: a layer of both models whose attention is refitted. Out: new weights of the output
-projection of each remaining expert. The layer's experts should add up to the dense residual stream
-after the layer minus the pruned one before it. Let D be the difference between this target and
-their present sum. D is divided among a token's experts in proportion to their router weights s,
-normalised to add up to one. With X an expert's inputs over its tokens, multiplied by the router's
-weight, and W its output projection,
+In: a layer of both models whose attention is refitted. Out: new weights of the output projection of
+each remaining expert. The layer's experts should add up to the dense residual stream after the
+layer minus the pruned one before it. Let D be the difference between this target and their present
+sum. D is divided among a token's experts in proportion to their router weights s, normalised to add
+up to one. With X an expert's inputs over its tokens, multiplied by the router's weight, and W its
+output projection,
 
     W' = argmin ||X W^T + s D - X W'^T||^2 + lambda ||W' - W||^2 ,
 

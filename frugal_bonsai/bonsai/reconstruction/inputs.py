@@ -1,8 +1,8 @@
 """Refit the projections into a sublayer: q, k, v, gate and up.
 
-In: a layer of both models before one of its sublayers runs. Out: new weights of the
-sublayer's input projections. Pruning makes the residual stream drift, and with it the inputs of
-these projections. With X the pruned model's inputs, N the dense model's and W_d the dense weight's
+In: a layer of both models before one of its sublayers runs. Out: new weights of the sublayer's
+input projections. Pruning makes the residual stream drift, and with it the inputs of these
+projections. With X the pruned model's inputs, N the dense model's and W_d the dense weight's
 remaining rows,
 
     W' = argmin ||N W_d^T - X W'^T||^2 + lambda ||W' - W||^2 ,

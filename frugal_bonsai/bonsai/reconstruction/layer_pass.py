@@ -1,8 +1,8 @@
 """One layer of the dense and the pruned model while the pruned layer's projections are refitted.
 
-In: parameters and hidden states of both models. Out, for a micro-batch: the inputs of
-the pruned model's projections and its residual stream after the refits so far, and the outputs that
-the projections should have.
+In: parameters and hidden states of both models. Out, for a micro-batch: the inputs of the pruned
+model's projections and its residual stream after the refits so far, and the outputs that the
+projections should have.
 
 Memory: one layer of each model and the hidden states, which belong to the caller.
 
@@ -143,18 +143,6 @@ class LayerPass:
         hidden_BSH = self.pair.hidden_pruned.read(items)
         with self.with_refits(items):
             return capture_input(self.module, self.pruned, hidden_BSH, self.kwargs, projection)
-
-    def inputs_buffer(self, columns: int) -> HiddenStates:
-        """Allocate a buffer on the device for a projection's inputs of all windows."""
-        hidden = self.pair.hidden_pruned
-        return HiddenStates(
-            hidden.windows,
-            hidden.window,
-            columns,
-            device=self.device,
-            dtype=self.pair.sweep.skeleton.dtype,
-            resident=hidden.windows,
-        )
 
     def recompute_inputs(self, projection: str) -> Batch:
         """Return a function that computes a projection's inputs with the refits of this moment."""

@@ -1,7 +1,7 @@
 """Least squares: the ridge refit of a projection in closed form, and conjugate gradients.
 
-In: micro-batches of a projection's inputs and targets, or a linear operator. Out: the
-weight that minimises the squared error.
+In: micro-batches of a projection's inputs and targets, or a linear operator. Out: the weight that
+minimises the squared error.
 
 Memory: one Gram matrix ``[C, C]`` and the cross moments ``[H, C]``, which the refit weight
 overwrites.

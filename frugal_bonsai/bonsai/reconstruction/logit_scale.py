@@ -1,11 +1,11 @@
 """Scale of a pruned model's logits, which corrects its overconfidence.
 
-In: the last layers' hidden states of the dense and of the refit model. Out: one factor
-for the logits, which is folded into the final norm's weight. A hidden state that has lost
-information should shrink towards its mean, as in every least-squares refit, but the final norm
-undoes this, and the model stays as confident as the dense one. The factor is an inverse temperature
-(Guo et al. 2017, arXiv 1706.04599), found without a backward pass: the loss is convex in it (nearly
-so for soft-capped logits), and only the head is computed, on a sample of windows.
+In: the last layers' hidden states of the dense and of the refit model. Out: one factor for the
+logits, which is folded into the final norm's weight. A hidden state that has lost information
+should shrink towards its mean, as in every least-squares refit, but the final norm undoes this, and
+the model stays as confident as the dense one. The factor is an inverse temperature (Guo et al.
+2017, arXiv 1706.04599), found without a backward pass: the loss is convex in it (nearly so for
+soft-capped logits), and only the head is computed, on a sample of windows.
 
 Overconfidence of the dense model on the same text is not corrected: its own best factor is divided
 out.

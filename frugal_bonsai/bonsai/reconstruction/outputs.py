@@ -1,8 +1,8 @@
 """Refit the projection out of a sublayer: o_proj or down_proj.
 
-In: a layer of both models, and for each micro-batch the output that the projection should
-have. Out: its new weight, the share of the target's energy that the weight does not explain, and
-access to the projection's inputs.
+In: a layer of both models, and for each micro-batch the output that the projection should have.
+Out: its new weight, the share of the target's energy that the weight does not explain, and access
+to the projection's inputs.
 
 Memory: one Gram matrix, the cross moments that become the weight, and the inputs where requested.
 
@@ -65,7 +65,7 @@ def refit_output(
     with memory_for(where):
         problem = LeastSquares(weight_HC)
         moments = problem.moments
-        kept = work.inputs_buffer(weight_HC.shape[1]) if keep else None
+        kept = work.pair.hidden_pruned.resident_like(weight_HC.shape[1]) if keep else None
 
         def add(items: slice) -> None:
             target_BSH, store = target(items)

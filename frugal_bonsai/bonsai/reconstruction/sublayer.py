@@ -1,8 +1,8 @@
 """An FFN's activations as a function of its channels' pre-activations, and their slopes.
 
-In: a layer whose FFN is refitted, and some of its channels. Out: pre-activations,
-activations phi, slopes phi'. phi is Hugging Face's own module and phi' a difference of two of its
-values, so no activation function is written here.
+In: a layer whose FFN is refitted, and some of its channels. Out: pre-activations, activations phi,
+slopes phi'. phi is Hugging Face's own module and phi' a difference of two of its values, so no
+activation function is written here.
 
 Memory: one micro-batch of a block's values.
 
