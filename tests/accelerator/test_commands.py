@@ -183,21 +183,38 @@ def test_full_training_without_a_cast(
         adapted(pruned, tmp_path / "out", settings={"method": "full"})
 
 
-def test_a_wrong_merge_is_found_below_the_rounding_of_bf16(
-    pruned: Path, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Adapters merged at nine tenths of their strength: within the 5% that bf16 is allowed."""
+@pytest.fixture
+def random_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that change the logits: five steps keep those of zero, which merge in any way."""
     save, generator = TrainingFolder.save_best, torch.Generator().manual_seed(0)
 
-    def save_noisy(self: TrainingFolder, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Five steps change nothing that is kept, and adapters of zero merge in any way."""
+    def save_random(self: TrainingFolder, parameters: dict[str, torch.nn.Parameter]) -> None:
         noise = {n: torch.randn(v.shape, generator=generator) for n, v in parameters.items()}
         save(self, {n: torch.nn.Parameter(0.02 * noise[n]) for n in parameters})
 
-    monkeypatch.setattr(TrainingFolder, "save_best", save_noisy)
-    verified = adapted(pruned, tmp_path / "right")["verify"]
+    monkeypatch.setattr(TrainingFolder, "save_best", save_random)
+
+
+@pytest.mark.usefixtures("random_adapters", "machine")
+def test_a_merge_is_verified_in_fp32_though_the_file_is_bf16(pruned: Path, tmp_path: Path) -> None:
+    verified = adapted(pruned, tmp_path / "out", weights="int8")["verify"]
     assert 0 < verified["student_difference"] < 1e-4
 
+
+@pytest.mark.usefixtures("random_adapters", "machine")
+def test_an_fp32_checkpoint_is_verified_though_its_student_is_bf16(
+    stories260k: Path, tmp_path: Path
+) -> None:
+    """A file in fp32 is allowed 1e-4, which a student in bf16 would not reach."""
+    verified = adapted(stories260k, tmp_path / "out", teacher=str(stories260k))["verify"]
+    assert 0 < verified["student_difference"] < 1e-4
+
+
+@pytest.mark.usefixtures("random_adapters", "machine")
+def test_a_wrong_merge_is_found_below_the_rounding_of_bf16(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters merged at nine tenths of their strength: within the 5% that bf16 is allowed."""
     right = AdaptSettings.scaling.fget
     assert right is not None
     monkeypatch.setattr(AdaptSettings, "scaling", property(lambda self: 0.9 * right(self)))
