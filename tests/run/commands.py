@@ -100,6 +100,11 @@ def forget_peak() -> None:
         clear.write_text("5", encoding="ascii")
 
 
+def forked_python(code: str, *arguments: str | Path) -> str:
+    """Run code in a process that has imported torch and transformers; return what it prints."""
+    return _processes.run(code, *arguments, folder=Path.cwd())
+
+
 def python(code: str, *arguments: str | Path, **environment: str) -> str:
     """Run code in a fresh Python; its standard output."""
     done = subprocess.run(

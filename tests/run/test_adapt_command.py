@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import fail, forget_peak, frugal_bonsai, succeed
+from fresh_process import FreshProcesses
 from safetensors.torch import load_file
 from test_shrink_command import describe, keep_some, plain_logits
 
@@ -57,6 +58,7 @@ def test_the_output_is_better_and_computes_what_the_student_did(
     stories260k: Path,
     text: Path,
     tmp_path: Path,
+    fresh: FreshProcesses,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pruned, out = prune_some(stories260k, layout, tmp_path), tmp_path / "out"
@@ -87,7 +89,7 @@ def test_the_output_is_better_and_computes_what_the_student_did(
     # A fresh process, plain transformers: what the student computed when it was trained.
     student_NSV = seen["student_NSV"]
     tokens_NS = seen["held_out_NS"][: len(student_NSV), : student_NSV.shape[1]]
-    found_NSV = plain_logits(out, layout, tokens_NS, tmp_path)
+    found_NSV = plain_logits(fresh, out, layout, tokens_NS, tmp_path)
     difference = (found_NSV - student_NSV).abs().max()
     assert float(difference / student_NSV.abs().max()) < 1e-4
     # The streamed evaluation of the output says what the report says.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import fail, python, succeed
+from commands import fail, forked_python, succeed
 from tiny_models import EXPERTS_PRUNED, save_byte_tokenizer, tiny_family
 
 import frugal_bonsai
@@ -63,7 +63,7 @@ def test_layers_end_with_experts_of_their_own_widths(
     assert summary["verify"]["max_relative_difference"] < 1e-5
     assert any("gate_proj, up_proj and the router stay" in note for note in summary["notes"])
     assert summary["kept"]["experts"] == [4, 4]
-    found = json.loads(python(PRUNED, out, "per-layer"))
+    found = json.loads(forked_python(PRUNED, out, "per-layer"))
     assert found["made"] == 8
     assert found["parameters"] == summary["after"]["parameters"] < summary["before"]["parameters"]
     widths = [shape[2] for shape in found["experts"]]
@@ -87,7 +87,7 @@ def test_whole_experts_go(
     gone = 2 * (4 - left) * (20 * 3 * 24 + 24)
     assert summary["before"]["parameters"] - summary["after"]["parameters"] == gone
     assert f"{4 - left} of 4 experts of every layer are dropped" in summary["rounds"][0]["note"]
-    found = json.loads(python(PRUNED, out, "uniform"))
+    found = json.loads(forked_python(PRUNED, out, "uniform"))
     assert found["made"] == 8
     assert found["experts"] == [[left, 24, 20]] * 2
     assert found["routers"] == [[left, 24]] * 2
@@ -130,7 +130,7 @@ def test_layers_with_other_numbers_of_experts_are_pruned_further(
     assert summary["kept"]["experts"] == [2, 3]
     assert summary["sparsity"] == pytest.approx(0.2, abs=0.03)
     assert summary["verify"]["max_relative_difference"] < 1e-5
-    found = json.loads(python(PRUNED, tmp_path / "twice", "per-layer"))
+    found = json.loads(forked_python(PRUNED, tmp_path / "twice", "per-layer"))
     assert [shape[0] for shape in found["experts"]] == [2, 3]
     assert found["parameters"] == summary["after"]["parameters"]
 

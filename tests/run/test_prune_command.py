@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ENVIRONMENT, fail, frugal_bonsai, python, succeed
+from commands import ENVIRONMENT, fail, frugal_bonsai, succeed
+from fresh_process import FreshProcesses
 
 from frugal_bonsai.errors import OutputError
 
@@ -96,13 +97,12 @@ def test_the_target_is_reached_and_reported(pruned: tuple[Path, dict[str, Any]])
 
 
 def test_plain_transformers_loads_it_and_agrees(
-    pruned: tuple[Path, dict[str, Any]], text: Path, tmp_path: Path
+    pruned: tuple[Path, dict[str, Any]], text: Path, fresh: FreshProcesses, tmp_path: Path
 ) -> None:
     out, summary = pruned
     remote = "0" if summary["layout"] == "uniform" else "1"
-    found = json.loads(
-        python(PERPLEXITY, out, text, remote, HF_MODULES_CACHE=str(tmp_path)).splitlines()[-1]
-    )
+    said = fresh.run(PERPLEXITY, out, text, remote, folder=tmp_path)
+    found = json.loads(said.splitlines()[-1])
     assert found["generated"] == 16
     assert found["parameters"] == summary["after"]["parameters"]
     reported = summary["after"]["eval_perplexity"]

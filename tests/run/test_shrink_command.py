@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import fail, frugal_bonsai, python, succeed
+from fresh_process import FreshProcesses
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -53,13 +54,14 @@ def masked_logits(folder: Path, spec: ModelSpec, mask: KeepMask, tokens: Any) ->
         return model(tokens).logits
 
 
-def plain_logits(folder: Path, layout: str, tokens: Any, tmp_path: Path) -> torch.Tensor:
+def plain_logits(
+    fresh: FreshProcesses, folder: Path, layout: str, tokens: Any, tmp_path: Path
+) -> torch.Tensor:
     """What plain transformers computes, in a process of its own."""
     torch.save(tokens, tmp_path / "tokens")
     remote = "1" if layout == PER_LAYER else "0"
-    cache = str(tmp_path / "modules")
     arguments = (folder, tmp_path / "tokens", tmp_path / "answer", remote)
-    said = python(LOGITS, *arguments, HF_MODULES_CACHE=cache)
+    said = fresh.run(LOGITS, *arguments, folder=tmp_path)
     assert said.startswith("transformers_modules" if layout == PER_LAYER else "transformers.")
     return torch.load(tmp_path / "answer")
 
@@ -101,7 +103,7 @@ def test_a_prune_without_recovery_and_its_mask_give_the_same_files(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_real_model_equals_its_masked_parent(
-    tmp_path: Path, stories3m: Path, layout: str
+    tmp_path: Path, stories3m: Path, fresh: FreshProcesses, layout: str
 ) -> None:
     folder, spec = describe(stories3m)
     mask = keep_some(spec, layout)
@@ -112,7 +114,7 @@ def test_a_real_model_equals_its_masked_parent(
     )
     tokens = torch.randint(3, spec.vocabulary, (2, 24), generator=torch.Generator().manual_seed(0))
     expected = masked_logits(folder, spec, mask, tokens)
-    found = plain_logits(out, layout, tokens, tmp_path)
+    found = plain_logits(fresh, out, layout, tokens, tmp_path)
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-4
     removed = result["before"]["block_parameters"] - result["after"]["block_parameters"]
     if layout == PADDED:  # the first layer is the widest: one of 2 KV groups, 256 of 512 channels
