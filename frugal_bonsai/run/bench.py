@@ -22,10 +22,10 @@ from typing import Any
 
 from frugal_bonsai.errors import BenchError, OptionError
 from frugal_bonsai.progress import Progress, Silent
-from frugal_bonsai.run.bench_worker import LLAMA_CPP, TRANSFORMERS, WorkerOptions
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.version import package_version
 
+TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
 RUNTIMES = (TRANSFORMERS, LLAMA_CPP)
 GGUF_SUFFIX = ".gguf"
 # Runs of each model that are not counted, because caches fill and threads start.
@@ -114,7 +114,7 @@ def _measure(
     """Load the models, run them in turn, and return their descriptions and runs."""
     with ExitStack() as stack:
         workers = {
-            name: stack.enter_context(_Worker(name, _worker_options(file, prompt, options)))
+            name: stack.enter_context(_Worker(name, file, prompt, options))
             for name, file in files.items()
         }
         facts = {name: worker.loaded() for name, worker in workers.items()}
@@ -170,28 +170,19 @@ def _prompt(files: Sequence[str], options: BenchOptions) -> list[int]:
     return [draw.randrange(vocabulary) for _ in range(options.prompt_tokens)]
 
 
-def _worker_options(file: str, prompt: list[int], options: BenchOptions) -> WorkerOptions:
-    return WorkerOptions(
-        model=file,
-        runtime=options.runtime,
-        prompt=prompt,
-        new_tokens=options.new_tokens,
-        threads=options.threads,
-        device=options.device,
-        dtype=options.dtype,
-    )
-
-
 class _Worker:
     """The process of one model.
 
     Args:
         name: Name of the model, for error texts.
-        options: Options of the process.
+        model: Model as the runtime loads it.
+        prompt: Token ids of the prompt.
+        options: Options of the bench.
     """
 
-    def __init__(self, name: str, options: WorkerOptions) -> None:
-        self._name, self._options = name, options
+    def __init__(self, name: str, model: str, prompt: list[int], options: BenchOptions) -> None:
+        self._name, self._model = name, model
+        self._asked = {"model": model, "prompt": prompt, "options": asdict(options)}
         # The output of libraries is not this command's; its end explains a failure.
         self._log = tempfile.TemporaryFile()
         environment = dict(os.environ)
@@ -217,7 +208,7 @@ class _Worker:
 
     def loaded(self) -> dict[str, Any]:
         """Load the model and return its description."""
-        return self._ask(json.dumps(asdict(self._options)))
+        return self._ask(json.dumps(self._asked))
 
     def run(self) -> dict[str, Any]:
         """Run once and return the seconds, and the peak memory so far."""
@@ -234,7 +225,7 @@ class _Worker:
         answer = process.stdout.readline()
         if not answer:
             raise BenchError(
-                f"{self._name} model {self._options.model}: its process ended with code "
+                f"{self._name} model {self._model}: its process ended with code "
                 f"{process.wait()}; is there enough memory? {self._last_words()}"
             )
         values: dict[str, Any] = json.loads(answer)

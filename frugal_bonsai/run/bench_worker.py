@@ -1,9 +1,9 @@
 """The process in which ``bench`` times one model: ``python -m frugal_bonsai.run.bench_worker``.
 
-In: one JSON object (:class:`WorkerOptions`) on the first line of standard input, then one line per
-run. Out: one JSON object per line: the model's description, then the seconds and the peak memory of
-each run; ``{"error": text}`` for a user's error. Each model has a process, so that its memory is
-measured alone.
+In: one JSON object (model, prompt, options of the bench) on the first line of standard input, then
+one line per run. Out: one JSON object per line: the model's description, then the seconds and the
+peak memory of each run; ``{"error": text}`` for a user's error. Each model has a process, so that
+its memory is measured alone.
 """
 
 from __future__ import annotations
@@ -11,37 +11,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from frugal_bonsai.errors import FrugalBonsaiError
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
-
-TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerOptions:
-    """Options of one process.
-
-    Attributes:
-        model: Folder, hub id or ``example``; a GGUF file for llama.cpp.
-        runtime: ``transformers`` or ``llama.cpp``.
-        prompt: Token ids of the prompt.
-        new_tokens: Tokens to generate.
-        threads: Number of CPU threads. None takes the runtime's default.
-        device: Device that computes (transformers). None takes a GPU if there is one.
-        dtype: Dtype (transformers). None takes fp32 on a CPU, bf16 on a GPU.
-    """
-
-    model: str
-    runtime: str
-    prompt: list[int]
-    new_tokens: int
-    threads: int | None
-    device: str | None
-    dtype: str | None
+from frugal_bonsai.run.bench import LLAMA_CPP, BenchOptions
 
 
 def main() -> None:
@@ -49,9 +25,9 @@ def main() -> None:
     # Libraries may print, so they get standard error and the answers keep standard output.
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    options = WorkerOptions(**json.loads(sys.stdin.readline()))
+    asked = json.loads(sys.stdin.readline())
     try:
-        _serve(options, channel)
+        _serve(asked["model"], asked["prompt"], BenchOptions(**asked["options"]), channel)
     except FrugalBonsaiError as error:
         _say(channel, {"error": str(error)})
 
@@ -61,25 +37,24 @@ def _say(channel: TextIO, values: dict[str, Any]) -> None:
     channel.flush()
 
 
-def _serve(options: WorkerOptions, channel: TextIO) -> None:
+def _serve(model: str, prompt: list[int], options: BenchOptions, channel: TextIO) -> None:
     if options.runtime == LLAMA_CPP:
         from frugal_bonsai.evaluation.latency import LlamaCppModel
 
-        timed: Any = LlamaCppModel(
-            Path(options.model), len(options.prompt) + options.new_tokens + 8, options.threads
-        )
-        facts: dict[str, Any] = {"weight_bytes": Path(options.model).stat().st_size}
+        context = len(prompt) + options.new_tokens + 8
+        timed: Any = LlamaCppModel(Path(model), context, options.threads)
+        facts: dict[str, Any] = {"weight_bytes": Path(model).stat().st_size}
         gpu = None
     else:
-        timed, facts, gpu = _load(options)
+        timed, facts, gpu = _load(model, options)
     _say(channel, facts)
     for _ in sys.stdin:
-        latency = timed.run(options.prompt, options.new_tokens)
+        latency = timed.run(prompt, options.new_tokens)
         peaks = {"host_peak_bytes": peak_resident_bytes(), "gpu_peak_bytes": _gpu_peak(gpu)}
         _say(channel, asdict(latency) | peaks)
 
 
-def _load(options: WorkerOptions) -> tuple[Any, dict[str, Any], Any]:
+def _load(model: str, options: BenchOptions) -> tuple[Any, dict[str, Any], Any]:
     """Return the model in transformers, its description and its device."""
     import torch
 
@@ -93,10 +68,10 @@ def _load(options: WorkerOptions) -> tuple[Any, dict[str, Any], Any]:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
     dtype = compute_dtype(device) if options.dtype is None else getattr(torch, options.dtype)
-    with open_model(options.model) as opened:
+    with open_model(model) as opened:
         folder, spec = opened.folder, opened.spec
         weight_bytes = opened.checkpoint.weight_bytes
-    model = load_pruned(folder, dtype=dtype).to(device)
+    loaded = load_pruned(folder, dtype=dtype).to(device)
     facts = {
         "weight_bytes": weight_bytes,
         "parameters": spec.parameters,
@@ -105,7 +80,7 @@ def _load(options: WorkerOptions) -> tuple[Any, dict[str, Any], Any]:
         "device": str(device),
         "threads": torch.get_num_threads(),
     }
-    return TransformersModel(model), facts, device
+    return TransformersModel(loaded), facts, device
 
 
 def _gpu_peak(device: Any) -> int | None:
