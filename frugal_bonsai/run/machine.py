@@ -133,6 +133,6 @@ def no_gpu_advice(options: PruneOptions, device: torch.device) -> str | None:
     fitting = [size for size in NOMINAL_PROFILES if size * 10**9 >= cap_bytes]
     name = NOMINAL_PROFILES[min(fitting, default=max(NOMINAL_PROFILES))]
     return (
-        f"There is no GPU here, so this is a plan for the CPU. For a GPU under --max-gpu-mem "
-        f"{format_bytes(cap_bytes)} add --profile profiles/{name}.toml"
+        f"There is no GPU here, so this is a plan for the CPU. For a GPU with this --max-gpu-mem "
+        f"add --profile profiles/{name}.toml"
     )
