@@ -19,10 +19,9 @@ from scipy.stats import kendalltau
 from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWriter, Tensors
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.masks.design import Design
-from frugal_bonsai.bonsai.masks.estimate import JUDGES, RoundInputs
-from frugal_bonsai.bonsai.masks.evaluate import Observations
+from frugal_bonsai.bonsai.masks.estimate import RoundInputs, estimate_round
+from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Observations
 from frugal_bonsai.bonsai.masks.regression import Fit
-from frugal_bonsai.bonsai.masks.round_masks import RoundMasks
 from frugal_bonsai.bonsai.selection.schedule import Schedule
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.memory.plan import SweepLimits
@@ -87,6 +86,17 @@ def main() -> None:
                 report(level, seed, *judged)
 
 
+class Recorder(MaskEvaluator):
+    """Keeps the observations that it makes."""
+
+    seen: list[Observations]
+
+    def evaluate(self, design: Design, masks: int) -> Observations:
+        """Evaluate a design and keep its observations."""
+        self.seen = [*getattr(self, "seen", []), super().evaluate(design, masks)]
+        return self.seen[-1]
+
+
 def judge(
     engine: Engine,
     store: LayerStore,
@@ -95,9 +105,9 @@ def judge(
     head: Path,
     stand_ins: dict[str, Tensors],
 ) -> tuple[Fit, Observations]:
-    """The first round's regression over all units, and the masks that it explains."""
+    """Return the first round's regression and the losses that it explains."""
     spec, rules = engine.spec, layout_rules(engine.spec, PER_LAYER)
-    mask, seen = KeepMask(spec.table), []
+    mask = KeepMask(spec.table)
     schedule = Schedule(settings=settings, rules=rules, blocks=spec.block_parameters)
     generator = torch.Generator().manual_seed(settings.seed)
     compensates = settings.stand_ins(uniform=rules.uniform)
@@ -116,38 +126,21 @@ def judge(
     )
     with engine.stream(store) as stream:
         engine.sweep.run(stream, windows_NS, tap=builder)
-    masks = RoundMasks(
+    masks = Recorder(
         engine,
         store,
         lambda: engine.evaluation_head(head),
         settings,
         windows_NS,
         generator,
-        stand_ins=Imputations(lambda group: stand_ins.get(group.name)) if compensates else None,
-        utility=None,
+        imputations=Imputations(lambda group: stand_ins.get(group.name)) if compensates else None,
     )
 
-    def evaluate(design: Design, count: int) -> Observations:
-        seen.append(masks.evaluate(design, count))
-        return seen[-1]
-
-    judgement = JUDGES[settings.level](
-        RoundInputs(
-            mask=mask,
-            prior=builder.build(),
-            settings=settings,
-            rules=rules,
-            share=schedule.share(mask),
-            parameters_left=schedule.final_parameters,
-            windows=masks.windows,
-            evaluate=evaluate,
-            cut=lambda curves: schedule.cut(mask, curves)[0],
-            ahead=None,
-            generator=generator,
-        )
+    estimate = estimate_round(
+        RoundInputs(mask=mask, importance=builder.build(), schedule=schedule, evaluator=masks)
     )
-    assert judgement.fit is not None
-    return judgement.fit, seen[-1]
+    assert estimate.fit is not None
+    return estimate.fit, masks.seen[-1]
 
 
 def report(

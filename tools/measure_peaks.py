@@ -184,7 +184,7 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
 
     from frugal_bonsai.bonsai.importance.imputation import Imputations
     from frugal_bonsai.bonsai.masks.design import draw_group_masks, draw_pools
-    from frugal_bonsai.bonsai.masks.evaluate import evaluate_masks
+    from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator
     from frugal_bonsai.bonsai.state import StateFolder
     from frugal_bonsai.model.units import KeepMask
     from frugal_bonsai.run.workload import prune_workload
@@ -198,18 +198,16 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
     pools = draw_pools(mask, torch.load(work / "score.pt"), share)
     pairs = settings.masks * len(windows_WS) // 2
     design = draw_group_masks(pools, pairs, 0.1, generator)
-    with engine.evaluation_stream(_store(opened, work)) as stream:
-        evaluate_masks(
-            engine,
-            stream,
-            engine.evaluation_head(work / "head"),
-            design,
-            settings.masks,
-            windows_WS,
-            shared=False,
-            perplexity=False,
-            stand_ins=Imputations(lambda group: folder.stand_in(0, group)),
-        )
+    evaluator = MaskEvaluator(
+        engine,
+        _store(opened, work),
+        lambda: engine.evaluation_head(work / "head"),
+        settings,
+        windows_WS,
+        generator,
+        imputations=Imputations(lambda group: folder.stand_in(0, group)),
+    )
+    evaluator.evaluate(design, settings.masks)
 
 
 def run_recovery(

@@ -1,10 +1,11 @@
-"""Calibration windows: from text, or sampled from the model itself.
+"""Calibration windows: from text or sampled from the model, and the part that each round uses.
 
-In: token windows or a model. Out: calibration windows and held-out windows. ``self`` samples with a
-KV cache, batched over windows, one sweep over the layers a token: slow from disk, and the plan says
-so first. Holds the KV cache of all windows while it samples.
+In: token windows or a model. Out: calibration windows, held-out windows, and the windows of a
+round. Sampling uses a KV cache, batched over windows, and sweeps over all layers once per token;
+that is slow from disk, and the plan says so before. Holds the KV cache of all windows while it
+samples.
 
-Shape suffixes: n windows, S tokens, V vocabulary.
+Shape suffixes: N calibration windows, n sampled windows, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.bonsai.selection.schedule import round_windows, trial_windows
+from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import CalibrationError
 from frugal_bonsai.stream.call import call_layer
 from frugal_bonsai.stream.engine import Engine
@@ -27,8 +30,8 @@ class Calibration:
     """Windows to search on and windows to report on.
 
     Attributes:
-        windows_NS: int64 ``[N, S]``.
-        held_out_NS: int64 ``[K, S]``, never searched on.
+        windows_NS: Windows of the search, int64 ``[N, S]``.
+        held_out_NS: Windows that the search never sees, int64 ``[K, S]``.
     """
 
     windows_NS: torch.Tensor
@@ -36,25 +39,30 @@ class Calibration:
 
 
 def window_count(window: int, windows: int | None) -> int:
-    """Calibration windows to use: the user's number, else enough for :data:`DEFAULT_TOKENS`."""
+    """Return the user's number of windows, else enough for :data:`DEFAULT_TOKENS`."""
     return windows if windows is not None else max(32, DEFAULT_TOKENS // window)
 
 
 def held_out_count(windows: int) -> int:
-    """Held-out windows beside this many calibration windows."""
+    """Return the number of held-out windows beside this many calibration windows."""
     return max(1, min(MOST_HELD_OUT, windows // 8))
 
 
 def split_windows(windows_nS: torch.Tensor, windows: int, what: str) -> Calibration:
-    """Calibration windows from the start, held-out windows from the end.
+    """Take calibration windows from the start and held-out windows from the end.
+
+    Args:
+        windows_nS: All windows of the text.
+        windows: Calibration windows at most.
+        what: Name of the text, for the error.
 
     Raises:
-        CalibrationError: fewer than two windows.
+        CalibrationError: The text gives fewer than two windows.
     """
     if len(windows_nS) < 2:
         raise CalibrationError(
-            f"{what}: gives {len(windows_nS)} window of {windows_nS.shape[1]} tokens, at least two "
-            f"are needed (one to search on, one held out); use a longer text or a shorter --window"
+            f"{what}: gives {len(windows_nS)} window of {windows_nS.shape[1]} tokens, expected at "
+            f"least two (one to search on, one held out); use a longer text or a shorter --window"
         )
     held_out = held_out_count(min(windows, len(windows_nS) - 1))
     most = min(windows, len(windows_nS) - held_out)
@@ -67,11 +75,11 @@ def sample_windows(
     """Sample windows from the model at temperature 1, int64 ``[n, S]``.
 
     Args:
-        engine: the model; its checkpoint is streamed in its own precision.
-        count: n.
-        window: S.
-        first_token: the token that every window begins with (BOS); None draws one at random.
-        seed: of the draws.
+        engine: The model; its checkpoint is streamed in its own precision.
+        count: Number of windows.
+        window: Tokens of a window.
+        first_token: First token of every window (BOS); None draws one at random.
+        seed: Seed of the draws.
     """
     from transformers import DynamicCache
 
@@ -98,3 +106,39 @@ def sample_windows(
             tokens_nS[:, position + 1] = drawn_n[:, 0]
             engine.progress.step(f"token {position + 1}")
     return tokens_nS
+
+
+def round_generator(seed: int, number: int) -> torch.Generator:
+    """Return a generator that depends on seed and number alone, so that a resume repeats it."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+
+class RoundWindows:
+    """The calibration windows that each round uses, drawn by seed and round.
+
+    Args:
+        windows_NS: All calibration windows.
+        settings: Settings of the prune.
+        columns: Columns of the widest output projection.
+    """
+
+    def __init__(self, windows_NS: torch.Tensor, settings: PruneSettings, columns: int) -> None:
+        self.all_NS, self._settings, self._columns = windows_NS, settings, columns
+
+    def of_round(self, number: int) -> torch.Tensor:
+        """Return the windows of a round before the last, in the order of the text."""
+        windows, window = self.all_NS.shape
+        count = round_windows(self._settings, self._columns, window, windows)
+        drawn = torch.randperm(windows, generator=self._generator(20_000 + number))[:count]
+        return self.all_NS[drawn.sort().values]
+
+    def of_trial(self, number: int) -> tuple[torch.Tensor, int]:
+        """Return the windows of a round's candidates, and how many at the end judge them."""
+        windows, window = self.all_NS.shape
+        fitted, held_out = trial_windows(self._columns, window, windows)
+        # Both come from all over the text, because neighbouring windows are alike.
+        order = torch.randperm(windows, generator=self._generator(30_000 + number))
+        return self.all_NS[order[: fitted + held_out]], held_out
+
+    def _generator(self, number: int) -> torch.Generator:
+        return round_generator(self._settings.seed, number)

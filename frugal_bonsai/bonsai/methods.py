@@ -1,8 +1,8 @@
-"""The methods: bundles of settings under one name, which the user's own options override.
+"""The methods: named bundles of settings, which the user's own options override.
 
 In: a method's name and the user's options. Out: a
-:class:`~frugal_bonsai.bonsai.settings.PruneSettings`. The product's own, the published algorithm,
-and those that both are compared with. An unknown key is an error.
+:class:`~frugal_bonsai.bonsai.settings.PruneSettings`. The bundles are the project's own method, the
+published algorithm, and methods to compare with. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from frugal_bonsai.bonsai.settings import (
 )
 from frugal_bonsai.errors import OptionError
 
-# What the methods that rank units once by one statistic have in common. They are published without
-# masks, rounds or refits, and give every layer and kind the same share (Wanda-sp as An et al. 2023
-# run it; Li et al. 2017 for norms): scores of one statistic do not compare across layers.
+# Common settings of the methods that rank units once by one score. They are published without
+# masks, rounds or refits, and remove the same share of every layer and kind (Wanda-sp as An et al.
+# 2023 run it; Li et al. 2017 for norms), because such scores do not compare across layers.
 _RANKED_ONCE: dict[str, Any] = {
     "level": NONE,
     "step": 1.0,
@@ -37,19 +37,17 @@ _RANKED_ONCE: dict[str, Any] = {
 }
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
-    # Masks without what the default adds to them: stand-ins and the trial of attention.
+    # Masks alone: without imputation and candidate selection.
     "group": {"compensate": False, "trial": False},
-    "unit": {"level": UNIT, "step": 0.05, "pool": 2.5, "trial": False},
-    # No masks: equal FFN widths, channels by the exact layerwise loss, attention whole.
-    "local-only": {"level": NONE, "allocation": FFN_ALONE},
+    # No masks: equal FFN widths, channels by the exact layerwise loss, attention whole. With
+    # --trial candidates that remove attention compete, still without masks.
+    "local-only": {"level": NONE, "allocation": FFN_ALONE, "trial": False},
     # The published settings (Bonsai, section 4 and appendix; the published code's defaults).
     "paper": {
         "level": UNIT,
         "step": 0.05,
         "prior": "wanda",
         "design": "shared",
-        "draw": "layer",
-        "regression": "paper",
         "utility": "perplexity",
         "masks": 200,
         "certainty": 1.0,
@@ -60,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "trial": False,
         "recovery": False,
     },
-    # Ranked over all layers by z-score, a unit like any other, whatever its parameters (AL-AM).
+    # Ranked over all layers by z-score; units of different size count alike (AL-AM).
     "fluctuation": {
         **_RANKED_ONCE,
         "prior": "flap",
@@ -68,9 +66,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "objective": UNITS,
         "bias": True,
     },
-    # Whole layers, those that change the residual stream's direction least (ShortGPT).
+    # Whole layers: those that change the direction of the residual stream least (ShortGPT).
     "depth": {**_RANKED_ONCE, "prior": SIMILARITY, "allocation": LAYERS},
-    # Whole experts, those that add least where they are chosen (REAP); what is left is refitted.
+    # Whole experts: those that add least to the tokens routed to them (REAP), then a refit.
     "experts": {**_RANKED_ONCE, "prior": REAP, "allocation": EXPERTS, "recovery": True},
     "wanda": {**_RANKED_ONCE, "prior": "wanda"},
     "magnitude": {**_RANKED_ONCE, "prior": "magnitude"},
@@ -78,28 +76,45 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# Former values and settings, and what to take instead.
+_REMOVED_METHODS = {
+    "unit": "coefficients of single units lost to curves by group wherever they were measured; "
+    "take --method default, or --method paper for the published algorithm",
+}
+_REMOVED_SETTINGS = {
+    "regression": "the level decides: --level group fits curves by ridge, --level unit fits the "
+    "paper's regression; leave the option out",
+    "draw": "--level unit draws half of each layer's candidates, as the published code does; leave "
+    "the setting out",
+}
+
+
 def make_settings(method: str, options: Mapping[str, Any]) -> PruneSettings:
-    """A method's settings with the user's own options over them.
+    """Return a method's settings with the user's own options over them.
 
     Args:
-        method: one of :data:`METHODS`.
-        options: fields of :class:`PruneSettings`; None means "as the method has it".
+        method: One of :data:`METHODS`.
+        options: Fields of :class:`PruneSettings`; None keeps the method's value.
 
     Raises:
-        OptionError: unknown method, unknown field, or a value that cannot work.
+        OptionError: Unknown method, unknown field, or a value that cannot work.
     """
+    if method in _REMOVED_METHODS:
+        raise OptionError(f"--method {method}: was removed; {_REMOVED_METHODS[method]}")
     if method not in METHODS:
         raise OptionError(f"--method: {method!r} is not one of {', '.join(METHODS)}")
     known = {field.name for field in dataclasses.fields(PruneSettings)}
-    for name in options:
-        if name not in known:
+    for name, value in options.items():
+        if name in _REMOVED_SETTINGS and value is not None:
+            raise OptionError(f"--{name}: was removed; {_REMOVED_SETTINGS[name]}")
+        if name not in known and name not in _REMOVED_SETTINGS:
             raise OptionError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
     given = {name: value for name, value in options.items() if value is not None}
     settings = PruneSettings(**{**METHODS[method], **given})
     for name in ("refine", "rescale"):
         if given.get(name) and not settings.recovery:
             raise OptionError(
-                f"--{name}: belongs to recovery, which --no-recovery or --method {method} leaves "
-                "out; add --recovery, or leave it out"
+                f"--{name}: belongs to recovery, which --no-recovery or --method {method} turns "
+                "off; add --recovery, or leave it out"
             )
     return settings

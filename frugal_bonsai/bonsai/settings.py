@@ -1,14 +1,16 @@
-"""What a prune is asked to do: one frozen dataclass, checked when it is made.
+"""The settings of a prune: one frozen dataclass, checked when it is made.
 
-:mod:`frugal_bonsai.bonsai.methods` makes it of a method's name and the user's options;
-:mod:`frugal_bonsai.bonsai.selection.extent` says how far its rounds go and how much text they use.
+:mod:`frugal_bonsai.bonsai.methods` makes it from a method's name and the user's options.
+:mod:`frugal_bonsai.bonsai.selection.schedule` derives from it how far rounds go and how much text
+they use.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from frugal_bonsai.errors import OptionError
 
@@ -32,63 +34,58 @@ OBJECTIVES = (PARAMETERS, UNITS, LATENCY)
 GLOBAL, EQUAL, FFN_ALONE, LAYERS = "global", "equal", "ffn", "layers"
 EXPERTS = "experts"
 ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE, LAYERS, EXPERTS)
-# Allocations that take what is larger than a unit, whole, and the prior that measures it.
+# Allocations that remove more than a unit at once, and the importance score that ranks for them.
 WHOLE = {LAYERS: SIMILARITY, EXPERTS: REAP}
 DESIGNS = ("per-window", "shared")
-REGRESSIONS = ("ridge", "paper")
 UTILITIES = ("loss", "perplexity")
 REFITS = ("outputs", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneSettings:
-    """Everything that decides which units go and what the rest becomes.
+    """Everything that decides which units go and how the rest is refitted.
 
     Attributes:
-        sparsity: share of the block parameters to remove, in (0, 1).
-        step: share removed in one round (the paper's p, there 0.05); None is ``FIRST_STEP``
-            of extent.py in the first round and ``LATER_STEP`` in the others.
-        level: at which masks speak: ``group`` (masks say how much goes from each layer and kind,
-            the prior says which units), ``unit`` (every candidate unit has its own coefficient),
-            ``none`` (no masks: the prior alone).
-        prior: one of the statistics of prior.py.
-        design: ``per-window`` or ``shared`` (the paper's).
-        draw: of ``unit`` masks: half of a ``kind``'s candidates over all layers, or half of each
-            ``layer``'s (the published code).
-        regression: ``ridge`` (non-negative curves for ``group``) or ``paper``.
-        utility: ``loss`` (-mean NLL) or ``perplexity`` (-exp of it).
-        masks: masks a round on every mask window, at most (even; half of them complements).
-        certainty: a round stops drawing masks when its cut is as certain as this: one less the
-            share of its predicted loss that knowing everything would save. 1 spends all masks.
-        mask_windows: windows that masks are evaluated on.
-        objective: what a cut's loss is counted against: ``parameters``, ``units`` (the published
-            code) or ``latency``, milliseconds that the machine of the profile saves.
-        prompt_tokens: of the prompt that ``latency`` is counted for: a prefill of so many tokens,
-        generated_tokens: and as many steps of one token, each reading all weights.
-        allocation: which groups a cut takes from: ``global``, wherever it costs least; ``equal``,
-            the same share of every layer and kind, as near as units allow; ``ffn``, the same of
-            every FFN, attention stays whole; ``layers``, whole layers by the prior ``similarity``;
-            ``experts``, whole experts by the prior ``reap``. All but the first need level ``none``.
-        pool: candidates of a group, as a multiple of the round's share.
-        compensate: units that are off in a mask are replaced by what the others say about them, so
-            that masks measure what removal costs after recovery; False puts zeros there.
-        trial: a cut is recovered on a part of the windows and judged by others, and so are cuts of
-            the same size that take the same share of every FFN, with and without attention; the one
-            that leaves attention whole stands unless another is clearly better (per-layer layout).
-        recovery: refit projections after every round.
-        bias: instead, what goes leaves its mean output behind as a bias of its output projection
-            (FLAP); for cuts without masks.
-        refit: which ones: ``outputs`` (o_proj, down_proj) or ``all`` (q, k, v, gate, up too).
-        refine: how often the last round's recovery moves the FFN's remaining channels (a linearised
-            least-squares problem in gate and up) and refits down_proj again; 0 never.
-        rescale: the last round's recovery scales the final norm, and with it the logits, as what is
-            left of the model needs (logit_scale.py).
-        ridge: recovery's lambda as a share of the Gram matrix's mean diagonal; the ``exact`` prior
-            is the loss that a refit with this lambda leaves.
-        seed: of every random draw.
-        weights: ``int8`` or ``native`` working store.
-        arithmetic: of masked evaluation: ``float`` multiplies in the compute dtype, ``int8`` the
-            stored codes; ``auto`` takes what the machine does faster (run/resolve.py).
+        sparsity: Share of the block parameters to remove, in (0, 1).
+        step: Share removed in one round (p in the paper, there 0.05). None uses ``FIRST_STEP`` of
+            selection/schedule.py in the first round and ``LATER_STEP`` in the others.
+        level: What masks decide. ``group``: how much of each layer and kind goes, while importance
+            orders the units. ``unit``: every candidate unit (the paper). ``none``: nothing; no
+            masks are evaluated and importance alone decides.
+        prior: Importance score, one of importance/scores.py.
+        design: ``per-window`` (each window has masks of its own) or ``shared`` (the paper).
+        utility: ``loss`` (-mean NLL) or ``perplexity`` (-exp of the mean NLL).
+        masks: Most masks per round on every mask window; even, half of them are complements.
+        certainty: A round stops drawing masks when its cut is this certain: 1 minus the share of
+            the predicted loss that perfect information would save. 1 evaluates all masks.
+        mask_windows: Number of windows on which masks are evaluated.
+        objective: Divisor of a cut's loss: ``parameters``, ``units`` (the published code) or
+            ``latency``, the milliseconds saved on the machine of the profile.
+        prompt_tokens: Length of the prompt for ``latency``.
+        generated_tokens: Number of decode steps for ``latency``.
+        allocation: Where a cut takes from. ``global``: wherever it costs least. ``equal``: the same
+            share of every layer and kind. ``ffn``: the same share of every FFN; attention stays
+            whole. ``layers``: whole layers by the score ``similarity``. ``experts``: whole experts
+            by the score ``reap``. All but ``global`` need level ``none``.
+        pool: Candidates of a group, as a multiple of the share that the round removes.
+        compensate: Masks replace units that are off by a linear prediction from the others, and so
+            measure what removal costs after reconstruction. False puts zeros there.
+        trial: Reconstruct the round's cut and cuts with equal FFN widths on a part of the windows
+            and select by the loss on others (``per-layer`` and ``padded`` layouts).
+        recovery: Refit projections after every round.
+        bias: Instead of a refit, add the mean output of removed units to the bias of the output
+            projection (FLAP); for level ``none``.
+        refit: Projections that are refitted: ``outputs`` (o_proj, down_proj) or ``all`` (also q, k,
+            v, gate, up).
+        refine: Channel updates in the last round (each moves the FFN's remaining channels and
+            refits down_proj); 0 for none.
+        rescale: Scale the logits in the last round, through the final norm.
+        ridge: Penalty of the refits as a share of the Gram matrix's mean diagonal; the score
+            ``exact`` is the loss that a refit with this penalty leaves.
+        seed: Seed of every random draw.
+        weights: Precision of the working store, ``int8`` or ``native``.
+        arithmetic: Arithmetic of masked evaluation: ``float`` multiplies in the compute dtype,
+            ``int8`` multiplies the stored codes, ``auto`` uses the faster one of the machine.
     """
 
     sparsity: float = 0.5
@@ -96,10 +93,8 @@ class PruneSettings:
     level: str = GROUP
     prior: str = "exact"
     design: str = "per-window"
-    draw: str = "kind"
-    regression: str = "ridge"
     utility: str = "loss"
-    masks: int = 16
+    masks: int = 8
     certainty: float = 0.8
     mask_windows: int = 16
     objective: str = PARAMETERS
@@ -120,91 +115,106 @@ class PruneSettings:
     arithmetic: str = "auto"
 
     def __post_init__(self) -> None:
-        if not 0 < self.sparsity < 1:
-            raise OptionError(f"--sparsity: {self.sparsity} is outside (0, 1); write 0.5 for 50%")
-        if self.step is not None and not 0 < self.step <= 1:
-            raise OptionError(f"--step: {self.step} is outside (0, 1]; write 0.05 for 5%")
-        for name, choices in (
-            ("level", LEVELS),
-            ("prior", PRIOR_NAMES),
-            ("design", DESIGNS),
-            ("draw", ("kind", "layer")),
-            ("regression", REGRESSIONS),
-            ("utility", UTILITIES),
-            ("objective", OBJECTIVES),
-            ("allocation", ALLOCATIONS),
-            ("refit", REFITS),
-            ("weights", ("int8", "native")),
-            ("arithmetic", ("auto", "float", "int8")),
-        ):
+        for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise OptionError(f"--{name}: {value!r} is not one of {', '.join(choices)}")
-        if self.level == GROUP and self.regression == "paper":
-            raise OptionError(
-                "--regression: paper explains single units, --level group fits curves of its own; "
-                "take --level unit, or --regression ridge"
-            )
-        if self.level != NONE and self.allocation != GLOBAL:
-            raise OptionError(
-                f"--allocation {self.allocation}: decides what masks are to decide at --level "
-                f"{self.level}; take --level none, or --allocation global"
-            )
-        if self.bias and (self.recovery or self.level != NONE):
-            raise OptionError(
-                "--bias: is what cuts without masks and without refits leave behind; take it with "
-                "--level none --no-recovery, or leave it out"
-            )
-        for whole, prior in WHOLE.items():
-            if (self.allocation == whole) != (self.prior == prior):
-                raise OptionError(
-                    f"--prior {self.prior}: --allocation {whole} and --prior {prior} go together, "
-                    f"one measures {whole} and the other takes them; or take --method "
-                    f"{'depth' if whole == LAYERS else EXPERTS}"
-                )
-        if self.allocation == LAYERS and (self.recovery or self.bias):
-            raise OptionError(
-                "--allocation layers: leaves nothing in a dropped layer that could be refitted; "
-                "take it with --no-recovery and --no-bias"
-            )
-        if self.masks < 2 or self.masks % 2:
-            raise OptionError(f"--masks: {self.masks} is not an even number of at least 2")
-        if not 0 < self.certainty <= 1:
-            raise OptionError(
-                f"--certainty: {self.certainty} is outside (0, 1]; 1 spends all masks of a round"
-            )
-        if self.mask_windows < 1:
-            raise OptionError(f"--mask-windows: {self.mask_windows} is not at least 1")
-        if self.pool < 1:
-            raise OptionError(f"--pool: {self.pool} is below 1, the cut would not fit in the pool")
-        if self.refine < 0:
-            raise OptionError(f"--refine: {self.refine} is negative")
-        if not 0 < self.ridge <= 1:
-            raise OptionError(f"--ridge: {self.ridge} is outside (0, 1]")
-        if self.arithmetic == "int8" and self.weights != "int8":
-            raise OptionError(
-                f"--arithmetic int8: needs --weights int8, found {self.weights}; leave one out"
-            )
-        if self.prompt_tokens < 1:
-            raise OptionError(f"--prompt-tokens: {self.prompt_tokens} is not at least 1")
-        if self.generated_tokens < 0:
-            raise OptionError(f"--generated-tokens: {self.generated_tokens} is negative")
-        if self.objective == LATENCY and self.allocation != GLOBAL:
-            raise OptionError(
-                f"--objective latency: weighs groups against each other, --allocation "
-                f"{self.allocation} does not; take --allocation global"
-            )
-        if self.seed < 0:
-            raise OptionError(f"--seed: {self.seed} is negative")
+        for rule in _RULES:
+            if rule.is_broken(self):
+                raise OptionError(rule.refusal.format(s=self))
 
     def stand_ins(self, *, uniform: bool) -> bool:
-        """Whether masks are evaluated with stand-ins: where pools are shares of every group."""
+        """Tell whether masks impute values: where pools are shares of every group."""
         return self.compensate and self.level == GROUP and not uniform
 
     def tries(self, *, uniform: bool) -> bool:
-        """Whether cuts of attention are tried: at equal parameters, so not for ``latency``."""
+        """Tell whether rounds select among candidates; they are equal in parameters, not time."""
         return self.trial and self.recovery and not uniform and self.objective != LATENCY
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for the state and the card."""
+        """Return plain values for the state and the card."""
         return dataclasses.asdict(self)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "level": LEVELS,
+    "prior": PRIOR_NAMES,
+    "design": DESIGNS,
+    "utility": UTILITIES,
+    "objective": OBJECTIVES,
+    "allocation": ALLOCATIONS,
+    "refit": REFITS,
+    "weights": ("int8", "native"),
+    "arithmetic": ("auto", "float", "int8"),
+}
+
+
+class _Rule(NamedTuple):
+    """A combination of settings that is refused, and the error's text with settings as ``s``."""
+
+    is_broken: Callable[[PruneSettings], bool]
+    refusal: str
+
+
+_RULES = (
+    _Rule(
+        lambda s: not 0 < s.sparsity < 1,
+        "--sparsity: {s.sparsity} is outside (0, 1); write 0.5 for 50%",
+    ),
+    _Rule(
+        lambda s: s.step is not None and not 0 < s.step <= 1,
+        "--step: {s.step} is outside (0, 1]; write 0.05 for 5%",
+    ),
+    _Rule(
+        lambda s: s.masks < 2 or s.masks % 2 == 1,
+        "--masks: {s.masks} is not an even number of at least 2",
+    ),
+    _Rule(
+        lambda s: not 0 < s.certainty <= 1,
+        "--certainty: {s.certainty} is outside (0, 1]; 1 evaluates all masks of a round",
+    ),
+    _Rule(lambda s: s.mask_windows < 1, "--mask-windows: {s.mask_windows} is not at least 1"),
+    _Rule(lambda s: s.prompt_tokens < 1, "--prompt-tokens: {s.prompt_tokens} is not at least 1"),
+    _Rule(lambda s: s.generated_tokens < 0, "--generated-tokens: {s.generated_tokens} is negative"),
+    _Rule(
+        lambda s: s.pool < 1,
+        "--pool: {s.pool} is below 1; a pool must hold at least the units that the round removes",
+    ),
+    _Rule(lambda s: s.refine < 0, "--refine: {s.refine} is negative"),
+    _Rule(lambda s: not 0 < s.ridge <= 1, "--ridge: {s.ridge} is outside (0, 1]"),
+    _Rule(lambda s: s.seed < 0, "--seed: {s.seed} is negative"),
+    _Rule(
+        lambda s: s.level != NONE and s.allocation != GLOBAL,
+        "--allocation {s.allocation}: fixes what masks decide at --level {s.level}; take --level "
+        "none, or --allocation global",
+    ),
+    _Rule(
+        lambda s: s.bias and (s.recovery or s.level != NONE),
+        "--bias: replaces refits in cuts without masks; take it with --level none --no-recovery, "
+        "or leave it out",
+    ),
+    _Rule(
+        lambda s: (s.allocation == LAYERS) != (s.prior == SIMILARITY),
+        "--prior {s.prior}: --allocation layers and --prior similarity go together, one removes "
+        "layers and the other ranks them; or take --method depth",
+    ),
+    _Rule(
+        lambda s: (s.allocation == EXPERTS) != (s.prior == REAP),
+        "--prior {s.prior}: --allocation experts and --prior reap go together, one removes experts "
+        "and the other ranks them; or take --method experts",
+    ),
+    _Rule(
+        lambda s: s.allocation == LAYERS and (s.recovery or s.bias),
+        "--allocation layers: a dropped layer has no projection left to refit; take it with "
+        "--no-recovery and --no-bias",
+    ),
+    _Rule(
+        lambda s: s.objective == LATENCY and s.allocation != GLOBAL,
+        "--objective latency: compares groups, --allocation {s.allocation} does not; take "
+        "--allocation global",
+    ),
+    _Rule(
+        lambda s: s.arithmetic == "int8" and s.weights != "int8",
+        "--arithmetic int8: needs --weights int8, found {s.weights}; leave one out",
+    ),
+)

@@ -1,8 +1,9 @@
-"""What a resume needs: saved after every round, atomically.
+"""The state of a prune, saved atomically after every round.
 
-In: the search's state. Out: a folder ``round_NNN`` (prior, refit projections) and ``state.json``,
-which names it and is replaced last; a run stopped at any moment finds the last whole round. Random
-draws are seeded by seed and round, so no generator has to be kept. Holds one tensor at a time.
+In: the search's state. Out: a folder ``round_NNN`` (importance scores, imputations, refit
+projections) and ``state.json``, which names it and is replaced last, so that a run stopped at any
+moment resumes after its last whole round. Random draws depend on seed and round alone; no generator
+is saved. Holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 
 from frugal_bonsai.bonsai.importance.scores import ImportanceScores
-from frugal_bonsai.bonsai.masks.curve_priors import Ahead
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -31,40 +31,38 @@ from frugal_bonsai.model.mask_json import mask_from_json, mask_to_json
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 
 STATE_FILE = "state.json"
-VERSION = 2
+VERSION = 3
 PRIOR_FILE = "prior.safetensors"
 _NORM_FILE = "refit_norm.safetensors"
 _SCORE = "score"
-_KEYS = ["ahead", "forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
+_KEYS = ["forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
 
 
 @dataclass(kw_only=True)
 class PruneState:
-    """Where a prune stands.
+    """The state of a prune after a round.
 
     Attributes:
-        mask: units kept.
-        rounds: one report a finished round.
-        forward_tokens: tokens spent so far.
-        prior: for the next round.
-        refit_mask: the mask that the saved refits' columns belong to; None before any recovery.
-        ahead: what the last round's curves foretell of more units; None where it had none.
+        mask: Units alive.
+        rounds: One report per finished round.
+        forward_tokens: Tokens through the model so far.
+        importance: Scores of the units for the next round.
+        refit_mask: The mask whose columns the saved refits have; None before any reconstruction.
     """
 
     mask: KeepMask
     rounds: list[dict[str, Any]] = field(default_factory=list)
     forward_tokens: int = 0
-    prior: ImportanceScores | None = None
+    importance: ImportanceScores | None = None
     refit_mask: KeepMask | None = None
-    ahead: Ahead | None = None
 
 
 class StateFolder:
-    """Reads and writes a run's state.
+    """Reads and writes the state of a run.
 
     Args:
-        folder: the run directory.
-        identity: what must be equal for a resume (settings, model, text), plain values.
+        folder: The run directory.
+        identity: Plain values that must be equal for a resume (settings, model, text).
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -72,22 +70,21 @@ class StateFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a state has been saved here."""
+        """True if a state has been saved here."""
         return (self.folder / STATE_FILE).exists()
 
     def round_folder(self, number: int) -> Path:
-        """Where a round's tensors lie."""
+        """Return the folder of a round's tensors."""
         return self.folder / f"round_{number:03d}"
 
     def save(self, state: PruneState) -> None:
-        """Commit the state of a finished round; the round's refits are in its folder already."""
+        """Commit the state of a finished round, whose refits are in its folder already."""
         number = len(state.rounds)
         folder = self.round_folder(number)
         _make_folder(folder)
-        if state.prior is not None:
-            write_tensors(
-                folder / PRIOR_FILE, {_SCORE: state.prior.score_N, **(state.prior.means or {})}
-            )
+        scores = state.importance
+        if scores is not None:
+            write_tensors(folder / PRIOR_FILE, {_SCORE: scores.score_N, **(scores.means or {})})
         write_json(
             self.folder / STATE_FILE,
             {
@@ -96,9 +93,8 @@ class StateFolder:
                 "rounds": state.rounds,
                 "forward_tokens": state.forward_tokens,
                 "removed": mask_to_json(state.mask),
-                "prior": None if state.prior is None else state.prior.name,
+                "prior": None if scores is None else scores.name,
                 "refit": state.refit_mask is not None,
-                "ahead": None if state.ahead is None else state.ahead._asdict(),
             },
         )
         for old in self.folder.glob("round_*"):
@@ -106,10 +102,10 @@ class StateFolder:
                 shutil.rmtree(old)
 
     def load(self, table: UnitTable) -> PruneState:
-        """The last committed state.
+        """Return the last committed state.
 
         Raises:
-            StateError: damaged, of another version, or made with other options.
+            StateError: The state is damaged, of another version, or made with other options.
         """
         path = self.folder / STATE_FILE
         try:
@@ -118,16 +114,17 @@ class StateFolder:
             raise StateError(
                 f"{path}: cannot be read ({error}); delete {self.folder} and start again"
             ) from error
+        version = saved.get("version") if isinstance(saved, dict) else None
+        if version not in (None, VERSION):
+            raise StateError(
+                f"{path}: version {version!r}, expected {VERSION}; resume with the "
+                f"frugal-bonsai that began it, or delete {self.folder}"
+            )
         found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
         if found != _KEYS:
             raise StateError(
                 f"{path}: is damaged (found {found}, expected {_KEYS}); delete {self.folder} and "
                 f"start again"
-            )
-        if saved["version"] != VERSION:
-            raise StateError(
-                f"{path}: version {saved['version']!r}, expected {VERSION}; resume with the "
-                f"frugal-bonsai that began it, or delete {self.folder}"
             )
         self._compare(path, saved["identity"])
         mask = mask_from_json(table, saved["removed"])
@@ -136,11 +133,9 @@ class StateFolder:
         )
         folder = self.round_folder(len(state.rounds))
         if saved["prior"] is not None:
-            state.prior = _read_prior(folder / PRIOR_FILE, saved["prior"])
+            state.importance = _read_prior(folder / PRIOR_FILE, saved["prior"])
         if saved["refit"]:
             state.refit_mask = mask
-        if saved["ahead"] is not None:
-            state.ahead = Ahead(**saved["ahead"])
         return state
 
     def _compare(self, path: Path, saved: dict[str, Any]) -> None:
@@ -152,17 +147,17 @@ class StateFolder:
                     f"{now.get(key)!r}; use the same options to resume, or delete {self.folder}"
                 )
 
-    # -- stand-ins ------------------------------------------------------------------------------
+    # -- imputations ----------------------------------------------------------------------------
     def save_stand_in(
         self, number: int, group: UnitGroup, tensors: dict[str, torch.Tensor]
     ) -> None:
-        """Keep one group's stand-ins for the round after ``number``."""
+        """Save one group's imputation for the round after ``number``."""
         path = self._stand_in(number, group)
         _make_folder(path.parent)
         write_tensors(path, tensors)
 
     def stand_in(self, number: int, group: UnitGroup) -> dict[str, torch.Tensor] | None:
-        """What :meth:`save_stand_in` kept; None where it kept nothing."""
+        """Return the tensors of :meth:`save_stand_in`; None where nothing was saved."""
         path = self._stand_in(number, group)
         if not path.exists():
             return None
@@ -180,9 +175,9 @@ class StateFolder:
         weights: dict[str, torch.Tensor],
         dtypes: dict[str, torch.dtype] | None = None,
     ) -> None:
-        """Keep one layer's refit projections for round ``number``, in these dtypes.
+        """Save one layer's refit projections of round ``number``, in these dtypes.
 
-        No layer: the final norm.
+        The layer None stands for the final norm.
         """
         folder = self.round_folder(number)
         _make_folder(folder)
@@ -192,13 +187,13 @@ class StateFolder:
     def refits(
         self, number: int, spec: ModelSpec, refit_mask: KeepMask, mask: KeepMask
     ) -> dict[str, Callable[[], torch.Tensor]]:
-        """Round ``number``'s refit weights as functions that read them, cut to ``mask``.
+        """Return readers of round ``number``'s refit weights, cut to ``mask``.
 
         Args:
-            number: the round that saved them.
-            spec: the dense model.
-            refit_mask: the units kept in that round.
-            mask: the units kept now, a subset.
+            number: The round that saved them.
+            spec: The dense model.
+            refit_mask: Units alive in that round.
+            mask: Units alive now, a subset.
         """
         readers: dict[str, Callable[[], torch.Tensor]] = {}
         cuts = slices_by_tensor(spec.table)
@@ -226,9 +221,9 @@ def _make_folder(folder: Path) -> None:
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in this folder; empty where there is none, or none that can be read.
+    """Return the settings of the run in this folder; empty if they cannot be read.
 
-    What is wrong with a state is :meth:`StateFolder.load`'s to say.
+    Faults of a state are reported by :meth:`StateFolder.load`.
     """
     try:
         saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
@@ -238,7 +233,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings in a group are compared, and named, one by one: ``settings.masks``."""
+    """Flatten nested values, so that errors can name each one: ``settings.masks``."""
     flat: dict[str, Any] = {}
     for key, value in identity.items():
         name = f"{prefix}{key}"
@@ -266,7 +261,7 @@ def _read_prior(path: Path, name: str) -> ImportanceScores:
 
 
 def fingerprint(*parts: bytes) -> str:
-    """A short hash that tells two inputs apart."""
+    """Return a short hash of these bytes."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -275,7 +270,7 @@ def fingerprint(*parts: bytes) -> str:
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """Hash of a checkpoint's config and headers, not of its weights."""
+    """Return a hash of a checkpoint's config and headers, not of its weights."""
     entries = sorted(
         (name, entry.dtype, entry.shape, entry.start) for name, entry in checkpoint.tensors.items()
     )

@@ -1,8 +1,8 @@
-"""What a search streams from: the dense and the working store, the head, one round's refits.
+"""The stores of a search: the dense and the working layers, the head, one round's refits.
 
-In: an engine, a run directory. Out: layer stores and a head that are built when they are asked for.
-All are derived: a resume builds them again from the checkpoint, the mask and the saved refits.
-Holds what building a store holds; on disk two copies of the layers, and the head's int8 rows.
+In: an engine, a run directory. Out: layer stores and a head, built when they are asked for. A
+resume builds them again from the checkpoint, the mask and the saved refits. Holds the memory of
+building a store; on disk two copies of the layers, and the head's int8 rows.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Stores:
     """The stores of one search; close them at its end.
 
     Args:
-        engine: the dense checkpoint, progress.
-        folder: the run directory, which has the refits.
-        work: folder for the stores.
+        engine: The dense checkpoint, progress.
+        folder: The run directory with the refits.
+        work: Folder for the stores.
         weights: ``"int8"`` or ``"native"``.
     """
 
@@ -39,7 +39,7 @@ class Stores:
         self._head: Head | None = None
 
     def dense(self) -> LayerStore:
-        """The dense model, written now; NaN and infinity in it are refused."""
+        """Write the store of the dense model; NaN and infinity in it are refused."""
         self._dense = build_store(
             self._work / "dense",
             self._engine.checkpoint,
@@ -52,7 +52,7 @@ class Stores:
         return self._dense
 
     def working(self, state: PruneState, number: int) -> LayerStore:
-        """The alive units with round ``number``'s refits, in place of what stood here before."""
+        """Write the store of the alive units with round ``number``'s refits over the last one."""
         if self._working is not None:
             self._working.close()
         self._working = build_store(
@@ -68,24 +68,24 @@ class Stores:
         return self._working
 
     def head(self) -> Head:
-        """The head of masked evaluation, written at its first use."""
+        """Return the head of masked evaluation, written at its first use."""
         if self._head is None:
             self._head = self._engine.evaluation_head(self._work / "head")
         return self._head
 
     def refits(self, state: PruneState, number: int) -> Refits:
-        """Round ``number``'s refits, cut to the state's mask; none before any recovery."""
+        """Return round ``number``'s refits, cut to the state's mask; none before any refit."""
         if state.refit_mask is None:
             return {}
         return self._folder.refits(number, self._engine.spec, state.refit_mask, state.mask)
 
     def saved_dtype(self, name: str) -> torch.dtype:
-        """The source's dtype, which is what the rewriter writes; a new bias has its weight's."""
+        """Return the source's dtype, which the rewriter writes; a new bias has its weight's."""
         tensors = self._engine.checkpoint.tensors
         return torch_dtype(tensors[name if name in tensors else weight_of(name)].dtype)
 
     def save_refit(self, number: int, layer: int | None, weights: dict[str, torch.Tensor]) -> None:
-        """Keep one layer's refits of round ``number``, or the final norm, in the source's dtype."""
+        """Save one layer's refits of round ``number`` (None: the norm) in the source's dtype."""
         dtypes = {name: self.saved_dtype(name) for name in weights}
         self._folder.save_refit(number, layer, weights, dtypes)
 

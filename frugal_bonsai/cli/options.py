@@ -15,7 +15,6 @@ from frugal_bonsai.bonsai.settings import (
     OBJECTIVES,
     PRIOR_NAMES,
     REFITS,
-    REGRESSIONS,
 )
 from frugal_bonsai.model.layout import LAYOUTS, UNIFORM
 from frugal_bonsai.sizes import parse_bytes
@@ -145,11 +144,7 @@ search = several(
         type=click.Choice(DESIGNS),
         help="Masks of each window, or masks that all windows share (paper).",
     ),
-    click.option(
-        "--regression",
-        type=click.Choice(REGRESSIONS),
-        help="Regression of the masks' utilities.",
-    ),
+    click.option("--regression", hidden=True),  # removed; refused with what to take
     click.option(
         "--masks", type=int, help="Largest number of masks per round on every mask window."
     ),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.bonsai.selection.cut import check_reachable
+from frugal_bonsai.bonsai.selection.reach import check_reachable
 from frugal_bonsai.bonsai.selection.whole import check_experts
 from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, PruneSettings
 from frugal_bonsai.errors import OptionError

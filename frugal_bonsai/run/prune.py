@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.bonsai.masks.evaluate import Utility
-from frugal_bonsai.bonsai.search import Found, Search
+from frugal_bonsai.bonsai.search import Search, SearchResult
 from frugal_bonsai.bonsai.state import (
     STATE_FILE,
     StateFolder,
@@ -109,7 +109,7 @@ def _remove_if_unstarted(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | None) -> Found:
+def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | None) -> SearchResult:
     """Search for the units to keep, in rounds that ``folder`` resumes from."""
     resolved, calibration = run.resolved, run.calibration
     identity = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.search import Found
+from frugal_bonsai.bonsai.search import SearchResult
 from frugal_bonsai.evaluation.perplexity import measure_texts
 from frugal_bonsai.memory.work import VERIFY_WINDOWS
 from frugal_bonsai.rewrite.companions import write_companions
@@ -29,7 +29,9 @@ def measure_dense(run: PruneRun) -> dict[str, Any]:
     return {**run.model.sizes, **_perplexities(run, run.engine, "dense")}
 
 
-def write_pruned(run: PruneRun, found: Found, staged: Path, shard_bytes: int) -> dict[str, Any]:
+def write_pruned(
+    run: PruneRun, found: SearchResult, staged: Path, shard_bytes: int
+) -> dict[str, Any]:
     """Write the pruned model, verify it and measure it.
 
     Args:
@@ -63,7 +65,9 @@ def write_pruned(run: PruneRun, found: Found, staged: Path, shard_bytes: int) ->
         }
 
 
-def _verify(run: PruneRun, found: Found, rewritten: Engine, windows_NS: torch.Tensor) -> float:
+def _verify(
+    run: PruneRun, found: SearchResult, rewritten: Engine, windows_NS: torch.Tensor
+) -> float:
     """Compare the rewritten model with the masked parent, both in fp32.
 
     In bf16 the rounding of 32 layers is as large as the change that a defect makes.

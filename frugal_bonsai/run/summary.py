@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.search import Found
+from frugal_bonsai.bonsai.search import SearchResult
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
@@ -33,7 +33,7 @@ from frugal_bonsai.version import package_version
 MASK_FILE, REPORT_FILE = "pruning_mask.json", "pruning_report.json"
 
 
-def describe_run(run: PruneRun, found: Found, out: Path) -> dict[str, Any]:
+def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any]:
     """Return the options of a prune and the result of its search, without figures of the models.
 
     Args:

@@ -11,15 +11,15 @@ import math
 
 from frugal_bonsai.bonsai.calibration import held_out_count
 from frugal_bonsai.bonsai.masks.sampling import batch_ends
-from frugal_bonsai.bonsai.selection.candidates import MOST_CUTS, MOST_CUTS_SPARED
-from frugal_bonsai.bonsai.selection.extent import (
+from frugal_bonsai.bonsai.selection.candidates import MOST_CANDIDATES
+from frugal_bonsai.bonsai.selection.schedule import (
     MOST_SCALES,
     round_goals,
     round_windows,
     scale_windows,
     trial_windows,
 )
-from frugal_bonsai.bonsai.settings import GROUP, NONE, PruneSettings
+from frugal_bonsai.bonsai.settings import NONE, PruneSettings
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import (
@@ -78,7 +78,7 @@ def prune_workload(
         reconstruction=reconstruction,
         refit_inputs=reconstruction and settings.refit == "all",
         trial_windows=_trial_windows(settings, columns, resolved.window, windows, uniform=uniform),
-        candidates=MOST_CUTS if settings.level == GROUP else MOST_CUTS_SPARED,
+        candidates=MOST_CANDIDATES,
         scale_windows=(
             scale_windows(resolved.window, windows) if reconstruction and settings.rescale else 0
         ),

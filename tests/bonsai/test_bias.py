@@ -18,7 +18,7 @@ from tiny_models import (
 )
 
 from frugal_bonsai.bonsai.methods import make_settings
-from frugal_bonsai.bonsai.search import Found, Search
+from frugal_bonsai.bonsai.search import Search, SearchResult
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.model.biases import output_bias
 from frugal_bonsai.model.layout import PADDED, PER_LAYER, UNIFORM, layout_rules
@@ -39,7 +39,7 @@ def tokens(tiny: Tiny) -> torch.Tensor:
 
 def _search(
     tiny: Tiny, tokens: torch.Tensor, folder: Path, layout: str = PER_LAYER, **options: Any
-) -> Found:
+) -> SearchResult:
     settings = make_settings("fluctuation", {"sparsity": 0.3, "weights": "native", **options})
     return Search(
         tiny.engine(micro_batch=8),

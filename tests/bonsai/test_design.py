@@ -104,10 +104,12 @@ def test_pools_are_the_lowest_alive_units_and_never_the_last(
 
 
 # -- unit level -------------------------------------------------------------------------------
-def test_the_published_draw_halves_each_layer() -> None:
-    """With one candidate KV group a layer, a mask has all of them off and its pair none."""
+def test_unit_masks_halve_each_layer_and_come_in_complements() -> None:
+    """As published: with one candidate KV group a layer, a mask has all of them off."""
     pools, score_N = _pools(table=_table(layers=5, heads=2))
-    design = draw_unit_masks(pools, score_N, 30, _generator(), each_layer=True)
+    design = draw_unit_masks(pools, score_N, 30, _generator())
+    assert design.off_MK.shape == (60, len(design.units_K))
+    assert torch.equal(design.off_MK[::2], ~design.off_MK[1::2])
     for group, members in zip(pools.mask.table.groups, pools.members, strict=True):
         off_M = design.off_MK[:, torch.isin(design.units_K, members)].sum(1)
         half = (len(members) + 1) // 2
@@ -115,37 +117,9 @@ def test_the_published_draw_halves_each_layer() -> None:
         assert off_M[1::2].tolist() == [len(members) - half] * 30
         if group.kind == ATTENTION:
             assert len(members) == 1
-    mixed = draw_unit_masks(pools, score_N, 30, _generator())
-    assert not torch.equal(mixed.off_MK, design.off_MK)
 
 
-def test_unit_masks_come_in_complements_and_halve_each_kind() -> None:
-    pools, score_N = _pools(table=_table(layers=5, heads=4))
-    design = draw_unit_masks(pools, score_N, 30, _generator())
-    assert design.off_MK.shape == (60, len(design.units_K))
-    assert torch.equal(design.off_MK[::2], ~design.off_MK[1::2])
-    attention = torch.zeros(pools.mask.table.units, dtype=torch.bool)
-    for group in pools.mask.table.groups:
-        attention[pools.mask.table.span(group)] = group.kind == ATTENTION
-    for kind in (attention[design.units_K], ~attention[design.units_K]):
-        count = int(kind.sum())
-        assert (design.off_MK[::2][:, kind].sum(1) == (count + 1) // 2).all()
-        assert (design.off_MK[1::2][:, kind].sum(1) == count // 2).all()
-
-
-def test_unit_masks_draw_a_kind_over_all_layers() -> None:
-    """With two KV groups a layer the pool holds one of each layer: masks must tell layers apart."""
-    pools, score_N = _pools()
-    assert pools.sizes_G.tolist() == [1, 8] * 4
-    design = draw_unit_masks(pools, score_N, 40, _generator())
-    attention = [i for i, unit in enumerate(design.units_K.tolist()) if unit % 18 < 2]
-    assert len(attention) == 4
-    rows = {tuple(row) for row in design.off_MK[:, attention].tolist()}
-    assert len(rows) > 4, "every mask removes the same KV groups"
-    assert all(sum(row) == 2 for row in rows)
-
-
-def test_units_of_low_prior_are_off_more_often() -> None:
+def test_units_of_low_importance_are_off_more_often() -> None:
     pools, score_N = _pools()
     design = draw_unit_masks(pools, score_N, 2000, _generator())
     ffn = design.units_K % 18 >= 2
@@ -155,8 +129,8 @@ def test_units_of_low_prior_are_off_more_often() -> None:
     assert often.min() > 0.02, "every candidate is seen both on and off"
 
 
-def test_unit_masks_survive_priors_of_zero_and_equal_priors() -> None:
-    table = _table()
+def test_unit_masks_survive_scores_of_zero_and_equal_scores() -> None:
+    table = _table(heads=5)
     for score_N in (torch.zeros(table.units).double(), torch.ones(table.units).double()):
         pools = draw_pools(KeepMask(table), score_N, 0.5)
         design = draw_unit_masks(pools, score_N, 200, _generator())

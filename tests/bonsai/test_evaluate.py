@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,9 +22,12 @@ from frugal_bonsai.bonsai.masks.design import (
     draw_pools,
     draw_unit_masks,
 )
-from frugal_bonsai.bonsai.masks.evaluate import Observations, Utility, evaluate_masks
+from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Observations, Utility
+from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.source import LayerSource
 from frugal_bonsai.stream.store import NATIVE, build_store
 
 WINDOWS, WINDOW, MASKS = 3, 10, 4
@@ -56,6 +58,27 @@ def _keep(design: Design, mask: KeepMask, number: int) -> KeepMask:
     return mask.without(off)
 
 
+def _evaluator(
+    engine: Engine,
+    store: LayerSource,
+    *,
+    shared: bool,
+    perplexity: bool = False,
+    utility: Utility | None = None,
+    masks: int = MASKS,
+) -> MaskEvaluator:
+    settings = PruneSettings(
+        design="shared" if shared else "per-window",
+        utility="perplexity" if perplexity else "loss",
+        masks=masks,
+        mask_windows=WINDOWS,
+    )
+    windows, draws = random_windows(WINDOWS, WINDOW), torch.Generator()
+    return MaskEvaluator(
+        engine, store, lambda: engine.head, settings, windows, draws, utility=utility
+    )
+
+
 def _evaluate(
     tiny: Tiny,
     mask: KeepMask,
@@ -69,20 +92,11 @@ def _evaluate(
 ) -> Observations:
     engine = tiny.engine(**{"micro_batch": 4, **limits})
     store = build_store(folder, tiny.checkpoint, tiny.spec, weights=NATIVE, mask=mask)
-    with engine.stream(store) as stream:
-        seen = evaluate_masks(
-            engine,
-            stream,
-            engine.head,
-            design,
-            MASKS,
-            random_windows(WINDOWS, WINDOW),
-            shared=shared,
-            perplexity=perplexity,
-            utility=utility,
-        )
+    evaluator = _evaluator(engine, store, shared=shared, perplexity=perplexity, utility=utility)
+    seen = evaluator.evaluate(design, MASKS)
     pairs = MASKS * WINDOWS + WINDOWS  # the unmasked windows are evaluated too, once
     assert engine.sweep.forward_tokens == pairs * WINDOW
+    assert evaluator.tokens == evaluator.budget_tokens == pairs * WINDOW
     return seen
 
 
@@ -211,17 +225,8 @@ def test_progress_says_which_masks_are_evaluated(
     tiny, seen = tiny_llama(tmp_path / "m"), _Named()
     mask = KeepMask(tiny.spec.table)
     engine = tiny.engine(progress=seen, windows_in_flight=5)
-    with engine.stream(tiny.source()) as stream:
-        evaluate_masks(
-            engine,
-            stream,
-            engine.head,
-            _design(mask, MASKS if shared else MASKS * WINDOWS),
-            MASKS,
-            random_windows(WINDOWS, WINDOW),
-            shared=shared,
-            perplexity=False,
-        )
+    evaluator = _evaluator(engine, tiny.source(), shared=shared)
+    evaluator.evaluate(_design(mask, MASKS if shared else MASKS * WINDOWS), MASKS)
     assert seen.names == [f"masked evaluation, {masks}" for masks in expected]
 
 
@@ -233,29 +238,15 @@ def test_a_second_batch_measures_its_windows_no_more(tiny: Tiny, shared: bool) -
     number = MASKS if shared else MASKS * WINDOWS
     design = _design(mask, number)
 
-    def evaluate(**more: Any) -> Observations:
-        with engine.stream(tiny.source()) as stream:
-            return evaluate_masks(
-                engine,
-                stream,
-                engine.head,
-                design,
-                MASKS,
-                random_windows(WINDOWS, WINDOW),
-                shared=shared,
-                perplexity=False,
-                **more,
-            )
-
-    first = evaluate()
+    evaluator = _evaluator(engine, tiny.source(), shared=shared, masks=3 * MASKS)
+    first = evaluator.evaluate(design, MASKS)
     spent = engine.sweep.forward_tokens
-    assert spent == (MASKS + 1) * WINDOWS * WINDOW
-    second = evaluate(base_W=first.base_W, first=number, most=3 * number)
+    assert spent == evaluator.tokens == (MASKS + 1) * WINDOWS * WINDOW
+    second = evaluator.evaluate(design, MASKS)
     assert engine.sweep.forward_tokens - spent == MASKS * WINDOWS * WINDOW
+    assert evaluator.budget_tokens == (3 * MASKS + 1) * WINDOWS * WINDOW
     torch.testing.assert_close(second.loss_I, first.loss_I, rtol=0, atol=1e-6)
     assert torch.equal(second.base_W, first.base_W) and second.base == first.base
-    expected = torch.zeros(MASKS) if shared else torch.arange(number) // 2 % WINDOWS
-    assert second.windows_I.tolist() == expected.tolist()
     assert progress.names[-1] == (
         f"masked evaluation, masks {number + 1}-{2 * number} of {3 * number}"
     )
@@ -264,18 +255,8 @@ def test_a_second_batch_measures_its_windows_no_more(tiny: Tiny, shared: bool) -
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_utility_that_is_no_number_is_refused(tiny: Tiny, value: float) -> None:
     engine, mask = tiny.engine(), KeepMask(tiny.spec.table)
-    with (
-        engine.stream(tiny.source()) as stream,
-        pytest.raises(OptionError, match=f"utility: returned {value}"),
-    ):
-        evaluate_masks(
-            engine,
-            stream,
-            engine.head,
-            _design(mask, MASKS),
-            MASKS,
-            random_windows(WINDOWS, WINDOW),
-            shared=True,
-            perplexity=False,
-            utility=lambda logits_SV, tokens_S: value,
-        )
+    evaluator = _evaluator(
+        engine, tiny.source(), shared=True, utility=lambda logits_SV, tokens_S: value
+    )
+    with pytest.raises(OptionError, match=f"utility: returned {value}"):
+        evaluator.evaluate(_design(mask, MASKS), MASKS)

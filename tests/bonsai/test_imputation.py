@@ -18,7 +18,8 @@ from frugal_bonsai.bonsai.importance.gram import Moments
 from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWriter, Tensors
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder, ImportanceScores
 from frugal_bonsai.bonsai.masks.design import GroupDesign, draw_pools
-from frugal_bonsai.bonsai.masks.evaluate import evaluate_masks
+from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Observations
+from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 
@@ -44,6 +45,23 @@ def _measured(
     with engine.stream(tiny.source(mask=mask)) as stream:
         engine.sweep.run(stream, tokens_NS, tap=builder)
     return builder.build(), saved
+
+
+def _evaluate(
+    tiny: Tiny, tokens: torch.Tensor, design: GroupDesign, imputations: Imputations | None
+) -> Observations:
+    """One pair of masks on the first window."""
+    engine = tiny.engine()
+    evaluator = MaskEvaluator(
+        engine,
+        tiny.source(),
+        lambda: engine.head,
+        PruneSettings(masks=2, mask_windows=1),
+        tokens[:1],
+        torch.Generator(),
+        imputations=imputations,
+    )
+    return evaluator.evaluate(design, 2)
 
 
 @pytest.mark.parametrize("after_the_prior", [False, True])
@@ -86,29 +104,9 @@ def test_masked_evaluation_is_that_of_the_compensated_projection(kind: str, tiny
     gone = max(1, len(pools.members[at]) // 2)
     off_MG = torch.zeros(2, len(pools.members), dtype=torch.int64)
     off_MG[0, at] = gone
-    engine = tiny.engine()
-    with engine.stream(tiny.source()) as stream:
-        seen = evaluate_masks(
-            engine,
-            stream,
-            engine.head,
-            GroupDesign(pools, off_MG),
-            2,
-            tokens[:1],
-            shared=False,
-            perplexity=False,
-            stand_ins=Imputations(saved.get),
-        )
-        zeroed = evaluate_masks(
-            engine,
-            stream,
-            engine.head,
-            GroupDesign(pools, off_MG),
-            2,
-            tokens[:1],
-            shared=False,
-            perplexity=False,
-        )
+    design = GroupDesign(pools, off_MG)
+    seen = _evaluate(tiny, tokens, design, Imputations(saved.get))
+    zeroed = _evaluate(tiny, tokens, design, None)
     model = tiny.hugging_face()
     before = hugging_face_losses(model, tokens[:1]).mean()
     weight = dict(model.named_parameters())[group.output_weight]

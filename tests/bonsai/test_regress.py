@@ -1,4 +1,4 @@
-"""Folds, scores, coverage and the noise of windows."""
+"""Folds, scores and coverage."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from planted import generator, noise
 from frugal_bonsai.bonsai.masks.regression import (
     FOLDS,
     Predicted,
-    clearly_likelier,
     coverage,
     fold_of,
     held_out,
-    log_density,
     scores,
-    window_noise,
 )
 
 
@@ -75,53 +72,3 @@ def test_coverage_is_the_share_inside_ninety_per_cent() -> None:
     assert coverage(_predicted(4.0), loss) == pytest.approx(0.9, abs=0.015)
     assert coverage(_predicted(1.0), loss) == pytest.approx(0.589, abs=0.02)
     assert coverage(_predicted(16.0), loss) > 0.99
-
-
-def test_log_density_is_that_of_a_normal_distribution() -> None:
-    loss = noise(50, 2.0)
-    expected = torch.distributions.Normal(0.0, 2.0).log_prob(loss)
-    torch.testing.assert_close(log_density(_predicted(4.0, 50), loss), expected)
-    assert (
-        log_density(_predicted(4.0), noise(4000, 2.0)).mean()
-        > log_density(_predicted(9.0), noise(4000, 2.0)).mean()
-    )
-
-
-def test_better_means_by_more_than_a_standard_error() -> None:
-    old, gain = torch.zeros(100, dtype=torch.float64), noise(100, 1.0)
-    gain = (gain - gain.mean()) / gain.std()  # standard error 0.1
-    assert clearly_likelier(old + gain + 0.11, old)
-    assert not clearly_likelier(old + gain + 0.09, old)
-    assert not clearly_likelier(old, old)
-    assert not clearly_likelier(old + torch.nan, old)
-
-
-# -- noise by window --------------------------------------------------------------------------
-def test_windows_of_different_noise_are_told_apart() -> None:
-    windows = torch.arange(800) % 4
-    sizes = torch.tensor([0.5, 1.0, 1.0, 3.0], dtype=torch.float64)
-    found = window_noise(noise(800, 1.0) * sizes[windows], windows)
-    assert float(found.mean()) == pytest.approx(1.0)
-    expected = sizes.square() / sizes.square().mean()
-    torch.testing.assert_close(found[:4], expected, rtol=0.35, atol=0.1)
-    assert torch.equal(found[:4], found[4:8])
-
-
-def test_windows_of_equal_noise_are_left_nearly_alike() -> None:
-    found = window_noise(noise(160, 1.0), torch.arange(160) % 16)
-    raw = noise(160, 1.0).square().view(10, 16).mean(0)
-    assert found.std() < 0.3 * (raw / raw.mean()).std()
-
-
-@pytest.mark.parametrize(
-    ("residual", "windows"),
-    [
-        (noise(8, 1.0), torch.zeros(8).long()),
-        (noise(8, 1.0), torch.arange(8)),
-        (torch.full((8,), torch.nan), torch.arange(8) % 2),
-        (torch.zeros(8), torch.arange(8) % 2),
-    ],
-    ids=["one window", "one observation a window", "nothing held out", "no residual"],
-)
-def test_what_cannot_be_told_is_even(residual: torch.Tensor, windows: torch.Tensor) -> None:
-    assert window_noise(residual, windows).tolist() == [1.0] * 8

@@ -1,4 +1,4 @@
-"""Adaptive sampling on planted curves: when it stops, where it looks, what it says of itself."""
+"""Adaptive sampling on planted curves: when it stops, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import pytest
 import torch
 from planted import generator
 
-from frugal_bonsai.bonsai.masks.design import Design, GroupDesign, Pools, UnitDesign, draw_pools
+from frugal_bonsai.bonsai.masks.design import (
+    Design,
+    GroupDesign,
+    Pools,
+    draw_group_masks,
+    draw_pools,
+    draw_uniform_masks,
+)
 from frugal_bonsai.bonsai.masks.estimators import (
-    GroupQuestion,
-    KindQuestion,
-    UnitQuestion,
+    CurveEstimator,
+    UnitEstimator,
     gone_counts,
 )
 from frugal_bonsai.bonsai.masks.evaluate import Observations
@@ -22,15 +28,13 @@ from frugal_bonsai.bonsai.masks.sampling import (
     BUDGET,
     FIXED,
     SETTLED,
-    Judgement,
+    Estimate,
     Seen,
     batch_ends,
-    sample,
-    taken_share,
-    undecided,
+    sample_masks,
 )
-from frugal_bonsai.bonsai.methods import make_settings
-from frugal_bonsai.bonsai.selection.cut import Curve, cut
+from frugal_bonsai.bonsai.selection.curves import Curve
+from frugal_bonsai.bonsai.selection.cut import cut
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 
@@ -88,7 +92,6 @@ class _Planted:
         return Observations(
             masks_I=masks_I,
             clusters_I=masks_I // 2,
-            windows_I=masks_I // 2 % WINDOWS,
             loss_I=loss_I,
             base_W=torch.zeros(WINDOWS),
         )
@@ -97,15 +100,17 @@ class _Planted:
         return cut(self.mask, curves, 600, _rules())
 
     def best_loss(self) -> float:
-        curves = self.question(0).curves(torch.cat([torch.zeros(12).double(), self.square_G]))
+        curves = self.estimator(0).curves(torch.cat([torch.zeros(12).double(), self.square_G]))
         return float(self.truth(gone_counts(self.mask, self.cut(curves))))
 
-    def question(self, seed: int) -> GroupQuestion:
-        return GroupQuestion(self.pools, 0.15, (), generator(seed))
+    def estimator(self, seed: int, pools: Pools | None = None) -> CurveEstimator:
+        pools, draws = pools or self.pools, generator(seed)
+        draw = partial(draw_group_masks, pools, expected_share=0.15, generator=draws)
+        return CurveEstimator(pools, torch.arange(12), draw, draws)
 
-    def sample(self, masks: int, target: float, seed: int = 5) -> Judgement:
-        return sample(
-            self.question(seed),
+    def sample(self, masks: int, target: float, seed: int = 5) -> Estimate:
+        return sample_masks(
+            self.estimator(seed),
             self.evaluate,
             self.cut,
             masks=masks,
@@ -131,42 +136,41 @@ def test_batches_grow_by_half_and_end_at_the_budget(masks: int, ends: list[int] 
 
 def test_observations_of_batches_are_put_together() -> None:
     planted = _Planted(noise=0.1)
-    first = planted.question(0).draw(WINDOWS, None)
+    first = planted.estimator(0).draw(WINDOWS)
     batches: list[tuple[Design, Observations]] = [
         (first, planted.evaluate(first, 2)),
         (first, planted.evaluate(first, 2)),
     ]
     seen = Seen.of(batches)
     assert seen.clusters_I.tolist() == [i // 2 for i in range(32)]
-    assert seen.windows_I.tolist() == [i // 2 % WINDOWS for i in range(16)] * 2
     assert torch.equal(seen.off_IX, torch.cat([first.off_MG, first.off_MG]))
     assert torch.equal(seen.loss_I[16:], batches[1][1].loss_I)
 
 
 # -- when it stops ----------------------------------------------------------------------------
 def test_a_clear_cut_settles_early() -> None:
-    judgement = _Planted(noise=0.01).sample(64, 0.8)
-    assert judgement.sampled is not None
-    assert judgement.sampled.stopped == SETTLED and judgement.sampled.certainty is not None
-    assert judgement.sampled.certainty >= 0.8
-    assert judgement.sampled.masks == judgement.observations <= 12 * WINDOWS
-    assert judgement.sampled.budget == 64 * WINDOWS
+    estimate = _Planted(noise=0.01).sample(64, 0.8)
+    assert estimate.sampled is not None
+    assert estimate.sampled.stopped == SETTLED and estimate.sampled.certainty is not None
+    assert estimate.sampled.certainty >= 0.8
+    assert estimate.sampled.masks == estimate.observations <= 12 * WINDOWS
+    assert estimate.sampled.budget == 64 * WINDOWS
 
 
 def test_noise_spends_the_budget_and_says_so() -> None:
     planted = _Planted(noise=30.0)
-    judgement = planted.sample(8, 0.8)
-    assert judgement.sampled is not None and judgement.sampled.stopped == BUDGET
-    assert judgement.observations == judgement.sampled.masks == 8 * WINDOWS
-    assert judgement.sampled.certainty is not None and judgement.sampled.certainty < 0.8
+    estimate = planted.sample(8, 0.95)
+    assert estimate.sampled is not None and estimate.sampled.stopped == BUDGET
+    assert estimate.observations == estimate.sampled.masks == 8 * WINDOWS
+    assert estimate.sampled.certainty is not None and estimate.sampled.certainty < 0.95
     assert len(planted.designs) == 4
 
 
 def test_a_target_of_one_is_the_fixed_budget_in_one_batch() -> None:
     planted = _Planted(noise=0.01)
-    judgement = planted.sample(8, 1.0)
-    assert len(planted.designs) == 1 and judgement.observations == 8 * WINDOWS
-    assert judgement.sampled is not None and judgement.sampled.stopped == FIXED
+    estimate = planted.sample(8, 1.0)
+    assert len(planted.designs) == 1 and estimate.observations == 8 * WINDOWS
+    assert estimate.sampled is not None and estimate.sampled.stopped == FIXED
 
 
 def test_a_higher_target_asks_for_more() -> None:
@@ -179,10 +183,10 @@ def test_certainty_is_about_what_the_cut_really_costs() -> None:
     said, true = [], []
     for seed in range(8):
         planted = _Planted(noise=5.0, seed=10 * seed)
-        judgement = planted.sample(8, 0.999)
-        assert judgement.sampled is not None and judgement.sampled.certainty is not None
-        said.append(judgement.sampled.certainty)
-        chosen = gone_counts(planted.mask, planted.cut(judgement.curves))
+        estimate = planted.sample(8, 0.999)
+        assert estimate.sampled is not None and estimate.sampled.certainty is not None
+        said.append(estimate.sampled.certainty)
+        chosen = gone_counts(planted.mask, planted.cut(estimate.curves))
         true.append(planted.best_loss() / float(planted.truth(chosen)))
     means = [sum(values) / len(values) for values in (said, true)]
     assert means[0] == pytest.approx(means[1], abs=0.1), means
@@ -199,97 +203,34 @@ def test_the_seed_decides_and_only_the_seed() -> None:
     )
 
 
-# -- where it looks ---------------------------------------------------------------------------
-def test_later_masks_lie_between_the_cuts_of_the_posterior() -> None:
-    planted = _Planted(noise=0.1)
-    # Group 1 goes by 4 in all cuts, group 3 by 2 or by 14, the KV group 4 in one of four.
-    counts = [{1: 4, 3: 2}, {1: 4, 3: 14}, {1: 4, 3: 2, 4: 1}, {1: 4, 3: 14}]
-    focus = planted.question(0).focus(
-        [
-            planted.mask.without(
-                torch.cat([planted.pools.members[at][:count] for at, count in taken.items()])
-            )
-            for taken in counts
-        ]
-    )
-    margin = -(-int(planted.sizes_G[1]) // 10)
-    assert focus.least_G[[1, 3]].tolist() == [4 - margin, 0]
-    assert focus.most_G[[1, 3]].tolist() == [4 + margin, 14 + margin]
-    assert focus.doubt_G[[0, 4]].tolist() == [0.0, 2 * 0.25 * 0.75]
-    design = planted.question(3).draw(500, focus)
-    off = design.off_MG
-    assert off[:, 1].min() >= 4 - margin and off[:, 1].max() <= 4 + margin
-    assert off[:, 3].min() == 0 and off[:, 3].max() == 14 + margin
-    # Mirrored between the bounds, so that a pair takes as much as any other.
-    assert set((off[::2, 3] + off[1::2, 3]).tolist()) == {14 + margin}
-    often = [float((off[:, at] > 0).double().mean()) for at in (0, 4)]
-    assert often[1] == pytest.approx(0.375, abs=0.05) and often[0] < 0.8 * often[1]
-
-
-def test_doubted_groups_are_looked_at_more_widely_than_decided_ones() -> None:
-    planted = _Planted(noise=0.3)
-    planted.sample(16, 0.9999)
-    first, last = planted.designs[0], planted.designs[-1]
-    assert isinstance(first, GroupDesign) and isinstance(last, GroupDesign)
-    ffn = planted.sizes_G > 4
-    spread = [
-        (d.off_MG.max(0).values - d.off_MG.min(0).values)[ffn] / planted.sizes_G[ffn]
-        for d in (first, last)
-    ]
-    assert spread[0].min() > 0.8 and spread[1].mean() < 0.7 * spread[0].mean()
-
-
-def test_units_that_surely_go_are_off_and_sure_ones_on() -> None:
-    planted = _Planted(noise=0.1)
-    question = UnitQuestion(planted.pools, planted.score_N, make_settings("unit", {}), generator(1))
-    units_K = torch.cat(planted.pools.members)
-    gone, open_ = units_K[:5], units_K[5:9]
-    cuts = [planted.mask.without(torch.cat([gone, open_[: 1 + i % 3]])) for i in range(6)]
-    focus = question.focus(cuts)
-    assert focus.gone_K.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
-    assert focus.doubted_K.nonzero().flatten().tolist() == [6, 7]
-    design = question.draw(20, focus)
-    assert isinstance(design, UnitDesign)
-    assert design.off_MK[:, :6].all() and not design.off_MK[:, 8:].any()
-    assert torch.equal(design.off_MK[::2, 6:8], ~design.off_MK[1::2, 6:8])
-
-
-def test_shares_of_cuts() -> None:
-    mask = KeepMask(_table())
-    cuts = [mask.without(torch.tensor([0, 3])), mask.without(torch.tensor([0]))]
-    share = taken_share(mask, cuts)
-    assert share[[0, 1, 3]].tolist() == [1.0, 0.0, 0.5] and share.sum() == 1.5
-    assert undecided(share).nonzero().flatten().tolist() == [3]
-
-
-# -- the questions ----------------------------------------------------------------------------
+# -- the estimators ---------------------------------------------------------------------------
 @pytest.mark.parametrize("level", ["unit", "group", "kind"])
 def test_a_cut_costs_what_the_curves_say(level: str) -> None:
     """``loss`` of a cut made by the same coefficients is the curves' at that cut."""
-    planted = _Planted(noise=0.1)
+    planted, draws = _Planted(noise=0.1), generator()
     pools = planted.pools
-    make: dict[str, Callable[[], UnitQuestion | GroupQuestion | KindQuestion]] = {
-        "unit": partial(
-            UnitQuestion, pools, planted.score_N, make_settings("unit", {}), generator()
-        ),
-        "group": partial(planted.question, 0),
-        "kind": partial(KindQuestion, pools, generator()),
+    kinds = torch.arange(12) % 2
+    uniform = partial(draw_uniform_masks, pools, generator=draws)
+    make: dict[str, Callable[[], UnitEstimator | CurveEstimator]] = {
+        "unit": partial(UnitEstimator, pools, planted.score_N, draws),
+        "group": partial(planted.estimator, 0),
+        "kind": partial(CurveEstimator, pools, kinds, uniform, draws),
     }
-    question = make[level]()
+    estimator = make[level]()
     count = {"unit": len(torch.cat(pools.members)), "group": 24, "kind": 4}[level]
     relevance_K = torch.rand(count, generator=generator(8)).double()
-    curves = question.curves(relevance_K)
+    curves = estimator.curves(relevance_K)
     rules = _rules(UNIFORM if level == "kind" else PER_LAYER)
     chosen = cut(planted.mask, curves, 600, rules)
     gone_G = gone_counts(planted.mask, chosen)
     assert gone_G.sum() > 10
     expected = sum(float(c.loss[int(n)]) for c, n in zip(curves, gone_G, strict=True))
-    assert question.loss(relevance_K, chosen) == pytest.approx(expected)
+    assert estimator.loss(relevance_K, chosen) == pytest.approx(expected)
 
 
 def test_pools_without_candidates_cost_nothing() -> None:
     planted = _Planted(noise=0.1)
     members = tuple(m[:0] if at == 1 else m for at, m in enumerate(planted.pools.members))
-    question = GroupQuestion(Pools(planted.mask, members), 0.15, (), generator())
-    curves = question.curves(torch.ones(24).double())
+    estimator = planted.estimator(0, Pools(planted.mask, members))
+    curves = estimator.curves(torch.ones(24).double())
     assert curves[1].loss.tolist() == [0.0] and len(curves[3].loss) == len(members[3]) + 1

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from frugal_bonsai.bonsai.methods import make_settings
-from frugal_bonsai.bonsai.selection.cut import Curve
+from frugal_bonsai.bonsai.selection.curves import Curve
+from frugal_bonsai.bonsai.selection.cut import cut_round
+from frugal_bonsai.bonsai.selection.reach import can_go_nearer
 from frugal_bonsai.bonsai.selection.schedule import Schedule
 from frugal_bonsai.model.layout import PER_LAYER, LayoutRules
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
@@ -37,12 +39,12 @@ def _curves(mask: KeepMask) -> tuple[Curve, ...]:
 def test_rounds_of_a_step_and_what_is_left() -> None:
     schedule, mask = _schedule(sparsity=0.25, step=0.1)
     gone = []
-    while schedule.goes_on(mask):
+    while can_go_nearer(mask, schedule.final_parameters, schedule.rules):
         assert schedule.share(mask) == pytest.approx(
             (schedule.goal(mask) * 1000 - mask.removed_parameters())
             / (1000 - mask.removed_parameters())
         )
-        mask, target = schedule.cut(mask, _curves(mask))
+        mask, target = cut_round(schedule, mask, _curves(mask))
         gone.append(mask.removed_parameters())
         assert target == gone[-1]
     assert gone == [100, 200, 250] and schedule.final_parameters == 250
@@ -50,17 +52,18 @@ def test_rounds_of_a_step_and_what_is_left() -> None:
 
 def test_the_last_round_takes_a_sliver_that_would_be_left() -> None:
     schedule, mask = _schedule(sparsity=0.21, step=0.1)
-    mask, _ = schedule.cut(mask, _curves(mask))
+    mask, _ = cut_round(schedule, mask, _curves(mask))
     assert schedule.goal(mask) == 0.21
 
 
 def test_a_tile_larger_than_a_step_is_waited_for() -> None:
     schedule, mask = _schedule(tile=25, sparsity=0.5, step=0.1)
-    cut_mask, target = schedule.cut(mask, _curves(mask))
+    cut_mask, target = cut_round(schedule, mask, _curves(mask))
     assert cut_mask.removed_parameters() == 250 and target == 300
 
 
 def test_what_the_layout_cannot_hold_stays() -> None:
     schedule, mask = _schedule(tile=50, sparsity=0.3, step=0.1)
-    cut_mask, _ = schedule.cut(mask, _curves(mask))
-    assert cut_mask == mask and not schedule.goes_on(mask)
+    cut_mask, _ = cut_round(schedule, mask, _curves(mask))
+    assert cut_mask == mask
+    assert not can_go_nearer(mask, schedule.final_parameters, schedule.rules)

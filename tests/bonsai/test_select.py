@@ -10,14 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frugal_bonsai.bonsai.selection.cut import (
-    Curve,
-    can_go_nearer,
-    check_reachable,
-    cut,
-    uniform_options,
-    withhold,
-)
+from frugal_bonsai.bonsai.selection.curves import Curve, withhold
+from frugal_bonsai.bonsai.selection.cut import cut
+from frugal_bonsai.bonsai.selection.reach import can_go_nearer, check_reachable
+from frugal_bonsai.bonsai.selection.uniform import uniform_options
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from frugal_bonsai.bonsai.methods import METHODS, make_settings
-from frugal_bonsai.bonsai.selection.extent import round_goals
+from frugal_bonsai.bonsai.selection.schedule import round_goals
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.cli import prune_command
 from frugal_bonsai.errors import OptionError
@@ -27,7 +27,7 @@ def test_every_method_is_a_valid_bundle_and_options_override_it(method: str) -> 
 def test_no_two_methods_are_the_same() -> None:
     bundles = [make_settings(method, {}).to_json() for method in METHODS]
     assert all(bundles.count(bundle) == 1 for bundle in bundles)
-    assert make_settings("default", {}) == PruneSettings()
+    assert make_settings("default", {"regression": None}) == PruneSettings()
 
 
 def test_the_command_line_offers_every_method() -> None:
@@ -42,7 +42,10 @@ def test_the_command_line_offers_every_method() -> None:
         ("default", {"level": "layer"}, r"--level: 'layer' is not one of group, unit, none"),
         ("default", {"per": "unit"}, r"unknown setting 'per'; known: allocation, arithmetic"),
         ("default", {"allocation": "ffn"}, r"take --level none, or --allocation global"),
-        ("unit", {"allocation": "equal"}, r"--allocation equal: .* at --level unit"),
+        ("paper", {"allocation": "equal"}, r"--allocation equal: .* at --level unit"),
+        ("unit", {}, r"--method unit: was removed; .* take --method default, or --method paper"),
+        ("paper", {"regression": "paper"}, r"--regression: was removed; the level decides"),
+        ("default", {"draw": "kind"}, r"--draw: was removed; --level unit draws half of each"),
         ("default", {"step": 1.1}, r"--step: 1\.1 is outside \(0, 1\]"),
         ("default", {"sparsity": 1.0}, r"--sparsity: 1\.0 is outside \(0, 1\)"),
         ("default", {"objective": "speed"}, r"--objective: 'speed' is not one of parameters"),
@@ -51,7 +54,6 @@ def test_the_command_line_offers_every_method() -> None:
         ("wanda", {"objective": "latency"}, r"--objective latency: .* --allocation equal"),
         ("default", {"prior": "similarity"}, r"--prior similarity: .* take --method depth"),
         ("depth", {"bias": True}, r"take it with --no-recovery and --no-bias"),
-        ("paper", {"level": "group"}, r"take --level unit, or --regression ridge"),
         ("paper", {"rescale": True}, r"--rescale: belongs to recovery, .* or --method paper"),
         ("default", {"refine": 2, "recovery": False}, r"--refine: .* add --recovery, or leave"),
     ],

@@ -11,7 +11,6 @@ import torch
 from tiny_models import Tiny, random_mask, tiny_llama
 
 from frugal_bonsai.bonsai.importance.scores import ImportanceScores
-from frugal_bonsai.bonsai.masks.curve_priors import Ahead
 from frugal_bonsai.bonsai.state import (
     PruneState,
     StateFolder,
@@ -29,11 +28,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return tiny_llama(tmp_path_factory.mktemp("state") / "m")
 
 
-def _prior(tiny: Tiny) -> ImportanceScores:
+def _scores(tiny: Tiny) -> ImportanceScores:
     generator = torch.Generator().manual_seed(0)
-    return ImportanceScores(
-        "exact", torch.rand(tiny.spec.table.units, generator=generator).double() / 3
-    )
+    score_N = torch.rand(tiny.spec.table.units, generator=generator).double() / 3
+    return ImportanceScores("exact", score_N)
 
 
 def _state(tiny: Tiny, rounds: int = 2, **changes: Any) -> PruneState:
@@ -41,7 +39,7 @@ def _state(tiny: Tiny, rounds: int = 2, **changes: Any) -> PruneState:
         "mask": random_mask(tiny.spec),
         "rounds": [{"round": i + 1, "r2": 0.25, "tau": None} for i in range(rounds)],
         "forward_tokens": 12345,
-        "prior": _prior(tiny),
+        "importance": _scores(tiny),
     }
     return PruneState(**{**values, **changes})
 
@@ -63,24 +61,18 @@ def test_round_trip(tiny: Tiny, tmp_path: Path) -> None:
     found = StateFolder(tmp_path, dict(IDENTITY)).load(tiny.spec.table)
     assert found.mask == saved.mask and found.mask != KeepMask(tiny.spec.table)
     assert found.rounds == saved.rounds and found.forward_tokens == 12345
-    assert found.prior is not None and saved.prior is not None
-    assert found.prior.name == "exact"
-    assert torch.equal(found.prior.score_N, saved.prior.score_N), "bit for bit, in float64"
-    assert found.refit_mask is None and found.ahead is None
+    assert found.importance is not None and saved.importance is not None
+    assert found.importance.name == "exact"
+    assert torch.equal(found.importance.score_N, saved.importance.score_N), (
+        "bit for bit, in float64"
+    )
+    assert found.refit_mask is None
 
 
-def test_what_the_curves_foretell_survives(tiny: Tiny, tmp_path: Path) -> None:
+def test_state_without_importance_scores(tiny: Tiny, tmp_path: Path) -> None:
     folder = StateFolder(tmp_path, IDENTITY)
-    groups = len(tiny.spec.table.groups)
-    ahead = Ahead([1 / (3 + i) for i in range(groups)], [1e-7 * i for i in range(groups)])
-    folder.save(_state(tiny, ahead=ahead))
-    assert folder.load(tiny.spec.table).ahead == ahead
-
-
-def test_state_without_a_prior(tiny: Tiny, tmp_path: Path) -> None:
-    folder = StateFolder(tmp_path, IDENTITY)
-    folder.save(_state(tiny, prior=None))
-    assert folder.load(tiny.spec.table).prior is None
+    folder.save(_state(tiny, importance=None))
+    assert folder.load(tiny.spec.table).importance is None
 
 
 def test_report_that_is_not_a_number_survives(tiny: Tiny, tmp_path: Path) -> None:
@@ -162,13 +154,15 @@ def test_damaged_state(content: str | None, tiny: Tiny, tmp_path: Path) -> None:
         StateFolder(tmp_path, IDENTITY).load(tiny.spec.table)
 
 
-def test_state_of_another_version(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [{}, {"ahead": None}])
+def test_state_of_another_version(keys: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    """The version is what is wrong, also where it has other keys."""
     folder = StateFolder(tmp_path, IDENTITY)
     folder.save(_state(tiny))
     file = tmp_path / "state.json"
     saved = json.loads(file.read_text())
-    file.write_text(json.dumps({**saved, "version": 99}))
-    with pytest.raises(StateError, match="version 99, expected 2"):
+    file.write_text(json.dumps({**saved, "version": 2, **keys}))
+    with pytest.raises(StateError, match="version 2, expected 3; resume with the frugal-bonsai"):
         folder.load(tiny.spec.table)
 
 

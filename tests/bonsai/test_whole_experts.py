@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.nn.functional import linear
 
 from frugal_bonsai.bonsai.importance.experts import measure_saliency
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
-from frugal_bonsai.bonsai.masks.design import draw_pools
-from frugal_bonsai.bonsai.masks.estimators import GroupQuestion
+from frugal_bonsai.bonsai.masks.design import draw_group_masks, draw_pools
+from frugal_bonsai.bonsai.masks.estimators import CurveEstimator
 from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
-from frugal_bonsai.bonsai.selection.cut import Curve, cut
+from frugal_bonsai.bonsai.selection.curves import Curve
+from frugal_bonsai.bonsai.selection.cut import cut
 from frugal_bonsai.bonsai.selection.whole import check_experts, drop_experts
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.layout import PADDED, PER_LAYER, LayoutRules, layout_rules
@@ -67,19 +69,21 @@ def test_masks_ask_about_a_layers_experts_together(tiny: Tiny) -> None:
     generator = torch.Generator().manual_seed(2)
     score_N = torch.rand(table.units, generator=generator).double()
     pools = draw_pools(mask, score_N, 0.5, rules_of(tiny, PER_LAYER))
-    question = GroupQuestion(pools, 0.1, [], generator)
-    off_MG = question.draw(8, None).off_MG
+    draw = partial(draw_group_masks, pools, expected_share=0.1, generator=generator)
+    curve_G = torch.tensor([2 * group.layer + (group.kind == FFN) for group in table.groups])
+    estimator = CurveEstimator(pools, curve_G, draw, generator)
+    off_MG = estimator.draw(8).off_MG
     experts = [[table.position(g) for g in table.of_layer(at) if g.kind == FFN] for at in (0, 1)]
     for mine in experts:
         assert (off_MG[:, mine] == off_MG[:, mine[:1]]).all()
     assert (off_MG[:, experts[0][0]] != off_MG[:, experts[1][0]]).any()
     # Two curves a layer: attention's and its experts', of which each has its part.
     relevance_K = torch.tensor([0.0, 4.0, 0.0, 8.0, 0.0, 2.0, 0.0, 1.0], dtype=torch.float64)
-    curves = question.curves(relevance_K)
+    curves = estimator.curves(relevance_K)
     ends = [sum(float(curves[at].loss[-1]) for at in mine) for mine in experts]
     assert ends == pytest.approx([6.0, 9.0])
     cut_mask = mask.without(torch.cat([pools.members[at] for at in experts[1]]))
-    assert question.loss(relevance_K, cut_mask) == pytest.approx(9.0)
+    assert estimator.loss(relevance_K, cut_mask) == pytest.approx(9.0)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from tiny_models import BIASES, Tiny, random_windows, tiny_llama
 
 from frugal_bonsai.bonsai.importance.layers import measure_influence
 from frugal_bonsai.bonsai.methods import make_settings
-from frugal_bonsai.bonsai.search import Found, Search
-from frugal_bonsai.bonsai.selection.cut import can_go_nearer, check_reachable
+from frugal_bonsai.bonsai.search import Search, SearchResult
+from frugal_bonsai.bonsai.selection.reach import can_go_nearer, check_reachable
 from frugal_bonsai.bonsai.selection.whole import drop_layers
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.errors import OptionError
@@ -77,7 +77,7 @@ class _Notes(Silent):
 
 def _search(
     tiny: Tiny, tokens: torch.Tensor, folder: Path, layout: str, progress: Any, sparsity: float
-) -> Found:
+) -> SearchResult:
     settings = make_settings("depth", {"sparsity": sparsity, "weights": "native"})
     return Search(
         tiny.engine(progress=progress),

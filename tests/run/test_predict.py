@@ -78,7 +78,7 @@ def test_the_scale_of_the_logits_takes_the_heads_share() -> None:
     ("layout", "settings"),
     [
         ("per-layer", {"step": 0.15}),
-        ("per-layer", {"level": "unit", "masks": 4}),
+        ("per-layer", {"level": "none"}),
         ("uniform", {"refine": 3}),
         ("per-layer", {"recovery": False}),
     ],

@@ -1,146 +1,148 @@
-"""From a prior to curves: what each removal costs, by masks or by the prior alone.
+"""One round's estimate: the cost of removing units, by masks or by importance alone.
 
-In: the units alive, the prior, an evaluation function. Out: one :class:`~.select.Curve` a group
-and the regression's held-out scores. One function a level, found by name: it draws the pools and
-lets sampling.py ask. Holds the pools.
+In: the units alive, their importance, an evaluation function. Out: an
+:class:`~frugal_bonsai.bonsai.masks.sampling.Estimate` with one curve per group. Chooses the pools
+and the estimator for the level and the layout; sampling.py draws and evaluates. Holds the pools.
 
 Shape suffixes: N units, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from frugal_bonsai.bonsai.importance.scores import ImportanceScores
-from frugal_bonsai.bonsai.masks.curve_priors import Ahead, Expected, behind_cut, by_statistic
-from frugal_bonsai.bonsai.masks.design import Design, Pools, draw_pools
-from frugal_bonsai.bonsai.masks.estimators import (
-    GroupQuestion,
-    KindQuestion,
-    UnitQuestion,
-    cumulative_curves,
-    gone_counts,
+from frugal_bonsai.bonsai.masks.design import (
+    Pools,
+    draw_group_masks,
+    draw_pools,
+    draw_uniform_masks,
 )
-from frugal_bonsai.bonsai.masks.evaluate import Observations
-from frugal_bonsai.bonsai.masks.sampling import Focus, Judgement, Question, sample
-from frugal_bonsai.bonsai.selection.cut import Curve
-from frugal_bonsai.bonsai.settings import GROUP, NONE, UNIT, PruneSettings
+from frugal_bonsai.bonsai.masks.estimators import (
+    CurveEstimator,
+    UnitEstimator,
+    importance_curves,
+)
+from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator
+from frugal_bonsai.bonsai.masks.sampling import Estimate, Estimator, sample_masks
+from frugal_bonsai.bonsai.selection.cut import cut_round
+from frugal_bonsai.bonsai.selection.schedule import Schedule
+from frugal_bonsai.bonsai.settings import NONE, UNIT, PruneSettings
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundInputs:
-    """What a judge looks at.
+    """The inputs of an estimate.
 
     Attributes:
-        mask: units alive.
-        prior: their scores.
-        settings: of the prune.
-        rules: of the layout.
-        share: share of each group's alive units that this round's cut takes on average.
-        parameters_left: parameters that may still go until the target sparsity.
-        windows: that have masks of their own; 1 where masks are shared by all windows.
-        evaluate: evaluates a design with so many masks on every window.
-        cut: what a round that believed these curves would keep.
-        ahead: what the last round's curves foretell.
-        generator: of this round.
+        mask: Units alive.
+        importance: Scores of the units.
+        schedule: Settings, layout rules and the goal of the round.
+        evaluator: Evaluates the round's masks.
     """
 
     mask: KeepMask
-    prior: ImportanceScores
-    settings: PruneSettings
-    rules: LayoutRules
-    share: float
-    parameters_left: int
-    windows: int
-    evaluate: Callable[[Design, int], Observations]
-    cut: Callable[[tuple[Curve, ...]], KeepMask]
-    ahead: Ahead | None
-    generator: torch.Generator
+    importance: ImportanceScores
+    schedule: Schedule
+    evaluator: MaskEvaluator
+
+    @property
+    def score_N(self) -> torch.Tensor:
+        """Importance of each unit."""
+        return self.importance.score_N
+
+    @property
+    def settings(self) -> PruneSettings:
+        """Settings of the prune."""
+        return self.schedule.settings
+
+    @property
+    def rules(self) -> LayoutRules:
+        """Rules of the output layout."""
+        return self.schedule.rules
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Random draws of the round."""
+        return self.evaluator.generator
+
+    @property
+    def pool_share(self) -> float:
+        """Share of the alive units that are candidates where pools are shares of every group."""
+        return self.settings.pool * self.schedule.share(self.mask)
 
 
-def judge_locally(given: RoundInputs) -> Judgement:
-    """``none``: the prior alone, summed in ascending order."""
-    pools = draw_pools(given.mask, given.prior.score_N, 1.0, given.rules)
-    return _unasked(pools, given.prior.score_N)
-
-
-def judge_units(given: RoundInputs) -> Judgement:
-    """``unit``: every candidate has its own coefficient (the paper)."""
-    score_N = given.prior.score_N
-    share = _wide_share(given) if given.rules.uniform else given.settings.pool * given.share
-    pools = draw_pools(given.mask, score_N, share, given.rules)
-    return _ask(given, UnitQuestion(pools, score_N, given.settings, given.generator))
-
-
-def judge_groups(given: RoundInputs) -> Judgement:
-    """``group``: masks say how much of each group may go, the prior says which units."""
-    if given.rules.uniform:
-        return _judge_kinds(given)
-    score_N, share = given.prior.score_N, given.settings.pool * given.share
-    pools = draw_pools(given.mask, score_N, share, given.rules)
-    return _ask(given, GroupQuestion(pools, 0.5 * share, _expected(given, pools), given.generator))
-
-
-def _judge_kinds(given: RoundInputs) -> Judgement:
-    """``group`` for layouts with equal counts: one amount a kind, the same in every layer.
-
-    What is to be decided is only how much of each kind goes. Where attention cannot lose its next
-    legal step within the target there is nothing to decide, and no masks are spent.
-    """
-    score_N, table = given.prior.score_N, given.mask.table
-    pools = draw_pools(given.mask, score_N, _wide_share(given), given.rules)
+def estimate_round(given: RoundInputs) -> Estimate:
+    """Estimate the cost of removing units at the level of the settings."""
+    if given.settings.level == NONE:
+        return _by_importance(given, draw_pools(given.mask, given.score_N, 1.0, given.rules))
+    pools = _pools(given)
+    if given.settings.level == UNIT:
+        return _by_masks(given, UnitEstimator(pools, given.score_N, given.generator))
+    if not given.rules.uniform:
+        return _by_masks(given, _group_estimator(given, pools))
     step = _attention_step(given)
     if step is None:
-        return _unasked(pools, score_N)
-    pools = Pools(
-        pools.mask,
-        tuple(
-            _lowest(given.mask, score_N, at, step) if group.kind == ATTENTION else members
-            for at, (group, members) in enumerate(zip(table.groups, pools.members, strict=True))
-        ),
-    )
-    return _ask(given, KindQuestion(pools, given.generator))
+        # No step of attention fits: the FFN makes up the whole round, and masks decide nothing.
+        return _by_importance(given, pools)
+    return _by_masks(given, _kind_estimator(given, pools, step))
 
 
-def _unasked(pools: Pools, score_N: torch.Tensor) -> Judgement:
-    return Judgement(curves=cumulative_curves(pools, score_N), fit=None, observations=0)
+def _by_importance(given: RoundInputs, pools: Pools) -> Estimate:
+    return Estimate(curves=importance_curves(pools, given.score_N))
 
 
-def _ask(given: RoundInputs, question: Question[Focus]) -> Judgement:
-    return sample(
-        question,
-        given.evaluate,
-        given.cut,
+def _by_masks(given: RoundInputs, estimator: Estimator) -> Estimate:
+    return sample_masks(
+        estimator,
+        given.evaluator.evaluate,
+        lambda curves: cut_round(given.schedule, given.mask, curves)[0],
         masks=given.settings.masks,
-        windows=given.windows,
+        windows=given.evaluator.windows,
         target=given.settings.certainty,
         generator=given.generator,
     )
 
 
-def _expected(given: RoundInputs, pools: Pools) -> list[Expected]:
-    """What may be known of the groups' curves before any mask of this round."""
-    expected = [by_statistic([given.prior.score_N[m] for m in pools.members])]
-    if given.ahead is not None:
-        expected.insert(0, given.ahead.expected(pools.sizes_G))
-    return expected
+def _group_estimator(given: RoundInputs, pools: Pools) -> CurveEstimator:
+    """A curve for each layer and kind; the experts of a layer share one."""
+    numbers: dict[tuple[int, str], int] = {}
+    keys = [(group.layer, group.kind) for group in given.mask.table.groups]
+    curve_G = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+    draw = partial(
+        draw_group_masks,
+        pools,
+        expected_share=0.5 * given.pool_share,
+        generator=given.generator,
+    )
+    return CurveEstimator(pools, curve_G, draw, given.generator)
 
 
-def look_ahead(judgement: Judgement, mask: KeepMask, cut: KeepMask) -> Ahead | None:
-    """What the groups' curves foretell behind a cut; None where groups have no curves."""
-    sizes_G = torch.tensor([len(curve.order) for curve in judgement.curves])
-    if judgement.fit is None or len(judgement.fit.relevance_K) != 2 * len(sizes_G):
-        return None
-    return behind_cut(judgement.fit.relevance_K, sizes_G, gone_counts(mask, cut))
+def _kind_estimator(given: RoundInputs, pools: Pools, step: int) -> CurveEstimator:
+    """A curve for each kind; attention's pools hold its next legal step."""
+    groups, kinds = given.mask.table.groups, given.mask.table.kinds
+    members = tuple(
+        _lowest(given, at, step) if group.kind == ATTENTION else mine
+        for at, (group, mine) in enumerate(zip(groups, pools.members, strict=True))
+    )
+    pools = Pools(pools.mask, members)
+    curve_G = torch.tensor([kinds.index(group.kind) for group in groups])
+    draw = partial(draw_uniform_masks, pools, generator=given.generator)
+    return CurveEstimator(pools, curve_G, draw, given.generator)
+
+
+def _pools(given: RoundInputs) -> Pools:
+    share = _wide_share(given) if given.rules.uniform else given.pool_share
+    return draw_pools(given.mask, given.score_N, share, given.rules)
 
 
 def _attention_step(given: RoundInputs) -> int | None:
-    """Units that every layer loses at attention's next legal count; None if none fits."""
+    """Return the units that every layer loses at attention's next legal count; None if too many."""
     groups = [group for group in given.mask.table.groups if group.kind == ATTENTION]
     alive = min(given.mask.kept(group) for group in groups)
     lower = [c for c in given.rules.legal_counts(ATTENTION, groups[0].count) if c < alive]
@@ -148,31 +150,28 @@ def _attention_step(given: RoundInputs) -> int | None:
         return None
     step = alive - lower[-1]
     cost = step * sum(group.unit_parameters for group in groups)
-    return step if cost <= given.parameters_left else None
+    left = given.schedule.final_parameters - given.mask.removed_parameters()
+    return step if cost <= left else None
 
 
-def _lowest(mask: KeepMask, score_N: torch.Tensor, at: int, count: int) -> torch.Tensor:
-    """The ``count`` alive units of group ``at`` with the lowest prior."""
-    group = mask.table.groups[at]
-    alive = mask.of(group).nonzero().flatten() + mask.table.span(group).start
-    lowest: torch.Tensor = alive[score_N[alive].argsort(stable=True)][:count]
+def _lowest(given: RoundInputs, at: int, count: int) -> torch.Tensor:
+    """Return the ``count`` alive units of group ``at`` with the lowest importance."""
+    group = given.mask.table.groups[at]
+    alive = given.mask.of(group).nonzero().flatten() + given.mask.table.span(group).start
+    lowest: torch.Tensor = alive[given.score_N[alive].argsort(stable=True)][:count]
     return lowest
 
 
 def _wide_share(given: RoundInputs) -> float:
-    """Pools wide enough that FFN alone can make up a whole step of attention."""
+    """Return the share of the uniform layout's pools.
+
+    They are wide enough that FFN units alone can make up for a whole step of attention.
+    """
     step = _attention_step(given) or 0
     table = given.mask.table
     attention = step * sum(g.unit_parameters for g in table.groups if g.kind == ATTENTION)
     ffn = sum(given.mask.kept(g) * g.unit_parameters for g in table.groups if g.kind == FFN)
     alive = table.parameters - given.mask.removed_parameters()
-    needed = max(given.settings.pool * given.share * alive, 1.25 * attention)
+    needed = max(given.pool_share * alive, 1.25 * attention)
     tile = sum(g.unit_parameters for g in table.groups if g.kind == FFN) * given.rules.tile
     return min(1.0, (needed + tile) / ffn)
-
-
-JUDGES: dict[str, Callable[[RoundInputs], Judgement]] = {
-    NONE: judge_locally,
-    UNIT: judge_units,
-    GROUP: judge_groups,
-}

@@ -1,10 +1,12 @@
-"""Masked evaluation: one utility a (mask, window) pair.
+"""Masked evaluation: one utility per (mask, window) pair.
 
-In: a design, windows, the working store. Out: how much worse each masked sub-model is than the
-unmasked one on the same window (its control variate). Holds what the sweep holds; with a custom
-utility also one window's logits.
+In: designs, calibration windows, the working store. Out: the loss increase of each masked sub-model
+over the unmasked one on the same window (its control variate). The windows of a round and their
+unmasked utilities are shared by all of its batches. Holds the memory of a sweep; with a user's
+utility also the logits of one window.
 
-Shape suffixes: M masks, W mask windows, I pairs, S tokens, V vocabulary.
+Shape suffixes: M masks, N calibration windows, W mask windows, I (mask, window) pairs, B pairs of a
+micro-batch, C columns, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ import torch
 
 from frugal_bonsai.bonsai.importance.imputation import Imputations
 from frugal_bonsai.bonsai.masks.design import Design
+from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.engine import Engine
-from frugal_bonsai.stream.forward import Masker
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.hidden import HiddenStates
-from frugal_bonsai.stream.layers import LayerStream
+from frugal_bonsai.stream.source import LayerSource
 
 # (logits fp32 [S, V], tokens int64 [S]) -> a number, higher is better; need not be differentiable.
 Utility = Callable[[torch.Tensor, torch.Tensor], float]
@@ -31,19 +33,17 @@ Utility = Callable[[torch.Tensor, torch.Tensor], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """What the regression explains.
+    """The losses that a regression explains.
 
     Attributes:
-        masks_I: int64, the mask of each observation.
-        clusters_I: int64, observations that share a fold (a mask and its complement on a window).
-        windows_I: int64, the window of each observation; all 0 where each is over all windows.
-        loss_I: float64, utility without a mask minus utility with it.
-        base_W: utility of each window without a mask; of all of them where that is one number.
+        masks_I: The mask of each observation, int64.
+        clusters_I: Observations of one cluster (a mask and its complement) share a fold, int64.
+        loss_I: Utility without a mask minus utility with it, float64.
+        base_W: Utility of each window without a mask; ``[1]`` if it is one number for all windows.
     """
 
     masks_I: torch.Tensor
     clusters_I: torch.Tensor
-    windows_I: torch.Tensor
     loss_I: torch.Tensor
     base_W: torch.Tensor
 
@@ -54,172 +54,190 @@ class Observations:
 
 
 class DesignMasker:
-    """Gives a sweep the masks of its (mask, window) pairs; a ``forward.Masker``."""
+    """Gives a sweep the masks of its pairs; a ``forward.Masker``.
+
+    Args:
+        design: The masks.
+        masks_I: The mask of each pair. Items behind the last pair are windows without a mask.
+        imputations: Imputed values for the columns that are off; None puts zeros there.
+    """
 
     def __init__(
-        self, design: Design, masks_I: torch.Tensor, stand_ins: Imputations | None = None
+        self, design: Design, masks_I: torch.Tensor, imputations: Imputations | None = None
     ) -> None:
-        self._design, self._masks_I, self._stand_ins = design, masks_I, stand_ins
+        self._design, self._masks_I, self._imputations = design, masks_I, imputations
 
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
-        """Bool ``[B, C]`` over the alive columns of a group."""
-        keep_BA = self._design.keep(group, self._masks_I[items])
+        """Return the alive columns of a group that each item keeps, bool ``[B, C]``; None: all."""
+        masks_B = self._masks_I[items]
+        if not len(masks_B):
+            return None
+        keep_BA = self._design.keep(group, masks_B)
+        unmasked = items.stop - items.start - len(masks_B)
+        keep_BA = torch.cat([keep_BA, keep_BA.new_ones(unmasked, keep_BA.shape[1])])
         return keep_BA.repeat_interleave(group.columns_per_unit, dim=1)
 
     def impute(
         self, group: UnitGroup, input_BSC: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What takes the place of columns that are off; None where zeros do."""
-        return None if self._stand_ins is None else self._stand_ins.of(group, input_BSC)
+        """Return columns and their imputed values ``[B, S, P]``; None imputes zeros."""
+        return None if self._imputations is None else self._imputations.of(group, input_BSC)
 
 
-class _WithUnmasked:
-    """A design's masks for the first pairs, no mask for the windows behind them."""
-
-    def __init__(self, masker: Masker, masked: int) -> None:
-        self._masker, self._masked = masker, masked
-
-    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
-        inside = slice(items.start, min(items.stop, self._masked))
-        if inside.start >= inside.stop:
-            return None
-        keep_BC = self._masker.columns(group, inside)
-        extra = items.stop - inside.stop
-        if keep_BC is None or not extra:
-            return keep_BC
-        return torch.cat([keep_BC, keep_BC.new_ones(extra, keep_BC.shape[1])])
-
-    def impute(
-        self, group: UnitGroup, input_BSC: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return self._masker.impute(group, input_BSC)
-
-
-def evaluate_masks(
-    engine: Engine,
-    stream: LayerStream,
-    head: Head,
-    design: Design,
-    masks: int,
-    windows_WS: torch.Tensor,
-    *,
-    shared: bool,
-    perplexity: bool,
-    utility: Utility | None = None,
-    stand_ins: Imputations | None = None,
-    base_W: torch.Tensor | None = None,
-    first: int = 0,
-    most: int | None = None,
-) -> Observations:
-    """Evaluate a design.
+class MaskEvaluator:
+    """Evaluates the designs of one round, batch after batch, on the same windows.
 
     Args:
-        engine: device, sweep, head.
-        stream: the working store.
-        head: in the stream's arithmetic.
-        design: with ``masks`` masks, or ``masks * W`` when they are not shared by the windows.
-        masks: masks on each window.
-        windows_WS: the mask windows.
-        shared: every mask runs on every window and gives one observation.
-        perplexity: utility is -perplexity instead of -mean NLL.
-        utility: a user's own, instead of both.
-        stand_ins: of the design's pools; None puts zeros in the place of units that are off.
-        base_W: what an earlier design on the same windows has measured without a mask; None
-            measures it beside the masks.
-        first: masks that have been evaluated before these, for progress.
-        most: masks that may be evaluated in all, for progress.
-
-    Raises:
-        OptionError: the user's own utility is no finite number.
+        engine: Device, sweep and arithmetic.
+        store: The working store.
+        head: Opens the head in the arithmetic of masked evaluation; called when it is needed.
+        settings: Settings of the prune.
+        windows_NS: Calibration windows; the round's own are drawn from them with the first batch.
+        generator: Draws the windows; the masks of the round may come from it, too.
+        imputations: Imputed values for units that are off; None puts zeros there.
+        utility: The user's own utility; None uses the one of the settings.
     """
-    windows = len(windows_WS)
-    pairs = torch.arange(masks * windows)
-    if shared:
-        masks_I, where_I = pairs // windows, pairs % windows
-    else:
-        # Masks 2k and 2k+1 are complements and share a window.
-        masks_I, where_I = pairs, pairs // 2 % windows
-    masker: Masker = DesignMasker(design, masks_I, stand_ins)
-    tokens_IS = windows_WS[where_I]
-    if base_W is None:
-        tokens_IS = torch.cat([tokens_IS, windows_WS])
-        masker = _WithUnmasked(masker, len(pairs))
-    each = windows if shared else 1
-    ended = first + len(pairs) // each
 
-    def name(wave: slice) -> str:
-        last = min(first - (-wave.stop // each), ended)
-        begun = min(first + wave.start // each + 1, last)
-        return f"masked evaluation, masks {begun:,}-{last:,} of {most or ended:,}"
+    def __init__(
+        self,
+        engine: Engine,
+        store: LayerSource,
+        head: Callable[[], Head],
+        settings: PruneSettings,
+        windows_NS: torch.Tensor,
+        generator: torch.Generator,
+        *,
+        imputations: Imputations | None = None,
+        utility: Utility | None = None,
+    ) -> None:
+        self._engine, self._store, self._head = engine, store, head
+        self._settings, self._windows_NS, self.generator = settings, windows_NS, generator
+        self._imputations, self._utility = imputations, utility
+        self._count = min(settings.mask_windows, len(windows_NS))
+        self._shared = settings.design == "shared"
+        self._mine_WS: torch.Tensor | None = None
+        self._base_W: torch.Tensor | None = None
+        self._done = 0
 
-    scores_I = _scores(engine, stream, head, tokens_IS, masker, utility, name)
-    perplexity = perplexity and utility is None
-    seen_MW = scores_I[: len(pairs)].view(-1, windows if shared else 1)
-    masked_M = _mean_utility(seen_MW, perplexity=perplexity)
-    if base_W is None:
-        own_W = scores_I[len(pairs) :]
-        base_W = _mean_utility(own_W[None] if shared else own_W[:, None], perplexity=perplexity)
-    if shared:
-        masks_I = torch.arange(masks)
-        where_I = torch.zeros_like(masks_I)
-    return Observations(
-        masks_I=masks_I,
-        clusters_I=masks_I // 2,
-        windows_I=where_I,
-        loss_I=base_W[where_I] - masked_M,
-        base_W=base_W,
-    )
+    @property
+    def windows(self) -> int:
+        """Number of windows with masks of their own; 1 if all windows share the masks."""
+        return 1 if self._shared else self._count
 
+    @property
+    def tokens(self) -> int:
+        """Forward tokens spent, those of the unmasked windows included."""
+        return self._tokens(self._done)
 
-def _mean_utility(scores_MW: torch.Tensor, *, perplexity: bool) -> torch.Tensor:
-    mean_M = scores_MW.mean(1)
-    return -(-mean_M).exp() if perplexity else mean_M
+    @property
+    def budget_tokens(self) -> int:
+        """Forward tokens that all masks would have cost; 0 if no mask was evaluated."""
+        return self._tokens(self._settings.masks) if self._done else 0
 
+    def _tokens(self, masks: int) -> int:
+        return (masks + 1) * self._count * self._windows_NS.shape[1] if masks else 0
 
-def _scores(
-    engine: Engine,
-    stream: LayerStream,
-    head: Head,
-    tokens_IS: torch.Tensor,
-    masker: Masker,
-    utility: Utility | None,
-    name: Callable[[slice], str],
-) -> torch.Tensor:
-    """Utility of each pair, float64 ``[I]``: -mean NLL, or the user's own."""
-    if utility is None:
-        losses_IS = engine.sweep.losses(stream, head, tokens_IS, masker=masker, name=name)
-        return -losses_IS.double().mean(1)
-    scores: list[float] = []
-    for wave, hidden in engine.sweep.hidden_waves(stream, tokens_IS, masker=masker, name=name):
-        scores += window_utilities(head, hidden, tokens_IS[wave], utility)
-        del hidden  # not held while the next wave runs
-    return torch.tensor(scores, dtype=torch.float64)
+    def evaluate(self, design: Design, masks: int) -> Observations:
+        """Evaluate a design.
+
+        Args:
+            design: ``masks`` masks if the windows share them, else ``masks`` per window.
+            masks: Number of masks on each window.
+
+        Raises:
+            OptionError: The user's utility returned no finite number.
+        """
+        pairs = torch.arange(masks * self._count)
+        if self._shared:
+            masks_I, where_I = pairs // self._count, pairs % self._count
+        else:
+            # Masks 2k and 2k+1 are complements and share a window.
+            masks_I, where_I = pairs, pairs // 2 % self._count
+        mine_WS = self._round_windows()
+        tokens_IS = mine_WS[where_I]
+        if self._base_W is None:
+            tokens_IS = torch.cat([tokens_IS, mine_WS])
+        utility_I = self._utilities(design, masks_I, tokens_IS)
+        if self._base_W is None:
+            self._base_W = self._means(utility_I[len(pairs) :])
+        masked_M = self._means(utility_I[: len(pairs)])
+        self._done += masks
+        if self._shared:
+            masks_I, where_I = torch.arange(masks), torch.zeros(masks, dtype=torch.int64)
+        return Observations(
+            masks_I=masks_I,
+            clusters_I=masks_I // 2,
+            loss_I=self._base_W[where_I] - masked_M,
+            base_W=self._base_W,
+        )
+
+    def _round_windows(self) -> torch.Tensor:
+        if self._mine_WS is None:
+            chosen = torch.randperm(len(self._windows_NS), generator=self.generator)[: self._count]
+            self._mine_WS = self._windows_NS[chosen.sort().values]
+        return self._mine_WS
+
+    def _utilities(
+        self, design: Design, masks_I: torch.Tensor, tokens_IS: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the utility of each pair, float64 ``[I]``: -mean NLL, or the user's own."""
+        masker = DesignMasker(design, masks_I, self._imputations)
+        sweep, head, name = self._engine.sweep, self._head(), self._progress_name(len(masks_I))
+        with self._engine.evaluation_stream(self._store) as stream:
+            if self._utility is None:
+                losses_IS = sweep.losses(stream, head, tokens_IS, masker=masker, name=name)
+                return -losses_IS.double().mean(1)
+            found: list[float] = []
+            for wave, hidden in sweep.hidden_waves(stream, tokens_IS, masker=masker, name=name):
+                found += window_utilities(head, hidden, tokens_IS[wave], self._utility)
+                del hidden  # frees it before the next wave runs
+        return torch.tensor(found, dtype=torch.float64)
+
+    def _means(self, utility_I: torch.Tensor) -> torch.Tensor:
+        """Return the utility of each observation; shared masks have one for all windows."""
+        mean_M = utility_I.view(-1, self._count if self._shared else 1).mean(1)
+        perplexity = self._settings.utility == "perplexity" and self._utility is None
+        return -(-mean_M).exp() if perplexity else mean_M
+
+    def _progress_name(self, pairs: int) -> Callable[[slice], str]:
+        """Return the name of a wave of pairs, such as "masked evaluation, masks 1-5 of 12"."""
+        each = self._count if self._shared else 1
+        first = self._done * self.windows
+        ended = first + pairs // each
+        most = max(self._settings.masks * self.windows, ended)
+
+        def name(wave: slice) -> str:
+            last = min(first - (-wave.stop // each), ended)
+            begun = min(first + wave.start // each + 1, last)
+            return f"masked evaluation, masks {begun:,}-{last:,} of {most:,}"
+
+        return name
 
 
 def window_utilities(
     head: Head, hidden: HiddenStates, tokens_NS: torch.Tensor, utility: Utility, *, first: int = 0
 ) -> list[float]:
-    """A user's utility of each window from the first one on.
+    """Return a user's utility of each window from ``first`` on.
 
     Args:
-        head: gives the logits.
-        hidden: behind the last layer, before the norm.
-        tokens_NS: the windows.
-        utility: the user's.
-        first: the windows before this one are left out.
+        head: Gives the logits.
+        hidden: Hidden states behind the last layer, before the norm.
+        tokens_NS: The windows.
+        utility: The user's utility.
+        first: Windows before this one are left out.
 
     Raises:
-        OptionError: it is no finite number.
+        OptionError: The utility returned no finite number.
     """
-    scores: list[float] = []
+    found: list[float] = []
     with torch.inference_mode():
         for item in range(first, len(tokens_NS)):
             logits_SV = head.logits(hidden.read(slice(item, item + 1)))[0]
-            score = float(utility(logits_SV, tokens_NS[item]))
-            if not math.isfinite(score):
+            value = float(utility(logits_SV, tokens_NS[item]))
+            if not math.isfinite(value):
                 raise OptionError(
-                    f"utility: returned {score} for a pruned model, expected a finite number, "
-                    "higher is better; return a very low one where it is undefined"
+                    f"utility: returned {value} for a pruned model, expected a finite number "
+                    "(higher is better); return a very low number where it is undefined"
                 )
-            scores.append(score)
-    return scores
+            found.append(value)
+    return found

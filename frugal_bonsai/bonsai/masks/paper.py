@@ -1,12 +1,13 @@
 """The paper's regression: a linear model by gradient descent, chosen by Kendall's tau.
 
-In: masks and utilities. Out: a coefficient per candidate. As the published code has it: Adam on
-squared error plus an L1 or L2 penalty, weights starting at the mask of ones, inputs divided by the
-root of the number of units, the best epoch and the best of a grid (penalty x learning rate x batch)
-taken by Kendall's tau over five folds, then a fit on everything. The gradient is that of this small
-regression; no gradient of the language model is ever taken. Float32, on the CPU.
+In: masks and their losses. Out: a coefficient per candidate and held-out scores, without a
+posterior. As in the published code: Adam on the squared error plus an L1 or L2 penalty, weights
+that start at one, inputs divided by the root of the number of units, and for the best epoch and the
+best of a grid (penalty x learning rate x batch) Kendall's tau over five folds; then a fit on all
+observations. The gradient is that of this small regression. The language model is never
+differentiated. Float32 on the CPU; memory is linear in masks x candidates.
 
-Differs from the published code: both penalties are in the grid (it takes one as an option).
+Differs from the published code: both penalties are in the grid (there one is an option).
 
 Shape suffixes: I observations, K candidates.
 """
@@ -29,6 +30,8 @@ EPOCHS, PATIENCE, FOLDS = 50, 10, 5
 
 @dataclass(frozen=True)
 class _Setting:
+    """One point of the grid."""
+
     kind: str
     penalty: float
     rate_factor: float
@@ -36,26 +39,21 @@ class _Setting:
 
 
 def fit_paper(off_IK: torch.Tensor, loss_I: torch.Tensor, generator: torch.Generator) -> Fit:
-    """Fit loss increases on masks.
+    """Fit the loss increases of masks.
 
     Args:
-        off_IK: 1 where a unit is off.
-        loss_I: loss increase of each mask.
-        generator: for folds and batches.
+        off_IK: 1 where a unit is off, else 0.
+        loss_I: Loss increase of each mask.
+        generator: Draws folds and batches.
     """
-    # The paper regresses utility on the kept units; relevance is the coefficient of "kept".
+    # The paper regresses utility on kept units; relevance is the coefficient of "kept".
     keep_IK = 1.0 - off_IK.float()
     utility_I = -loss_I.float()
     scale = math.sqrt(keep_IK.shape[1] + 1.0)
     keep_IK = keep_IK / scale
     folds_I = torch.randperm(len(loss_I), generator=generator) % min(FOLDS, len(loss_I))
-    best: tuple[float, _Setting] | None = None
-    for kind, penalty, rate, batch in itertools.product(
-        ("l1", "l2"), PENALTIES, RATE_FACTORS, BATCHES
-    ):
-        if penalty == 0 and kind == "l2":
-            continue  # the same as l1 without a penalty
-        setting = _Setting(kind, penalty, rate, batch)
+    best_tau, chosen = -math.inf, None
+    for setting in _grid():
         taus = []
         for fold in range(int(folds_I.max()) + 1):
             out_I = folds_I == fold
@@ -63,10 +61,9 @@ def fit_paper(off_IK: torch.Tensor, loss_I: torch.Tensor, generator: torch.Gener
             _, tau = _descend(train, (keep_IK[out_I], utility_I[out_I]), setting, scale, generator)
             taus.append(tau)
         mean = sum(taus) / len(taus)
-        if best is None or mean > best[0]:
-            best = (mean, setting)
-    assert best is not None
-    chosen = best[1]
+        if mean > best_tau:
+            best_tau, chosen = mean, setting
+    assert chosen is not None
     everything = (keep_IK, utility_I)
     weight_K, _ = _descend(everything, everything, chosen, scale, generator)
 
@@ -80,10 +77,16 @@ def fit_paper(off_IK: torch.Tensor, loss_I: torch.Tensor, generator: torch.Gener
     return Fit(
         relevance_K=weight_K.double() / scale,
         r2=r2,
-        tau=best[0],
+        tau=best_tau,
         penalty=f"{chosen.kind} {chosen.penalty:g}, rate factor {chosen.rate_factor:g}, "
         f"batch {chosen.batch}",
     )
+
+
+def _grid() -> list[_Setting]:
+    """Return the grid; without a penalty L1 and L2 are the same."""
+    every = itertools.product(("l1", "l2"), PENALTIES, RATE_FACTORS, BATCHES)
+    return [_Setting(*point) for point in every if point[:2] != ("l2", 0)]
 
 
 def _descend(
@@ -93,7 +96,7 @@ def _descend(
     scale: float,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, float]:
-    """Adam on the penalised squared error; weights and tau of the best epoch on ``test``."""
+    """Minimise the penalised error; return weights and tau of the best epoch on ``test``."""
     from scipy.stats import kendalltau
 
     x_IK, y_I = train[0], train[1] - train[1].mean()

@@ -1,11 +1,11 @@
-"""What every regression shares: folds, held-out scores, the noise of each window, the result.
+"""Common parts of the regressions: folds, held-out predictions, scores and the result.
 
-In: observations and held-out predictions. Out: R2, Kendall's tau and the coverage of the stated
-uncertainty, which say whether to trust a fit; a noise variance for every window. The regressions
-are in unit_posterior.py (one coefficient a unit), curve_posterior.py (one curve a group) and
-paper_regression.py (the published one). Closed forms in float64 on the CPU.
+In: observations, and a function that predicts some of them from the others. Out: R2, Kendall's tau
+and the coverage of the stated intervals, which tell the user whether to trust a fit. The
+regressions themselves are in curve_regression.py (a curve per group) and paper.py (a coefficient
+per unit). Everything is float64 on the CPU and as large as the observations.
 
-Shape suffixes: I observations, K coefficients, D posterior samples, W windows.
+Shape suffixes: I observations, K coefficients, D posterior samples.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import torch
 
 FOLDS = 5
-# Share of held-out observations that should lie within the stated interval, and the interval's half
-# width in standard deviations of a normal distribution.
-COVERED, _HALF_WIDTH = 0.9, 1.6449
+# Half the width of a 90% interval of a normal distribution, in standard deviations.
+_HALF_WIDTH = 1.6449
 
-# Posterior samples [D, K] of the coefficients.
+# Draws posterior samples [D, K] of the coefficients: (D, generator) -> samples.
 Draw = Callable[[int, torch.Generator], torch.Tensor]
 
 
@@ -29,32 +28,31 @@ class Fit:
     """A fitted regression.
 
     Attributes:
-        relevance_K: predicted loss increase when the coefficient's unit (or amount) goes, float64.
-        variance_K: posterior variance of each coefficient, float64; None for a point estimate.
-        draw: draws posterior samples of all coefficients; None for a point estimate.
-        r2: on held-out folds, NaN where there are too few observations.
-        tau: Kendall's tau between predicted and observed, on held-out folds.
-        coverage: share of held-out observations inside their own 90% interval; NaN where there are
-            too few, None for a point estimate.
-        penalty: what was chosen on held-out folds, in words for the report.
+        relevance_K: Coefficients, float64: the predicted increase of the loss when the unit (or
+            the amount) of that coefficient is removed.
+        r2: Coefficient of determination on held-out folds; NaN with too few observations.
+        tau: Kendall's tau between predicted and observed losses on held-out folds.
+        penalty: The chosen penalty in words, for the report.
+        draw: Draws posterior samples of all coefficients; None for a point estimate.
+        coverage: Share of held-out observations inside their own 90% interval; NaN with too few
+            observations, None for a point estimate.
     """
 
     relevance_K: torch.Tensor
     r2: float
     tau: float
     penalty: str
-    variance_K: torch.Tensor | None = None
     draw: Draw | None = None
     coverage: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """Held-out predictions, NaN where nothing could be held out.
+    """Held-out predictions; NaN where nothing could be held out.
 
     Attributes:
-        mean_I: of each observation, from the folds that it is not in.
-        variance_I: of the prediction, the observation's own noise included.
+        mean_I: Prediction of each observation by a fit without its fold, float64.
+        variance_I: Variance of that prediction, including the noise of the observation.
     """
 
     mean_I: torch.Tensor
@@ -62,7 +60,7 @@ class Predicted:
 
 
 def fold_of(clusters_I: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A fold for each observation; a mask and its complement (one cluster) share a fold."""
+    """Return a fold for each observation; a mask and its complement (one cluster) share it."""
     _, index_I = torch.unique(clusters_I, return_inverse=True)
     count = int(index_I.max()) + 1
     shuffled = torch.randperm(count, generator=generator) % min(FOLDS, count)
@@ -73,12 +71,12 @@ def held_out(
     predict: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     folds_I: torch.Tensor,
 ) -> Predicted:
-    """Predict every observation from the folds that it is not in.
+    """Predict every observation from the other folds.
 
     Args:
-        predict: from the rows to fit on and the rows to predict (bool ``[I]`` each) to mean and
-            variance of the latter.
-        folds_I: of each observation; with one fold nothing is held out.
+        predict: Takes the rows to fit and the rows to predict (bool ``[I]`` each) and returns mean
+            and variance of the latter.
+        folds_I: Fold of each observation. With a single fold nothing is held out.
     """
     mean_I = torch.full((len(folds_I),), torch.nan, dtype=torch.float64)
     variance_I = mean_I.clone()
@@ -90,7 +88,7 @@ def held_out(
 
 
 def scores(predicted_I: torch.Tensor, loss_I: torch.Tensor) -> tuple[float, float]:
-    """R2 and Kendall's tau of predictions."""
+    """Return R2 and Kendall's tau of predictions."""
     from scipy.stats import kendalltau
 
     total = (loss_I - loss_I.mean()).square().sum()
@@ -99,57 +97,8 @@ def scores(predicted_I: torch.Tensor, loss_I: torch.Tensor) -> tuple[float, floa
 
 
 def coverage(predicted: Predicted, loss_I: torch.Tensor) -> float:
-    """Share of observations inside their 90% interval; NaN where nothing was held out."""
+    """Return the share of observations inside their 90% interval; NaN if nothing was held out."""
     if predicted.mean_I.isnan().any():
         return float("nan")
     reach_I = _HALF_WIDTH * predicted.variance_I.sqrt()
     return float(((loss_I - predicted.mean_I).abs() <= reach_I).double().mean())
-
-
-def log_density(predicted: Predicted, loss_I: torch.Tensor) -> torch.Tensor:
-    """Log density of each observation under its prediction; NaN where nothing was held out."""
-    variance_I = predicted.variance_I
-    left_I = (loss_I - predicted.mean_I).square() / variance_I
-    density_I: torch.Tensor = -0.5 * (left_I + (2 * torch.pi * variance_I).log())
-    return density_I
-
-
-def clearly_likelier(density_I: torch.Tensor, than_I: torch.Tensor) -> bool:
-    """Whether held-out observations are likelier by more than a standard error.
-
-    What knows more has more ways to look right by chance; few observations cannot tell.
-    """
-    gain_I = density_I - than_I
-    return bool(gain_I.mean() > gain_I.std() / len(gain_I) ** 0.5)
-
-
-def window_noise(residual_I: torch.Tensor, windows_I: torch.Tensor) -> torch.Tensor:
-    """Each observation's noise variance relative to the mean, float64 ``[I]``: by its window.
-
-    A window's own mean square residual is shrunk towards that of all: by the share of the variance
-    between windows that chance alone gives when all are alike (James and Stein; a squared normal
-    residual has twice the square of its mean as variance, estimated here by its own spread inside
-    the windows). One window, or one observation a window, gives ones.
-
-    Args:
-        residual_I: held-out residuals; NaN (nothing held out) gives ones.
-        windows_I: any numbers, equal where the window is.
-    """
-    even_I = torch.ones(len(residual_I), dtype=torch.float64)
-    _, index_I, count_W = torch.unique(windows_I, return_inverse=True, return_counts=True)
-    if residual_I.isnan().any() or len(count_W) < 2 or int(count_W.min()) < 2:
-        return even_I
-    square_I = residual_I.double().square()
-    mean = square_I.mean()
-    if not mean > 0:
-        return even_I
-    sum_W = torch.zeros(len(count_W), dtype=torch.float64).index_add_(0, index_I, square_I)
-    mean_W = sum_W / count_W
-    spare = len(square_I) - len(count_W)
-    inside = (square_I - mean_W[index_I]).square().sum() / spare
-    by_chance_W = inside / count_W
-    between = ((mean_W - mean).square().mean() - by_chance_W.mean()).clamp_min(0)
-    trust_W = between / (between + by_chance_W).clamp_min(1e-300)
-    noise_W = mean + trust_W * (mean_W - mean)
-    noise_I: torch.Tensor = noise_W[index_I]
-    return noise_I / noise_I.mean()

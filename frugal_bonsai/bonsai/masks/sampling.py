@@ -1,45 +1,42 @@
-"""Adaptive sampling: draw masks in batches until the cut is settled or the budget is spent.
+"""Adaptive sampling: draw masks in batches until the cut is certain or the budget is spent.
 
-In: a question (what masks may be drawn, what their utilities say), an evaluation function, a cut.
-Out: a :class:`Judgement`: curves, the regression's scores, and why the sampling stopped. After
-every batch the posterior is sampled; each sample has a cut of its own. With L_s the loss that
-sample s predicts, cut_s its own best cut and cut* that of the posterior mean,
+In: an estimator (which draws masks and fits their losses), an evaluation function, a cut. Out: an
+:class:`Estimate`: curves, the regression's scores, and why the sampling stopped. After every batch
+the posterior of the regression is sampled, and each sample has its own best cut. With L_s the loss
+that sample s predicts, cut_s its best cut and cut* the best cut of the posterior mean,
 
-    certainty = sum_s L_s(cut_s) / sum_s L_s(cut*)   in [0, 1] :
+    certainty = sum_s L_s(cut_s) / sum_s L_s(cut*)   in [0, 1].
 
-one minus the share of the cut's predicted loss that perfect information would save (the expected
-value of perfect information; Raiffa and Schlaifer 1961). Units between which it does not matter do
-not keep the sampling going; units near the threshold whose losses differ do, and the next batch
-looks at them. Differs from the paper, whose rounds have a fixed number of masks. Holds the masks
-of a round.
+This is one minus the share of the predicted loss that perfect information would save (the expected
+value of perfect information; Raiffa and Schlaifer 1961). Units that are equally good to remove do
+not prolong the sampling; undecided units with different losses do.
 
-Shape suffixes: I observations, X what a mask switches off (units or groups), K coefficients, N
-units.
+Differs from the paper, where every round has a fixed number of masks. Holds the masks and losses of
+one round.
+
+Shape suffixes: I observations, X columns of a design (units or groups), K coefficients.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
 from frugal_bonsai.bonsai.masks.design import Design
 from frugal_bonsai.bonsai.masks.evaluate import Observations
 from frugal_bonsai.bonsai.masks.regression import Fit
-from frugal_bonsai.bonsai.selection.cut import Curve
+from frugal_bonsai.bonsai.selection.curves import Curve
 from frugal_bonsai.model.units import KeepMask
 
 # Posterior samples whose cuts are compared.
 SAMPLES = 32
-# Of these, the share that must agree before something counts as known.
-_AGREED = 0.95
-# Masks are not trusted to say how sure they are before they foretell those that they have not seen.
+# Never stop early while held-out R2 is at most this.
 _LEAST_R2 = 0.0
 SETTLED, BUDGET, FIXED = "settled", "budget spent", "fixed budget"
-
-Focus = TypeVar("Focus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +44,18 @@ class Seen:
     """All observations of a round.
 
     Attributes:
-        off_IX: what each mask switched off.
-        loss_I: float64, loss increase over the same window without a mask.
-        clusters_I: int64, observations that share a fold.
-        windows_I: int64, the window of each.
+        off_IX: Units (or amounts) that each mask switched off.
+        loss_I: Loss increase over the same window without a mask, float64.
+        clusters_I: Observations of one cluster share a fold, int64.
     """
 
     off_IX: torch.Tensor
     loss_I: torch.Tensor
     clusters_I: torch.Tensor
-    windows_I: torch.Tensor
 
     @classmethod
     def of(cls, batches: list[tuple[Design, Observations]]) -> Seen:
-        """All batches together; masks of different batches never share a cluster."""
+        """Join batches; masks of different batches never share a cluster."""
         clusters, first = [], 0
         for _, seen in batches:
             clusters.append(seen.clusters_I + first)
@@ -69,27 +64,23 @@ class Seen:
             off_IX=torch.cat([design.rows(seen.masks_I) for design, seen in batches]),
             loss_I=torch.cat([seen.loss_I for _, seen in batches]),
             clusters_I=torch.cat(clusters),
-            windows_I=torch.cat([seen.windows_I for _, seen in batches]),
         )
 
 
-class Question(Protocol[Focus]):
-    """What a method asks masks."""
+class Estimator(Protocol):
+    """A level's way to draw masks and to read their losses."""
 
-    def draw(self, pairs: int, focus: Focus | None) -> Design:
-        """Masks and their complements; with a focus, about what is undecided."""
+    def draw(self, pairs: int) -> Design:
+        """Draw masks and their complements."""
 
     def fit(self, seen: Seen) -> Fit:
-        """The regression of all observations so far."""
+        """Fit the regression to all observations of the round."""
 
     def curves(self, relevance_K: torch.Tensor) -> tuple[Curve, ...]:
-        """What removing costs, one curve a group, by these coefficients."""
+        """Return the cost of removing units by these coefficients, one curve per group."""
 
     def loss(self, relevance_K: torch.Tensor, cut: KeepMask) -> float:
-        """What a cut costs by these coefficients."""
-
-    def focus(self, cuts: list[KeepMask]) -> Focus:
-        """What these cuts, of equal right, disagree about."""
+        """Return the cost of a cut by these coefficients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +88,10 @@ class Sampled:
     """How a round's sampling went.
 
     Attributes:
-        masks: evaluated.
-        budget: that might have been.
-        certainty: of the cut, 0 to 1; None where the regression is a point estimate.
-        stopped: why.
+        masks: Number of masks evaluated.
+        budget: Number of masks allowed.
+        certainty: Certainty of the cut, 0 to 1; None where the regression is a point estimate.
+        stopped: Reason why the sampling ended.
     """
 
     masks: int
@@ -110,27 +101,45 @@ class Sampled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What a round believes.
+class Estimate:
+    """The predicted cost of removing units, and its evidence.
 
     Attributes:
-        curves: predicted cost of removing units, one a group.
-        fit: the regression; None when no masks were evaluated.
-        observations: how many observations it saw.
-        sampled: how the sampling went; None when no masks were evaluated.
+        curves: Predicted cost, one curve per group.
+        fit: The regression; None when no masks were evaluated.
+        observations: Number of observations fitted.
+        sampled: How the sampling went; None when no masks were evaluated.
     """
 
     curves: tuple[Curve, ...]
-    fit: Fit | None
-    observations: int
+    fit: Fit | None = None
+    observations: int = 0
     sampled: Sampled | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the regression's scores and the course of the sampling as plain values."""
+        fit, sampled = self.fit, self.sampled
+        return {
+            "observations": self.observations,
+            "r2": None if fit is None else _finite(fit.r2),
+            "tau": None if fit is None else _finite(fit.tau),
+            "coverage": None if fit is None else _finite(fit.coverage),
+            "penalty": None if fit is None else fit.penalty,
+            "certainty": None if sampled is None else sampled.certainty,
+            "stopped": None if sampled is None else sampled.stopped,
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    """Return None for NaN, which JSON does not know."""
+    return None if value is None or math.isnan(value) else value
 
 
 def batch_ends(masks: int, target: float) -> list[int]:
-    """How many masks (a window) have been evaluated after each batch; the last is ``masks``.
+    """Return the number of masks per window evaluated after each batch; the last is ``masks``.
 
-    Each batch is half as large as all before it: the sampling overshoots by a third at most and the
-    layers are read a few times, not once a mask.
+    Each batch is half as large as all before it. The sampling then overshoots by at most a third,
+    and the layers are read a few times instead of once per mask.
     """
     if target >= 1:
         return [masks]
@@ -140,8 +149,8 @@ def batch_ends(masks: int, target: float) -> list[int]:
     return ends
 
 
-def sample(
-    question: Question[Focus],
+def sample_masks(
+    estimator: Estimator,
     evaluate: Callable[[Design, int], Observations],
     cut: Callable[[tuple[Curve, ...]], KeepMask],
     *,
@@ -149,34 +158,32 @@ def sample(
     windows: int,
     target: float,
     generator: torch.Generator,
-) -> Judgement:
-    """Ask until the cut is as certain as the target, or the budget is spent.
+) -> Estimate:
+    """Evaluate masks until the cut is as certain as the target, or the budget is spent.
 
     Args:
-        question: of the method.
-        evaluate: a design and its masks on every window to observations.
-        cut: curves to what a cut by them keeps.
-        masks: on every window, at most.
-        windows: that have masks of their own; 1 if masks are shared by all windows.
-        target: certainty at which to stop; 1 spends the budget in one batch.
-        generator: of the posterior samples.
+        estimator: Draws the masks and fits their losses.
+        evaluate: Turns a design, and its number of masks per window, into observations.
+        cut: Turns curves into the mask that a cut by them keeps.
+        masks: Most masks on every window.
+        windows: Number of windows with masks of their own; 1 if all windows share the masks.
+        target: Certainty at which to stop; 1 spends the budget in one batch.
+        generator: Draws the posterior samples.
     """
     batches: list[tuple[Design, Observations]] = []
-    focus: Focus | None = None
     done = 0
     for end in batch_ends(masks, target):
-        design = question.draw((end - done) * windows // 2, focus)
+        design = estimator.draw((end - done) * windows // 2)
         batches.append((design, evaluate(design, end - done)))
         done = end
-        fit = question.fit(Seen.of(batches))
-        curves = question.curves(fit.relevance_K)
-        certainty, cuts = _how_certain(question, fit, curves, cut, generator)
+        fit = estimator.fit(Seen.of(batches))
+        curves = estimator.curves(fit.relevance_K)
+        certainty = _certainty(estimator, fit, cut(curves), cut, generator)
         stopped = FIXED if target >= 1 else BUDGET
         if certainty is not None and certainty >= target and fit.r2 > _LEAST_R2 and done < masks:
             stopped = SETTLED
             break
-        focus = question.focus(cuts) if cuts else None
-    return Judgement(
+    return Estimate(
         curves=curves,
         fit=fit,
         observations=sum(len(seen.loss_I) for _, seen in batches),
@@ -186,35 +193,19 @@ def sample(
     )
 
 
-def _how_certain(
-    question: Question[Focus],
+def _certainty(
+    estimator: Estimator,
     fit: Fit,
-    curves: tuple[Curve, ...],
+    chosen: KeepMask,
     cut: Callable[[tuple[Curve, ...]], KeepMask],
     generator: torch.Generator,
-) -> tuple[float | None, list[KeepMask]]:
-    """Certainty of the posterior mean's cut, and the cuts of its samples; none without any."""
+) -> float | None:
+    """Return the certainty of the chosen cut; None for a point estimate."""
     if fit.draw is None:
-        return None, []
-    chosen = cut(curves)
+        return None
     own_loss, chosen_loss = 0.0, 0.0
-    cuts: list[KeepMask] = []
     for relevance_K in fit.draw(SAMPLES, generator):
-        cuts.append(cut(question.curves(relevance_K)))
-        own_loss += question.loss(relevance_K, cuts[-1])
-        chosen_loss += question.loss(relevance_K, chosen)
+        own_loss += estimator.loss(relevance_K, cut(estimator.curves(relevance_K)))
+        chosen_loss += estimator.loss(relevance_K, chosen)
     certainty = own_loss / chosen_loss if chosen_loss > 0 else 0.0
-    return min(1.0, max(0.0, certainty)), cuts
-
-
-def taken_share(mask: KeepMask, cuts: list[KeepMask]) -> torch.Tensor:
-    """Share of the cuts that each unit goes in, float64 ``[N]``."""
-    gone_N = torch.zeros(mask.table.units, dtype=torch.float64)
-    for one in cuts:
-        gone_N += mask.keep_N & ~one.keep_N
-    return gone_N / len(cuts)
-
-
-def undecided(share: torch.Tensor) -> torch.Tensor:
-    """Where neither nearly all cuts take it nor nearly none."""
-    return (share > 1 - _AGREED) & (share < _AGREED)
+    return min(1.0, max(0.0, certainty))

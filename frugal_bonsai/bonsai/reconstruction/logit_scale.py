@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from frugal_bonsai.bonsai.selection.extent import scale_windows
+from frugal_bonsai.bonsai.selection.schedule import scale_windows
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.forward import Sweep

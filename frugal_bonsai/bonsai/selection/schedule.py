@@ -1,19 +1,86 @@
-"""How far each round goes: its target, its cut, whether there is another one.
+"""The schedule: how much each round removes, and how many calibration windows it uses.
 
-In: settings, layout rules, the size of the dense blocks. Out: shares and parameters, and the cut
-that a round would make by given curves. Holds no tensors.
+In: :class:`~frugal_bonsai.bonsai.settings.PruneSettings` and sizes. Out: goals as sparsities and
+numbers of windows. The search follows them; the planner and the time model count with them, without
+importing torch. Holds no tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from frugal_bonsai.bonsai.selection.cut import Curve, can_go_nearer, cut
-from frugal_bonsai.bonsai.selection.extent import LATER_STEP, next_goal
 from frugal_bonsai.bonsai.settings import PruneSettings
-from frugal_bonsai.model.layout import LayoutRules
-from frugal_bonsai.model.units import KeepMask
+
+if TYPE_CHECKING:
+    from frugal_bonsai.model.layout import LayoutRules
+    from frugal_bonsai.model.units import KeepMask
+
+# Shares removed per round where the user names none. In a whole model the first quarter is chosen
+# as well at once; later, masks predict small steps better.
+FIRST_STEP, LATER_STEP = 0.25, 0.1
+# Rounds before the last use this many tokens per column of the widest projection for statistics
+# and reconstruction (or all windows, if there are fewer). That is enough to choose units.
+TOKENS_PER_COLUMN = 24
+# Candidates are reconstructed on this many tokens per column. With fewer, cuts that need little
+# data look better than they are after the last reconstruction, which has all windows.
+TRIAL_TOKENS_PER_COLUMN = 48
+# Tokens that fit the scale of the logits; the error of the scale costs less than 0.001 nats.
+_SCALE_TOKENS = 8192
+# Most scales that logit_scale.py tries (0.9 to 2.1), for both models.
+MOST_SCALES = 2 * 13
+
+
+def next_goal(settings: PruneSettings, done: float) -> float:
+    """Return the sparsity at which a round aims that begins at the sparsity ``done``."""
+    step = settings.step or (LATER_STEP if done else FIRST_STEP)
+    goal = min(done + step, settings.sparsity)
+    # The last round removes all that is left, so that no sliver needs a round of its own.
+    return settings.sparsity if settings.sparsity - goal < 0.2 * step else goal
+
+
+def round_goals(settings: PruneSettings, done: float = 0.0) -> list[float]:
+    """Return the sparsities at which all further rounds end, if each of them reaches its goal."""
+    goals: list[float] = []
+    while done < settings.sparsity:
+        done = next_goal(settings, done)
+        goals.append(done)
+    return goals
+
+
+def round_windows(settings: PruneSettings, columns: int, window: int, windows: int) -> int:
+    """Return the number of calibration windows that rounds before the last use.
+
+    Args:
+        settings: Settings of the prune. Without reconstruction every round uses all windows.
+        columns: Columns of the widest output projection.
+        window: Tokens of a window.
+        windows: Calibration windows in all.
+    """
+    if not settings.recovery:
+        return windows
+    return min(windows, -(-TOKENS_PER_COLUMN * columns // window))
+
+
+def trial_windows(columns: int, window: int, windows: int) -> tuple[int, int]:
+    """Return how many windows reconstruct a candidate, and how many others judge it.
+
+    At most two thirds of the windows reconstruct, and a third as many judge; with a single window
+    none is left to judge. Candidates are never judged by the windows that they were fitted to.
+
+    Args:
+        columns: Columns of the widest output projection.
+        window: Tokens of a window.
+        windows: Calibration windows in all.
+    """
+    fitted = min(-(-TRIAL_TOKENS_PER_COLUMN * columns // window), max(1, windows * 2 // 3))
+    return fitted, min(max(1, fitted // 3), windows - fitted)
+
+
+def scale_windows(window: int, windows: int) -> int:
+    """Return the number of windows that fit the scale of the logits."""
+    return min(windows, max(1, _SCALE_TOKENS // window))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +88,10 @@ class Schedule:
     """The way to the target sparsity.
 
     Attributes:
-        settings: of the prune.
-        rules: of the layout.
-        blocks: parameters of the dense model's blocks.
-        latency: what a unit of each kind takes on this machine, for the objective of that name.
+        settings: Settings of the prune.
+        rules: Rules of the output layout.
+        blocks: Number of parameters of the dense model's blocks.
+        latency: Milliseconds of one unit of each kind, for the objective of that name.
     """
 
     settings: PruneSettings
@@ -34,42 +101,19 @@ class Schedule:
 
     @property
     def final_parameters(self) -> int:
-        """Parameters that are gone in the end."""
+        """Number of parameters removed at the target."""
         return round(self.settings.sparsity * self.blocks)
 
-    def goes_on(self, mask: KeepMask) -> bool:
-        """Whether another round brings the mask nearer to the target."""
-        return can_go_nearer(mask, self.final_parameters, self.rules, self.settings.allocation)
-
     def goal(self, mask: KeepMask) -> float:
-        """The sparsity that the next round aims at."""
+        """Return the sparsity at which the next round aims."""
         return next_goal(self.settings, mask.removed_parameters() / self.blocks)
 
     def share(self, mask: KeepMask) -> float:
-        """Share of the alive units that the next round takes."""
-        removed = mask.removed_parameters()
-        return (self.goal(mask) * self.blocks - removed) / (mask.table.parameters - removed)
+        """Return the share of the alive units that the next round removes."""
+        return removed_share(mask, self.goal(mask) * self.blocks)
 
-    def cut(self, mask: KeepMask, curves: tuple[Curve, ...]) -> tuple[KeepMask, int]:
-        """What the next round keeps, and the parameters that it aimed to have removed.
 
-        The same mask when the layout leaves nothing to remove.
-        """
-        goal = self.goal(mask)
-        while True:
-            target = round(goal * self.blocks)
-            cut_mask = cut(
-                mask,
-                curves,
-                target,
-                self.rules,
-                final_parameters=self.final_parameters,
-                objective=self.settings.objective,
-                latency=self.latency,
-                allocation=self.settings.allocation,
-            )
-            if cut_mask != mask or goal >= self.settings.sparsity:
-                return cut_mask, target
-            # The layout's next legal size may be farther away than one step.
-            step = self.settings.step or LATER_STEP
-            goal = min(goal + step, self.settings.sparsity)
+def removed_share(mask: KeepMask, target_parameters: float) -> float:
+    """Return the share of the alive units that goes until this many parameters are removed."""
+    removed = mask.removed_parameters()
+    return (target_parameters - removed) / (mask.table.parameters - removed)

@@ -13,8 +13,37 @@ from collections.abc import Sequence
 
 import torch
 
+from frugal_bonsai.bonsai.settings import LAYERS, PruneSettings
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import KeepMask, UnitGroup, iterate_layers
+
+
+def drop_whole(
+    mask: KeepMask, score_N: torch.Tensor, settings: PruneSettings, spec: ModelSpec
+) -> tuple[KeepMask, str]:
+    """Drop whole layers or experts, as the allocation says.
+
+    Args:
+        mask: the remaining units.
+        score_N: score of each unit's layer or expert.
+        settings: settings of the prune.
+        spec: the dense model.
+
+    Returns:
+        The new mask and a sentence on it for the user.
+    """
+    target, what = round(settings.sparsity * spec.block_parameters), settings.allocation
+    if what == LAYERS:
+        after = drop_layers(mask, score_N, target)
+        dropped = ", ".join(map(str, after.dropped_layers()))
+        gone = f"layers {dropped} of {spec.layers} (counted from 0) are dropped"
+    else:
+        after = drop_experts(mask, score_N, target)
+        count = len(after.dropped_experts(0))
+        gone = f"{count} of {spec.experts} experts of every layer are dropped"
+    share = after.removed_parameters() / spec.block_parameters
+    return after, f"{gone}, {share:.1%}: the number of {what} nearest to {settings.sparsity:.1%}"
 
 
 def drop_layers(mask: KeepMask, score_N: torch.Tensor, target_parameters: int) -> KeepMask:

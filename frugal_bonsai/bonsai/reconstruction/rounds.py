@@ -1,0 +1,157 @@
+"""Reconstruction as the search uses it: of a round's candidates, and after its cut.
+
+In: the stores, calibration windows and the mask. Out: refits saved in the round's folder, figures
+for its report, the importance scores of the next round, and the losses of candidates. The paired
+sweep itself is in reconstruct.py. Holds the memory of that sweep.
+
+Shape suffixes: N windows, S tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from frugal_bonsai.bonsai.calibration import RoundWindows
+from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.masks.evaluate import Utility, window_utilities
+from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
+from frugal_bonsai.bonsai.reconstruction.logit_scale import find_logit_scale, scaled_norm
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
+from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.state import PruneState
+from frugal_bonsai.bonsai.stores import Stores
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.store import LayerStore
+
+
+class RoundReconstruction:
+    """Reconstructs pruned models for one search.
+
+    Args:
+        engine: Device, sweeps, the dense checkpoint.
+        settings: Settings of the prune.
+        stores: Stores of the search.
+        windows: Calibration windows of the rounds.
+        keep_inputs: A layer's inputs may be held (from the plan).
+        keep_updates: Targets and slopes of the channel updates may be held (from the plan).
+        utility: The user's utility judges candidates; None judges them by mean NLL.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: PruneSettings,
+        stores: Stores,
+        windows: RoundWindows,
+        *,
+        keep_inputs: bool,
+        keep_updates: bool,
+        utility: Utility | None,
+    ) -> None:
+        self._engine, self._settings, self._stores = engine, settings, stores
+        self._windows, self._utility = windows, utility
+        self._keep_inputs, self._keep_updates = keep_inputs, keep_updates
+
+    def refit(
+        self,
+        state: PruneState,
+        number: int,
+        dense: LayerStore,
+        pruned: LayerStore,
+        importance: ImportanceBuilder | None,
+    ) -> dict[str, Any]:
+        """Refit the model of the state's mask and save the refits.
+
+        Args:
+            state: Receives the importance scores and the mask of the refits.
+            number: The round.
+            dense: The dense store.
+            pruned: The working store, cut to the state's mask.
+            importance: Scores the units for the next round; None in the last round, which uses all
+                windows, updates channels and scales the logits.
+
+        Returns:
+            Figures for the report.
+        """
+        engine, head, last = self._engine, self._engine.head, importance is None
+        windows_NS = self._windows.all_NS if last else self._windows.of_round(number)
+        reconstruction = self._reconstruction(
+            state.mask,
+            save=lambda layer, weights: self._stores.save_refit(number, layer, weights),
+            channel_updates=self._settings.refine if last else 0,
+        )
+        with engine.dense_stream(dense) as parent, engine.dense_stream(pruned) as mine:
+            result = reconstruction.run(parent, mine, windows_NS, importance)
+        state.importance, state.refit_mask = result.scores, state.mask
+        scale = None
+        with torch.inference_mode():
+            if last and self._settings.rescale:
+                scale = find_logit_scale(
+                    engine.sweep, head, result.hidden_dense, result.hidden_pruned, windows_NS
+                )
+                norm = scaled_norm(engine.checkpoint, engine.spec, scale)
+                self._stores.save_refit(number, None, norm)
+            losses_NS = head.nll(result.hidden_pruned, windows_NS, scale=scale or 1.0)
+            dense_perplexity = self._known_dense_perplexity(state, windows_NS)
+            if dense_perplexity is None:
+                dense_NS = head.nll(result.hidden_dense, windows_NS)
+                dense_perplexity = float(dense_NS.mean().exp())
+        return {
+            "perplexity": float(losses_NS.mean().exp()),
+            "dense_perplexity": dense_perplexity,
+            "recovery_residual": sum(result.residual) / len(result.residual),
+            "logit_scale": scale,
+        }
+
+    def candidate_losses(
+        self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
+    ) -> torch.Tensor:
+        """Return the losses of a candidate after reconstruction, float64 ``[N]``.
+
+        They are measured on windows that the candidate was not fitted to; with a single calibration
+        window, on that one. With a user's utility they are its negative.
+        """
+        windows_NS, held_out = self._windows.of_trial(number)
+        first = len(windows_NS) - held_out if held_out else 0
+        store = self._stores.working(replace(state, mask=mask), number - 1)
+        reconstruction = self._reconstruction(mask, save=lambda layer, weights: None, name="trial")
+        head = self._engine.head
+        with self._engine.dense_stream(dense) as parent, self._engine.dense_stream(store) as mine:
+            result = reconstruction.run(parent, mine, windows_NS, held_out=held_out)
+        with torch.inference_mode():
+            if self._utility is None:
+                return head.nll(result.hidden_pruned, windows_NS)[first:].mean(1).double()
+            own = window_utilities(
+                head, result.hidden_pruned, windows_NS, self._utility, first=first
+            )
+        return -torch.tensor(own, dtype=torch.float64)
+
+    def _known_dense_perplexity(self, state: PruneState, windows_NS: torch.Tensor) -> float | None:
+        """Return the dense perplexity if an earlier round measured it on the same windows."""
+        first = self._windows.of_round(1)
+        if not state.rounds or len(windows_NS) != len(first) or not torch.equal(windows_NS, first):
+            return None
+        return float(state.rounds[0]["dense_perplexity"])
+
+    def _reconstruction(
+        self,
+        mask: KeepMask,
+        *,
+        save: Callable[[int, dict[str, torch.Tensor]], None],
+        channel_updates: int = 0,
+        name: str = "recovery",
+    ) -> Reconstruction:
+        options = ReconstructionOptions(
+            ridge=self._settings.ridge,
+            mask=mask if self._settings.refit == "all" else None,
+            channel_updates=channel_updates,
+            keep_inputs=self._keep_inputs,
+            keep_updates=self._keep_updates,
+            saved_dtype=self._stores.saved_dtype,
+        )
+        return Reconstruction(self._engine.sweep, options, save=save, name=name)
