@@ -1,9 +1,9 @@
 """The operations of one layer, counted on Hugging Face's own module without its weights.
 
-In: a model's description. Out: :class:`LayerOperations`. The first layer runs once on the meta
+In: a model's description. Out: :class:`LayerOperations`. The largest layer runs once on the meta
 device, where tensors have shapes and no values: torch's FLOP counter counts the matrix products, a
-dispatch mode counts the bytes of all other operations. The other layers are taken to be like the
-first one, in proportion to their parameters. Holds no weights.
+dispatch mode counts the bytes of all other operations. The other layers are taken to be like it, in
+proportion to their parameters. Holds no weights.
 
 Shape suffixes: B windows, S tokens, H hidden, T tokens of all windows, K experts of a token.
 """
@@ -81,7 +81,9 @@ def count_operations(spec: ModelSpec, window: int, dtype: torch.dtype) -> LayerO
 
     model = build_empty_model(spec)
     base, layers, proxies = record_layers(model, spec)
-    layer = layers[0]
+    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    at = sizes.index(max(sizes))
+    layer = layers[at]
     for module in (base, layer):
         module.to(torch.device("meta"), dtype)
     if spec.family.experts is not None:
@@ -91,14 +93,14 @@ def count_operations(spec: ModelSpec, window: int, dtype: torch.dtype) -> LayerO
     with torch.inference_mode():
         # Without a cache the model compares positions, which have no values here.
         base(inputs_embeds=hidden_BSH, use_cache=False, past_key_values=DynamicCache())
-        kwargs = {k: v for k, v in proxies[0].kwargs.items() if not isinstance(v, Cache)}
+        kwargs = {k: v for k, v in proxies[at].kwargs.items() if not isinstance(v, Cache)}
         with flops, traffic:
             layer(hidden_BSH, **kwargs)
-    mean = spec.block_parameters / spec.layers
-    share = mean / sum(parameter.numel() for parameter in layer.parameters()) / window
+    # Of one token of the mean layer.
+    share = spec.block_parameters / spec.layers / sizes[at] / window
     products = {str(kind): n * share for kind, n in flops.get_flop_counts()["Global"].items()}
     # Fused attention is two batched products; the half of them that causal masks hide is skipped.
-    attention = products.pop("aten.bmm") / 2
+    attention = products.pop("aten.bmm", 0) / 2
     return LayerOperations(
         projections=sum(products.values()),
         attention=attention / window,
@@ -114,7 +116,7 @@ def count_operations(spec: ModelSpec, window: int, dtype: torch.dtype) -> LayerO
 
 
 def _choose_first(experts: nn.Module, chosen: int) -> None:
-    """Let every token go through the first experts: which it chooses depends on its values."""
+    """Send every token through the first experts: a router's choice depends on values."""
     first = list(experts.children())[:chosen]
 
     def forward(
@@ -129,11 +131,11 @@ def _choose_first(experts: nn.Module, chosen: int) -> None:
 
 
 def _mean_columns(spec: ModelSpec, kind: str) -> float:
-    """Input columns of the output projections of one kind, a layer."""
+    """Return the input columns of the output projections of one kind, a layer."""
     return sum(group.columns for group in spec.table.groups if group.kind == kind) / spec.layers
 
 
 def _ffn_inputs(spec: ModelSpec) -> int:
-    """Projections into the FFN: a channel has a row of each and a column of the output."""
+    """Return the number of projections into the FFN: a channel has a row of each of them."""
     channel = next(group for group in spec.table.groups if group.kind == FFN)
     return channel.unit_parameters // spec.hidden - 1
