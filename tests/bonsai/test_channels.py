@@ -34,7 +34,7 @@ def cut(tiny: Tiny) -> KeepMask:
     return mask
 
 
-def recover(
+def run(
     tiny: Tiny, tokens_NS: torch.Tensor, folder: Path, *, steps: int, keep: bool = True
 ) -> Outcome:
     engine, mask = tiny.engine(micro_batch=5), cut(tiny)
@@ -53,7 +53,7 @@ def recover(
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return tiny_llama(tmp_path_factory.mktemp("refine") / "m", std=0.35, **BIASES)
+    return tiny_llama(tmp_path_factory.mktemp("channels") / "m", std=0.35, **BIASES)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def _oracle(problem: ChannelUpdate, work: Any, tiny: Tiny) -> dict[str, torch.Te
     return {f"mlp.{name}": parameters[name] + moved[at] for at, name in enumerate(names)}
 
 
-def test_converged_refinement_is_the_damped_least_squares_solution(
+def test_converged_update_is_the_damped_least_squares_solution(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     with torch.inference_mode():
@@ -173,11 +173,11 @@ def test_held_slopes_and_slopes_computed_again_give_the_same(
         assert torch.equal(weight, found[1][name])
 
 
-def test_refining_leaves_less_of_the_residual_and_of_the_loss(
+def test_updates_leave_less_of_the_residual_and_of_the_loss(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     plain, once, twice = (
-        recover(tiny, tokens, tmp_path / str(steps), steps=steps) for steps in (0, 1, 2)
+        run(tiny, tokens, tmp_path / str(steps), steps=steps) for steps in (0, 1, 2)
     )
     left = [sum(result.residual[1::2]) for result in (plain, once, twice)]
     assert max(left[1:]) < 0.8 * left[0]
@@ -194,7 +194,7 @@ def test_refining_leaves_less_of_the_residual_and_of_the_loss(
 
 def test_recomputed_inputs_give_the_same(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
     kept, again = (
-        recover(tiny, tokens, tmp_path / str(keep), steps=1, keep=keep) for keep in (True, False)
+        run(tiny, tokens, tmp_path / str(keep), steps=1, keep=keep) for keep in (True, False)
     )
     for name, weight in kept.refits.items():
         assert torch.equal(weight, again.refits[name]), name
@@ -204,11 +204,11 @@ def test_recomputed_inputs_give_the_same(tiny: Tiny, tokens: torch.Tensor, tmp_p
 def test_passes_through_the_sublayer_count_by_its_share(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    plain, refined = (
-        recover(tiny, tokens, tmp_path / str(steps), steps=steps).forward_tokens for steps in (0, 1)
+    plain, updated = (
+        run(tiny, tokens, tmp_path / str(steps), steps=steps).forward_tokens for steps in (0, 1)
     )
     weights = 3 * 3 * 24 * 14  # layers, projections, hidden, channels kept
     share = weights / tiny.spec.block_parameters
     # One block: there once and for its residual, the iterations; a solve; the layer's end.
     passes = 2 + 2 * UPDATE_ITERATIONS + 1 + 1
-    assert refined - plain == round(passes * share * tokens.numel())
+    assert updated - plain == round(passes * share * tokens.numel())

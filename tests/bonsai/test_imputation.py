@@ -1,4 +1,4 @@
-"""Stand-ins: a masked sub-model is the one that optimal compensation gives."""
+"""Imputations: a masked evaluation equals that of the optimally compensated model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ RULES = LayoutRules(layout=PER_LAYER, tile=1, attention_counts=(1, 2, 3))
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return tiny_llama(tmp_path_factory.mktemp("stand_in") / "m", std=0.35, **BIASES)
+    return tiny_llama(tmp_path_factory.mktemp("imputation") / "m", std=0.35, **BIASES)
 
 
 def _measured(
     tiny: Tiny, tokens_NS: torch.Tensor, mask: KeepMask
 ) -> tuple[ImportanceScores, dict[UnitGroup, Tensors]]:
-    """A sweep that gives the prior and the stand-ins."""
+    """A sweep that returns the importance scores and the imputations."""
     saved: dict[UnitGroup, Tensors] = {}
     writer = ImputationWriter(share=SHARE, damping=DAMPING, rules=RULES, save=saved.__setitem__)
     builder = ImportanceBuilder(
@@ -64,8 +64,8 @@ def _evaluate(
     return evaluator.evaluate(design, 2)
 
 
-@pytest.mark.parametrize("after_the_prior", [False, True])
-def test_matrix_is_the_damped_least_squares_guess_of_the_pool(after_the_prior: bool) -> None:
+@pytest.mark.parametrize("after_the_scores", [False, True])
+def test_matrix_is_the_damped_least_squares_prediction_of_the_pool(after_the_scores: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     # Wider than one block of the factor.
     mixed = torch.eye(300) + 0.05 * torch.randn(300, 300, generator=generator)
@@ -76,15 +76,15 @@ def test_matrix_is_the_damped_least_squares_guess_of_the_pool(after_the_prior: b
     x_core, x_pool = x[:, core].double(), x[:, pool].double()
     gram = x_core.T @ x_core + factor.added * torch.eye(len(core))
     expected = torch.linalg.solve(gram, x_core.T @ x_pool).T
-    if after_the_prior:
+    if after_the_scores:
         factor.inverse_diagonal()
     assert relative(factor.regression(pool).double(), expected) < 1e-3
 
 
-def test_pools_of_the_stand_ins_are_those_of_the_design(tiny: Tiny) -> None:
+def test_pools_of_the_imputations_are_those_of_the_design(tiny: Tiny) -> None:
     mask, tokens = KeepMask(tiny.spec.table), random_windows(20, 12)
-    prior, saved = _measured(tiny, tokens, mask)
-    pools = draw_pools(mask, prior.score_N, SHARE)
+    importance, saved = _measured(tiny, tokens, mask)
+    pools = draw_pools(mask, importance.score_N, SHARE)
     for group, members in zip(tiny.spec.table.groups, pools.members, strict=True):
         first = tiny.spec.table.span(group).start
         columns = torch.zeros(group.count, dtype=torch.bool)
@@ -98,8 +98,8 @@ def test_pools_of_the_stand_ins_are_those_of_the_design(tiny: Tiny) -> None:
 def test_masked_evaluation_is_that_of_the_compensated_projection(kind: str, tiny: Tiny) -> None:
     """Half of a group's pool off: in W the lost columns' share is given to the core's columns."""
     mask, tokens = KeepMask(tiny.spec.table), random_windows(30, 12)
-    prior, saved = _measured(tiny, tokens, mask)
-    pools = draw_pools(mask, prior.score_N, SHARE)
+    importance, saved = _measured(tiny, tokens, mask)
+    pools = draw_pools(mask, importance.score_N, SHARE)
     at, group = next((i, g) for i, g in enumerate(tiny.spec.table.groups) if g.kind == kind)
     gone = max(1, len(pools.members[at]) // 2)
     off_MG = torch.zeros(2, len(pools.members), dtype=torch.int64)

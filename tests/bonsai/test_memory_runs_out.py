@@ -41,7 +41,7 @@ def _builder(mask: KeepMask) -> ImportanceBuilder:
     return ImportanceBuilder("exact", mask, damping=1e-3, generator=torch.Generator())
 
 
-def _prior(engine: Engine, mask: KeepMask) -> torch.Tensor:
+def _scores(engine: Engine, mask: KeepMask) -> torch.Tensor:
     builder = _builder(mask)
     with engine.native() as stream:
         engine.sweep.run(stream, random_windows(WINDOWS, WINDOW), tap=builder)
@@ -51,7 +51,7 @@ def _prior(engine: Engine, mask: KeepMask) -> torch.Tensor:
 @pytest.mark.parametrize("call", [1, 4])
 def test_statistics(call: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = KeepMask(tiny.spec.table)
-    expected = _prior(tiny.engine(micro_batch=4), mask)
+    expected = _scores(tiny.engine(micro_batch=4), mask)
     fail, add = FailAt(call), Moments.add
 
     def failing(self: Moments, input_BSC: torch.Tensor) -> None:
@@ -60,11 +60,13 @@ def test_statistics(call: int, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Moments, "add", failing)
     engine = tiny.engine(micro_batch=4)
-    torch.testing.assert_close(_prior(engine, mask), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(_scores(engine, mask), expected, rtol=1e-4, atol=1e-7)
     assert engine.sweep.batches.size == 2
 
 
-def _recover(engine: Engine, tiny: Tiny, folder: Path, *, keep: bool, updates: int = 0) -> Outcome:
+def _reconstruct(
+    engine: Engine, tiny: Tiny, folder: Path, *, keep: bool, updates: int = 0
+) -> Outcome:
     mask = random_mask(tiny.spec, off=0.3)
     return reconstruct(
         tiny,
@@ -84,11 +86,11 @@ def _recover(engine: Engine, tiny: Tiny, folder: Path, *, keep: bool, updates: i
 def test_reconstruction_lacks_memory_in_a_forward(
     keep: bool, call: int, tiny: Tiny, tmp_path: Path
 ) -> None:
-    expected = _recover(tiny.engine(micro_batch=4), tiny, tmp_path / "s", keep=keep)
+    expected = _reconstruct(tiny.engine(micro_batch=4), tiny, tmp_path / "s", keep=keep)
     engine, fail = tiny.engine(micro_batch=4), FailAt(call)
     for layer in engine.skeleton.layers:
         layer.get_submodule("self_attn.q_proj").register_forward_pre_hook(fail)
-    result = _recover(engine, tiny, tmp_path / "s", keep=keep)
+    result = _reconstruct(engine, tiny, tmp_path / "s", keep=keep)
     assert fail.calls > call and engine.sweep.batches.size < 4
     _assert_equal(result, expected)
 
@@ -97,7 +99,7 @@ def test_reconstruction_lacks_memory_in_a_forward(
 def test_reconstruction_lacks_memory_for_its_sums(
     call: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = _recover(tiny.engine(micro_batch=4), tiny, tmp_path / "s", keep=True)
+    expected = _reconstruct(tiny.engine(micro_batch=4), tiny, tmp_path / "s", keep=True)
     fail, add = FailAt(call), LeastSquares.add_targets
 
     def failing(self: Any, *inputs: torch.Tensor) -> None:
@@ -106,7 +108,7 @@ def test_reconstruction_lacks_memory_for_its_sums(
 
     monkeypatch.setattr(LeastSquares, "add_targets", failing)
     engine = tiny.engine(micro_batch=4)
-    result = _recover(engine, tiny, tmp_path / "s", keep=True)
+    result = _reconstruct(engine, tiny, tmp_path / "s", keep=True)
     assert engine.sweep.batches.size == 2
     _assert_equal(result, expected)
 
@@ -118,7 +120,7 @@ def test_channel_update_lacks_memory(
 ) -> None:
     """Slopes that were kept by larger micro-batches are read by smaller ones."""
     engine = tiny.engine(micro_batch=4)
-    expected = _recover(engine, tiny, tmp_path / "s", keep=keep, updates=1)
+    expected = _reconstruct(engine, tiny, tmp_path / "s", keep=keep, updates=1)
     fail, activation = FailAt(call), Sublayer.activation
 
     def failing(self: Sublayer, before: Any) -> torch.Tensor:
@@ -127,7 +129,7 @@ def test_channel_update_lacks_memory(
 
     monkeypatch.setattr(Sublayer, "activation", failing)
     engine = tiny.engine(micro_batch=4)
-    result = _recover(engine, tiny, tmp_path / "s", keep=keep, updates=1)
+    result = _reconstruct(engine, tiny, tmp_path / "s", keep=keep, updates=1)
     assert fail.calls > call and engine.sweep.batches.size < 4
     _assert_equal(result, expected)
 
@@ -136,7 +138,7 @@ def test_channel_update_lacks_memory_there_and_back(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = tiny.engine(micro_batch=4)
-    expected = _recover(engine, tiny, tmp_path / "s", keep=True, updates=1)
+    expected = _reconstruct(engine, tiny, tmp_path / "s", keep=True, updates=1)
     fail, held = FailAt(5), channels._BlockProblem._held_slopes
 
     def failing(self: Any, slopes: torch.Tensor, items: slice) -> torch.Tensor:
@@ -145,7 +147,7 @@ def test_channel_update_lacks_memory_there_and_back(
 
     monkeypatch.setattr(channels._BlockProblem, "_held_slopes", failing)
     engine = tiny.engine(micro_batch=4)
-    result = _recover(engine, tiny, tmp_path / "s", keep=True, updates=1)
+    result = _reconstruct(engine, tiny, tmp_path / "s", keep=True, updates=1)
     assert engine.sweep.batches.size == 2
     _assert_equal(result, expected)
 
@@ -160,7 +162,7 @@ def test_reconstruction_that_lacks_memory_for_its_solve_is_the_users_error(
     with pytest.raises(
         BudgetError, match=r"in reconstruction of model\.layers\.0\.self_attn\.o_proj"
     ):
-        _recover(tiny.engine(), tiny, tmp_path / "s", keep=True)
+        _reconstruct(tiny.engine(), tiny, tmp_path / "s", keep=True)
 
 
 def _assert_equal(result: Outcome, expected: Outcome) -> None:

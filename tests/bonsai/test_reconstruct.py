@@ -28,7 +28,7 @@ from frugal_bonsai.stream.store import INT8, NATIVE, build_store
 Refits = dict[str, torch.Tensor]
 
 
-def _recover(
+def _reconstruct(
     tiny: Tiny,
     mask: KeepMask,
     tokens: torch.Tensor,
@@ -52,7 +52,7 @@ def _losses(tiny: Tiny, mask: KeepMask, refits: Refits, tokens: torch.Tensor) ->
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, torch.Tensor]:
     """A peaked model with biases and text of its own: any harm to it raises the loss."""
-    tiny = tiny_llama(tmp_path_factory.mktemp("recover") / "m", std=0.35, **BIASES)
+    tiny = tiny_llama(tmp_path_factory.mktemp("reconstruct") / "m", std=0.35, **BIASES)
     return tiny, sampled_windows(tiny.hugging_face(), 48, 16)
 
 
@@ -60,7 +60,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, torch.Tenso
 def test_with_nothing_removed_nothing_changes(changes: dict[str, Any], tmp_path: Path) -> None:
     tiny, tokens = tiny_llama(tmp_path / "m", **changes), random_windows(20, 16)
     mask = KeepMask(tiny.spec.table)
-    result = _recover(tiny, mask, tokens, tmp_path)
+    result = _reconstruct(tiny, mask, tokens, tmp_path)
     refits = result.refits
     dense = hugging_face_losses(tiny.hugging_face(), tokens)
     assert relative(result.dense_losses_NS, dense) < 1e-5
@@ -76,7 +76,7 @@ def test_refit_brings_back_residual_and_loss(
 ) -> None:
     tiny, tokens = sampled
     mask = random_mask(tiny.spec, off=0.3, seed=1)
-    result = _recover(tiny, mask, tokens, tmp_path)
+    result = _reconstruct(tiny, mask, tokens, tmp_path)
     refits = result.refits
     dense = result.dense_losses_NS.mean()
     plain = _losses(tiny, mask, {}, tokens).mean()
@@ -86,7 +86,7 @@ def test_refit_brings_back_residual_and_loss(
     assert relative(result.losses_NS, _losses(tiny, mask, refits, tokens)) < 1e-4
     assert all(0 < left < 1 for left in result.residual)
     # A refit that is held to the old weights leaves more of the residual.
-    held = _recover(tiny, mask, tokens, tmp_path, ridge=1.0)
+    held = _reconstruct(tiny, mask, tokens, tmp_path, ridge=1.0)
     assert sum(result.residual) < sum(held.residual)
 
 
@@ -97,8 +97,8 @@ def test_windows_held_out_are_judged_by_and_not_learnt_from(
     tiny, tokens = sampled
     mask = random_mask(tiny.spec, off=0.3, seed=1)
     kept: dict[str, Any] = {"keep_inputs": keep_inputs}
-    alone = _recover(tiny, mask, tokens[:30], tmp_path, **kept)
-    result = _recover(tiny, mask, tokens, tmp_path, held_out=18, **kept)
+    alone = _reconstruct(tiny, mask, tokens[:30], tmp_path, **kept)
+    result = _reconstruct(tiny, mask, tokens, tmp_path, held_out=18, **kept)
     refits = result.refits
     for name, weight in refits.items():
         assert relative(weight, alone.refits[name]) < 1e-4, name
@@ -156,7 +156,7 @@ def test_refit_equals_least_squares_on_captured_activations(
     """
     tiny, tokens = tiny_llama(tmp_path / "m", **changes), random_windows(24, 16)
     mask = random_mask(tiny.spec)
-    refits = _recover(tiny, mask, tokens, tmp_path).refits
+    refits = _reconstruct(tiny, mask, tokens, tmp_path).refits
     dense = _tapped(tiny.hugging_face(), tokens, layer)
     pruned_model = tiny.hugging_face(mask)
     parameters = dict(pruned_model.named_parameters())
@@ -184,7 +184,7 @@ def test_refit_equals_least_squares_on_captured_activations(
 def test_residual_is_the_share_that_least_squares_leaves(tmp_path: Path) -> None:
     tiny, tokens = tiny_llama(tmp_path / "m", **BIASES), random_windows(24, 16)
     mask = random_mask(tiny.spec)
-    result = _recover(tiny, mask, tokens, tmp_path)
+    result = _reconstruct(tiny, mask, tokens, tmp_path)
     refits = result.refits
     group = tiny.spec.table.groups[0]
     dense, pruned = (
@@ -203,7 +203,7 @@ def test_held_and_recomputed_inputs_give_the_same_weights(micro_batch: int, tmp_
     tiny, tokens = tiny_llama(tmp_path / "m", **BIASES), random_windows(11, 12)
     mask = random_mask(tiny.spec)
     kept, again = (
-        _recover(tiny, mask, tokens, tmp_path, keep_inputs=keep, micro_batch=micro_batch)
+        _reconstruct(tiny, mask, tokens, tmp_path, keep_inputs=keep, micro_batch=micro_batch)
         for keep in (True, False)
     )
     assert all(torch.equal(kept.refits[name], again.refits[name]) for name in kept.refits)
@@ -217,18 +217,18 @@ def test_held_and_recomputed_inputs_give_the_same_weights(micro_batch: int, tmp_
 def test_micro_batches_do_not_matter(tmp_path: Path) -> None:
     tiny, tokens = tiny_llama(tmp_path / "m"), random_windows(12, 12)
     mask = random_mask(tiny.spec)
-    whole = _recover(tiny, mask, tokens, tmp_path, micro_batch=12).refits
-    parts = _recover(tiny, mask, tokens, tmp_path, micro_batch=5).refits
+    whole = _reconstruct(tiny, mask, tokens, tmp_path, micro_batch=12).refits
+    parts = _reconstruct(tiny, mask, tokens, tmp_path, micro_batch=5).refits
     assert max(relative(parts[name], whole[name]) for name in whole) < 2e-3
 
 
 @pytest.mark.parametrize("name", ["exact", "fluctuation"])
-def test_next_prior_is_that_of_the_refit_model(name: str, tmp_path: Path) -> None:
-    """For free from the recovery sweep: what an own sweep over the refit model would measure."""
+def test_next_importance_is_that_of_the_refit_model(name: str, tmp_path: Path) -> None:
+    """The scores equal those that a separate sweep over the refit model measures."""
 
     tiny, tokens = tiny_llama(tmp_path / "m", **BIASES), random_windows(20, 12)
     mask = random_mask(tiny.spec)
-    result = _recover(tiny, mask, tokens, tmp_path, score=name)
+    result = _reconstruct(tiny, mask, tokens, tmp_path, score=name)
     engine = tiny.engine()
     store = build_store(
         tmp_path / "refit",
@@ -247,11 +247,13 @@ def test_next_prior_is_that_of_the_refit_model(name: str, tmp_path: Path) -> Non
     assert (result.scores.score_N[mask.keep_N] > 0).all()
 
 
-def test_int8_stores_recover_too(sampled: tuple[Tiny, torch.Tensor], tmp_path: Path) -> None:
+def test_int8_stores_are_reconstructed_too(
+    sampled: tuple[Tiny, torch.Tensor], tmp_path: Path
+) -> None:
     tiny, tokens = sampled
     mask = random_mask(tiny.spec, off=0.3, seed=1)
     native, int8 = (
-        _recover(tiny, mask, tokens, tmp_path / weights, weights=weights)
+        _reconstruct(tiny, mask, tokens, tmp_path / weights, weights=weights)
         for weights in (NATIVE, INT8)
     )
     assert float(int8.losses_NS.mean()) == pytest.approx(float(native.losses_NS.mean()), rel=0.05)

@@ -14,7 +14,7 @@ from frugal_bonsai.bonsai.reconstruction.input_rows import input_projections
 from frugal_bonsai.model.units import KeepMask
 
 
-def recover(
+def run(
     tiny: Tiny,
     mask: KeepMask,
     tokens_NS: torch.Tensor,
@@ -58,7 +58,7 @@ def test_which_projections_read_one_input(tiny: Tiny) -> None:
 
 
 def test_nothing_removed_changes_nothing(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
-    result = recover(tiny, KeepMask(tiny.spec.table), tokens, tmp_path / "s")
+    result = run(tiny, KeepMask(tiny.spec.table), tokens, tmp_path / "s")
     refits = result.refits
     for name, weight in refits.items():
         assert torch.allclose(weight, tiny.checkpoint.read(name), atol=2e-4), name
@@ -69,7 +69,7 @@ def test_first_attention_reads_what_the_dense_one_reads(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     mask = cut(tiny)
-    refits = recover(tiny, mask, tokens, tmp_path / "s").refits
+    refits = run(tiny, mask, tokens, tmp_path / "s").refits
     attention = tiny.spec.table.of_layer(0)[0]
     for piece in attention.slices:
         if piece.axis == 0 and "weight" in piece.tensor:
@@ -83,7 +83,7 @@ def test_gate_and_up_solve_the_least_squares(
 ) -> None:
     """Layer 0: dense inputs from Hugging Face, pruned ones from its attention with the refit."""
     mask = cut(tiny)
-    refits = recover(tiny, mask, tokens, tmp_path / "s").refits
+    refits = run(tiny, mask, tokens, tmp_path / "s").refits
     attention, ffn = tiny.spec.table.of_layer(0)
     seen: list[torch.Tensor] = []
     pruned = tiny.hugging_face()
@@ -113,8 +113,8 @@ def test_gate_and_up_solve_the_least_squares(
 
 def test_both_memory_modes_agree(tiny: Tiny, tokens: torch.Tensor, tmp_path: Path) -> None:
     mask = cut(tiny)
-    kept = recover(tiny, mask, tokens, tmp_path / "a")
-    again = recover(tiny, mask, tokens, tmp_path / "b", keep_inputs=False)
+    kept = run(tiny, mask, tokens, tmp_path / "a")
+    again = run(tiny, mask, tokens, tmp_path / "b", keep_inputs=False)
     refits, others = kept.refits, again.refits
     assert refits.keys() == others.keys()
     for name in refits:
@@ -126,8 +126,8 @@ def test_it_brings_the_model_nearer_to_the_dense_one(
     tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     mask = cut(tiny)
-    outputs = recover(tiny, mask, tokens, tmp_path / "a", inputs=False)
-    everything = recover(tiny, mask, tokens, tmp_path / "b")
+    outputs = run(tiny, mask, tokens, tmp_path / "a", inputs=False)
+    everything = run(tiny, mask, tokens, tmp_path / "b")
     assert outputs.refits.keys() < everything.refits.keys()
     assert sum(everything.residual) < sum(outputs.residual)
     assert everything.losses_NS.mean() < outputs.losses_NS.mean()

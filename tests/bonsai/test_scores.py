@@ -1,4 +1,4 @@
-"""All priors against direct computation on inputs captured from Hugging Face's model."""
+"""All importance scores against direct computation on inputs captured from Hugging Face's model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DAMPING = 1e-4
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return tiny_llama(tmp_path_factory.mktemp("prior") / "m", **BIASES)
+    return tiny_llama(tmp_path_factory.mktemp("scores") / "m", **BIASES)
 
 
 def _measure(
@@ -61,7 +61,7 @@ def _captured(tiny: Tiny, mask: KeepMask) -> dict[UnitGroup, tuple[torch.Tensor,
 
 
 def _direct(name: str, x: torch.Tensor, w: torch.Tensor) -> float:
-    """The prior of one unit from its own columns: the formulas of METHOD, written again."""
+    """The score of one unit from its own columns, by the formulas of docs/method.md."""
     rms = x.square().mean(0).sqrt()
     return float(
         {
@@ -80,12 +80,12 @@ def test_settings_know_the_priors() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["activation", "wanda", "output", "fluctuation", "magnitude"])
-def test_local_priors(name: str, masked: bool, tiny: Tiny, tmp_path: Path) -> None:
+def test_local_scores(name: str, masked: bool, tiny: Tiny, tmp_path: Path) -> None:
     mask = random_mask(tiny.spec) if masked else KeepMask(tiny.spec.table)
-    prior = _measure(tiny, name, mask, tmp_path)
-    assert prior.name == name and prior.score_N.dtype == torch.float64
+    importance = _measure(tiny, name, mask, tmp_path)
+    assert importance.name == name and importance.score_N.dtype == torch.float64
     for group, (x, w) in _captured(tiny, mask).items():
-        scores = prior.score_N[tiny.spec.table.span(group)]
+        scores = importance.score_N[tiny.spec.table.span(group)]
         for unit in range(group.count):
             own = slice(unit * group.columns_per_unit, (unit + 1) * group.columns_per_unit)
             alive = bool(mask.of(group)[unit])
@@ -94,18 +94,18 @@ def test_local_priors(name: str, masked: bool, tiny: Tiny, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_exact_prior_is_the_loss_after_the_best_damped_refit(
+def test_exact_score_is_the_loss_after_the_best_damped_refit(
     masked: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
     """Damping as rows below the inputs; with them the loss is that of a plain least squares."""
     mask = random_mask(tiny.spec) if masked else KeepMask(tiny.spec.table)
-    prior = _measure(tiny, "exact", mask, tmp_path)
+    importance = _measure(tiny, "exact", mask, tmp_path)
     for group, (inputs, weight) in _captured(tiny, mask).items():
         columns = mask.columns(group)
         x, w = inputs[:, columns] / len(inputs) ** 0.5, weight[:, columns]
         root = (DAMPING * x.square().sum(0).mean()).sqrt()
         x = torch.cat([x, root * torch.eye(x.shape[1], dtype=torch.float64)])
-        target, scores = x @ w.T, prior.score_N[tiny.spec.table.span(group)]
+        target, scores = x @ w.T, importance.score_N[tiny.spec.table.span(group)]
         assert not scores[~mask.of(group)].any()
         for at, score in enumerate(scores[mask.of(group)]):
             keep = torch.ones(x.shape[1], dtype=torch.bool)
@@ -115,7 +115,7 @@ def test_exact_prior_is_the_loss_after_the_best_damped_refit(
             assert float(score) == pytest.approx(expected, rel=2e-2), (group.name, at)
 
 
-def test_random_prior_follows_its_generator(tiny: Tiny, tmp_path: Path) -> None:
+def test_random_scores_follow_their_generator(tiny: Tiny, tmp_path: Path) -> None:
     mask = random_mask(tiny.spec)
     first = _measure(tiny, "random", mask, tmp_path).score_N
     again = _measure(tiny, "random", mask, tmp_path).score_N
@@ -140,14 +140,14 @@ def test_flap_is_the_mean_z_score_of_a_units_columns(
 ) -> None:
     """As the published code has it: standardised over a group's columns, then averaged."""
     mask = random_mask(tiny.spec) if masked else KeepMask(tiny.spec.table)
-    prior = _measure(tiny, "flap", mask, tmp_path)
+    importance = _measure(tiny, "flap", mask, tmp_path)
     for group, (inputs, weight) in _captured(tiny, mask).items():
         columns, alive = mask.columns(group), mask.of(group)
         x, w = inputs[:, columns], weight[:, columns]
         score = x.var(0, unbiased=False) * w.norm(dim=0) ** 2
         standard = (score - score.mean()) / score.std()
         expected = standard.view(-1, group.columns_per_unit).mean(1)
-        found = prior.score_N[tiny.spec.table.span(group)]
+        found = importance.score_N[tiny.spec.table.span(group)]
         torch.testing.assert_close(found[alive], expected, rtol=1e-3, atol=1e-4)
         assert float(found[alive].mean()) == pytest.approx(0, abs=1e-6)
         assert not found[~alive].any()
@@ -156,15 +156,17 @@ def test_flap_is_the_mean_z_score_of_a_units_columns(
 def test_mean_inputs_are_kept_where_they_are_asked_for(tiny: Tiny, tmp_path: Path) -> None:
     mask = random_mask(tiny.spec)
     assert _measure(tiny, "flap", mask, tmp_path).means is None
-    prior = _measure(tiny, "flap", mask, tmp_path, keep_means=True)
+    importance = _measure(tiny, "flap", mask, tmp_path, keep_means=True)
     captured = _captured(tiny, mask)
-    assert prior.means is not None and len(prior.means) == len(captured)
+    assert importance.means is not None and len(importance.means) == len(captured)
     for group, (inputs, _) in captured.items():
         expected = inputs[:, mask.columns(group)].mean(0).float()
-        torch.testing.assert_close(prior.means[group.output_weight], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            importance.means[group.output_weight], expected, rtol=1e-4, atol=1e-5
+        )
 
 
-def test_of_the_priors_only_exact_needs_gram_matrices(tiny: Tiny) -> None:
+def test_only_exact_needs_gram_matrices(tiny: Tiny) -> None:
     mask, generator = KeepMask(tiny.spec.table), torch.Generator()
     needs = [
         name

@@ -113,10 +113,10 @@ def test_an_experts_score_is_reaps(tiny: Tiny) -> None:
     tokens_NS = random_windows(6, 13)
     engine, mask = tiny.engine(micro_batch=2), KeepMask(tiny.spec.table)
     with engine.native() as stream:
-        prior = measure_saliency(engine.sweep, stream, tokens_NS, mask)
+        importance = measure_saliency(engine.sweep, stream, tokens_NS, mask)
     expected = expected_saliency(tiny, tokens_NS)
     for group in mask.table.groups:
-        scores = prior.score_N[mask.table.span(group)]
+        scores = importance.score_N[mask.table.span(group)]
         wanted = 0.0 if group.expert is None else expected[group.layer, group.expert]
         assert scores.tolist() == pytest.approx([wanted] * group.count, rel=1e-4)
 

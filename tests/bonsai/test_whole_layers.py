@@ -58,10 +58,10 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output(
 ) -> None:
     engine, mask = tiny.engine(micro_batch=micro_batch), KeepMask(tiny.spec.table)
     with engine.stream(tiny.source()) as stream:
-        prior = measure_influence(engine.sweep, stream, tokens, mask)
-    assert prior.name == "similarity" and engine.sweep.forward_tokens == tokens.numel()
+        importance = measure_influence(engine.sweep, stream, tokens, mask)
+    assert importance.name == "similarity" and engine.sweep.forward_tokens == tokens.numel()
     for group in tiny.spec.table.groups:
-        scores = prior.score_N[tiny.spec.table.span(group)]
+        scores = importance.score_N[tiny.spec.table.span(group)]
         torch.testing.assert_close(
             scores, torch.full_like(scores, influence[group.layer]), rtol=1e-4, atol=1e-6
         )
