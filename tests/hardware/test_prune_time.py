@@ -137,7 +137,7 @@ def test_products_of_statistics_and_recovery() -> None:
     assert phase(found, "recovery").compute == pytest.approx(expected / 1e11)
 
 
-def test_rounds_before_the_last_take_a_part_and_trials_a_part_of_it() -> None:
+def test_rounds_before_the_last_and_candidates_take_a_part_of_the_windows() -> None:
     only = profiles.cpu(**ONLY_PRODUCTS)
     names = ("statistics", "recovery")
     whole, part, tried = (
@@ -159,17 +159,17 @@ def test_rounds_before_the_last_take_a_part_and_trials_a_part_of_it() -> None:
     # A quarter of the windows, but the same solves; the dense losses on both rounds' windows.
     assert part["recovery"].compute == pytest.approx((first - solves) / 4 + solves + last)
     more = tried["recovery"].compute - part["recovery"].compute
-    assert more > (first - solves - head) / 8  # both cuts of both rounds, on an eighth
+    assert more > (first - solves - head) / 8  # both candidates of both rounds, on an eighth
 
 
-def test_trials_build_two_more_stores_a_round() -> None:
+def test_candidates_build_two_more_stores_a_round() -> None:
     profile = profiles.cpu(memory_bytes_per_second=1e30)
     found = phase(estimate(profile, trial_windows=4), "building stores")
     read, written = 8 * BLOCKS * 2, (1 + 4 * 0.75 + 3 * 0.5) * BLOCKS
     assert found.disk == pytest.approx(read / 4e9 + written / 5e8)
 
 
-def test_a_third_cut_costs_half_as_much_again_as_two() -> None:
+def test_a_third_candidate_costs_half_as_much_again_as_two() -> None:
     profile = profiles.cpu(memory_bytes_per_second=1e30)
     for name in ("recovery", "building stores"):
         none, two, three = (
@@ -190,19 +190,19 @@ def test_every_batch_of_masks_reads_the_layers() -> None:
     assert three.compute == pytest.approx(one.compute)
 
 
-def test_stand_ins_are_a_multiple_of_what_a_round_takes() -> None:
+def test_imputation_covers_a_multiple_of_what_a_round_removes() -> None:
     work = replace(WORK, imputation_pool=2.5)
     assert work.round_imputed_share(0) == pytest.approx(2.5 * 0.25)
     assert work.round_imputed_share(1) == pytest.approx(2.5 / 3)
     only = profiles.cpu(**ONLY_PRODUCTS)
-    plain, guessed = (
+    plain, imputed = (
         phase(estimate(only, imputation_pool=pool), "masked evaluation").compute
         for pool in (0.0, 2.5)
     )
     tokens, expected = 104 * 256, 0.0
     for share, left in ((0.625, 1.0), (2.5 / 3, 0.75)):
         expected += 2 * share * (1 - share) * (256**2 + 512**2) * left**2 * tokens * LAYERS
-    assert guessed - plain == pytest.approx(expected / 1e11)
+    assert imputed - plain == pytest.approx(expected / 1e11)
 
 
 def test_channel_updates_are_the_last_rounds() -> None:
