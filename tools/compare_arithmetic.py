@@ -103,19 +103,19 @@ def judge(
     windows_NS: torch.Tensor,
     settings: PruneSettings,
     head: Path,
-    stand_ins: dict[str, Tensors],
+    imputations: dict[str, Tensors],
 ) -> tuple[Fit, Observations]:
     """Return the first round's regression and the losses that it explains."""
     spec, rules = engine.spec, layout_rules(engine.spec, PER_LAYER)
     mask = KeepMask(spec.table)
     schedule = Schedule(settings=settings, rules=rules, blocks=spec.block_parameters)
     generator = torch.Generator().manual_seed(settings.seed)
-    compensates = settings.stand_ins(uniform=rules.uniform)
+    compensates = settings.imputes(uniform=rules.uniform)
     writer = ImputationWriter(
         share=settings.pool * schedule.share(mask),
         rules=rules,
         damping=settings.ridge,
-        save=lambda group, tensors: stand_ins.update({group.name: tensors}),
+        save=lambda group, tensors: imputations.update({group.name: tensors}),
     )
     builder = ImportanceBuilder(
         settings.prior,
@@ -133,7 +133,7 @@ def judge(
         settings,
         windows_NS,
         generator,
-        imputations=Imputations(lambda group: stand_ins.get(group.name)) if compensates else None,
+        imputations=Imputations(lambda group: imputations.get(group.name)) if compensates else None,
     )
 
     estimate = estimate_round(

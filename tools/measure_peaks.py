@@ -205,7 +205,7 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
         settings,
         windows_WS,
         generator,
-        imputations=Imputations(lambda group: folder.stand_in(0, group)),
+        imputations=Imputations(lambda group: folder.imputation(0, group)),
     )
     evaluator.evaluate(design, settings.masks)
 
@@ -320,14 +320,14 @@ def _prior(opened: Any, ready: Any, work: Path) -> Any:
         share=prune_workload(opened, ready, ready.windows).imputed_share,
         rules=ready.rules,
         damping=settings.ridge,
-        save=lambda group, tensors: folder.save_stand_in(0, group, tensors),
+        save=lambda group, tensors: folder.save_imputation(0, group, tensors),
     )
     return ImportanceBuilder(
         settings.prior,
         KeepMask(opened.spec.table),
         damping=settings.ridge,
         generator=torch.Generator().manual_seed(0),
-        imputations=writer if settings.stand_ins(uniform=ready.rules.uniform) else None,
+        imputations=writer if settings.imputes(uniform=ready.rules.uniform) else None,
     )
 
 

@@ -176,12 +176,12 @@ class Search:
     def _importance_builder(self, mask: KeepMask, number: int) -> ImportanceBuilder:
         """Collect the statistics, and the imputations, of the round after ``number``."""
         settings, imputations = self._settings, None
-        if settings.stand_ins(uniform=self._rules.uniform):
+        if settings.imputes(uniform=self._rules.uniform):
             imputations = ImputationWriter(
                 share=settings.pool * self._schedule.share(mask),
                 damping=settings.ridge,
                 rules=self._rules,
-                save=lambda group, tensors: self._folder.save_stand_in(number, group, tensors),
+                save=lambda group, tensors: self._folder.save_imputation(number, group, tensors),
             )
         return ImportanceBuilder(
             settings.prior,
@@ -226,9 +226,9 @@ class Search:
 
     def _evaluator(self, store: LayerStore, number: int) -> MaskEvaluator:
         imputations = None
-        if self._settings.stand_ins(uniform=self._rules.uniform):
+        if self._settings.imputes(uniform=self._rules.uniform):
             imputations = Imputations(
-                lambda group: self._folder.stand_in(number - 1, group),
+                lambda group: self._folder.imputation(number - 1, group),
                 self._engine.spec.table.groups,
                 self._engine.device,
             )
@@ -253,7 +253,7 @@ class Search:
         """Cut by curves; compare the cut with equal widths after reconstruction."""
         before = state.mask
         chosen, target = cut_round(self._schedule, before, curves)
-        if chosen == before or not self._settings.tries(uniform=self._rules.uniform):
+        if chosen == before or not self._settings.selects_candidates(uniform=self._rules.uniform):
             return chosen, {}
         others = equal_width_cuts(before, chosen, curves, target, self._rules)
         if not others:

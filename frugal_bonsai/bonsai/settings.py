@@ -123,11 +123,11 @@ class PruneSettings:
             if rule.is_broken(self):
                 raise OptionError(rule.refusal.format(s=self))
 
-    def stand_ins(self, *, uniform: bool) -> bool:
+    def imputes(self, *, uniform: bool) -> bool:
         """Tell whether masks impute values: where pools are shares of every group."""
         return self.compensate and self.level == GROUP and not uniform
 
-    def tries(self, *, uniform: bool) -> bool:
+    def selects_candidates(self, *, uniform: bool) -> bool:
         """Tell whether rounds select among candidates; they are equal in parameters, not time."""
         return self.trial and self.recovery and not uniform and self.objective != LATENCY
 

@@ -148,24 +148,24 @@ class StateFolder:
                 )
 
     # -- imputations ----------------------------------------------------------------------------
-    def save_stand_in(
+    def save_imputation(
         self, number: int, group: UnitGroup, tensors: dict[str, torch.Tensor]
     ) -> None:
         """Save one group's imputation for the round after ``number``."""
-        path = self._stand_in(number, group)
+        path = self._imputation_path(number, group)
         _make_folder(path.parent)
         write_tensors(path, tensors)
 
-    def stand_in(self, number: int, group: UnitGroup) -> dict[str, torch.Tensor] | None:
-        """Return the tensors of :meth:`save_stand_in`; None where nothing was saved."""
-        path = self._stand_in(number, group)
+    def imputation(self, number: int, group: UnitGroup) -> dict[str, torch.Tensor] | None:
+        """Return the tensors of :meth:`save_imputation`; None where nothing was saved."""
+        path = self._imputation_path(number, group)
         if not path.exists():
             return None
         return {name: read_tensor(path, name) for name in ("columns", "matrix")}
 
-    def _stand_in(self, number: int, group: UnitGroup) -> Path:
+    def _imputation_path(self, number: int, group: UnitGroup) -> Path:
         kind = group.kind if group.expert is None else f"{group.kind}_{group.expert:05d}"
-        return self.round_folder(number) / f"stand_in_{group.layer:05d}_{kind}.safetensors"
+        return self.round_folder(number) / f"imputation_{group.layer:05d}_{kind}.safetensors"
 
     # -- refits ---------------------------------------------------------------------------------
     def save_refit(

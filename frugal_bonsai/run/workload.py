@@ -74,7 +74,7 @@ def prune_workload(
         shared_masks=settings.design == "shared",
         int8_arithmetic=settings.arithmetic == "int8",
         exact_importance=settings.prior == "exact",
-        imputation_pool=settings.pool if settings.stand_ins(uniform=uniform) else 0.0,
+        imputation_pool=settings.pool if settings.imputes(uniform=uniform) else 0.0,
         reconstruction=reconstruction,
         refit_inputs=reconstruction and settings.refit == "all",
         trial_windows=_trial_windows(settings, columns, resolved.window, windows, uniform=uniform),
@@ -93,7 +93,7 @@ def _trial_windows(
 
     The windows that judge it take the pruned model alone, at most two passes of three.
     """
-    if not settings.tries(uniform=uniform):
+    if not settings.selects_candidates(uniform=uniform):
         return 0
     fitted, held_out = trial_windows(columns, window, windows)
     return fitted + math.ceil(held_out * 2 / 3)

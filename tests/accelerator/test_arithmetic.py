@@ -135,17 +135,17 @@ def test_the_next_groups_stand_ins_are_read_ahead(machine: Machine, tmp_path: Pa
         pool = torch.arange(2)
         return {"columns": pool, "matrix": torch.ones(2, group.columns - 2).half()}
 
-    stand_ins = Imputations(saved, groups, machine.device)
+    imputations = Imputations(saved, groups, machine.device)
     for group in groups:
         hidden = torch.ones(1, 2, group.columns, dtype=BF16, device=machine.device)
-        given = stand_ins.of(group, hidden)
+        given = imputations.of(group, hidden)
         if group.layer == 1:
             assert given is None
             continue
         assert given is not None and given[1].dtype == BF16
         assert float(given[1][0, 0, 0]) == group.columns - 2
-    assert stand_ins._ahead is not None
-    stand_ins._ahead[1].result()
+    assert imputations._ahead is not None
+    imputations._ahead[1].result()
     assert read == [*groups, groups[0]], "each once, and the first of the next sweep"
     assert not machine.pageable
     tiny.checkpoint.close()
