@@ -89,6 +89,10 @@ class Skeleton:
         self._load_outer(model)
         self._follow_weights()
         self._embedding = self._base.get_submodule(spec.family.embedding_module)
+        # The module is called with the rows of some tokens, where an index of the whole table has
+        # no meaning. It matters to gradients and initial values only.
+        if isinstance(self._embedding, nn.Embedding):
+            self._embedding.padding_idx = None
         self.norm = self._base.get_submodule(spec.family.norm_module)
         self._kwargs: dict[int, list[dict[str, Any]]] = {}
 

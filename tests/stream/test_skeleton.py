@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BIASES, CPU, TIED, Tiny, random_windows, relative, tiny_llama
+from tiny_models import BIASES, CPU, TIED, Tiny, random_windows, relative, tiny_family, tiny_llama
 
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import describe_model
@@ -35,6 +35,21 @@ def test_embedding_and_norm_are_those_of_the_model(changes: dict[str, Any], tmp_
     assert torch.equal(skeleton.embed(tokens), model.model.embed_tokens(tokens))
     hidden = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
     assert torch.equal(skeleton.norm(hidden), model.model.norm(hidden))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "phi3"])
+@pytest.mark.parametrize("padding", [52, -1, 4], ids=["behind the rows", "negative", "among them"])
+def test_the_padding_index_has_no_part_in_a_forward_pass(
+    family: str, padding: int, tmp_path: Path
+) -> None:
+    """The embedding is called with the rows of seven tokens, an index counts in the whole table."""
+    tiny = tiny_family(tmp_path / "m", family, pad_token_id=padding)
+    tokens_NS = random_windows(2, 9, vocabulary=10)
+    engine, model = tiny.engine(), tiny.hugging_face()
+    with engine.native() as stream, torch.inference_mode():
+        hidden = engine.sweep.run(stream, tokens_NS)
+        found = engine.head.logits(hidden.read(slice(0, 2)))
+        assert relative(found, model(tokens_NS).logits) < 1e-5
 
 
 def test_dtype_is_the_compute_dtype(tmp_path: Path) -> None:
