@@ -3,8 +3,8 @@
 In: the tensors of a checkpoint as its files name and orient them. Out: the same tensors under the
 parameter names of Hugging Face's causal language model, weights as ``[out, in]``; and, for the
 rewriter, the way back to the files' names. Checkpoints of one family differ: a base model's names
-lack the prefix, old ones hold buffers that no model reads, and GPT-2 stores its weights as
-``[in, out]``. This module reads no tensor data.
+lack the prefix, old ones hold buffers that no model reads, a tied weight may have the head's name
+alone, and GPT-2 stores its weights as ``[in, out]``. This module reads no tensor data.
 """
 
 from __future__ import annotations
@@ -35,14 +35,26 @@ def describe_checkpoint(
         CheckpointError: a tensor is missing, or its shape contradicts the config.
     """
     family = find_family(checkpoint.config, source=source, assume=assume)
-    checkpoint.rename_tensors(canonical_tensors(family, checkpoint.tensors))
+    may_be_tied = checkpoint.config.get("tie_word_embeddings") is not False
+    tensors = canonical_tensors(family, checkpoint.tensors, may_be_tied=may_be_tied)
+    checkpoint.rename_tensors(tensors)
     return describe_model(checkpoint.config, checkpoint.shapes, source=source, assume=assume)
 
 
-def canonical_tensors(family: Family, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Return the tensors under their canonical names, without those that no model reads."""
+def canonical_tensors(
+    family: Family, tensors: Mapping[str, TensorEntry], *, may_be_tied: bool = False
+) -> dict[str, TensorEntry]:
+    """Return the tensors under their canonical names, without those that no model reads.
+
+    Args:
+        family: the model's family.
+        tensors: the tensors by their names in the files.
+        may_be_tied: the config does not rule out that head and embedding share one weight. A head
+            without an embedding is then the embedding: programs that store a shared weight once
+            may store it under either name.
+    """
     base = family.embedding.split(".")[0] + "."
-    bare = family.embedding not in tensors and family.embedding.removeprefix(base) in tensors
+    bare = not any(name.startswith(base) for name in tensors)
     canonical = {stored: own for own, stored in family.stored_as.items()}
     renamed = {}
     for stored, entry in tensors.items():
@@ -54,6 +66,11 @@ def canonical_tensors(family: Family, tensors: Mapping[str, TensorEntry]) -> dic
         renamed[name] = entry
         if name.endswith(family.transposed) and len(entry.shape) == 2:
             renamed[name] = replace(entry, shape=entry.shape[::-1], transposed=True)
+    if may_be_tied and family.embedding not in renamed and family.head in renamed:
+        renamed = {
+            family.embedding if name == family.head else name: entry
+            for name, entry in renamed.items()
+        }
     return renamed
 
 

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import open_tiny, random_windows, relative, tiny_family
 from transformers import AutoModelForCausalLM
 
-from frugal_bonsai.model.layout import UNIFORM, layout_rules
+from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.model.layout import LAYOUTS, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.load import load_pruned
 from frugal_bonsai.rewrite.shrink import shrink
 
 
@@ -71,3 +73,60 @@ def test_the_base_models_names_are_understood_and_written_again(bare: Path, tmp_
     pruned, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert pruned.transformer.h[1].mlp.c_fc.weight.shape == (24, 10)
+
+
+@pytest.fixture(params=["llama", "gpt2", "gemma2", "opt"])
+def head_alone(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Save a tied model under the head's name alone, as ``safetensors.torch.save_model`` may."""
+    tiny = tiny_family(tmp_path / "tied", request.param, tie_word_embeddings=True)
+    tiny.checkpoint.close()
+    path = tmp_path / "tied" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop(tiny.spec.family.embedding)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return tmp_path / "tied"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tied_weight_may_be_stored_under_the_heads_name_alone(
+    head_alone: Path, layout: str, tmp_path: Path
+) -> None:
+    tiny = open_tiny(head_alone)
+    assert tiny.spec.tied and tiny.spec.family.head not in tiny.checkpoint.tensors
+    tokens_NS, model = random_windows(2, 9), tiny.hugging_face()
+    assert tiny.spec.parameters == sum(p.numel() for p in model.parameters())
+    engine = tiny.engine()
+    with engine.native() as stream, torch.inference_mode():
+        hidden = engine.sweep.run(stream, tokens_NS)
+        found = engine.head.logits(hidden.read(slice(0, 2)))
+        assert relative(found, model(tokens_NS).logits) < 1e-5
+
+    mask = KeepMask(tiny.spec.table)
+    for group in tiny.spec.table.groups[1::2]:
+        mask.of(group)[::2] = False
+    (tmp_path / "out").mkdir()
+    rules = layout_rules(tiny.spec, layout, tile=1)
+    shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
+    zeroed = tiny.hugging_face(mask)
+    with torch.inference_mode():
+        written = load_pruned(tmp_path / "out", dtype=torch.float32)
+        assert relative(written(tokens_NS).logits, zeroed(tokens_NS).logits) < 1e-5
+
+
+def test_a_head_alone_is_no_embedding_where_the_config_unties_them(tmp_path: Path) -> None:
+    tiny_family(tmp_path / "m", "llama").checkpoint.close()  # tie_word_embeddings is false
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.embed_tokens\.weight'"):
+        open_tiny(tmp_path / "m")
+
+
+def test_a_base_models_names_with_the_tied_head_alone(bare: Path) -> None:
+    path = bare / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop("wte.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    tiny = open_tiny(bare)
+    assert tiny.checkpoint.tensors["transformer.wte.weight"].name == "lm_head.weight"
