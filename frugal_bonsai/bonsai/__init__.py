@@ -1,1 +1,1 @@
-"""The method: statistics, design, masked evaluation, regression, cut, recovery; one file a step."""
+"""The method: importance, masks, selection and reconstruction, a folder for each step."""

@@ -153,7 +153,7 @@ def test_more_attention_is_tried_as_long_as_it_helps() -> None:
 
 
 def test_the_even_cut_stands_without_evidence_where_it_is_the_rounds_own() -> None:
-    """It was left out as its own rival, and the one that takes a KV group stood for it."""
+    """It was left out once, and the one that takes a KV group became the baseline."""
     mask = KeepMask(_table())
     curves = _curves(mask, [99, 1, 99, 1, 99, 1])
     first = equal_width_cuts(mask, mask, curves, TARGET, RULES)["even"]
@@ -210,5 +210,5 @@ def test_one_window_has_no_error() -> None:
     ("windows", "expected"),
     [(300, (96, 32)), (48, (32, 10)), (3, (2, 1)), (2, (1, 1)), (1, (1, 0))],
 )
-def test_a_trial_is_judged_by_other_windows(windows: int, expected: tuple[int, int]) -> None:
+def test_candidates_are_judged_by_other_windows(windows: int, expected: tuple[int, int]) -> None:
     assert trial_windows(512, 256, windows) == expected

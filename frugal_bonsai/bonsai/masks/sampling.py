@@ -85,7 +85,7 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """How a round's sampling went.
+    """The course of a round's sampling.
 
     Attributes:
         masks: Number of masks evaluated.
@@ -108,7 +108,7 @@ class Estimate:
         curves: Predicted cost, one curve per group.
         fit: The regression; None when no masks were evaluated.
         observations: Number of observations fitted.
-        sampled: How the sampling went; None when no masks were evaluated.
+        sampled: Course of the sampling; None when no masks were evaluated.
     """
 
     curves: tuple[Curve, ...]

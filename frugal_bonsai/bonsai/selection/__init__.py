@@ -1,1 +1,1 @@
-"""Which units a round removes."""
+"""Selection of the units that a round removes."""

@@ -175,7 +175,7 @@ def _sum_losses(curves: list[Curve]) -> list[float]:
 def bundle_groups(mask: KeepMask, rules: LayoutRules) -> list[list[UnitGroup]]:
     """Return the sets of groups that lose equally many units together.
 
-    Every group is a set of its own, except for the experts of a layer in the ``per-layer`` layout:
+    Every group is a set by itself, except for the experts of a layer in the ``per-layer`` layout:
     transformers holds them in one tensor, so they stay equally wide. Each expert still loses the
     units that are least important in itself.
     """

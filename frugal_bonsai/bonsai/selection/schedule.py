@@ -36,7 +36,7 @@ def next_goal(settings: PruneSettings, done: float) -> float:
     """Return the sparsity at which a round aims that begins at the sparsity ``done``."""
     step = settings.step or (LATER_STEP if done else FIRST_STEP)
     goal = min(done + step, settings.sparsity)
-    # The last round removes all that is left, so that no sliver needs a round of its own.
+    # The last round removes all that is left, so that no sliver is left for another round.
     return settings.sparsity if settings.sparsity - goal < 0.2 * step else goal
 
 
@@ -64,10 +64,10 @@ def round_windows(settings: PruneSettings, columns: int, window: int, windows: i
 
 
 def trial_windows(columns: int, window: int, windows: int) -> tuple[int, int]:
-    """Return how many windows reconstruct a candidate, and how many others judge it.
+    """Return the numbers of windows that fit a candidate and that judge it.
 
-    At most two thirds of the windows reconstruct, and a third as many judge; with a single window
-    none is left to judge. Candidates are never judged by the windows that they were fitted to.
+    At most two thirds of the windows fit, and a third as many others judge; a single window
+    leaves none to judge. Candidates are never judged by the windows that they were fitted to.
 
     Args:
         columns: Columns of the widest output projection.
