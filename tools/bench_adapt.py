@@ -1,13 +1,14 @@
-"""``adapt`` beside the usual way: teacher and student in memory together, the whole distribution.
+"""Compare ``adapt`` with distillation that holds teacher and student in memory.
 
-Both take the same windows, order, rank, loss weights, schedule and seed. The reference is plain
-transformers and peft; only its steps are driven by the same trainer. Each runs in a fresh process,
-one after the other, and reports its perplexity, its peak memory and what it held after imports.
+Both use the same windows, order, rank, loss weights, schedule and seed. The reference is plain
+transformers and peft with the teacher's whole distribution; the same trainer drives its steps. Each
+runs in a fresh process, one after the other, and reports its perplexity, its peak memory, and its
+memory after imports.
 
     python tools/bench_adapt.py [--dtype float32] [--summary FILE] -- ADAPT'S OWN WORDS
 
-``--summary`` takes what a run of ``adapt ... --json`` with the same words printed, instead of
-another run; name the ``--teacher-cache`` then that holds the windows it sampled.
+``--summary`` reads the output of an earlier ``adapt ... --json`` with the same words instead of
+running it again. Then name the ``--teacher-cache`` that holds its sampled windows.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def perplexity(model: Any, windows_NS: torch.Tensor) -> float:
 
 
 def reference(job_file: Path) -> dict[str, Any]:
-    """Train the reference; its figures. Runs in a process of its own."""
+    """Train the reference and return its figures. Runs in a separate process."""
     import peft  # noqa: F401  # imported before memory is read
 
     job = torch.load(job_file)

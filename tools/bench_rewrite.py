@@ -1,16 +1,16 @@
 """Speed of the rewriter against ``cp``, and the memory that it needs.
 
-Done in turn, `--repeat` times, on a checkpoint whose files are in the page cache:
+Runs in turn, `--repeat` times, on a checkpoint whose files are in the page cache:
 
     cp      `cp` of the weight files, then fsync of the copies
     whole   `shrink` with a mask that removes nothing: reads and writes the same bytes, fsync too
     half    `shrink` with a mask that removes every second unit: reads all, writes what stays
     probe   one thread reads and writes the same bytes through a buffer, without fsync
 
-Each is given as bytes of the source a second, and as a share of cp's (of medians). Before each,
-what was written before is removed and the disk's queue drained. A rewrite runs in a process of its
-own, timed without the imports; memory is its peak above what it held before. `cp` copies inside the
-system, so `probe` shows what a program can do that looks at what it copies.
+Speeds are bytes of the source per second, and shares of cp's (of medians). Before each run the last
+output is removed and the disk's queue is drained. A rewrite runs in a separate process and is timed
+without the imports; its memory is the peak above the memory before. `cp` copies inside the system;
+`probe` shows the speed of a program that reads the bytes that it copies.
 
     python tools/make_shape_checkpoint.py llama-3.2-1b M
     python tools/bench_rewrite.py M [--repeat 5]
@@ -68,7 +68,7 @@ def write_masks(model: str, folder: Path) -> dict[str, Path]:
 
 
 def rewrite(model: str, mask: Path, out: Path) -> dict[str, float]:
-    """One rewrite in a process of its own."""
+    """Run one rewrite in a separate process."""
     done = subprocess.run(
         [sys.executable, "-c", WORKER, model, str(mask), str(out)],
         capture_output=True,

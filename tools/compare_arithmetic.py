@@ -1,4 +1,4 @@
-"""Does int8 arithmetic change which units are judged relevant? Kendall's tau against fp32.
+"""Measure whether int8 arithmetic changes the ranking of units: Kendall's tau against fp32.
 
 Evaluates the same masks on the same windows with fp32 and with int8 products (both from the int8
 working store) in the first round of a prune, and compares the relevances that the regression gives

@@ -5,9 +5,9 @@
         --seeds 0,1,2 --out results.md --plot results.png
 
 Every row has the same units, layout, calibration text, verification and evaluation; only the method
-differs. A run that is finished is kept in OUT.json and not run again, so that a comparison can be
-stopped, and grow: `--set` and `--windows` make rows of their own (a method under a smaller token
-budget, say). The plot alone needs matplotlib: `pip install frugal-bonsai[compare]`.
+differs. Finished runs are kept in OUT.json and not run again. So a comparison can be stopped and
+extended: other values of `--set` and `--windows` add rows (a method under a smaller token budget,
+say). Only the plot needs matplotlib: `pip install frugal-bonsai[compare]`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def run_one(given: argparse.Namespace, key: Row) -> Row:
 
 
 def keys(given: argparse.Namespace) -> Iterable[Row]:
-    """What is to be run, in order."""
+    """List the runs in order."""
     options = ", ".join(f"{name} {value}" for name, value in json.loads(given.set).items())
     for model in given.models:
         for target in map(float, given.sparsities.split(",")):
@@ -167,7 +167,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what is not in OUT.json yet, then write the tables and the plot."""
+    """Run the rows that OUT.json lacks, then write the tables and the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--methods", default="default,local-only", help=", ".join(METHODS))

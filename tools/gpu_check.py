@@ -1,17 +1,17 @@
-"""Check a GPU in eight minutes: one command for the first time that a machine with one is at hand.
+"""Check a GPU in eight minutes: the command for the first machine that has one.
 
     python tools/gpu_check.py [--device cuda] [--out DIR] [--only race,speed] [--dry-run]
     python tools/gpu_check.py --render docs/results/gpu_check.jsonl
 
-It runs from the source tree, installs and downloads nothing, and makes its models on the spot. Each
-step (gpu_checks/steps.py) has a process and a time limit of its own, the most valuable come first,
-and a step that cannot end in the time that is left does not start. Each figure is one JSON line,
-printed as soon as it is known and appended to ``OUT/gpu_check.jsonl``; a step that fails is a line
-too. The lines make the page ``OUT/gpu_<card>_<date>.md``, which is written anew after each step.
+It runs from the source tree, installs and downloads nothing, and makes its own models. Each step
+(gpu_checks/steps.py) has its own process and time limit. The most valuable steps come first. A step
+that cannot end in the remaining time does not start. Each figure is one JSON line: it is printed at
+once and appended to ``OUT/gpu_check.jsonl``. A failed step is a line too. After each step the lines
+are rendered as the page ``OUT/gpu_<card>_<date>.md``.
 
-``--dry-run`` runs the same code with tiny shapes on a stand-in for a GPU (tests/stand_in_device),
-all steps in one process: its figures mean nothing, but it shows that no step ends in a typing
-error. ``--dry-run --device cpu`` does without the stand-in.
+``--dry-run`` runs the same code with tiny shapes on a simulated GPU (tests/stand_in_device), all
+steps in one process. Its figures mean nothing, but it shows that no step ends in a typing error.
+``--dry-run --device cpu`` uses the CPU instead.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def check_all(options: argparse.Namespace) -> int:
 def start(
     step: Step, options: argparse.Namespace, seconds: float, write: Callable[[Line], None]
 ) -> None:
-    """Run a step in a process of its own; in a dry run, here."""
+    """Run a step in a separate process; in a dry run, in this one."""
     until = time.time() + seconds
     if _together(options):
         run_step(step, options, until, write)

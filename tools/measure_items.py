@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=4, help="of a micro-batch")
-    parser.add_argument("--share", type=float, default=0.25, help="of a group that has stand-ins")
+    parser.add_argument("--share", type=float, default=0.25, help="imputed share of a group")
     parser.add_argument("--scratch", help="folder for the store")
     options = parser.parse_args()
     print("| item | predicted MiB | measured MiB | predicted / measured |")
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def growth(make: Callable[[], Any]) -> tuple[int, Any]:
-    """By how much the peak of resident memory passes what is resident now; and what was made."""
+    """Return the peak of resident memory above the present, and the result of the call."""
     from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
 
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

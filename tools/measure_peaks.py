@@ -2,7 +2,7 @@
 
     python tools/measure_peaks.py CHECKPOINT --max-cpu-mem 2GB --windows 16 --window 256
 
-Each phase of a prune runs in a process of its own, on a checkpoint of any shape (random weights
+Each phase of a prune runs in a separate process, on a checkpoint of any shape (random weights
 will do: make_shape_checkpoint.py writes them), with the plan that ``prune`` would make. Linux only:
 the peak is reset before the phase (/proc/self/clear_refs).
 """
@@ -64,7 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--masks", type=int, default=2)
     parser.add_argument("--mask-windows", type=int, default=8)
     parser.add_argument("--refit", default="all")
-    parser.add_argument("--layout", default="uniform", help="per-layer masks have stand-ins")
+    parser.add_argument("--layout", default="uniform", help="per-layer masks use imputation")
     parser.add_argument("--weights", default="int8")
     parser.add_argument("--arithmetic", default="float", help="of masked evaluation")
     parser.add_argument("--phases", nargs="*", choices=list(PHASES))
@@ -170,7 +170,7 @@ def run_store(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
 def run_statistics(
     opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
 ) -> None:
-    """It makes the masks' stand-ins, too."""
+    """Measure the statistics, imputation matrices included."""
     import torch
 
     builder = _prior(opened, ready, work)
@@ -193,7 +193,7 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
     mask, settings = KeepMask(opened.spec.table), ready.settings
     windows_WS = tokens_NS[: settings.mask_windows]
     generator = torch.Generator().manual_seed(0)
-    # The pools that the stand-ins were made for.
+    # The pools that imputation was computed for.
     share = prune_workload(opened, ready, len(tokens_NS)).imputed_share or 0.1
     pools = draw_pools(mask, torch.load(work / "score.pt"), share)
     pairs = settings.masks * len(windows_WS) // 2
@@ -213,7 +213,7 @@ def run_masks(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, w
 def run_recovery(
     opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, work: Path
 ) -> None:
-    """Of a round before the last: it makes the next round's prior and stand-ins."""
+    """Measure a round before the last, which computes the next scores and imputation too."""
     _recover(opened, ready, plan, engine, tokens_NS, work, _prior(opened, ready, work), 0)
 
 
@@ -289,7 +289,7 @@ def run_verify(opened: Any, ready: Any, plan: Any, engine: Any, tokens_NS: Any, 
 
 
 def _without_channels(opened: Any, every: int) -> Any:
-    """A mask that removes each so many-th FFN channel."""
+    """Return a mask that removes every n-th FFN channel."""
     from frugal_bonsai.model.units import FFN, KeepMask
 
     mask = KeepMask(opened.spec.table)
@@ -306,7 +306,7 @@ def _store(opened: Any, work: Path) -> Any:
 
 
 def _prior(opened: Any, ready: Any, work: Path) -> Any:
-    """With the stand-ins of the next round."""
+    """Build importance scores that also compute the imputation of the next round."""
     import torch
 
     from frugal_bonsai.bonsai.importance.imputation import ImputationWriter

@@ -38,7 +38,7 @@ def losses(model: Any, windows_NS: torch.Tensor, scale: float = 1.0) -> torch.Te
 
 
 def near_breaks(tokenizer: Any, windows_NS: torch.Tensor) -> torch.Tensor:
-    """Which of tokens 2..S hold a line break or follow one, bool ``[N, S-1]``."""
+    """Find the tokens 2..S that hold a line break or follow one, bool ``[N, S-1]``."""
     used = windows_NS.unique().tolist()
     breaks = [token for token in used if "\n" in tokenizer.decode([token])]
     is_break_NS = torch.isin(windows_NS, torch.tensor(breaks, dtype=windows_NS.dtype))

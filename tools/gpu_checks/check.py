@@ -34,7 +34,7 @@ class Book:
 
     Args:
         path: of the file; its folder is created.
-        hidden: paths of this machine, and what is written in their place.
+        hidden: Paths of this machine, and the words that replace them.
     """
 
     def __init__(self, path: Path, hidden: Mapping[str, str]) -> None:
@@ -85,12 +85,12 @@ class Check:
 
     @property
     def on_gpu(self) -> bool:
-        """True on a GPU and on the stand-in for one."""
+        """True on a GPU and on the simulated one."""
         return self.device.type != "cpu"
 
     @property
     def full_device(self) -> torch.device:
-        """The device; in a dry run the CPU, because a stand-in draws no random numbers."""
+        """The device; in a dry run the CPU, since the simulated one draws no random numbers."""
         import torch
 
         return torch.device("cpu") if self.dry else self.device
@@ -127,7 +127,7 @@ class Check:
         seconds: float,
         here: Callable[[Check], None],
     ) -> None:
-        """Run a variant of the step in a process of its own, whose lines count as the step's.
+        """Run a variant of the step in a separate process; its lines count as the step's.
 
         Args:
             variant: what the step's function is told.
@@ -174,7 +174,7 @@ def own_frames(frames: Iterable[traceback.FrameSummary]) -> list[str]:
 
 
 def _story(error: BaseException) -> list[str]:
-    """Where an error comes from and what it says; then the same of what caused it."""
+    """Return the place and the text of an error, then those of its causes."""
     lines: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

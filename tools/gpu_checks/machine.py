@@ -32,7 +32,7 @@ _MIB = 2**20
 
 @contextmanager
 def computing_device(name: str, *, dry: bool) -> Iterator[torch.device]:
-    """The device to compute on; in a dry run a stand-in takes a GPU's place."""
+    """Yield the device to compute on; in a dry run a simulated GPU."""
     if dry and name != "cpu":
         has_bitsandbytes()  # imported before a CPU's torch claims to have a GPU
         sys.path.insert(0, str(ROOT / "tests"))

@@ -49,7 +49,7 @@ def render(lines: Sequence[Line]) -> str:
 def _about(machine: Line) -> str:
     if machine.get("dry_run"):
         return "A dry run: shapes are tiny and the figures mean nothing."
-    return "Each step ran in a process of its own with a time limit of its own."
+    return "Each step ran in a separate process with a time limit."
 
 
 def _machine(lines: Sequence[Line]) -> Line:

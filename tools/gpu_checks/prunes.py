@@ -59,7 +59,7 @@ class Stopwatch(Silent):
 
 
 def example(check: Check, variant: str | None = None) -> None:
-    """Prune ``example`` on both devices with the same options; compare what is kept."""
+    """Prune ``example`` on both devices with the same options; compare the kept units."""
     for layout in (UNIFORM,) if check.dry else (UNIFORM, PER_LAYER):
         outs: list[Path] = []
         for role, device in (("device", str(check.device)), ("reference", "cpu")):

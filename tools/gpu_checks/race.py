@@ -28,7 +28,7 @@ _BUSY_CYCLES = 25_000_000
 
 
 class Busy(HalfOff):
-    """Keeps the device behind the host: what is not ordered happens too early then."""
+    """Delays the device, so that unordered operations happen too early."""
 
     def columns(self, group: UnitGroup, items: slice) -> torch.Tensor:
         """Bool ``[B, C]``, after work that changes nothing."""

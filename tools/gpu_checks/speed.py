@@ -56,7 +56,7 @@ class _Sweeps:
         self.store, self.tokens_NS, self.micro_batch = store, tokens_NS, micro_batch
 
     def masked(self) -> torch.Tensor:
-        """Each window under a mask of its own kind."""
+        """Evaluate each window under another kind of mask."""
         with self.engine.evaluation_stream(self.store) as stream:
             return self.engine.sweep.losses(
                 stream, self.engine.head, self.tokens_NS, masker=HalfOff()
