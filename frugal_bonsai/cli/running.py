@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
+
+from frugal_bonsai.plain_json import json_text
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def print_result(
 ) -> None:
     """Print one JSON object, or tables on the console."""
     if as_json:
-        click.echo(json.dumps(values, allow_nan=False))
+        click.echo(json_text(values))
         return
     from rich.console import Console
 

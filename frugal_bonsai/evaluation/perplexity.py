@@ -34,8 +34,16 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp(nll)."""
-        return math.exp(self.nll)
+        """exp(nll); infinite beyond 709 nats."""
+        return perplexity_of(self.nll)
+
+
+def perplexity_of(nll: float) -> float:
+    """Return exp(nll); infinity where a float has no such number."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def measure_texts(

@@ -14,11 +14,11 @@ from typing import Any
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.train import Trained
 from frugal_bonsai.adapt.training_data import TrainingData
-from frugal_bonsai.checkpoint.commit import write_bytes, write_json
+from frugal_bonsai.checkpoint.commit import write_bytes
 from frugal_bonsai.report.adapt_card import adapt_card
 from frugal_bonsai.run.adapt_plan import AdaptPlans, describe_part
 from frugal_bonsai.run.adaptation import Adaptation
-from frugal_bonsai.run.summary import REPORT_FILE, describe_peaks, load_line
+from frugal_bonsai.run.summary import REPORT_FILE, describe_peaks, load_line, write_report
 from frugal_bonsai.version import package_version
 
 ADAPT_REPORT_FILE = "adaptation_report.json"
@@ -83,7 +83,7 @@ def describe_adaptation(
 
 def write_papers(staged: Path, summary: Mapping[str, Any]) -> None:
     """Write the card and the report beside the weights."""
-    write_json(staged / ADAPT_REPORT_FILE, summary)
+    write_report(staged / ADAPT_REPORT_FILE, summary)
     write_bytes(staged / "README.md", adapt_card(summary).encode())
 
 

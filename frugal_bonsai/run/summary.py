@@ -7,20 +7,21 @@ mask, report).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from frugal_bonsai.bonsai.search import SearchResult
-from frugal_bonsai.checkpoint.commit import write_bytes, write_json
+from frugal_bonsai.checkpoint.commit import write_bytes
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PER_LAYER
 from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.plain_json import json_text
 from frugal_bonsai.report.card import model_card
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.rewrite.mask_file import write_mask
@@ -138,8 +139,13 @@ def load_line(out: Path, layout: str) -> str:
     return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
 
 
+def write_report(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary as standard JSON: a number that is not finite becomes null."""
+    write_bytes(path, (json_text(summary, indent=2) + "\n").encode())
+
+
 def write_papers(staged: Path, summary: dict[str, Any], spec: ModelSpec, mask: KeepMask) -> None:
     """Write the card, the mask and the report beside the weights."""
     write_mask(staged / MASK_FILE, parent_name(summary["model"]), spec, mask)
-    write_json(staged / REPORT_FILE, summary)
+    write_report(staged / REPORT_FILE, summary)
     write_bytes(staged / "README.md", model_card(summary).encode())
