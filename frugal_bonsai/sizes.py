@@ -11,6 +11,8 @@ import re
 from frugal_bonsai.errors import OptionError
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
+# A number of bytes below this, without a unit, is a size whose unit was forgotten.
+_LEAST_WITHOUT_UNIT = 10**6
 
 _UNITS = {
     "": 1,
@@ -41,7 +43,7 @@ def parse_bytes(text: str | int, *, option: str = "size") -> int:
         The size in bytes, at least 1.
 
     Raises:
-        OptionError: the text is not a size, or the size is not positive.
+        OptionError: the text is not a size, the size is not positive, or its unit is missing.
     """
     if isinstance(text, int):
         value = float(text)
@@ -54,6 +56,9 @@ def parse_bytes(text: str | int, *, option: str = "size") -> int:
         value = float(found.group(1)) * _UNITS[found.group(2).lower()]
     if value < 1:
         raise OptionError(f"{option}: {text!r} is not a positive size; write for example 24GB")
+    if isinstance(text, str) and text.strip()[-1].isdigit() and value < _LEAST_WITHOUT_UNIT:
+        unit = "GB" if value < 1000 else "MB"
+        raise OptionError(f"{option}: {text!r} has no unit; did you mean {text.strip()}{unit}?")
     return int(value)
 
 

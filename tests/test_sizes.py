@@ -21,7 +21,7 @@ from frugal_bonsai.sizes import GIB, format_bytes, parse_bytes
         (" .5k ", 500),
         ("2TiB", 2 * 2**40),
         ("2TB", 2 * 10**12),
-        ("4096", 4096),
+        ("4096000", 4_096_000),
         (4096, 4096),
         ("1b", 1),
     ],
@@ -36,6 +36,14 @@ def test_no_size_names_option_and_example(text: str) -> None:
     with pytest.raises(OptionError, match="is not a size; write for example 24GB") as caught:
         parse_bytes(text, option="--max-gpu-mem")
     assert str(caught.value).startswith(f"--max-gpu-mem: {text!r}")
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("24", "24GB"), (" 7.5 ", "7.5GB"), ("16384", "16384MB")]
+)
+def test_a_forgotten_unit_is_named(text: str, meant: str) -> None:
+    with pytest.raises(OptionError, match=f"has no unit; did you mean {meant}"):
+        parse_bytes(text, option="--max-gpu-mem")
 
 
 @pytest.mark.parametrize("text", ["0", "0GB", "0.4", 0, -5])

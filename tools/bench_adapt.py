@@ -26,8 +26,8 @@ from typing import Any, cast
 
 import torch
 
-from frugal_bonsai.adapt.objective import Objective, Sums
-from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.objective import Sums
+from frugal_bonsai.adapt.settings import AdaptSettings, Objective
 from frugal_bonsai.adapt.state import TrainingFolder
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.train import Trainer

@@ -16,11 +16,10 @@ from types import ModuleType
 import torch
 from torch import nn
 
+from frugal_bonsai.adapt.settings import NO_PEFT
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.errors import OptionError
 
-LORA, FULL = "lora", "full"
-METHODS = (LORA, FULL)
 # Suffixes of the adapters' names, after the projection's name: A and B.
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 _NAME = "default"  # peft's name of the adapter
@@ -79,9 +78,6 @@ def require_peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise OptionError(
-            "adapt --method lora needs the peft package: pip install 'frugal-bonsai[adapt]'; or "
-            "choose --method full"
-        ) from error
+        raise OptionError(NO_PEFT) from error
     module: ModuleType = peft
     return module

@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 
 from frugal_bonsai.adapt.objective import (
-    Objective,
     Sums,
     TopTokens,
     divergence,
     divergence_bounds,
     negative_log_likelihood,
 )
+from frugal_bonsai.adapt.settings import Objective
 from frugal_bonsai.adapt.stored_linear import StoredLinear
 from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.checkpoint.reader import Checkpoint

@@ -22,48 +22,11 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from frugal_bonsai.errors import OptionError
+from frugal_bonsai.adapt.settings import Objective
 
-LM, KL, KL_HIDDEN = "lm", "kl", "kl+hidden"
-LOSSES = (LM, KL, KL_HIDDEN)
 # Smallest mass of the student's other tokens. fp32 probabilities sum to one with an error of this
 # size, so a smaller mass is rounding and gets no gradient.
 _LEAST_MASS = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Weights of the terms of the loss.
-
-    Attributes:
-        lm: weight of the text's negative log-likelihood.
-        kl: weight of the divergence from the teacher. The term is also multiplied by the squared
-            temperature, which keeps the size of its gradients (Hinton et al. 2015, section 2).
-        hidden: weight of the relative squared error of hidden states.
-        temperature: temperature of the teacher's cached probabilities.
-    """
-
-    lm: float
-    kl: float = 0.0
-    hidden: float = 0.0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("lm", "kl", "hidden"):
-            if not 0.0 <= getattr(self, name) < 1e6:
-                raise OptionError(
-                    f"--{name}-weight: {getattr(self, name)} is not a number from 0 to 1e6"
-                )
-        if not self.lm + self.kl + self.hidden > 0.0:
-            raise OptionError(
-                "the loss has no term, because all its weights are 0; set --lm-weight, --kl-weight "
-                "or --hidden-weight to a positive number"
-            )
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether a term of the loss uses the teacher."""
-        return self.kl > 0.0 or self.hidden > 0.0
 
 
 @dataclass

@@ -17,8 +17,6 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.int8 import has_bitsandbytes
 from frugal_bonsai.memory.training_items import ADAMW, ADAMW_8BIT, EIGHT_BIT_LEAST
 
-AUTO = "auto"
-OPTIMISERS = (AUTO, ADAMW, ADAMW_8BIT)
 BETAS = (0.9, 0.95)
 # Entries of a parameter's state that are not saved: shared by all parameters, or saved elsewhere.
 _SHARED = ("step", "qmap1", "qmap2")

@@ -1,7 +1,7 @@
 """The settings of a training, and its learning rate.
 
 In: the user's options. Out: a frozen, validated :class:`AdaptSettings`, which the model's width and
-the memory plan complete (:meth:`AdaptSettings.resolve`). Holds no tensors.
+the memory plan complete (:meth:`AdaptSettings.resolve`). Imports no torch. Holds no tensors.
 """
 
 from __future__ import annotations
@@ -10,16 +10,60 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from frugal_bonsai.adapt.adapters import FULL, LORA, METHODS
-from frugal_bonsai.adapt.objective import KL, KL_HIDDEN, LM, LOSSES, Objective
-from frugal_bonsai.adapt.optimiser import AUTO, OPTIMISERS
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.memory.training_items import ADAMW, ADAMW_8BIT
+
+LORA, FULL = "lora", "full"
+METHODS = (LORA, FULL)
+LM, KL, KL_HIDDEN = "lm", "kl", "kl+hidden"
+LOSSES = (LM, KL, KL_HIDDEN)
+AUTO = "auto"
+OPTIMISERS = (AUTO, ADAMW, ADAMW_8BIT)
 
 # The default peak learning rate times the hidden size: with Adam the best rate is inversely
 # proportional to the width (Yang et al. 2022, Tensor Programs V, table 3). Tuned on a model with
 # 192 hidden channels, where three times the adapters' rate diverges (docs/results).
 RATE_TIMES_HIDDEN = {LORA: 0.384, FULL: 0.096}
 DEFAULT_PASSES = 4
+NO_PEFT = (
+    "adapt --method lora needs the peft package: pip install 'frugal-bonsai[adapt]'; or choose "
+    "--method full"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Weights of the terms of the loss.
+
+    Attributes:
+        lm: weight of the text's negative log-likelihood.
+        kl: weight of the divergence from the teacher. The term is also multiplied by the squared
+            temperature, which keeps the size of its gradients (Hinton et al. 2015, section 2).
+        hidden: weight of the relative squared error of hidden states.
+        temperature: temperature of the teacher's cached probabilities.
+    """
+
+    lm: float
+    kl: float = 0.0
+    hidden: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lm", "kl", "hidden"):
+            if not 0.0 <= getattr(self, name) < 1e6:
+                raise OptionError(
+                    f"--{name}-weight: {getattr(self, name)} is not a number from 0 to 1e6"
+                )
+        if not self.lm + self.kl + self.hidden > 0.0:
+            raise OptionError(
+                "the loss has no term, because all its weights are 0; set --lm-weight, --kl-weight "
+                "or --hidden-weight to a positive number"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term of the loss uses the teacher."""
+        return self.kl > 0.0 or self.hidden > 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from frugal_bonsai.adapt.head import DENSE, INT8, StudentHead
-from frugal_bonsai.adapt.objective import Objective, Sums, hidden_error
+from frugal_bonsai.adapt.objective import Sums, hidden_error
+from frugal_bonsai.adapt.settings import Objective
 from frugal_bonsai.adapt.stored_linear import StoredLinear
 from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.checkpoint.reader import Checkpoint

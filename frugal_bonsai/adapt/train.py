@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import nn
 
-from frugal_bonsai.adapt.objective import Objective, Sums
+from frugal_bonsai.adapt.objective import Sums
 from frugal_bonsai.adapt.optimiser import make_optimiser
 from frugal_bonsai.adapt.schedule import Schedule
-from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.settings import AdaptSettings, Objective
 from frugal_bonsai.adapt.state import TrainingFolder, TrainingState
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.training_data import MicroBatch, TrainingData

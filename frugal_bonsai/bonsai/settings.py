@@ -38,6 +38,8 @@ ALLOCATIONS = (GLOBAL, EQUAL, FFN_ALONE, LAYERS, EXPERTS)
 WHOLE = {LAYERS: SIMILARITY, EXPERTS: REAP}
 DESIGNS = ("per-window", "shared")
 UTILITIES = ("loss", "perplexity")
+# File of a run directory that names the last finished round.
+STATE_FILE = "state.json"
 REFITS = ("outputs", "all")
 
 
@@ -119,6 +121,9 @@ class PruneSettings:
             value = getattr(self, name)
             if value not in choices:
                 raise OptionError(f"--{name}: {value!r} is not one of {', '.join(choices)}")
+        _require_share("--sparsity", self.sparsity, whole=False)
+        if self.step is not None:
+            _require_share("--step", self.step, whole=True)
         for rule in _RULES:
             if rule.is_broken(self):
                 raise OptionError(rule.refusal.format(s=self))
@@ -149,6 +154,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def _require_share(option: str, value: float, *, whole: bool) -> None:
+    """Raise unless a value is a share above 0 and below 1; ``whole`` allows 1."""
+    if 0 < value < 1 or (whole and value == 1):
+        return
+    meant = f"did you mean {value / 100:g}?" if 1 < value < 100 else "write 0.5 for 50%"
+    raise OptionError(f"{option}: {value} is outside (0, 1{']' if whole else ')'}; {meant}")
+
+
 class _Rule(NamedTuple):
     """A combination of settings that is refused, and the error's text with settings as ``s``."""
 
@@ -157,14 +170,6 @@ class _Rule(NamedTuple):
 
 
 _RULES = (
-    _Rule(
-        lambda s: not 0 < s.sparsity < 1,
-        "--sparsity: {s.sparsity} is outside (0, 1); write 0.5 for 50%",
-    ),
-    _Rule(
-        lambda s: s.step is not None and not 0 < s.step <= 1,
-        "--step: {s.step} is outside (0, 1]; write 0.05 for 5%",
-    ),
     _Rule(
         lambda s: s.masks < 2 or s.masks % 2 == 1,
         "--masks: {s.masks} is not an even number of at least 2",

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from frugal_bonsai.bonsai.importance.scores import ImportanceScores
+from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -30,7 +31,6 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.mask_json import mask_from_json, mask_to_json
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 
-STATE_FILE = "state.json"
 VERSION = 3
 PRIOR_FILE = "prior.safetensors"
 _NORM_FILE = "refit_norm.safetensors"

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -126,6 +127,35 @@ def require_no_output(out: Path) -> None:
             raise OutputError(f"{out}: {above} is a file, not a folder; choose another directory")
 
 
+def require_no_file(out: Path, example: str) -> None:
+    """Check that a new file can have this name.
+
+    Args:
+        out: the file.
+        example: name of a file, for the error of a name that is a folder's.
+
+    Raises:
+        OutputError: a file or a folder has the name.
+    """
+    if out.is_dir():
+        raise OutputError(f"{out}: is a folder; name a file, such as {out / example}")
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"{out}: exists; name another file, or remove it")
+
+
+def require_writable(out: Path) -> None:
+    """Check that files can be created where an output is to appear.
+
+    A file without a name is created and removed in the output's nearest existing parent.
+
+    Raises:
+        OutputError: the system refuses.
+    """
+    place = _nearest_folder(out.absolute().parent)
+    with output_errors(out), tempfile.TemporaryFile(dir=place):
+        pass
+
+
 def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Check that the disk has room for an output.
 
@@ -137,9 +167,7 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     Raises:
         OutputError: the disk has too little room. The text states the needed and the free bytes.
     """
-    place = Path(folder).absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = _nearest_folder(Path(folder).absolute())
     with output_errors(place):
         free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
@@ -148,6 +176,13 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
             f"{format_bytes(free_bytes)} free; free {format_bytes(needed_bytes - free_bytes)} or "
             "choose a folder on another disk"
         )
+
+
+def _nearest_folder(place: Path) -> Path:
+    """Return a path, or its nearest parent that exists."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place
 
 
 def partial_name(path: Path) -> Path:

@@ -109,21 +109,28 @@ def adapt_command(
     if out is None:
         raise click.UsageError("Missing option '--out' (only --plan-only does without).")
     from frugal_bonsai.report.adapt_tables import render_adapt
+    from frugal_bonsai.run.early import check_adapt
 
-    with watched(given.pop("threads")) as progress:
+    threads, chosen = given.pop("threads"), _adapt_options(given)
+    check_adapt(model, Path(out), chosen, resume=resume)
+    with watched(threads) as progress:
         from frugal_bonsai.run.adapt import adapt_pruned
 
-        summary = adapt_pruned(model, out, _adapt_options(given), resume=resume, progress=progress)
+        summary = adapt_pruned(model, out, chosen, resume=resume, progress=progress)
     print_result(summary, render_adapt, as_json=as_json)
 
 
 def _plan(model: str, out: str | None, given: dict[str, Any], *, as_json: bool) -> None:
-    set_threads(given.pop("threads"))
     from frugal_bonsai.report.adapt_plan_tables import render_adapt_plan
+    from frugal_bonsai.run.early import check_adapt
+
+    threads, chosen = given.pop("threads"), _adapt_options(given)
+    check_adapt(model, None, chosen, resume=False)
+    set_threads(threads)
     from frugal_bonsai.run.adapt_plan import plan_adapt
 
     run = Path(f"{out or 'adapted'}.run")
-    print_result(plan_adapt(model, _adapt_options(given), run), render_adapt_plan, as_json=as_json)
+    print_result(plan_adapt(model, chosen, run), render_adapt_plan, as_json=as_json)
 
 
 def _adapt_options(given: dict[str, Any]) -> AdaptOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,11 +26,14 @@ from frugal_bonsai.run.options import PruneOptions
 def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL (a folder, a hub id, or "example") into DIR."""
     from frugal_bonsai.report.tables import render_prune
+    from frugal_bonsai.run.early import check_prune
 
-    with watched(given.pop("threads")) as progress:
+    threads, chosen = given.pop("threads"), _prune_options(given)
+    check_prune(model, Path(out), chosen, resume=resume)
+    with watched(threads) as progress:
         from frugal_bonsai.run.prune import prune
 
-        summary = prune(model, out, _prune_options(given), resume=resume, progress=progress)
+        summary = prune(model, out, chosen, resume=resume, progress=progress)
     print_result(summary, render_prune, as_json=as_json)
 
 
@@ -43,11 +47,14 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 def plan_command(model: str, as_json: bool, **given: Any) -> None:
     """Predict the memory and the time of pruning MODEL; run nothing."""
     from frugal_bonsai.report.plan_tables import render_plan
+    from frugal_bonsai.run.early import check_prune
 
-    set_threads(given.pop("threads"))
+    threads, chosen = given.pop("threads"), _prune_options(given)
+    check_prune(model, None, chosen, resume=False)
+    set_threads(threads)
     from frugal_bonsai.run.plan import plan
 
-    print_result(plan(model, _prune_options(given)), render_plan, as_json=as_json)
+    print_result(plan(model, chosen), render_plan, as_json=as_json)
 
 
 def _prune_options(given: dict[str, Any]) -> PruneOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -24,6 +25,12 @@ def shrink_command(as_json: bool, **given: Any) -> None:
     A mask holds no weights, so projections that prune refitted are not in it.
     """
     from frugal_bonsai.report.rewrite_tables import render_shrink
+    from frugal_bonsai.run.early import check_shrink
+
+    keys = ("max_shard_size", "assume_family")
+    check_shrink(
+        given["model"], Path(given["mask"]), Path(given["out"]), **{key: given[key] for key in keys}
+    )
     from frugal_bonsai.run.shrink import shrink
 
     print_result(shrink(**given), render_shrink, as_json=as_json)
@@ -44,6 +51,9 @@ def shrink_command(as_json: bool, **given: Any) -> None:
 def export_command(kind: str, as_json: bool, **given: Any) -> None:
     """Write PRUNED (or a dense model) for llama.cpp as one file, tokenizer included."""
     from frugal_bonsai.report.rewrite_tables import render_export
+    from frugal_bonsai.run.early import check_export
+
+    check_export(given["model"], Path(given["out"]))
     from frugal_bonsai.run.export import export_gguf
 
     print_result(export_gguf(**given), render_export, as_json=as_json)

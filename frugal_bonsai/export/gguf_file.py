@@ -15,9 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frugal_bonsai.checkpoint.commit import output_errors, replaced_file, require_free_space
+from frugal_bonsai.checkpoint.commit import (
+    output_errors,
+    replaced_file,
+    require_free_space,
+    require_no_file,
+)
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.errors import CheckpointError, OptionError, OutputError, UnsupportedModelError
+from frugal_bonsai.errors import CheckpointError, OptionError, UnsupportedModelError
 from frugal_bonsai.export.gguf_tensor import GgufTensor
 from frugal_bonsai.export.shape import describe_shape, model_keys
 from frugal_bonsai.export.tensors import DTYPES, list_tensors
@@ -80,7 +85,7 @@ def write_gguf(
         raise OptionError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     require_gguf()
     out = Path(out)
-    _require_no_file(out)
+    require_no_file(out, "model.gguf")
     with _errors_about(checkpoint.folder / "config.json"):
         shape = describe_shape(spec)
     with _errors_about(checkpoint.folder):
@@ -97,7 +102,7 @@ def write_gguf(
             for method, value in keys.items():
                 getattr(writer, method)(value)
             _write_tensors(writer, shape.factors, tensors)
-        _require_no_file(out)
+        require_no_file(out, "model.gguf")
     return GgufSummary(
         architecture=shape.architecture,
         tokenizer=f"{tokenizer['add_tokenizer_model']} ({tokenizer['add_tokenizer_pre']})",
@@ -132,13 +137,6 @@ def _errors_about(path: Path) -> Iterator[None]:
         yield
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{path}: {error}") from error
-
-
-def _require_no_file(out: Path) -> None:
-    if out.is_dir():
-        raise OutputError(f"{out}: is a folder; name a file, such as {out / 'model.gguf'}")
-    if out.exists() or out.is_symlink():
-        raise OutputError(f"{out}: exists; name another file, or remove it")
 
 
 def _write_tensors(

@@ -9,7 +9,6 @@ the output holds the teacher's cache and the training's state, and is removed at
 from __future__ import annotations
 
 import gc
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -19,16 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from frugal_bonsai.adapt.adapters import FULL, add_adapters, trained_projections
-from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.adapters import add_adapters, trained_projections
+from frugal_bonsai.adapt.settings import FULL, AdaptSettings
 from frugal_bonsai.adapt.state import TrainingFolder
 from frugal_bonsai.adapt.streamed import StreamedStudent
 from frugal_bonsai.adapt.student import TRAINED, Student
 from frugal_bonsai.adapt.teacher_cache import hash_weights, hash_windows
 from frugal_bonsai.adapt.train import Trained, Trainer
 from frugal_bonsai.adapt.training_data import TrainingData
-from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory
-from frugal_bonsai.errors import StateError
+from frugal_bonsai.checkpoint.commit import staged_directory
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.training_items import STREAMED
 from frugal_bonsai.memory.work import VERIFY_TOKENS, VERIFY_WINDOWS
@@ -37,8 +35,10 @@ from frugal_bonsai.run.adapt_output import measure, write_adapted
 from frugal_bonsai.run.adapt_plan import plan_adaptation
 from frugal_bonsai.run.adapt_summary import describe_adaptation, write_papers
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
+from frugal_bonsai.run.early import check_adapt
 from frugal_bonsai.run.engine import enforce_caps
 from frugal_bonsai.run.options import AdaptOptions
+from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.training_data import make_training_data
 from frugal_bonsai.stream.engine import compute_dtype
 
@@ -69,9 +69,9 @@ def adapt_pruned(
         FrugalBonsaiError: any error that the user can fix; no incomplete output is left.
     """
     out, progress, started = Path(out), progress or Silent(), time.monotonic()
-    require_no_output(out)
-    folder = _run_folder(out, resume=resume)
-    with ExitStack() as stack:
+    check_adapt(pruned, out, options, resume=resume)
+    folder = run_folder(out)
+    with locked(folder), ExitStack() as stack:
         job = prepare_adaptation(
             pruned, options, folder, stack=stack, progress=progress, resume=resume
         )
@@ -99,24 +99,11 @@ def adapt_pruned(
         summary = describe_adaptation(job, settings, plans, data, trained, before, written, out)
         summary["seconds"] = time.monotonic() - started
         write_papers(staged, summary)
-    if data.cache is not None:
-        data.cache.close()
-    shutil.rmtree(folder, ignore_errors=True)
+        stack.close()  # the output appears
+        if data.cache is not None:
+            data.cache.close()
+        empty(folder)
     return summary
-
-
-def _run_folder(out: Path, *, resume: bool) -> Path:
-    """Return the run directory.
-
-    Raises:
-        StateError: it holds an unfinished run that is not to be resumed.
-    """
-    folder = out.with_name(out.name + ".run")
-    if folder.exists() and not resume:
-        raise StateError(
-            f"{folder}: holds an unfinished run; continue it with --resume, or delete that folder"
-        )
-    return folder
 
 
 def _train(

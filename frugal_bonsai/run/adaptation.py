@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from frugal_bonsai.adapt.adapters import LORA, require_peft
-from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.adapters import require_peft
+from frugal_bonsai.adapt.settings import LORA, AdaptSettings
 from frugal_bonsai.adapt.teacher import TeacherSettings
 from frugal_bonsai.bonsai.calibration import window_count
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
@@ -116,8 +116,7 @@ def prepare_adaptation(
             read.
     """
     shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
-    given = {name: value for name, value in options.settings.items() if value is not None}
-    settings = AdaptSettings(**given)
+    settings = options.training()
     if settings.method == LORA:
         require_peft()
     student = _open(pruned, stack, headers_only=headers_only)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.report.card_parts import parent_name
+from frugal_bonsai.run.early import check_export
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.version import package_version
 
@@ -34,6 +35,7 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
     from frugal_bonsai.model.tied_head import require_tied_head
 
     out, started = Path(out), time.monotonic()
+    check_export(model, out)
     with open_model(model) as opened:
         require_tied_head(opened.checkpoint, opened.spec)
         written = write_gguf(

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.checkpoint.locate import EXAMPLE
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.budget import Caps, parse_caps
 from frugal_bonsai.model.layout import UNIFORM
+from frugal_bonsai.text.sources import STDLIB, WIKITEXT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,10 @@ class PruneOptions(CommandOptions):
         if self.windows is not None and self.windows < 1:
             raise OptionError(f"--windows: {self.windows} is not at least 1")
 
+    def source_for(self, model: str) -> str:
+        """Return the calibration source of a model, as named or by default."""
+        return self.calibration or (STDLIB if model == EXAMPLE else WIKITEXT)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptOptions(CommandOptions):
@@ -114,3 +121,12 @@ class AdaptOptions(CommandOptions):
             raise OptionError(f"--windows: {self.windows} is not at least 2 (one is held out)")
         if self.weights not in (None, "int8", "native", "streamed"):
             raise OptionError(f"--weights: {self.weights!r} is not one of int8, native, streamed")
+
+    def training(self) -> AdaptSettings:
+        """Return the settings of the training.
+
+        Raises:
+            OptionError: A setting has an invalid value.
+        """
+        given = {name: value for name, value in self.settings.items() if value is not None}
+        return AdaptSettings(**given)

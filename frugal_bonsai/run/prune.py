@@ -7,7 +7,6 @@ appears only when it is complete and verified, and a summary as plain values. Th
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +14,23 @@ from typing import Any
 
 from frugal_bonsai.bonsai.masks.evaluate import Utility
 from frugal_bonsai.bonsai.search import Search, SearchResult
+from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.bonsai.state import (
-    STATE_FILE,
     StateFolder,
     fingerprint,
     model_fingerprint,
     saved_settings,
 )
-from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory
-from frugal_bonsai.errors import StateError
+from frugal_bonsai.checkpoint.commit import staged_directory
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.run.early import check_prune
 from frugal_bonsai.run.open import note_assumed, open_model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
 from frugal_bonsai.run.prune_output import measure_dense, write_pruned
+from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.summary import describe_run, write_papers
 from frugal_bonsai.sizes import parse_bytes
 
@@ -65,11 +65,13 @@ def prune(
     """
     started = time.monotonic()
     out, options, progress = Path(out), options or PruneOptions(), progress or Silent()
-    require_no_output(out)
+    check_prune(model, out, options, resume=resume)
     shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
-    folder = out.with_name(out.name + ".run")
-    _require_new_run(folder, resume=resume)
-    with open_model(model, assume_family=options.assume_family) as opened:
+    folder = run_folder(out)
+    with (
+        locked(folder),
+        open_model(model, assume_family=options.assume_family) as opened,
+    ):
         note_assumed(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         try:
@@ -90,23 +92,10 @@ def prune(
                 summary["seconds"] = time.monotonic() - started
                 write_papers(staged, summary, opened.spec, found.mask)
         finally:
-            _remove_if_unstarted(folder)
-    shutil.rmtree(folder, ignore_errors=True)
+            if not (folder / STATE_FILE).exists():
+                empty(folder)  # no round is finished
+        empty(folder)
     return summary
-
-
-def _require_new_run(folder: Path, *, resume: bool) -> None:
-    """Raise if the run directory holds a state that the user does not resume."""
-    if (folder / STATE_FILE).exists() and not resume:
-        raise StateError(
-            f"{folder}: holds an unfinished run; continue it with --resume, or delete that folder"
-        )
-
-
-def _remove_if_unstarted(folder: Path) -> None:
-    """Remove the run directory of a run that has not finished a round."""
-    if not (folder / STATE_FILE).exists():
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | None) -> SearchResult:

@@ -28,7 +28,6 @@ from frugal_bonsai.run.texts import choose_window
 from frugal_bonsai.stream.engine import compute_dtype
 from frugal_bonsai.stream.operations import count_operations
 
-DEFAULT_SOURCE, EXAMPLE_SOURCE = "wikitext2", "stdlib"
 # FFN tiles that matrix products are fast with.
 CPU_TILE, GPU_TILE = 64, 128
 AUTO, FLOAT_PRODUCTS, INT8_PRODUCTS = "auto", "float", "int8"
@@ -109,16 +108,12 @@ def resolve(
         rules=rules,
         window=window,
         windows=window_count(window, options.windows),
-        source=options.calibration or _default_source(model),
+        source=options.source_for(model.name),
         machine=machine,
         operations=operations,
         latency=None if profile is None else LatencyModel(spec, operations, profile, *lengths),
         notes=notes,
     )
-
-
-def _default_source(model: Model) -> str:
-    return EXAMPLE_SOURCE if model.name == "example" else DEFAULT_SOURCE
 
 
 def _arithmetic(

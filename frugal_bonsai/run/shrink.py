@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.checkpoint.commit import require_no_output, staged_directory, write_bytes
+from frugal_bonsai.checkpoint.commit import staged_directory, write_bytes
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent
@@ -20,6 +20,7 @@ from frugal_bonsai.report.mask_card import mask_card
 from frugal_bonsai.rewrite.companions import write_companions
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
 from frugal_bonsai.rewrite.shrink import shrink as rewrite
+from frugal_bonsai.run.early import check_shrink
 from frugal_bonsai.run.open import Model, note_assumed, open_model, open_output
 from frugal_bonsai.run.summary import MASK_FILE, load_line
 from frugal_bonsai.sizes import parse_bytes
@@ -61,7 +62,7 @@ def shrink(
         FrugalBonsaiError: The user can mend it; no half-written output is left.
     """
     out, progress, started = Path(out), progress or Silent(), time.monotonic()
-    require_no_output(out)
+    check_shrink(model, Path(mask), out, max_shard_size=max_shard_size, assume_family=assume_family)
     shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
     with open_model(model, assume_family=assume_family) as opened:
         note_assumed(opened, progress)

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +27,12 @@ SOURCES = (
     "or a hub data set org/name[:config] (the last three need: pip install 'frugal-bonsai"
     "[datasets]')"
 )
-STDLIB, SELF = "stdlib", "self"
+STDLIB, SELF, WIKITEXT = "stdlib", "self", "wikitext2"
 
 # Data set and config, as other pruning methods use them: the rows of the training split, joined by
 # blank lines.
 _HUB_SETS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    WIKITEXT: ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
 }
 # Length of a hub data set if the caller states none: about a thousand windows of 2048 tokens.
@@ -83,17 +84,54 @@ def load_text(source: str, *, characters: int | None = None) -> Text:
         read = _read_json_lines if path.suffix.lower() in _JSON_SUFFIXES else _read_plain
         return _finish(f"file {path.name}", read(path, characters), characters)
     characters = HUB_CHARACTERS if characters is None else characters
+    name, dataset, config = _hub_set(source)
+    return _finish(name, _read_hub(source, dataset, config, characters), characters)
+
+
+def require_source(source: str, option: str, *, sampled: bool = False) -> None:
+    """Check the name of a source without reading it.
+
+    Args:
+        source: see ``SOURCES``.
+        option: option that names it, for the error text.
+        sampled: the model may write the text (``self``).
+
+    Raises:
+        CalibrationError: there is no such source, or the ``datasets`` package is missing.
+    """
+    if source == STDLIB or (source == SELF and sampled) or _is_file(Path(source)):
+        return
+    if source == SELF:
+        raise CalibrationError(f"{option} {SELF}: is only for --calibration and --data")
+    try:
+        _hub_set(source)
+    except CalibrationError as error:
+        raise CalibrationError(f"{option}: {error}") from error
+    if find_spec("datasets") is None:
+        raise CalibrationError(f"{option}: {_no_datasets(source)}")
+
+
+def _hub_set(source: str) -> tuple[str, str, str | None]:
+    """Return name, data set and config of a source on the hub.
+
+    Raises:
+        CalibrationError: the source is no file, and no data set can have its name.
+    """
     if source in _HUB_SETS:
         dataset, config = _HUB_SETS[source]
-        name = f"{source} ({dataset}, {config}, train)"
-        return _finish(name, _read_hub(source, dataset, config, characters), characters)
-    hub = _HUB_ID.fullmatch(source)
+        return f"{source} ({dataset}, {config}, train)", dataset, config
+    hub, path = _HUB_ID.fullmatch(source), Path(source)
     if hub is None or path.suffix.lower() in _TEXT_SUFFIXES or _is_folder(path):
         what = "is a folder" if _is_folder(path) else "there is no such file"
         raise CalibrationError(f"source {source!r}: {what}; use one of: {SOURCES}")
-    dataset, config = hub.group(1), hub.group(2)
-    name = f"hub data set {source} (train)"
-    return _finish(name, _read_hub(source, dataset, config, characters), characters)
+    return f"hub data set {source} (train)", hub.group(1), hub.group(2)
+
+
+def _no_datasets(source: str) -> str:
+    return (
+        f"source {source!r}: is no file here, and hub data sets need the datasets package: pip "
+        f"install 'frugal-bonsai[datasets]'; or use one of: {SOURCES}"
+    )
 
 
 def _finish(name: str, text: str, characters: int | None) -> Text:
@@ -203,10 +241,7 @@ def _read_hub(source: str, dataset: str, config: str | None, characters: int) ->
     try:
         import datasets
     except ImportError as error:
-        raise CalibrationError(
-            f"source {source!r}: is no file here, and hub data sets need the datasets package: pip "
-            f"install 'frugal-bonsai[datasets]'; or use one of: {SOURCES}"
-        ) from error
+        raise CalibrationError(_no_datasets(source)) from error
     from huggingface_hub.errors import HfHubHTTPError
 
     # The transport's error class (requests, httpx) is a base class of the hub's error. The datasets

@@ -24,11 +24,11 @@ from frugal_bonsai.adapt import stored_linear
 from frugal_bonsai.adapt.adapters import add_adapters, trained_projections
 from frugal_bonsai.adapt.merge import merged_weights
 from frugal_bonsai.adapt.objective import (
-    Objective,
     TopTokens,
     divergence,
     divergence_bounds,
 )
+from frugal_bonsai.adapt.settings import Objective
 from frugal_bonsai.adapt.state import BEST_FILE, TrainingFolder
 from frugal_bonsai.adapt.stored_linear import StoredLinear
 from frugal_bonsai.adapt.streamed import StreamedStudent

@@ -16,9 +16,8 @@ import torch
 from tiny_models import CPU, Tiny, random_windows, relative, sampled_windows, tiny_llama
 
 from frugal_bonsai.adapt.adapters import add_adapters
-from frugal_bonsai.adapt.objective import Objective
 from frugal_bonsai.adapt.optimiser import allowed_optimisers
-from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.settings import AdaptSettings, Objective
 from frugal_bonsai.adapt.state import BEST_FILE, STATE_FILE, TrainingFolder
 from frugal_bonsai.adapt.student import Student
 from frugal_bonsai.adapt.teacher import TeacherSettings, build_teacher, identify

@@ -13,8 +13,8 @@ from tiny_models import FAMILY_CONFIGS, TINY, Tiny, random_windows, tiny_family,
 from torch.utils._pytree import tree_leaves
 
 from frugal_bonsai.adapt.adapters import add_adapters
-from frugal_bonsai.adapt.objective import Objective
 from frugal_bonsai.adapt.optimiser import kept_state, make_optimiser
+from frugal_bonsai.adapt.settings import Objective
 from frugal_bonsai.adapt.student import Activations, Student
 from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.errors import BudgetError

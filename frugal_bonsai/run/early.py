@@ -1,0 +1,131 @@
+"""Refuse what options, paths and headers show to be impossible, before torch is imported.
+
+In: a command's options. Out: nothing, or an error within a second. A model on this disk is opened
+for its headers. Hub models, weights and texts are left to the command, which checks again.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from frugal_bonsai.adapt.settings import LORA, NO_PEFT
+from frugal_bonsai.bonsai.methods import make_settings
+from frugal_bonsai.bonsai.settings import STATE_FILE
+from frugal_bonsai.checkpoint.commit import require_no_file, require_no_output, require_writable
+from frugal_bonsai.checkpoint.locate import local_folder
+from frugal_bonsai.errors import OptionError, StateError
+from frugal_bonsai.hardware.profile import read_profile
+from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.rewrite.mask_file import read_mask
+from frugal_bonsai.run.open import open_model
+from frugal_bonsai.run.options import AdaptOptions, CommandOptions, PruneOptions
+from frugal_bonsai.run.run_folder import holds_files, require_unlocked, run_folder
+from frugal_bonsai.run.texts import choose_window
+from frugal_bonsai.sizes import parse_bytes
+from frugal_bonsai.text.sources import require_source
+
+
+def check_prune(model: str, out: Path | None, options: PruneOptions, *, resume: bool) -> None:
+    """Check the options of ``prune``, or of ``plan`` if ``out`` is None.
+
+    Raises:
+        FrugalBonsaiError: The prune cannot work.
+    """
+    make_settings(options.method, options.settings)
+    _check_common(options, out)
+    if out is not None and not resume and (run_folder(out) / STATE_FILE).exists():
+        raise _unfinished(run_folder(out))
+    if options.profile is not None:
+        read_profile(Path(options.profile))
+    if out is not None:
+        require_source(options.source_for(model), "--calibration", sampled=True)
+        if options.eval_text is not None:
+            require_source(options.eval_text, "--eval-text")
+    spec = _local_spec(model, options.assume_family)
+    if spec is not None:
+        choose_window(spec, options.window)
+
+
+def check_adapt(pruned: str, out: Path | None, options: AdaptOptions, *, resume: bool) -> None:
+    """Check the options of ``adapt``, or of its plan if ``out`` is None.
+
+    Raises:
+        FrugalBonsaiError: The adaptation cannot work.
+    """
+    settings = options.training()
+    if settings.method == LORA and find_spec("peft") is None:
+        raise OptionError(NO_PEFT)
+    _check_common(options, out)
+    if out is not None and not resume and holds_files(run_folder(out)):
+        raise _unfinished(run_folder(out))
+    if options.eval_text is not None:
+        require_source(options.eval_text, "--eval-text")
+    for source in options.data:
+        require_source(source, "--data", sampled=True)
+    if settings.objective(options.temperature).needs_teacher and options.teacher is None:
+        raise OptionError(
+            f"--loss {settings.loss}: needs the dense model; add --teacher, or choose --loss lm"
+        )
+    if options.teacher_cache is not None:
+        require_writable(Path(options.teacher_cache))
+    spec = _local_spec(pruned)
+    if options.teacher is not None:
+        spec = _local_spec(options.teacher)
+    if spec is not None:
+        choose_window(spec, options.window)
+
+
+def check_shrink(
+    model: str, mask: Path, out: Path, *, max_shard_size: str | int, assume_family: str | None
+) -> None:
+    """Check the options of ``shrink``.
+
+    Raises:
+        FrugalBonsaiError: The mask, the model's headers or the output cannot be used.
+    """
+    parse_bytes(max_shard_size, option="--max-shard-size")
+    require_no_output(out)
+    require_writable(out)
+    if not mask.is_file():
+        raise OptionError(f"--mask {mask}: there is no such file; check the path")
+    spec = _local_spec(model, assume_family)
+    if spec is not None:
+        read_mask(mask, spec)
+
+
+def check_export(model: str, out: Path) -> None:
+    """Check the options of ``export``.
+
+    Raises:
+        FrugalBonsaiError: The model's headers or the output cannot be used.
+    """
+    require_no_file(out, "model.gguf")
+    require_writable(out)
+    _local_spec(model)
+
+
+def _check_common(options: CommandOptions, out: Path | None) -> None:
+    """Check caps, sizes and window and the output folder."""
+    _ = options.caps
+    parse_bytes(options.max_shard_size, option="--max-shard-size")
+    if options.window is not None and options.window < 2:
+        raise OptionError(f"--window: {options.window} is not at least 2 tokens")
+    if out is not None:
+        require_no_output(out)
+        require_writable(out)
+        require_unlocked(run_folder(out))
+
+
+def _local_spec(model: str, assume_family: str | None = None) -> ModelSpec | None:
+    """Return the description of a model on this disk; None of a hub model."""
+    if local_folder(model) is None:
+        return None
+    with open_model(model, headers_only=True, assume_family=assume_family) as opened:
+        return opened.spec
+
+
+def _unfinished(folder: Path) -> StateError:
+    return StateError(
+        f"{folder}: holds an unfinished run; continue it with --resume, or delete that folder"
+    )

@@ -1,0 +1,94 @@
+"""The run directory of a command: found, and locked while the command runs.
+
+In: the output folder. Out: the run directory beside it, and a lock of the operating system on a
+file in it, which ends with the process that holds it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from frugal_bonsai.checkpoint.commit import output_errors
+from frugal_bonsai.errors import StateError
+
+LOCK_FILE = "lock"
+
+
+def run_folder(out: Path) -> Path:
+    """Return the run directory of an output folder."""
+    return out.with_name(out.name + ".run")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a run directory and hold its lock.
+
+    At the end the directory is removed if the block has left nothing in it, with the parents that
+    were created for it.
+
+    Raises:
+        StateError: Another run holds the lock.
+        OutputError: The directory cannot be created.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILE)
+    try:
+        _acquire(lock, folder)
+        try:
+            yield
+        finally:
+            if os.name != "nt":  # Windows removes no file that is open
+                (folder / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()
+            with suppress(OSError):
+                if os.name == "nt":
+                    (folder / LOCK_FILE).unlink(missing_ok=True)
+    finally:
+        with suppress(OSError):
+            for path in {folder: None, **dict.fromkeys(created)}:
+                path.rmdir()
+
+
+def empty(folder: Path) -> None:
+    """Remove everything from a run directory but its lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK_FILE:
+            path.unlink(missing_ok=True)
+
+
+def holds_files(folder: Path) -> bool:
+    """Return whether a run directory holds anything but its lock."""
+    return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
+
+
+def require_unlocked(folder: Path) -> None:
+    """Raise if another run works in this run directory.
+
+    Raises:
+        StateError: Another run holds the lock.
+    """
+    if (folder / LOCK_FILE).exists():
+        lock = FileLock(folder / LOCK_FILE)
+        _acquire(lock, folder)
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    with output_errors(folder / LOCK_FILE):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise StateError(
+                f"{folder}: another run is working there now; wait for its end, or choose another "
+                f"--out"
+            ) from error

@@ -1,0 +1,83 @@
+"""What options and paths show to be impossible is refused before torch is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import python
+
+REFUSED = """
+import contextlib, io, json, sys, time
+from frugal_bonsai.cli import main
+began, errors = time.monotonic(), io.StringIO()
+try:
+    with contextlib.redirect_stderr(errors):
+        main()
+except SystemExit as ended:
+    seconds = time.monotonic() - began
+    print(json.dumps([ended.code, "torch" in sys.modules, seconds, errors.getvalue()]))
+"""
+
+
+def refuse(*words: str | Path) -> str:
+    """Run a command that must end at once, in a Python that has imported nothing; its text."""
+    code, torch_is_here, seconds, text = json.loads(python(REFUSED, *words))
+    assert code == 2 and not torch_is_here, text
+    assert seconds < 5, "well below a second on a machine that does nothing else"
+    return str(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--sparsity", "50"), "did you mean 0.5?"),
+        (("--step", "5"), "did you mean 0.05?"),
+        (("--max-gpu-mem", "24"), "did you mean 24GB?"),
+        (("--max-shard-size", "5"), "did you mean 5GB?"),
+        (("--window", "4096"), "512"),
+        (("--calibration", "no/such/file.txt"), "--calibration: source 'no/such/file.txt'"),
+        (("--eval-text", "missing.txt"), "--eval-text: source 'missing.txt'"),
+        (("--profile", "missing.toml"), "missing.toml"),
+        (("--no-recovery", "--refine", "2"), "--refine"),
+    ],
+)
+def test_options_of_prune(tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
+    assert expected in refuse("prune", "example", "--out", tmp_path / "out", *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_run_and_an_output_that_exists(tmp_path: Path) -> None:
+    run = tmp_path / "out.run"
+    run.mkdir()
+    (run / "state.json").write_text("{}", encoding="utf-8")
+    assert "--resume" in refuse("prune", "example", "--out", tmp_path / "out")
+    (run / "state.json").rename(run / "best.safetensors")
+    words = ("--teacher", "example", "--data", "stdlib", "--out", tmp_path / "out")
+    assert "--resume" in refuse("adapt", "example", *words)
+    assert "is not empty" in refuse("prune", "example", "--out", tmp_path)
+    words = ("--mask", tmp_path / "none.json", "--out", tmp_path / "new")
+    assert "none.json" in refuse("shrink", "example", *words)
+    assert "exists" in refuse("export", "example", "--out", run / "best.safetensors")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that no user may write to")
+def test_an_output_where_nothing_can_be_written() -> None:
+    assert "written" in refuse("prune", "example", "--out", "/proc/frugal/out")
+    assert "written" in refuse("export", "example", "--out", "/proc/model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--teacher", "example", "--data", "missing.txt"), "--data: source 'missing.txt'"),
+        (("--data", "stdlib"), "--teacher"),
+        (("--teacher", "example", "--data", "stdlib", "--batch", "0"), "--batch"),
+        (("--teacher", "a/b/c", "--data", "stdlib"), "'a/b/c'"),
+        (("--teacher", "example", "--data", "stdlib", "--max-cpu-mem", "8"), "8GB"),
+    ],
+)
+def test_options_of_adapt(tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
+    assert expected in refuse("adapt", "example", "--out", tmp_path / "out", *words)
+    assert list(tmp_path.iterdir()) == []
