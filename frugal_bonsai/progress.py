@@ -19,7 +19,10 @@ class Progress(Protocol):
         """Report that a pruning round begins; ``sparsity`` is the share removed so far."""
 
     def sweep(self, name: str, steps: int, tokens_per_step: int) -> None:
-        """Report that a sweep begins: ``steps`` layer visits of ``tokens_per_step`` tokens."""
+        """Report that a sweep begins: ``steps`` layer visits of ``tokens_per_step`` tokens.
+
+        0 steps are an unknown number.
+        """
 
     def step(self, detail: str = "") -> None:
         """Report that a layer visit is done."""

@@ -59,10 +59,14 @@ class Schedule:
         return int(self.share(step) * self._evaluations)
 
     def steps_to_next(self, step: int) -> int:
-        """Return the number of steps to the next measurement; by the clock an estimate."""
+        """Return the number of steps to the next measurement.
+
+        By the clock it is an estimate, and 0 (unknown) before the first step.
+        """
         if self._limit_seconds is None:
             until = math.ceil((self.measurements_due(step) + 1) * self._steps / self._evaluations)
             return max(1, min(until, self._steps) - step)
+        if not step:
+            return 0
         between = self._limit_seconds / self._evaluations
-        each = self.seconds / step if step else between
-        return max(1, round(between / max(each, 1e-9)))
+        return max(1, round(between / max(self.seconds / step, 1e-9)))

@@ -40,6 +40,8 @@ from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import LayerStream
 
+DEFAULT_TOP = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
@@ -51,7 +53,7 @@ class TeacherSettings:
         layers: layers behind which hidden states are kept.
     """
 
-    top: int = 64
+    top: int = DEFAULT_TOP
     temperature: float = 1.0
     layers: tuple[int, ...] = ()
 
@@ -109,7 +111,7 @@ def build_teacher(
         StateError: the folder holds the cache of another teacher, text or setting.
         OutputError: the folder cannot be written or the disk is full.
     """
-    _require_possible(settings, engine.spec)
+    require_possible(settings, engine.spec)
     window, hidden = windows_NS.shape[1], engine.spec.hidden
     if not folder.exists():
         needed = len(windows_NS) * settings.file_bytes(window, hidden)
@@ -132,8 +134,12 @@ def build_teacher(
     return TeacherCache(folder, identity)
 
 
-def _require_possible(settings: TeacherSettings, spec: ModelSpec) -> None:
-    """Raise if the model has fewer tokens or layers than the settings name."""
+def require_possible(settings: TeacherSettings, spec: ModelSpec) -> None:
+    """Raise if the model has fewer tokens or layers than the settings name.
+
+    Raises:
+        OptionError: names the option and what the model has.
+    """
     if settings.top > spec.vocabulary:
         raise OptionError(
             f"--top: {settings.top} is more than the vocabulary's {spec.vocabulary} tokens"

@@ -38,6 +38,7 @@ class Trained:
         steps: number of finished steps.
         tokens: number of tokens trained on.
         seconds: time spent, with held-out measurements.
+        earlier_seconds: part of it that was spent before this resume.
         best_step: step whose parameters are in the student now; 0 is the untrained model.
         before: held-out measurement of the untrained model.
         after: held-out measurement of the best step.
@@ -48,6 +49,7 @@ class Trained:
     steps: int
     tokens: int
     seconds: float
+    earlier_seconds: float
     best_step: int
     before: dict[str, Any]
     after: dict[str, Any]
@@ -105,6 +107,7 @@ class Trainer:
         )
         self._state, self._recent = TrainingState(), Sums()
         self._stopped: str | None = None
+        self._earlier_seconds = 0.0
 
     def run(self, *, resume: bool = False) -> Trained:
         """Train to the end, then load the best parameters.
@@ -116,6 +119,7 @@ class Trainer:
         """
         if resume:
             self._state = self._folder.load(self._parameters, self._optimiser)
+            self._earlier_seconds = self._state.seconds
         self._schedule.start(self._state.seconds)
         if not resume:
             self._measure()
@@ -279,6 +283,7 @@ class Trainer:
             steps=state.step,
             tokens=state.step * self._step_tokens,
             seconds=self._schedule.seconds,
+            earlier_seconds=self._earlier_seconds,
             best_step=state.best_step,
             before=state.history[0],
             after=by_step[state.best_step],

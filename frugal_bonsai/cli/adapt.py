@@ -60,9 +60,7 @@ from frugal_bonsai.sizes import parse_count
 @click.option(
     "--top",
     type=int,
-    default=64,
-    show_default=True,
-    help="Next tokens of the teacher that are kept.",
+    help="Next tokens of the teacher that are kept.  [default: 64, at most the vocabulary]",
 )
 @click.option("--temperature", type=float, default=1.0, show_default=True)
 @click.option("--teacher-cache", metavar="DIR", help="Keep the teacher's answers for other runs.")

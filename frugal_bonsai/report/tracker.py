@@ -68,7 +68,7 @@ class Tracker:
         self._first = self._first or self._round
 
     def sweep(self, name: str, steps: int, tokens: int) -> None:
-        """Begin a sweep whose steps take ``tokens`` tokens each."""
+        """Begin a sweep whose steps take ``tokens`` tokens each; 0 steps are an unknown number."""
         self._sweep = _Sweep(name, steps, tokens, self._clock())
 
     def step(self, detail: str = "") -> None:
@@ -84,7 +84,7 @@ class Tracker:
     @property
     def finished(self) -> bool:
         """True if all steps of the sweep are done."""
-        return self._sweep is not None and self._sweep.done >= self._sweep.steps
+        return self._sweep is not None and 0 < self._sweep.done == self._sweep.steps
 
     @property
     def round_share(self) -> float | None:
@@ -96,7 +96,7 @@ class Tracker:
     def sweep_share(self) -> float:
         """Share of the sweep that is done."""
         now = self._sweep
-        return 0.0 if now is None else min(now.done / max(now.steps, 1), 1.0)
+        return 0.0 if now is None or not now.steps else min(now.done / now.steps, 1.0)
 
     def round_text(self) -> str:
         """Return ``round 3 of 10, 10.0% removed``; empty before the first."""
@@ -123,14 +123,16 @@ class Tracker:
         now = self._sweep
         if now is None:
             return ""
-        parts = [f"{now.done} of {now.steps}{now.unit}"]
+        # A number of steps estimated from the clock can be too small, or 0 at first.
+        more = now.done > now.steps
+        parts = [f"{now.done}{now.unit}" if more else f"{now.done} of {now.steps}{now.unit}"]
         spent = now.stepped - now.began
         if now.done and spent > 0 and now.tokens:
             # All tokens pass all steps, so a step is the share of one layer.
             parts.append(f"{now.tokens * now.done / max(now.steps, 1) / spent:,.0f} tokens/s")
         if self.finished:
             parts.append(f"in {duration(spent)}")
-        elif now.done:
+        elif now.done and not more:
             ahead = spent / now.done * (now.steps - now.done)
             parts.append(f"{duration(ahead - (self._clock() - now.stepped))} left")
         return ", ".join(parts)

@@ -97,7 +97,7 @@ def adapt_pruned(
             student_NSV=student_NSV,
         )
         summary = describe_adaptation(job, settings, plans, data, trained, before, written, out)
-        summary["seconds"] = time.monotonic() - started
+        summary["seconds"] = time.monotonic() - started + trained.earlier_seconds
         write_papers(staged, summary)
         stack.close()  # the output appears
         if data.cache is not None:

@@ -14,7 +14,7 @@ import torch
 
 from frugal_bonsai.adapt.adapters import require_peft
 from frugal_bonsai.adapt.settings import LORA, AdaptSettings
-from frugal_bonsai.adapt.teacher import TeacherSettings
+from frugal_bonsai.adapt.teacher import DEFAULT_TOP, TeacherSettings, require_possible
 from frugal_bonsai.bonsai.calibration import window_count
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.memory.budget import Budget, find_device, make_budget
@@ -211,7 +211,8 @@ def _teacher_settings(
     """Return what the loss needs of the teacher's answers.
 
     Raises:
-        OptionError: hidden states are compared, and the models differ in their number of layers.
+        OptionError: hidden states are compared, and the models differ in their number of layers; or
+            more tokens or layers are named than there are.
     """
     objective = settings.objective(options.temperature)
     if not objective.needs_teacher:
@@ -225,7 +226,11 @@ def _teacher_settings(
             )
         chosen = options.hidden_layers
         layers = tuple(sorted({*range(3, count, 4), count - 1} if chosen is None else set(chosen)))
-    return TeacherSettings(top=options.top, temperature=options.temperature, layers=layers)
+    vocabulary = student.spec.vocabulary  # the teacher has the same
+    chosen_top = min(DEFAULT_TOP, vocabulary) if options.top is None else options.top
+    kept = TeacherSettings(top=chosen_top, temperature=options.temperature, layers=layers)
+    require_possible(kept, student.spec)
+    return kept
 
 
 def _read_texts(student: Model, options: AdaptOptions, window: int) -> Texts:

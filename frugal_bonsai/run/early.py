@@ -88,7 +88,7 @@ def check_shrink(
     require_no_output(out)
     require_writable(out)
     if not mask.is_file():
-        raise OptionError(f"--mask {mask}: there is no such file; check the path")
+        raise OptionError(f"--mask {mask}: cannot be read (there is no such file); check the path")
     spec = _local_spec(model, assume_family)
     if spec is not None:
         read_mask(mask, spec)

@@ -98,7 +98,8 @@ class AdaptOptions(CommandOptions):
         settings: Fields of ``AdaptSettings`` that the user names. None keeps the default.
         weights: Form of the frozen weights: ``"int8"``, ``"native"``, or ``"streamed"``, which
             reads them again in each step. None lets the plan choose.
-        top: Number of most likely next tokens that the teacher's cache keeps.
+        top: Number of most likely next tokens that the teacher's cache keeps. None takes 64, or
+            the vocabulary if it is smaller.
         temperature: Divisor of the teacher's logits.
         hidden_layers: Layers whose hidden states ``kl+hidden`` compares. None takes every fourth
             and the last.
@@ -109,7 +110,7 @@ class AdaptOptions(CommandOptions):
     data: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights: str | None = None
-    top: int = 64
+    top: int | None = None
     temperature: float = 1.0
     hidden_layers: tuple[int, ...] | None = None
     teacher_cache: str | Path | None = None

@@ -17,6 +17,7 @@ from tiny_models import CPU, Tiny, random_windows, relative, sampled_windows, ti
 
 from frugal_bonsai.adapt.adapters import add_adapters
 from frugal_bonsai.adapt.optimiser import allowed_optimisers
+from frugal_bonsai.adapt.schedule import Schedule
 from frugal_bonsai.adapt.settings import AdaptSettings, Objective
 from frugal_bonsai.adapt.state import BEST_FILE, STATE_FILE, TrainingFolder
 from frugal_bonsai.adapt.student import Student
@@ -303,6 +304,16 @@ def test_minutes_end_by_the_clock_and_its_schedule(
     done = made.run()
     assert done.steps == 12 and done.seconds == pytest.approx(24.0)
     assert [row["step"] for row in done.history] == [0, 3, 6, 9, 12]
+
+
+def test_the_clock_tells_no_number_of_steps_before_the_first() -> None:
+    settings = AdaptSettings(seconds=100.0, evaluations=10)
+    now = {"seconds": 0.0}
+    schedule = Schedule(settings, step_tokens=8, pass_steps=2, clock=lambda: now["seconds"])
+    schedule.start(0.0)
+    assert schedule.steps_to_next(0) == 0
+    now["seconds"] = 2.0
+    assert schedule.steps_to_next(1) == 5
 
 
 def test_the_rate_rises_then_falls_to_nothing() -> None:

@@ -176,6 +176,7 @@ def test_a_stopped_run_is_resumed_to_the_same_files(
         *("--out", tmp_path / "out", "--resume"),
     )
     assert summary["training"]["steps"] == 8
+    assert summary["seconds"] > summary["training"]["seconds"]  # of both runs
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert not (tmp_path / "out.run").exists()

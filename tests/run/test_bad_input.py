@@ -162,7 +162,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         (("--step", "0"), "--step"),
         (("--masks", "3"), "--masks"),
         (("--regression", "paper"), "--level unit"),
-        (("--method", "paper", "--level", "group"), "--regression ridge"),
+        (("--no-recovery", "--refine", "2"), "--refine"),
         (("--window", "4096"), "512"),
         (("--tile", "9999"), "--tile"),
         (("--max-cpu-mem", "lots"), "--max-cpu-mem"),
