@@ -81,6 +81,27 @@ def find_tensors(folder: Path) -> dict[str, TensorEntry]:
     return tensors
 
 
+def missing_shards(folder: Path) -> list[str]:
+    """Return the names of the shards that the index lists and the folder lacks.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    shards = dict.fromkeys(_read_index(folder / INDEX_FILE).values())
+    return [shard for shard in shards if not _is_file(folder / shard)]
+
+
+def convert_pickles(folder: Path) -> str:
+    """Return how pickled weights are converted, as the end of a sentence."""
+    return (
+        "convert them once, if you trust them, with\n"
+        '  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"a, b = {str(folder)!r}, {str(folder) + '-safetensors'!r}; "
+        "M.from_pretrained(a, dtype='auto').save_pretrained(b); "
+        'T.from_pretrained(a).save_pretrained(b)"'
+    )
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -179,10 +200,6 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder}: has only pickled weights ({', '.join(pickles)}), which can run code when "
-            "they are opened; convert them once, if you trust them, with\n"
-            '  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-            f"a, b = {str(folder)!r}, {str(folder) + '-safetensors'!r}; "
-            "M.from_pretrained(a, dtype='auto').save_pretrained(b); "
-            'T.from_pretrained(a).save_pretrained(b)"'
+            f"they are opened; {convert_pickles(folder)}"
         )
     return f"{folder}: has no weights, {expected}; download the model again"

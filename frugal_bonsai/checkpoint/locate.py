@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+from frugal_bonsai.checkpoint.recognise import recognise_file
+from frugal_bonsai.checkpoint.recognised import require_recognised
 from frugal_bonsai.errors import CheckpointError
 
 EXAMPLE = "example"
@@ -53,10 +55,7 @@ def local_folder(model: str) -> Path | None:
     if is_folder:
         return path
     if exists:
-        raise CheckpointError(
-            f"MODEL {model!r} is a file; name the folder that holds config.json and the weights "
-            f"({path.parent})"
-        )
+        require_recognised(f"MODEL {model!r}", recognise_file(path))
     if _HUB_ID.fullmatch(model):
         return None
     raise CheckpointError(

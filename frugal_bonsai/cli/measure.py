@@ -15,7 +15,7 @@ from frugal_bonsai.cli.running import print_result, watched
 @options.assume
 @options.json_output
 def inspect_command(model: str, assume_family: str | None, as_json: bool) -> None:
-    """Show MODEL's family, units, parameters and size, from headers alone."""
+    """Show MODEL's family, units and sizes from headers alone, or say what any PATH is."""
     from frugal_bonsai.report.tables import render_inspect
     from frugal_bonsai.run.inspect import inspect
 

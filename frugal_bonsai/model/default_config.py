@@ -1,17 +1,66 @@
 """Config values that the architecture's own class in transformers accepts.
 
 In: the :class:`ModelSpec` of a dense or a pruned model. Out: its config without the keys of the
-per-layer layout, which name bundled code and the widths of single layers. Holds the config.
+per-layer layout, which name bundled code and the widths of single layers; or an error that says
+which value the class refuses. Holds the config.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import heads_fit
 
 _LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
+
+
+def require_accepted_config(spec: ModelSpec, *, source: str = "config.json") -> None:
+    """Check that transformers accepts the config of a model that it knows.
+
+    Args:
+        spec: the model.
+        source: file name for error texts.
+
+    Raises:
+        CheckpointError: transformers refuses a value. The text has its reason, which names the key.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.activations import ACT2FN
+
+    if spec.family.model_type in CONFIG_MAPPING:
+        with config_errors(spec, source):
+            AutoConfig.for_model(**default_config(spec))
+    key = spec.family.activation_key
+    if spec.config.get(key) not in (None, *ACT2FN):
+        raise CheckpointError(
+            f"{source}: {key} is {spec.config[key]!r}, which is no activation function of "
+            "transformers; correct the name"
+        )
+
+
+@contextmanager
+def config_errors(spec: ModelSpec, source: str = "config.json") -> Iterator[None]:
+    """Turn errors of transformers about a model's config into a :class:`CheckpointError`."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    expected = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError)
+    try:
+        yield
+    except (*expected, AssertionError) as error:
+        # A strict dataclass says which check failed, and its cause which value.
+        reason = str(error.__cause__ or error).strip("'\"")
+        if isinstance(error, AssertionError):  # of the embedding's module
+            reason = f"pad_token_id is {spec.config.get('pad_token_id')!r}: {reason}"
+        if "rope_parameters" not in spec.config:  # transformers 5 renames the key
+            reason = reason.replace("rope_parameters", "rope_scaling")
+        raise CheckpointError(
+            f"{source}: transformers does not accept it: {reason}; correct the value, or copy "
+            "config.json from the model's source again"
+        ) from error
 
 
 def default_config(spec: ModelSpec) -> dict[str, Any]:

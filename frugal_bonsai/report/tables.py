@@ -169,6 +169,11 @@ def render_inspect(info: Values, console: Console) -> None:
         console: Console that is printed on.
     """
     info, sheet = all_printable(info, console.encoding), Sheet(console)
+    if info["kind"] != "model":
+        sheet.say(f"{info['model']} {info['what']}; {info['advice']}")
+        if info["command"]:
+            sheet.verbatim(info["command"])
+        return
     sheet.heading(f"{info['model']}: {info['family']}, {plural(info['layers'], 'layer')}")
     keys = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary", "positions")
     rows = [(key.replace("_", " "), f"{info[key]:,}") for key in keys]
@@ -204,6 +209,8 @@ def render_inspect(info: Values, console: Console) -> None:
         f"uniform layout: FFN channels in multiples of {uniform['tile']}, KV groups a layer one of "
         f"{', '.join(map(str, uniform['attention_counts']))}; per-layer and padded: any counts"
     )
+    for note in info["notes"]:
+        sheet.say(f"note: {note}")
 
 
 def render_eval(result: Values, console: Console) -> None:

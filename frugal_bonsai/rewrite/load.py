@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE, find_tensors, read_config
+from frugal_bonsai.checkpoint.recognise import recognise_folder
+from frugal_bonsai.checkpoint.recognised import require_recognised
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.rewrite.layouts.bundled import MODULE, BundledModel, find_bundled
 
@@ -36,6 +38,7 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             has no causal language model of the architecture.
     """
     folder = Path(path)
+    require_recognised(folder, recognise_folder(folder))
     config = read_config(folder)
     find_tensors(folder)
     model_class = _model_class(config, source=str(folder / CONFIG_FILE))

@@ -75,7 +75,7 @@ def describe_adaptation(
             **describe_peaks(list(parts.values()), job.device),
             "plans": {name: describe_part(plan) for name, plan in parts.items()},
         },
-        "notes": [*job.budget.notes, *_padding_note(job.pruned.folder)],
+        "notes": [*job.budget.notes, *job.pruned.notes, *_padding_note(job.pruned.folder)],
         "out": str(out),
         "load": load_line(out, written["layout"]),
     }

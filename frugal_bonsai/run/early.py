@@ -121,7 +121,9 @@ def _local_spec(model: str, assume_family: str | None = None) -> ModelSpec | Non
     """Return the description of a model on this disk; None of a hub model."""
     if local_folder(model) is None:
         return None
-    with open_model(model, headers_only=True, assume_family=assume_family) as opened:
+    with open_model(
+        model, headers_only=True, assume_family=assume_family, check_config=False
+    ) as opened:
         return opened.spec
 
 

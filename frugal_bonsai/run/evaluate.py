@@ -21,7 +21,7 @@ from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.engine import make_engine, measured_base_bytes
-from frugal_bonsai.run.open import Model, note_assumed, open_model
+from frugal_bonsai.run.open import Model, note_model, open_model
 from frugal_bonsai.run.summary import describe_memory
 from frugal_bonsai.run.texts import choose_window, read_windows
 from frugal_bonsai.stream.engine import Engine
@@ -65,7 +65,7 @@ def evaluate(
     started, progress = time.monotonic(), progress or Silent()
     caps = parse_caps(max_gpu_mem, max_cpu_mem)
     with open_model(model, assume_family=assume_family) as opened:
-        note_assumed(opened, progress)
+        note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         window = choose_window(opened.spec, window)
         name, windows_NS = read_windows(opened, text, window, windows=windows, option="--text")
@@ -87,7 +87,7 @@ def evaluate(
             "seconds": seconds,
             "tokens_per_second": windows_NS.numel() / seconds,
             **describe_memory(plan, engine),
-            "notes": list(plan.budget.notes),
+            "notes": [*plan.budget.notes, *opened.notes],
         }
 
 

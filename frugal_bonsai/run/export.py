@@ -41,7 +41,7 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
         written = write_gguf(
             opened.checkpoint, opened.spec, out, name=parent_name(opened.name), dtype=dtype
         )
-        notes = list(written.notes)
+        notes = [*opened.notes, *written.notes]
         if dtype == "q8_0" and "f16" in written.formats:
             notes.append(
                 f"{written.formats['f16']} tensors are f16: q8_0 needs rows in multiples of 32 "

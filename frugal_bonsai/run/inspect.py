@@ -1,25 +1,35 @@
-"""``inspect``: describe a model from config and headers, without reading weights."""
+"""``inspect``: describe a model from config and headers, or say what is no model."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.checkpoint.locate import EXAMPLE
+from frugal_bonsai.checkpoint.recognise import recognise
+from frugal_bonsai.checkpoint.recognised import MODEL
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.run.open import open_model
 
 
 def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
-    """Describe a model: family, shapes, units, parameters and size.
+    """Describe a model: family, shapes, units, parameters and size; or say what it is instead.
 
     Args:
-        model: Folder, hub id or ``example``.
+        model: Folder, hub id or ``example``; or any file or folder.
         assume_family: Family whose table is used for an architecture that has none.
 
     Returns:
-        Plain values (what ``inspect --json`` prints).
+        Plain values (what ``inspect --json`` prints). ``kind`` is ``"model"``, or the kind of what
+        is no model; then ``what`` and ``advice`` say what it is and what to do.
     """
+    path = Path(model).expanduser()
+    if model != EXAMPLE and path.exists():
+        found = recognise(path)
+        if found.kind != MODEL:
+            return {"model": model, **found.to_json()}
     with open_model(model, headers_only=True, assume_family=assume_family) as opened:
         spec, checkpoint = opened.spec, opened.checkpoint
         dtypes: Counter[str] = Counter()
@@ -28,6 +38,8 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
         rules = layout_rules(spec, UNIFORM)
         return {
             "model": model,
+            "kind": MODEL,
+            "notes": opened.notes,
             "family": spec.family.title,
             "layers": spec.layers,
             "hidden": spec.hidden,

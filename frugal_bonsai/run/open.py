@@ -1,7 +1,7 @@
 """The model of a command: found, opened and described.
 
-In: what the user typed. Out: an open :class:`Model`. Reads config and tensor headers, no weights;
-does not import torch, so that ``inspect`` starts at once.
+In: what the user typed. Out: an open :class:`Model`. Reads config and tensor headers, no weights.
+Whatever is no model is refused before transformers is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.checkpoint.locate import find_model, local_folder
+from frugal_bonsai.checkpoint.quantised import drop_left_over
 from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.checkpoint.recognise import recognise_contents, recognise_folder
+from frugal_bonsai.checkpoint.recognised import require_recognised
 from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.dtypes import FLOATING
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.canonical_names import describe_checkpoint
+from frugal_bonsai.model.default_config import require_accepted_config
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.progress import Progress
 
@@ -29,11 +33,24 @@ class Model:
         name: Name that the user typed.
         checkpoint: Its checkpoint, open for reading.
         spec: Its description, from config and headers.
+        left_over: Keys of ``config.json`` that describe a quantisation which the weights do not
+            have. The checkpoint's config is without them.
     """
 
     name: str
     checkpoint: Checkpoint
     spec: ModelSpec
+    left_over: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes for the user about this model."""
+        notes = [] if self.spec.family.assumed is None else [_assumption(self)]
+        return notes + [
+            f"config.json describes a quantisation ({key}), but the weights are plain floating "
+            "numbers: the key is ignored, and left out of what is written"
+            for key in self.left_over
+        ]
 
     @property
     def folder(self) -> Path:
@@ -52,7 +69,11 @@ class Model:
 
 @contextmanager
 def open_model(
-    name: str, *, headers_only: bool = False, assume_family: str | None = None
+    name: str,
+    *,
+    headers_only: bool = False,
+    assume_family: str | None = None,
+    check_config: bool = True,
 ) -> Iterator[Model]:
     """Find, open and describe a model.
 
@@ -60,15 +81,35 @@ def open_model(
         name: Folder, hub id or ``example``.
         headers_only: Fetch only config and headers of a hub model. Its weights cannot be read.
         assume_family: Family whose table is used for an architecture that has none.
+        check_config: Ask transformers' class whether it accepts the config. Imports transformers.
 
     Raises:
-        CheckpointError: A tensor's dtype is not a floating point dtype.
+        UnsupportedModelError: The model is quantised, an encoder, or of another unsupported kind.
+        CheckpointError: It is no model, transformers refuses its config, or a tensor's dtype is not
+            a floating point dtype.
     """
+    _require_model(name, downloads=not headers_only)
     with open_headers(name) if headers_only else Checkpoint.open(find_model(name)) as checkpoint:
-        source = str(checkpoint.folder / "config.json")
+        source, config = str(checkpoint.folder / "config.json"), checkpoint.config
+        require_recognised(name, recognise_contents(name, config, checkpoint.tensors))
+        checkpoint.config = drop_left_over(config)
+        left_over = tuple(sorted(config.keys() - checkpoint.config.keys()))
         spec = describe_checkpoint(checkpoint, source=source, assume=assume_family)
         _require_floating(checkpoint)
-        yield Model(name=name, checkpoint=checkpoint, spec=spec)
+        if check_config:
+            require_accepted_config(spec, source=source)
+        yield Model(name=name, checkpoint=checkpoint, spec=spec, left_over=left_over)
+
+
+def _require_model(name: str, *, downloads: bool) -> None:
+    """Refuse what is no model by its files, or by its headers before its weights are downloaded."""
+    folder = local_folder(name)
+    if folder is not None:
+        require_recognised(folder, recognise_folder(folder))
+    elif downloads:
+        with open_headers(name) as headers:
+            found = recognise_contents(name, headers.config, headers.tensors)
+            require_recognised(name, found)
 
 
 @contextmanager
@@ -85,13 +126,13 @@ def open_output(folder: Path, parent: Model) -> Iterator[Model]:
         yield Model(name=str(folder), checkpoint=checkpoint, spec=spec)
 
 
-def note_assumed(model: Model, progress: Progress) -> None:
-    """Tell the user if the model's family is assumed."""
-    if model.spec.family.assumed is not None:
-        progress.note(assumption(model))
+def note_model(model: Model, progress: Progress) -> None:
+    """Tell the user of an assumed family, and of keys of the config that are left over."""
+    for note in model.notes:
+        progress.note(note)
 
 
-def assumption(model: Model) -> str:
+def _assumption(model: Model) -> str:
     """Return the warning about a family that the user named with ``--assume-family``."""
     family = model.spec.family
     return (

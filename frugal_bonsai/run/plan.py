@@ -18,7 +18,7 @@ from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.report.words import duration
 from frugal_bonsai.run.engine import measured_base_bytes
 from frugal_bonsai.run.machine import no_gpu_advice
-from frugal_bonsai.run.open import Model, assumption, open_model
+from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.workload import forward_tokens, prune_workload
@@ -104,9 +104,7 @@ def describe_plan(
     """Return a memory plan and the predicted time as plain values."""
     machine, limits = resolved.machine, memory.limits
     estimate = _estimate(model, resolved, work, memory)
-    notes = [*machine.budget.notes, *resolved.notes]
-    if model.spec.family.assumed is not None:
-        notes.append(assumption(model))
+    notes = [*machine.budget.notes, *resolved.notes, *model.notes]
     if work.sampled:
         notes.append(_sampling_note(work, estimate))
     return {

@@ -26,7 +26,7 @@ from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.early import check_prune
-from frugal_bonsai.run.open import note_assumed, open_model
+from frugal_bonsai.run.open import note_model, open_model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
 from frugal_bonsai.run.prune_output import measure_dense, write_pruned
@@ -72,7 +72,7 @@ def prune(
         locked(folder),
         open_model(model, assume_family=options.assume_family) as opened,
     ):
-        note_assumed(opened, progress)
+        note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         try:
             run = prepare_run(

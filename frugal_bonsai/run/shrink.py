@@ -21,7 +21,7 @@ from frugal_bonsai.rewrite.companions import write_companions
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
 from frugal_bonsai.rewrite.shrink import shrink as rewrite
 from frugal_bonsai.run.early import check_shrink
-from frugal_bonsai.run.open import Model, note_assumed, open_model, open_output
+from frugal_bonsai.run.open import Model, note_model, open_model, open_output
 from frugal_bonsai.run.summary import MASK_FILE, load_line
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.version import package_version
@@ -65,7 +65,7 @@ def shrink(
     check_shrink(model, Path(mask), out, max_shard_size=max_shard_size, assume_family=assume_family)
     shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
     with open_model(model, assume_family=assume_family) as opened:
-        note_assumed(opened, progress)
+        note_model(opened, progress)
         spec = opened.spec
         keep = read_mask(Path(mask), spec)
         # The mask has the FFN widths, so the layout's finest tile is used.
@@ -82,7 +82,7 @@ def shrink(
                 "sparsity": written.sparsity,
                 "out": str(out),
                 "load": load_line(out, layout),
-                "notes": [NO_REFITS],
+                "notes": [NO_REFITS, *opened.notes],
                 "seconds": time.monotonic() - started,
             }
             write_bytes(staged / "README.md", mask_card(summary).encode())

@@ -71,6 +71,7 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
         "notes": [
             *resolved.machine.budget.notes,
             *resolved.notes,
+            *model.notes,
             *(r["note"] for r in found.rounds if "note" in r),
         ],
         "out": str(out),

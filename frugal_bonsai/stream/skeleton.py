@@ -26,7 +26,7 @@ from torch.func import functional_call
 from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.model.default_config import default_config
+from frugal_bonsai.model.default_config import config_errors, default_config
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.experts import split_experts
 
@@ -269,14 +269,12 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    try:
+    with config_errors(spec):
         config = AutoConfig.for_model(**default_config(spec))
         # Initial values, which nothing reads, would take most of the time.
         with init_empty_weights(include_buffers=False), no_init_weights():
             # transformers chooses the attention: sdpa, where the architecture has it.
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"config.json: transformers does not accept it: {error}") from error
     for name in {name.removesuffix(".weight") for name in spec.family.transposed}:
         for layer in range(spec.layers):
             path = spec.prefix(layer) + name

@@ -18,6 +18,8 @@ from frugal_bonsai.report.tables import render_eval, render_inspect, render_prun
 Render = Callable[[Mapping[str, Any], Console], None]
 
 INSPECT: dict[str, Any] = {
+    "kind": "model",
+    "notes": ["config.json describes a quantisation"],
     "model": "/data/models/[red]base",
     "family": "llama",
     "layers": 2,

