@@ -78,7 +78,8 @@ def sample_windows(
         engine: The model; its checkpoint is streamed in its own precision.
         count: Number of windows.
         window: Tokens of a window.
-        first_token: First token of every window (BOS); None draws one at random.
+        first_token: First token of every window (BOS). None, or a token without an embedding row,
+            draws one at random.
         seed: Seed of the draws.
     """
     from transformers import DynamicCache
@@ -88,7 +89,7 @@ def sample_windows(
     tokens_nS = torch.zeros(count, window, dtype=torch.int64)
     tokens_nS[:, 0] = (
         torch.randint(vocabulary, (count,), generator=generator)
-        if first_token is None
+        if first_token is None or first_token >= vocabulary
         else first_token
     )
     cache = DynamicCache()

@@ -14,7 +14,7 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.text.sources import load_text
-from frugal_bonsai.text.windows import cut_windows, load_tokenizer, tokenise
+from frugal_bonsai.text.windows import cut_windows, load_tokenizer, require_embedded, tokenise
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +75,14 @@ def read_windows(
 
     Returns:
         The name of the text and its first windows, int64 ``[n, S]``.
+
+    Raises:
+        CalibrationError: The text cannot be read, or is shorter than a window.
+        CheckpointError: The tokenizer cannot be read, or makes a token without an embedding row.
     """
     characters = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
     text = load_text(source, characters=characters)
-    tokens_T = tokenise(text.text, load_tokenizer(model.folder))
-    what = f"{option} {text.name}"
-    return text.name, cut_windows(tokens_T, window, limit=windows, what=what)
+    tokenizer, what = load_tokenizer(model.folder), f"{option} {text.name}"
+    windows_nS = cut_windows(tokenise(text.text, tokenizer), window, limit=windows, what=what)
+    require_embedded(windows_nS, tokenizer, model.spec.vocabulary, what=what)
+    return text.name, windows_nS

@@ -112,6 +112,34 @@ def cut_windows(
     return tokens_T[: count * window].view(count, window)
 
 
+def require_embedded(
+    windows_nS: torch.Tensor, tokenizer: Any, vocabulary: int, *, what: str
+) -> None:
+    """Check that the model has an embedding row for every token.
+
+    A tokenizer may have tokens that were added without resizing the model's embedding. Such a
+    tokenizer works as long as no text contains them.
+
+    Args:
+        windows_nS: int64 [n, S], the tokens.
+        tokenizer: the tokenizer that made them.
+        vocabulary: rows of the model's embedding.
+        what: name of the text, for the error text.
+
+    Raises:
+        CheckpointError: a token has no row. The text names token, id, vocabulary and text.
+    """
+    unknown = windows_nS[windows_nS >= vocabulary]
+    if not len(unknown):
+        return
+    number = int(unknown[0])
+    raise CheckpointError(
+        f"{what}: contains the token {tokenizer.convert_ids_to_tokens(number)!r}, whose id "
+        f"{number} is outside the model's vocabulary of {vocabulary} (rows of its embedding); take "
+        "the tokenizer that belongs to this model, or remove the token from the text"
+    )
+
+
 def _require_json(path: Path) -> None:
     """Check that a file is JSON, so that the error names the file."""
     if not path.is_file():
