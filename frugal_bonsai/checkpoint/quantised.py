@@ -71,12 +71,33 @@ def dequantise_advice(folder: str, method: str) -> str:
     if method not in _DEQUANTISE:
         return advice
     options, call = _DEQUANTISE[method]
-    arguments = ", ".join(filter(None, ("a", "dtype='bfloat16'", options)))
+    arguments = ", ".join(filter(None, ("a", "dtype=torch.bfloat16", options)))
+    command = save_plain(
+        folder,
+        folder + "-bf16",
+        f"m = t.AutoModelForCausalLM.from_pretrained({arguments}){call}",
+        "t.AutoTokenizer.from_pretrained(a)",
+    )
+    return f"{advice}, or dequantise it once with\n  {command}"
+
+
+def save_plain(source: str, out: str, load: str, tokenizer: str) -> str:
+    """Return a command that saves a dequantised model with its tokenizer.
+
+    transformers does not save a model that it has dequantised, so its weights are copied into a
+    new one.
+
+    Args:
+        source: folder of the model, ``a`` in the command.
+        out: folder to write, ``b`` in the command.
+        load: statement that loads the model as ``m``; transformers is ``t``.
+        tokenizer: expression that loads the tokenizer.
+    """
     return (
-        f"{advice}, or dequantise it once with\n"
-        f'  python -c "import transformers as t; a, b = {folder!r}, {folder + "-bf16"!r}; '
-        f"m = t.AutoModelForCausalLM.from_pretrained({arguments}){call}; "
-        'm.save_pretrained(b); t.AutoTokenizer.from_pretrained(a).save_pretrained(b)"'
+        f'python -c "import torch, transformers as t; a, b = {source!r}, {out!r}; {load}; '
+        "c = m.config; vars(c).pop('quantization_config', 0); "
+        "n = t.AutoModelForCausalLM.from_config(c, dtype=m.dtype); "
+        f'n.load_state_dict(m.state_dict()); n.save_pretrained(b); {tokenizer}.save_pretrained(b)"'
     )
 
 

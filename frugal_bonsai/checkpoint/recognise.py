@@ -33,6 +33,7 @@ from frugal_bonsai.checkpoint.recognised import (
     gguf,
     incomplete,
     lfs_pointer,
+    multimodal,
 )
 
 _LFS_START = b"version https://git-lfs.github.com/spec/"
@@ -144,25 +145,17 @@ def recognise_contents(
             what="holds LoRA weights beside the model's own",
             advice="merge them first, with merge_and_unload of peft, and save the result",
         )
-    return _recognise_architecture(config)
+    return _recognise_architecture(folder, config)
 
 
-def _recognise_architecture(config: Mapping[str, Any]) -> Recognised:
+def _recognise_architecture(folder: Path | str, config: Mapping[str, Any]) -> Recognised:
     """Recognise encoders, classifiers and models of several modalities by their config."""
     model_type, classes = str(config.get("model_type")), config.get("architectures") or []
     parts = [key for key in (*_TEXT_KEYS, *_OTHER_KEYS) if isinstance(config.get(key), Mapping)]
     decodes = not config.get("is_encoder_decoder") and model_type not in _ENCODER_DECODERS
     if parts:
         text: dict[str, Any] = next((config[key] for key in parts if key in _TEXT_KEYS), {})
-        of_text = f", its text model is a {text['model_type']!r}" if "model_type" in text else ""
-        return Recognised(
-            kind="multimodal",
-            what=f"is a model of several modalities ({model_type}: {parts[0]} is nested in "
-            f"{CONFIG_FILE}{of_text})",
-            advice="save its text model alone, with transformers' AutoModelForCausalLM and "
-            "save_pretrained, or take the text-only checkpoint of the same model",
-            details={"text_model_type": text.get("model_type")},
-        )
+        return multimodal(str(folder), model_type, parts[0], text)
     task = next((m[1] for m in map(_SINGLE_TASK.search, map(str, classes)) if m), None)
     if decodes and model_type not in _ENCODERS and task is None:
         return Recognised(kind=MODEL)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.checkpoint.quantised import save_plain
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 
 MODEL = "model"
@@ -79,16 +80,48 @@ def adapter(folder: Path, config: Mapping[str, Any]) -> Recognised:
 
 def gguf(folder: Path, files: list[str]) -> Recognised:
     """Describe GGUF files, and how transformers converts one."""
-    out = str(folder / Path(files[0]).stem)
+    command = save_plain(
+        str(folder),
+        str(folder / Path(files[0]).stem) + "-bf16",
+        "m = t.AutoModelForCausalLM.from_pretrained("
+        f"a, gguf_file={files[0]!r}, dtype=torch.bfloat16)",
+        f"t.AutoTokenizer.from_pretrained(a, gguf_file={files[0]!r})",
+    )
     return Recognised(
         kind="gguf",
         what=f"holds a model for llama.cpp ({files[0]})",
-        advice="use the original checkpoint, or convert the file once with\n"
-        '  python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-        f"a, b, f = {str(folder)!r}, {out!r}, {files[0]!r}; "
-        "M.from_pretrained(a, gguf_file=f).save_pretrained(b); "
-        'T.from_pretrained(a, gguf_file=f).save_pretrained(b)"',
+        advice=f"use the original checkpoint, or convert the file once with\n  {command}",
         details={"files": files},
+    )
+
+
+def multimodal(folder: str, model_type: str, part: str, text: Mapping[str, Any]) -> Recognised:
+    """Describe a model of several modalities, and how its text model is saved alone.
+
+    Args:
+        folder: folder or hub id.
+        model_type: the whole model's.
+        part: key of ``config.json`` under which a part is described.
+        text: config of the text model; empty if it is not nested.
+    """
+    of_text = f", its text model is a {text['model_type']!r}" if "model_type" in text else ""
+    advice = "take the text-only checkpoint of the same model"
+    if of_text:
+        advice += (
+            ", or save the text model alone with\n"
+            f'  python -c "import transformers as t; a, b = {folder!r}, {folder + "-text"!r}; '
+            "m = t.AutoModelForImageTextToText.from_pretrained(a, dtype='auto'); "
+            "n = t.AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); "
+            "n.model.load_state_dict(m.model.language_model.state_dict()); "
+            "n.lm_head.load_state_dict(m.lm_head.state_dict()); n.save_pretrained(b); "
+            't.AutoTokenizer.from_pretrained(a).save_pretrained(b)"'
+        )
+    return Recognised(
+        kind="multimodal",
+        what=f"is a model of several modalities ({model_type}: {part} is nested in config.json"
+        f"{of_text})",
+        advice=advice,
+        details={"text_model_type": text.get("model_type")},
     )
 
 

@@ -70,7 +70,7 @@ FOLDERS: dict[str, dict[str, tuple[dict[str, Any], list[str]]]] = {
     "gguf": {
         "one file": (
             {"model-q4.gguf": b"GGUF", "README.md": ""},
-            ["model for llama.cpp (model-q4.gguf)", "gguf_file=f"],
+            ["model for llama.cpp (model-q4.gguf)", "gguf_file="],
         )
     },
     "pickled": {
@@ -114,7 +114,7 @@ FOLDERS: dict[str, dict[str, tuple[dict[str, Any], list[str]]]] = {
                 "config.json": {"model_type": "gemma3", "text_config": {"model_type": "g_text"}},
                 "model.safetensors": shard("a"),
             },
-            ["gemma3", "text_config is nested", "'g_text'", "text model alone"],
+            ["gemma3", "text_config is nested", "'g_text'", "save the text model alone"],
         ),
         "flat": (
             {
@@ -280,7 +280,7 @@ def test_a_left_over_description_of_quantisation_makes_no_quantised_model(
 @pytest.mark.parametrize(
     ("name", "content", "kind", "piece"),
     [
-        ("model.gguf", b"GGUF\3", "gguf", "gguf_file=f"),
+        ("model.gguf", b"GGUF\3", "gguf", "gguf_file="),
         ("weights", b"GGUF\3", "gguf", "llama.cpp"),
         ("model.safetensors", POINTER.encode(), "lfs-pointer", "lfs pull"),
         ("pytorch_model.bin", b"PK\3\4", "pickled", "folder that holds it"),

@@ -12,7 +12,14 @@ import pytest
 import torch
 from commands import fail, succeed
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tiny_models import TINY, relative, save_byte_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    Mistral3Config,
+)
 
 import frugal_bonsai
 from frugal_bonsai.checkpoint.locate import find_model
@@ -173,14 +180,70 @@ def test_a_left_over_description_of_quantisation_goes_with_a_note(
     assert any(key in note for note in found["notes"])
 
 
+def follow_advice(path: Path) -> str:
+    """Run the command that ``inspect`` names for a path; return the path's kind."""
+    described = succeed("inspect", path)
+    exec(described["command"].split('python -c "')[1].rsplit('"', 1)[0], {})
+    return str(described["kind"])
+
+
+def logits(folder: Path) -> torch.Tensor:
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return loaded(torch.arange(3, 40)[None]).logits
+
+
+def test_the_command_that_dequantises_works(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    packed = AutoModelForCausalLM.from_pretrained(model, quantization_config=config)
+    packed.save_pretrained(tmp_path / "packed")
+    load_tokenizer(model).save_pretrained(tmp_path / "packed")
+    assert follow_advice(tmp_path / "packed") == "quantised"
+    plain = tmp_path / "packed-bf16"
+    assert succeed("inspect", plain)["notes"] == []
+    assert 0 < relative(logits(plain), logits(model)) < 0.5
+
+
+def test_the_command_that_converts_gguf_works(model: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "llama.cpp").mkdir()
+    succeed("export", model, "--out", tmp_path / "llama.cpp" / "m.gguf")
+    assert follow_advice(tmp_path / "llama.cpp") == "gguf"
+    converted = tmp_path / "llama.cpp" / "m-bf16"
+    assert relative(logits(converted), logits(model)) < 0.01
+    assert load_tokenizer(converted)(TEXT).input_ids == load_tokenizer(model)(TEXT).input_ids
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_the_command_that_saves_a_text_model_alone_works(kind: str, tmp_path: Path) -> None:
+    sizes = {key: value for key, value in TINY.items() if key != "tie_word_embeddings"}
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sight |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    if kind == "gemma3":
+        config = Gemma3Config(text_config=sizes, vision_config=sight, mm_tokens_per_image=4)
+    else:
+        text_config = {"model_type": "mistral", **sizes}
+        vision_config = {"model_type": "pixtral", **sight}
+        config = Mistral3Config(text_config=text_config, vision_config=vision_config)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    save_byte_tokenizer(tmp_path / "whole")
+    assert "text_config is nested" in fail("plan", tmp_path / "whole")
+    assert follow_advice(tmp_path / "whole") == "multimodal"
+    assert succeed("inspect", tmp_path / "whole-text")["kind"] == "model"
+    with torch.no_grad():
+        expected = whole(input_ids=torch.arange(3, 40)[None]).logits
+    assert relative(logits(tmp_path / "whole-text"), expected) < 1e-5
+
+
 def test_the_command_that_merges_an_adapter_works(model: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     base = AutoModelForCausalLM.from_pretrained(model)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    described = succeed("inspect", tmp_path / "adapter")
-    assert described["kind"] == "adapter" and described["base_model"] == str(model)
-    exec(described["command"].split('python -c "')[1].rsplit('"', 1)[0], {})
+    assert succeed("inspect", tmp_path / "adapter")["base_model"] == str(model)
+    assert follow_advice(tmp_path / "adapter") == "adapter"
     merged = tmp_path / "adapter-merged"
     assert succeed("inspect", merged)["kind"] == "model"
     load_tokenizer(merged)
