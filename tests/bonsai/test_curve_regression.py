@@ -124,3 +124,25 @@ def test_a_group_that_no_mask_touches_is_like_the_others_of_its_kind() -> None:
     fit = _fit(amount, _loss(amount, a, b) + noise(80, 0.1))
     total = fit.relevance_K[:6] + fit.relevance_K[6:]
     assert float(total[2]) == pytest.approx(3.0, abs=0.3)
+
+
+def test_a_kind_that_no_mask_touches_costs_a_typical_observation() -> None:
+    """Not free: two pairs of masks of the uniform layout switch off no heads."""
+    amount, kinds = amounts(4, 4), ["attention", "attention", "ffn", "ffn"]
+    amount[:, :2] = 0
+    loss = torch.tensor([0.4, 0.1, 0.3, 0.2]).double()
+    fit = _fit(amount, loss, kinds)
+    total = fit.relevance_K[:4] + fit.relevance_K[4:]
+    typical = float(loss.square().mean().sqrt())
+    assert torch.allclose(total[:2], torch.full((2,), typical).double(), rtol=0.3)
+
+
+def test_few_noisy_masks_do_not_make_a_kind_free() -> None:
+    """Its mean curve is zero by chance: the standard error of the mean keeps a cost."""
+    amount, kinds = amounts(8, 4), ["attention", "attention", "ffn", "ffn"]
+    loss = amount[:, 2:].sum(1) - 0.5 * amount[:, :2].sum(1) + noise(8, 1.0)
+    few = _fit(amount, loss, kinds).relevance_K[:2].sum()
+    amount = amounts(400, 4)
+    loss = amount[:, 2:].sum(1) - 0.5 * amount[:, :2].sum(1) + noise(400, 1.0)
+    many = _fit(amount, loss, kinds).relevance_K[:2].sum()
+    assert few > 0.05 and many < 0.5 * few

@@ -8,12 +8,13 @@ The model is a non-negative ridge towards the mean curve of the group's kind:
     loss = X c + noise,   c >= 0,   c_g ~ N(m, (spread * size)^2),
 
 where X holds t and t^2 of every group, m is the curve that fits best when all groups of a kind
-share one, and size is m's loss at t = 1. Groups without evidence therefore cost what their kind
-costs on average. ``spread`` is the typical deviation of a group from its kind as a share of the
-mean; it is chosen from :data:`SPREADS` by the squared error on held-out folds. The mode is
-non-negative least squares. Posterior samples solve the same problem with perturbed observations and
-perturbed means (randomise, then optimise: Bardsley et al. 2014), so that bounds hold in every
-sample. Memory is quadratic in the coefficients.
+share one, and size is m's loss at t = 1, or the standard error of that loss if it is larger. Groups
+without evidence therefore cost what their kind costs on average, and a kind is not taken to be free
+because a few observations put its mean curve at zero. ``spread`` is the typical deviation of a
+group from its kind as a share of the mean; it is chosen from :data:`SPREADS` by the squared error
+on held-out folds. The mode is non-negative least squares. Posterior samples solve the same problem
+with perturbed observations and perturbed means (randomise, then optimise: Bardsley et al. 2014), so
+that bounds hold in every sample. Memory is quadratic in the coefficients.
 
 Shape suffixes: I observations, G groups, F kinds, K coefficients (all a, then all b), R rows of a
 least-squares problem, D posterior samples.
@@ -40,7 +41,7 @@ from frugal_bonsai.bonsai.masks.regression import (
 SPREADS = (0.3, 1.0, 3.0)
 # Used when there are too few observations to hold any out.
 _USUAL_SPREAD = 0.3
-# A kind whose mean curve is zero may still cost this share of a typical observation.
+# Smallest size of a kind's mean curve, as a share of the largest one or of a typical observation.
 _LEAST_SIZE = 0.01
 # Samples whose mean is reported as the posterior mean within the bounds.
 _DRAWS = 64
@@ -168,13 +169,33 @@ def _fit(
 def _kind_means(
     design_IK: torch.Tensor, loss_I: torch.Tensor, member_GF: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean curve of each coefficient's kind and its loss at t = 1, ``[K]`` each."""
+    """Return the mean curve of each coefficient's kind and that curve's size, ``[K]`` each."""
     kind_KF = torch.block_diag(member_GF, member_GF)
-    mean_F = _nonnegative(design_IK @ kind_KF, loss_I)
-    size_F = mean_F.view(2, -1).sum(0)
+    design_IF = design_IK @ kind_KF
+    mean_F = _nonnegative(design_IF, loss_I)
     typical = float(loss_I.square().mean().sqrt())
+    # A kind that no mask has tested costs a typical observation.
+    linear_F = torch.arange(len(mean_F)) < len(mean_F) // 2
+    mean_F[linear_F & (design_IF == 0).all(0)] = typical
+    size_F = mean_F.view(2, -1).sum(0)
+    error_F = _standard_error(design_IF, loss_I, mean_F).clamp_max(typical)
     least = _LEAST_SIZE * max(float(size_F.max()), typical, 1e-12)
-    return kind_KF @ mean_F, (member_GF @ size_F.clamp_min(least)).repeat(2)
+    size_F = size_F.maximum(error_F).clamp_min(least)
+    return kind_KF @ mean_F, (member_GF @ size_F).repeat(2)
+
+
+def _standard_error(
+    design_IF: torch.Tensor, loss_I: torch.Tensor, mean_F: torch.Tensor
+) -> torch.Tensor:
+    """Return the standard error of each kind's mean loss at t = 1, by least squares."""
+    observations, coefficients = design_IF.shape
+    squares = (loss_I - design_IF @ mean_F).square().sum()
+    noise = squares / max(observations - coefficients, 1)
+    covariance_FF = noise * torch.linalg.pinv(design_IF.T @ design_IF, hermitian=True)
+    kinds = coefficients // 2
+    covariance_2F2F = covariance_FF.view(2, kinds, 2, kinds)
+    variance_F: torch.Tensor = covariance_2F2F.diagonal(dim1=1, dim2=3).sum((0, 1))
+    return variance_F.clamp_min(0).sqrt()
 
 
 def _nonnegative(rows_RK: torch.Tensor, target_R: torch.Tensor) -> torch.Tensor:
