@@ -8,7 +8,7 @@ headers are read; weights are not. Damaged files are not recognised: their reade
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from frugal_bonsai.checkpoint.recognised import (
     multimodal,
 )
 
+ADAPTER_FILE = "adapter_config.json"
 _LFS_START = b"version https://git-lfs.github.com/spec/"
 _GGUF_START = b"GGUF"
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
@@ -107,16 +108,41 @@ def recognise_folder(folder: Path) -> Recognised:
         return lfs_pointer(folder, pointers)
     if "model_index.json" in names:
         return diffusion("a diffusion pipeline")
-    if SINGLE_FILE in names and (CONFIG_FILE in names or "adapter_config.json" not in names):
+    if SINGLE_FILE in names and (CONFIG_FILE in names or ADAPTER_FILE not in names):
         return Recognised(kind=MODEL)
     if INDEX_FILE in names:
         missing = missing_shards(folder)
         if missing:
             return incomplete(missing, f"lacks {len(missing)} shards")
         return Recognised(kind=MODEL)
-    if "adapter_config.json" in names:
-        return adapter(folder, read_json_object(folder / "adapter_config.json"))
+    if ADAPTER_FILE in names:
+        return adapter(folder, read_json_object(folder / ADAPTER_FILE))
     return _recognise_unread(folder, names, [p for p in entries if p.is_dir()])
+
+
+def recognise_repository(
+    model: str, names: Collection[str], adapter_config: Mapping[str, Any]
+) -> Recognised:
+    """Recognise a repository of the Hugging Face Hub that cannot be opened as a model.
+
+    Args:
+        model: the hub id.
+        names: names of all files.
+        adapter_config: ``adapter_config.json``; empty if there is none.
+    """
+    if adapter_config:
+        return adapter(model, adapter_config)
+    if "model_index.json" in names:
+        return diffusion("a diffusion pipeline")
+    gguf_files = sorted(name for name in names if name.endswith(".gguf"))
+    if gguf_files:
+        return gguf(model, gguf_files)
+    return Recognised(
+        kind="unknown",
+        what=f"has no {CONFIG_FILE} with weights in safetensors on the Hugging Face Hub (it has "
+        f"{', '.join(sorted(names)[:3])})",
+        advice="check the id, or download it and convert its weights with save_pretrained",
+    )
 
 
 def recognise_contents(

@@ -59,7 +59,7 @@ def require_recognised(path: Path | str, found: Recognised) -> None:
     raise error(f"{path} {found.what}; {found.advice}")
 
 
-def adapter(folder: Path, config: Mapping[str, Any]) -> Recognised:
+def adapter(folder: Path | str, config: Mapping[str, Any]) -> Recognised:
     """Describe an adapter of PEFT, and how it is merged into its base model."""
     base, kind = config.get("base_model_name_or_path"), str(config.get("peft_type", "LORA"))
     what = f"is an adapter ({kind}) of {base or 'a base model that it does not name'}, not a model"
@@ -78,11 +78,13 @@ def adapter(folder: Path, config: Mapping[str, Any]) -> Recognised:
     )
 
 
-def gguf(folder: Path, files: list[str]) -> Recognised:
+def gguf(folder: Path | str, files: list[str]) -> Recognised:
     """Describe GGUF files, and how transformers converts one."""
+    # A folder of a hub model's name would take its place.
+    out = folder if isinstance(folder, str) else str(folder / Path(files[0]).stem)
     command = save_plain(
         str(folder),
-        str(folder / Path(files[0]).stem) + "-bf16",
+        out + "-bf16",
         "m = t.AutoModelForCausalLM.from_pretrained("
         f"a, gguf_file={files[0]!r}, dtype=torch.bfloat16)",
         f"t.AutoTokenizer.from_pretrained(a, gguf_file={files[0]!r})",

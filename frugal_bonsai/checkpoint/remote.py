@@ -9,11 +9,14 @@ fails. Holds the headers.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NoReturn
 
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE, read_json_object
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.locate import hub_errors, local_folder
 from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.checkpoint.recognise import ADAPTER_FILE, recognise_repository
+from frugal_bonsai.checkpoint.recognised import require_recognised
 from frugal_bonsai.errors import CheckpointError
 
 
@@ -48,13 +51,35 @@ def _cached(model: str) -> Checkpoint | None:
         raise
 
 
+def _refuse_repository(model: str) -> NoReturn:
+    """Raise for a repository without a config: an adapter, GGUF files, or another kind."""
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    config: dict[str, Any] = {}
+    names = list_repo_files(model)
+    if ADAPTER_FILE in names:
+        config = read_json_object(Path(hf_hub_download(model, ADAPTER_FILE)))
+    require_recognised(model, recognise_repository(model, names, config))
+    raise AssertionError(f"{model}: recognised as a model without a config")
+
+
 def _fetched(model: str) -> Checkpoint:
     """Download the config and the headers from the hub."""
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        NotASafetensorsRepoError,
+        SafetensorsParsingError,
+    )
 
     with hub_errors(model):
-        config_path = Path(hf_hub_download(model, CONFIG_FILE))
+        try:
+            config_path = Path(hf_hub_download(model, CONFIG_FILE))
+        except LocalEntryNotFoundError:  # the hub cannot be reached
+            raise
+        except EntryNotFoundError:
+            _refuse_repository(model)
         try:
             files = get_safetensors_metadata(model).files_metadata
         except (NotASafetensorsRepoError, SafetensorsParsingError) as error:

@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.checkpoint.locate import EXAMPLE
-from frugal_bonsai.checkpoint.recognise import recognise
-from frugal_bonsai.checkpoint.recognised import MODEL
+from frugal_bonsai.checkpoint.locate import EXAMPLE, local_folder
+from frugal_bonsai.checkpoint.recognise import recognise, recognise_contents
+from frugal_bonsai.checkpoint.recognised import MODEL, Recognised
+from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.run.open import open_model
@@ -25,11 +26,9 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
         Plain values (what ``inspect --json`` prints). ``kind`` is ``"model"``, or the kind of what
         is no model; then ``what`` and ``advice`` say what it is and what to do.
     """
-    path = Path(model).expanduser()
-    if model != EXAMPLE and path.exists():
-        found = recognise(path)
-        if found.kind != MODEL:
-            return {"model": model, **found.to_json()}
+    found = _recognise(model)
+    if found.kind != MODEL:
+        return {"model": model, **found.to_json()}
     with open_model(model, headers_only=True, assume_family=assume_family) as opened:
         spec, checkpoint = opened.spec, opened.checkpoint
         dtypes: Counter[str] = Counter()
@@ -59,6 +58,18 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
                 UNIFORM: {"tile": rules.tile, "attention_counts": list(rules.attention_counts)}
             },
         }
+
+
+def _recognise(model: str) -> Recognised:
+    """Recognise a file, a folder or a model on the hub."""
+    path = Path(model).expanduser()
+    if model != EXAMPLE and path.is_file():
+        return recognise(path)  # the name of a file is an error to all other commands
+    folder = local_folder(model)
+    if folder is not None:
+        return recognise(folder)
+    with open_headers(model) as headers:
+        return recognise_contents(model, headers.config, headers.tensors)
 
 
 def _describe_units(spec: ModelSpec, kind: str) -> dict[str, Any]:

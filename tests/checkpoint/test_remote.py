@@ -8,12 +8,16 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, NotASafetensorsRepoError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    RemoteEntryNotFoundError,
+)
 
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.remote import open_headers
-from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 
 EXAMPLE = find_model("example")
 
@@ -97,6 +101,37 @@ def test_a_repository_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> No
     hub.metadata = NotASafetensorsRepoError("'org/name' is not a safetensors repo")
     with pytest.raises(CheckpointError, match=r"no safetensors.*save_pretrained"):
         open_headers("org/name")
+
+
+@pytest.mark.parametrize(
+    ("files", "pieces"),
+    [
+        ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}'}, ["org/base", "merge"]),
+        ({"b-q4.gguf": "GGUF", "a-q4.gguf": "GGUF"}, ["llama.cpp (a-q4.gguf)", "'org/name-bf16'"]),
+        ({"model_index.json": "{}", "vae/config.json": "{}"}, ["diffusion pipeline"]),
+        ({"weights.bin": ""}, ["no config.json", "weights.bin"]),
+    ],
+    ids=["adapter", "gguf", "diffusion", "unknown"],
+)
+def test_a_repository_without_a_config_is_recognised(
+    files: dict[str, str], pieces: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    Hub(monkeypatch, cached=None)
+
+    def download(_: str, name: str) -> str:
+        if name not in files:
+            raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: list(files))
+    with pytest.raises(CheckpointError if "vae" not in str(files) else UnsupportedModelError) as e:
+        open_headers("org/name")
+    for piece in ["org/name", *pieces]:
+        assert piece in str(e.value)
 
 
 def test_what_is_no_model() -> None:

@@ -122,10 +122,7 @@ def test_a_config_that_transformers_refuses_is_one_error_everywhere(
     assert "config.json: " in said.copy().pop() and key in said.pop()
 
 
-@pytest.mark.parametrize("family", ["example"])
-def test_perplexity_with_a_padding_index_is_plain_transformers(
-    model: Path, text: Path, family: str
-) -> None:
+def test_perplexity_with_a_padding_index_is_plain_transformers(model: Path, text: Path) -> None:
     rows = json.loads((model / "config.json").read_text())["vocab_size"]
     edit(model / "config.json", pad_token_id=rows - 1)
     found = succeed("eval", model, "--text", text, "--window", "64", "--windows", "4")
@@ -135,6 +132,12 @@ def test_perplexity_with_a_padding_index_is_plain_transformers(
     with torch.no_grad():
         loss = float(plain(windows_NS, labels=windows_NS).loss)
     assert math.isclose(found["perplexity"], math.exp(loss), rel_tol=1e-5)
+
+
+def test_a_padding_index_that_transformers_refuses_is_named(model: Path, text: Path) -> None:
+    edit(model / "config.json", pad_token_id=100_000)
+    said = fail("eval", model, "--text", text, "--window", "64", "--windows", "1")
+    assert "config.json: " in said and "pad_token_id is 100000" in said
 
 
 def add_token(model: Path, content: str = "[PAD]") -> int:
