@@ -258,5 +258,17 @@ def test_a_utility_that_is_no_number_is_refused(tiny: Tiny, value: float) -> Non
     evaluator = _evaluator(
         engine, tiny.source(), shared=True, utility=lambda logits_SV, tokens_S: value
     )
-    with pytest.raises(OptionError, match=f"utility: returned {value}"):
+    with pytest.raises(OptionError, match=rf"utility .*: returned {value}"):
         evaluator.evaluate(_design(mask, MASKS), MASKS)
+
+
+def test_an_exception_of_a_utility_names_it_and_the_window(tiny: Tiny) -> None:
+    def exact_match(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
+        raise KeyError("answer")
+
+    engine, mask = tiny.engine(), KeepMask(tiny.spec.table)
+    evaluator = _evaluator(engine, tiny.source(), shared=True, utility=exact_match)
+    expected = r"utility .*exact_match, window that begins with tokens \d+, .*: raised KeyError"
+    with pytest.raises(OptionError, match=expected) as caught:
+        evaluator.evaluate(_design(mask, MASKS), MASKS)
+    assert isinstance(caught.value.__cause__, KeyError)

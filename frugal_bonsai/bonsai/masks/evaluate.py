@@ -25,6 +25,7 @@ from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.hidden import HiddenStates
+from frugal_bonsai.stream.micro_batch import is_out_of_memory
 from frugal_bonsai.stream.source import LayerSource
 
 # (logits fp32 [S, V], tokens int64 [S]) -> a number, higher is better; need not be differentiable.
@@ -227,17 +228,42 @@ def window_utilities(
         first: Windows before this one are left out.
 
     Raises:
-        OptionError: The utility returned no finite number.
+        OptionError: The utility raised an exception or returned no finite number.
     """
     found: list[float] = []
     with torch.inference_mode():
         for item in range(first, len(tokens_NS)):
             logits_SV = head.logits(hidden.read(slice(item, item + 1)))[0]
-            value = float(utility(logits_SV, tokens_NS[item]))
-            if not math.isfinite(value):
-                raise OptionError(
-                    f"utility: returned {value} for a pruned model, expected a finite number "
-                    "(higher is better); return a very low number where it is undefined"
-                )
-            found.append(value)
+            found.append(_utility_of(utility, logits_SV, tokens_NS[item]))
     return found
+
+
+def _utility_of(utility: Utility, logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> float:
+    """Return a user's utility of one window, as a finite number.
+
+    Raises:
+        OptionError: The utility raised an exception, or returned something else. Out of memory is
+            raised as it is, because the sweep answers it with smaller micro-batches.
+    """
+    first = ", ".join(str(int(token)) for token in tokens_S[:8])
+    where = f"utility {utility_name(utility)}, window that begins with tokens {first}"
+    try:
+        value = float(utility(logits_SV, tokens_S))
+    except Exception as error:  # whatever a user's function raises
+        if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+            raise
+        raise OptionError(
+            f"{where}: raised {type(error).__name__}: {error}; it is called with logits "
+            f"{tuple(logits_SV.shape)} and tokens {tuple(tokens_S.shape)} and returns a number"
+        ) from error
+    if not math.isfinite(value):
+        raise OptionError(
+            f"{where}: returned {value} for a pruned model, expected a finite number (higher is "
+            "better); return a very low number where it is undefined"
+        )
+    return value
+
+
+def utility_name(utility: Utility) -> str:
+    """Return the name of a user's utility for errors, state, card and report."""
+    return str(getattr(utility, "__qualname__", type(utility).__qualname__))
