@@ -1,8 +1,8 @@
 """Find the folder of the model that the user names.
 
 In: ``example``, a local folder, or a hub id. Out: the folder. A hub model is downloaded into
-huggingface_hub's cache, restricted to the files that pruning needs (safetensors, JSON, tokenizer).
-Opens no weights.
+huggingface_hub's cache, restricted to the files that pruning needs (safetensors, JSON, tokenizer)
+and the card. Opens no weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from frugal_bonsai.errors import CheckpointError
 
 EXAMPLE = "example"
 # Only files at the top of the repository: folders hold other formats of the same weights.
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja", "README.md")
 HUB_LEFT_OUT = ("*/*", "consolidated*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 

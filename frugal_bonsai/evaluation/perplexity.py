@@ -27,10 +27,17 @@ class Perplexity:
     Attributes:
         nll: mean negative log-likelihood of a token, in nats.
         tokens: number of predicted tokens.
+        nll_error: standard error of ``nll``: of the means of windows, or of the tokens of one.
     """
 
     nll: float
     tokens: int
+    nll_error: float
+
+    @property
+    def error(self) -> float:
+        """Standard error of the perplexity, to first order."""
+        return self.value * self.nll_error
 
     @property
     def value(self) -> float:
@@ -61,16 +68,20 @@ def measure_texts(
         what: name of the model for the progress.
 
     Returns:
-        ``"perplexity"`` and ``"eval_perplexity"``, as in the summaries; None for missing windows.
+        ``"perplexity"`` and ``"eval_perplexity"``, as in the summaries, and the standard error of
+        each (``"perplexity_error"``); None for missing windows.
     """
-    found: dict[str, float | None] = {"perplexity": None, "eval_perplexity": None}
+    texts = {"perplexity": (f"{what}: held-out perplexity", held_out_NS)}
+    texts["eval_perplexity"] = ("", None)
+    if text is not None:
+        texts["eval_perplexity"] = (f"{what}: perplexity on {text[0]}", text[1])
+    found: dict[str, float | None] = {}
     with engine.native() as stream:
-        if held_out_NS is not None:
-            name = f"{what}: held-out perplexity"
-            found["perplexity"] = measure_perplexity(engine, stream, held_out_NS, name=name).value
-        if text is not None:
-            name, text_NS = f"{what}: perplexity on {text[0]}", text[1]
-            found["eval_perplexity"] = measure_perplexity(engine, stream, text_NS, name=name).value
+        for key, (name, windows_NS) in texts.items():
+            found |= {key: None, f"{key}_error": None}
+            if windows_NS is not None:
+                measured = measure_perplexity(engine, stream, windows_NS, name=name)
+                found |= {key: measured.value, f"{key}_error": measured.error}
     return found
 
 
@@ -96,4 +107,7 @@ def measure_perplexity(
             f"{engine.checkpoint.folder}: {name}: the mean loss is {nll}, although all weights "
             f"are finite: the model overflows in {engine.dtype}; use another checkpoint"
         )
-    return Perplexity(nll=nll, tokens=losses_NS.numel())
+    samples = losses_NS.double()
+    samples = samples.mean(1) if len(samples) > 1 else samples.flatten()
+    error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.inf
+    return Perplexity(nll=nll, tokens=losses_NS.numel(), nll_error=error)

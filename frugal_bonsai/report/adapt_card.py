@@ -15,7 +15,9 @@ from frugal_bonsai.report.card_parts import (
     is_hub_id,
     markdown_table,
     parent_name,
+    provenance_lines,
     source_name,
+    warning_lines,
 )
 from frugal_bonsai.report.words import duration, number, plural, ratio, size_rows
 from frugal_bonsai.sizes import format_bytes
@@ -38,11 +40,12 @@ def adapt_card(summary: Values) -> str:
     base = teacher if teacher is not None and is_hub_id(teacher) else summary["model"]
     taught = "" if teacher is None else f", with `{parent_name(teacher)}` as its teacher"
     parts = [
-        card_head(base),
+        card_head(base, summary.get("provenance", {}), "adapted"),
         f"# {pruned}, adapted after pruning\n",
         f"Trained from `{pruned}` ({summary['family']}) with frugal-bonsai {summary['version']}"
         f"{taught}: {TERMS[summary['settings']['loss']]}. Shapes and layout are those of the "
         f"pruned model ({summary['layout']}). The licence of the model that was pruned applies.\n",
+        *warning_lines(summary),
         "## Figures\n",
         markdown_table(("", "pruned", "adapted", "ratio"), figure_rows(summary, "of weights")),
         _explained(summary),
@@ -62,6 +65,7 @@ def adapt_card(summary: Values) -> str:
                 for row in summary["training"]["history"]
             ],
         ),
+        *provenance_lines(summary),
         "`pruning_report.json`, if there is one, says how the model was pruned.\n",
     ]
     return "\n".join(parts)

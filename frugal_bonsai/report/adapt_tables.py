@@ -70,6 +70,7 @@ def render_adapt(summary: Mapping[str, Any], console: Console) -> None:
         f"{verify['max_relative_difference']:.1e}, the trained student's within "
         f"{verify['student_difference']:.1e}, on {plural(verify['windows'], 'window')}"
     )
+    sheet.warn(summary.get("warnings", ()))
     for note in summary["notes"]:
         sheet.say(f"note: {note}")
     sheet.blank()

@@ -15,7 +15,9 @@ from frugal_bonsai.report.card_parts import (
     layout_notes,
     markdown_table,
     parent_name,
+    provenance_lines,
     source_name,
+    warning_lines,
 )
 from frugal_bonsai.report.sampling_words import SCORES, covered, mask_spending
 from frugal_bonsai.report.words import (
@@ -59,11 +61,12 @@ def model_card(summary: Values, *, dense_card_name: str | None = None) -> str:
     model = summary["model"] if dense_card_name is None else dense_card_name
     parent = parent_name(model)
     parts = [
-        card_head(model),
+        card_head(model, summary.get("provenance", {})),
         f"# {parent}, {summary['sparsity']:.1%} of its block weights removed\n",
         f"Made from `{parent}` ({summary['family']}) with frugal-bonsai {summary['version']}: "
         f"whole KV groups and FFN channels are gone, found with forward passes only. "
         f"{summary['layout'].capitalize()} layout. The parent's licence applies.\n",
+        *warning_lines(summary),
         "## Figures\n",
         _figures(summary),
         *(f"{note}\n" for note in layout_notes(summary)),
@@ -75,6 +78,7 @@ def model_card(summary: Values, *, dense_card_name: str | None = None) -> str:
         _kept(summary),
         "## Rounds\n",
         _rounds(summary),
+        *provenance_lines(summary),
         "## Source of the method\n",
         _CITATION,
         "## Licence\n",

@@ -5,12 +5,13 @@ In: values of a summary. Out: pieces of Markdown. Holds nothing.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from frugal_bonsai.report.words import printable
+from frugal_bonsai.report.words import NOTHING, number, printable
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 # An absolute, home or dotted path inside other text, of which only the last part is kept.
@@ -71,13 +72,67 @@ def source_name(source: str) -> str:
     """Return the name of a text without its folders."""
     if PureWindowsPath(source).is_absolute() or source.startswith("/"):
         return printable(PureWindowsPath(source).name)
-    return printable(_LOCAL_PATH.sub(lambda found: PureWindowsPath(found[0]).name, source))
+    return _without_paths(source)
 
 
-def card_head(model: str) -> str:
-    """Return the YAML head; a base model on the hub is named."""
-    base = f"base_model: {model}\n" if is_hub_id(model) else ""
-    return f"---\nlibrary_name: transformers\n{base}tags:\n- frugal-bonsai\n- pruned\n---\n"
+def card_head(model: str, provenance: Mapping[str, Any], *tags: str) -> str:
+    """Return the YAML head.
+
+    Args:
+        model: Name of the model that this one was made from; a hub id is the base model.
+        provenance: Origin of that model; its ancestor on the hub and its licence are named.
+        tags: Further tags.
+    """
+    base = model if is_hub_id(model) else provenance.get("base_model")
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"base_model: {base}"] if base else []
+    # JSON strings are YAML, whatever another card's licence contains.
+    licence = provenance.get("license", {})
+    lines += [f"{key}: {json.dumps(value)}" for key, value in licence.items()]
+    lines += ["tags:", *(f"- {tag}" for tag in ("frugal-bonsai", "pruned", *tags))]
+    return "\n".join(("---", *lines, "---", ""))
+
+
+def warning_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the section of warnings; empty without any."""
+    lines = [f"- {_without_paths(text)}." for text in summary.get("warnings", ())]
+    return ["## Warnings\n", "\n".join(lines) + "\n"] if lines else []
+
+
+def provenance_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the section that tells what each rewrite did; empty for a single one."""
+    provenance = summary.get("provenance", {})
+    steps = provenance.get("steps", ())
+    if len(steps) < 2:
+        return []
+    rows = (
+        (
+            str(at),
+            step["command"],
+            parent_name(step["model"]),
+            *(_from_to(step.get(key)) for key in ("block_parameters", "perplexity")),
+            _from_to(step.get("eval_perplexity")),
+        )
+        for at, step in enumerate(steps, 1)
+    )
+    names = ("", "command", "from", "block parameters", "held-out perplexity", "perplexity of text")
+    return [
+        "## Provenance\n",
+        f"The dense ancestor is `{parent_name(provenance['dense'])}`. What was done since, in "
+        f"order (perplexities of different steps may be of different texts):\n",
+        markdown_table(names, rows),
+    ]
+
+
+def _from_to(pair: Sequence[float | None] | None) -> str:
+    if pair is None or pair[0] is None or pair[1] is None:
+        return NOTHING
+    digits = 0 if isinstance(pair[0], int) else 3
+    return " to ".join(number(value, digits) for value in pair)
+
+
+def _without_paths(text: str) -> str:
+    return printable(_LOCAL_PATH.sub(lambda found: PureWindowsPath(found[0]).name, text))
 
 
 def layout_notes(summary: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,8 @@ from frugal_bonsai.report.card_parts import (
     layout_notes,
     markdown_table,
     parent_name,
+    provenance_lines,
+    warning_lines,
 )
 from frugal_bonsai.report.words import KIND_NAMES, size_rows, span
 
@@ -30,13 +32,14 @@ def mask_card(summary: Mapping[str, Any]) -> str:
         for kind, counts in summary["kept"].items()
     ]
     parts = [
-        card_head(summary["model"]),
+        card_head(summary["model"], summary.get("provenance", {})),
         f"# {parent}, {summary['sparsity']:.1%} of its block weights removed\n",
         f"Made from `{parent}` ({summary['family']}) and a keep mask with frugal-bonsai "
         f"{summary['version']}: the units that `pruning_mask.json` lists are gone. "
         f"{summary['layout'].capitalize()} layout. The parent's licence applies: these are "
         f"weights of `{parent}`.\n",
         *(f"Note: {note}.\n" for note in summary["notes"]),
+        *warning_lines(summary),
         "## Figures\n",
         markdown_table(
             ("", "before", "after", "ratio"),
@@ -47,5 +50,6 @@ def mask_card(summary: Mapping[str, Any]) -> str:
         "Kept weights are bit for bit the parent's. No perplexity was measured.\n",
         "## How to load it\n",
         LOAD[summary["layout"]],
+        *provenance_lines(summary),
     ]
     return "\n".join(parts)

@@ -38,6 +38,7 @@ def render_shrink(summary: Values, console: Console) -> None:
             for kind, counts in summary["kept"].items()
         ],
     )
+    sheet.warn(summary.get("warnings", ()))
     for note in (*layout_notes(summary), *summary["notes"]):
         sheet.say(f"note: {note}")
     sheet.say(f"time: {duration(summary['seconds'])}")

@@ -44,6 +44,11 @@ class Sheet:
         self._begun = True
         self._print("\n".join(self._wrapped(text)))
 
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Print warnings as paragraphs."""
+        for text in warnings:
+            self.say(f"warning: {text}")
+
     def verbatim(self, text: str) -> None:
         """Print a line to copy, which is never wrapped."""
         self._begun = True

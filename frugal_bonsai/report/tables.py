@@ -47,6 +47,7 @@ def render_prune(summary: Values, console: Console) -> None:
     _say_kept(summary, sheet)
     _say_rounds(summary, sheet)
     _say_run(summary, sheet)
+    sheet.warn(summary.get("warnings", ()))
     for note in (*layout_notes(summary), *summary["notes"]):
         sheet.say(f"note: {note}")
     sheet.blank()
@@ -69,7 +70,13 @@ def _say_before_after(summary: Values, sheet: Sheet) -> None:
     counted = [f"{plural(calibration['held_out_windows'], 'window')} of held-out calibration text"]
     if text is not None:
         counted.append(f"{plural(text['windows'], 'window')} of {text['name']}")
-    sheet.say(f"perplexity over {' and '.join(counted)}")
+    errors = [
+        f"{number(before[key])} before and {number(after[key])} after"
+        for key in ("perplexity_error", "eval_perplexity_error")
+        if before.get(key) is not None
+    ]
+    said = f"; standard error {', and '.join(errors)}" if errors else ""
+    sheet.say(f"perplexity over {' and '.join(counted)}{said}")
 
 
 def _say_kept(summary: Values, sheet: Sheet) -> None:
@@ -223,6 +230,7 @@ def render_eval(result: Values, console: Console) -> None:
     result, sheet = all_printable(result, console.encoding), Sheet(console)
     rows = [
         (f"perplexity, window {result['window']}", number(result["perplexity"], 4)),
+        ("its standard error", number(result.get("perplexity_error"), 4)),
         ("mean NLL, nats a token", number(result["nll"], 5)),
         ("windows", f"{result['windows']:,}"),
         ("tokens predicted", f"{result['tokens']:,}"),

@@ -27,7 +27,7 @@ from frugal_bonsai.rewrite.verify import compare_logits, compare_student
 from frugal_bonsai.run.adaptation import Adaptation
 from frugal_bonsai.run.engine import make_engine
 from frugal_bonsai.run.open import Model, open_output
-from frugal_bonsai.run.summary import MASK_FILE, REPORT_FILE
+from frugal_bonsai.run.provenance import MASK_FILE, REPORT_FILE
 from frugal_bonsai.stream.source import CheckpointSource
 
 
@@ -48,7 +48,8 @@ def measure(
         held_out_NS: held-out windows; None leaves their perplexity out.
         what: name of the model for the progress.
     """
-    found: dict[str, float | None] = {"perplexity": None, "eval_perplexity": None}
+    keys = ("perplexity", "eval_perplexity")
+    found: dict[str, float | None] = dict.fromkeys([*keys, *(f"{key}_error" for key in keys)])
     if held_out_NS is not None or job.eval_text is not None:
         engine = make_engine(model, plan, job.device, job.progress)
         found = measure_texts(engine, held_out_NS, job.eval_text, what)

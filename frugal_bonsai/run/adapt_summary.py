@@ -16,12 +16,18 @@ from frugal_bonsai.adapt.train import Trained
 from frugal_bonsai.adapt.training_data import TrainingData
 from frugal_bonsai.checkpoint.commit import write_bytes
 from frugal_bonsai.report.adapt_card import adapt_card
+from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.run.adapt_plan import AdaptPlans, describe_part
 from frugal_bonsai.run.adaptation import Adaptation
-from frugal_bonsai.run.summary import REPORT_FILE, describe_peaks, load_line, write_report
+from frugal_bonsai.run.provenance import (
+    ADAPT_REPORT_FILE,
+    REPORT_FILE,
+    read_provenance,
+    with_step,
+)
+from frugal_bonsai.run.summary import describe_peaks, load_line, write_report
+from frugal_bonsai.run.warnings import figure_warnings
 from frugal_bonsai.version import package_version
-
-ADAPT_REPORT_FILE = "adaptation_report.json"
 
 
 def describe_adaptation(
@@ -51,7 +57,7 @@ def describe_adaptation(
     if job.eval_text is not None:
         name, windows_NS = job.eval_text
         eval_text = {"name": name, "window": job.window, "windows": len(windows_NS)}
-    return {
+    summary = {
         "version": package_version(),
         "model": job.pruned.name,
         "teacher": None if job.teacher is None else job.teacher.name,
@@ -79,6 +85,25 @@ def describe_adaptation(
         "out": str(out),
         "load": load_line(out, written["layout"]),
     }
+    summary["warnings"] = _warnings(summary["before"], summary["after"])
+    provenance = read_provenance(job.pruned)
+    if job.teacher is not None and not provenance["steps"]:
+        provenance |= {"dense": parent_name(job.teacher.name)}
+    if job.teacher is not None and provenance["base_model"] is None:
+        provenance["base_model"] = read_provenance(job.teacher)["base_model"]
+    summary["provenance"] = with_step(provenance, "adapt", summary)
+    return summary
+
+
+def _warnings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return warnings about the figures of the adapted model."""
+    found = list(figure_warnings(before, after, advice="train with a lower --learning-rate"))
+    if before["kl"] is not None and after["kl"] > before["kl"]:
+        found.append(
+            f"the divergence from the teacher grew from {before['kl']:.3g} to {after['kl']:.3g} "
+            f"nats: train on more text or for longer (--tokens), or with a lower --learning-rate"
+        )
+    return found
 
 
 def write_papers(staged: Path, summary: Mapping[str, Any]) -> None:

@@ -82,6 +82,7 @@ def evaluate(
             "windows": len(windows_NS),
             "tokens": measured.tokens,
             "perplexity": measured.value,
+            "perplexity_error": measured.error,
             "nll": measured.nll,
             "weights": weights,
             "seconds": seconds,

@@ -30,8 +30,10 @@ from frugal_bonsai.run.engine import make_engine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.plan import plan_prune, predict, sampling_note
+from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.texts import read_windows
+from frugal_bonsai.run.warnings import calibration_warning, pruned_before_warning
 from frugal_bonsai.run.workload import prune_workload
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.text.sources import SELF
@@ -74,6 +76,8 @@ class PruneRun:
         engine: Engine of the dense model, within the plan's limits.
         calibration: Windows to search on and windows that are held out.
         progress: Told of rounds, sweeps and layers.
+        provenance: Origin of the dense model, as plain values.
+        warnings: Warnings about the model and the calibration.
     """
 
     model: Model
@@ -84,6 +88,8 @@ class PruneRun:
     engine: Engine
     calibration: Calibration
     progress: Progress
+    provenance: dict[str, Any]
+    warnings: tuple[str, ...]
 
 
 def prepare_run(
@@ -132,6 +138,17 @@ def prepare_run(
     if texts.windows_nS is None:
         progress.note(sampling_note(model, resolved, work, memory))
     engine = _make_engine(model, resolved, memory, folder, progress)
+    calibration = _calibrate(model, resolved, texts, work, engine)
+    provenance = read_provenance(model)
+    found = (
+        pruned_before_warning(model.name, provenance),
+        calibration_warning(
+            model.spec, resolved.settings, len(calibration.windows_NS), resolved.window
+        ),
+    )
+    warnings = tuple(warning for warning in found if warning is not None)
+    for warning in warnings:
+        progress.note(f"warning: {warning}")
     return PruneRun(
         model=model,
         resolved=resolved,
@@ -139,8 +156,10 @@ def prepare_run(
         memory=memory,
         predicted=predicted,
         engine=engine,
-        calibration=_calibrate(model, resolved, texts, work, engine),
+        calibration=calibration,
         progress=progress,
+        provenance=provenance,
+        warnings=warnings,
     )
 
 

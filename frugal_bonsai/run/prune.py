@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.bonsai.masks.evaluate import Utility
+from frugal_bonsai.bonsai.masks.evaluate import Utility, utility_name
 from frugal_bonsai.bonsai.search import Search, SearchResult
 from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.bonsai.state import (
@@ -29,10 +29,14 @@ from frugal_bonsai.run.early import check_prune
 from frugal_bonsai.run.open import note_model, open_model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
+from frugal_bonsai.run.provenance import with_step
 from frugal_bonsai.run.prune_output import measure_dense, write_pruned
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.summary import describe_run, write_papers
+from frugal_bonsai.run.warnings import figure_warnings
 from frugal_bonsai.sizes import parse_bytes
+
+WORSE = "train it with adapt, calibrate with more text, or remove less (--sparsity)"
 
 
 def prune(
@@ -89,6 +93,13 @@ def prune(
             with staged_directory(out) as staged:
                 figures = {"before": before, **write_pruned(run, found, staged, shard_bytes)}
                 summary = describe_run(run, found, out) | figures
+                if utility is not None:
+                    summary["settings"]["utility"] = utility_name(utility)
+                summary["warnings"] = [
+                    *run.warnings,
+                    *figure_warnings(before, summary["after"], advice=WORSE),
+                ]
+                summary["provenance"] = with_step(run.provenance, "prune", summary)
                 summary["seconds"] = time.monotonic() - started
                 write_papers(staged, summary, opened.spec, found.mask)
         finally:
@@ -108,7 +119,7 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
         "as_mistral": resolved.rules.as_mistral,
         "model": model_fingerprint(run.model.checkpoint),
         "calibration": fingerprint(calibration.windows_NS.numpy().tobytes()),
-        "utility": None if utility is None else getattr(utility, "__qualname__", repr(utility)),
+        "utility": None if utility is None else utility_name(utility),
     }
     state = StateFolder(folder, identity)
     if resume and not state.exists:

@@ -22,7 +22,9 @@ from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
 from frugal_bonsai.rewrite.shrink import shrink as rewrite
 from frugal_bonsai.run.early import check_shrink
 from frugal_bonsai.run.open import Model, note_model, open_model, open_output
-from frugal_bonsai.run.summary import MASK_FILE, load_line
+from frugal_bonsai.run.provenance import MASK_FILE, read_provenance, with_step
+from frugal_bonsai.run.summary import load_line
+from frugal_bonsai.run.warnings import pruned_before_warning
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.version import package_version
 
@@ -71,6 +73,10 @@ def shrink(
         # The mask has the FFN widths, so the layout's finest tile is used.
         rules = layout_rules(spec, layout, tile=1, as_mistral=as_mistral)
         progress.note(NO_REFITS)
+        provenance = read_provenance(opened)
+        warning = pruned_before_warning(opened.name, provenance)
+        if warning is not None:
+            progress.note(f"warning: {warning}")
         with staged_directory(out) as staged:
             written = rewrite(
                 opened.checkpoint, spec, keep, staged, rules=rules, max_shard_bytes=shard_bytes
@@ -83,8 +89,10 @@ def shrink(
                 "out": str(out),
                 "load": load_line(out, layout),
                 "notes": [NO_REFITS, *opened.notes],
+                "warnings": [] if warning is None else [warning],
                 "seconds": time.monotonic() - started,
             }
+            summary["provenance"] = with_step(provenance, "shrink", summary)
             write_bytes(staged / "README.md", mask_card(summary).encode())
     return summary
 

@@ -28,10 +28,9 @@ from frugal_bonsai.rewrite.mask_file import write_mask
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.plan import plan_items
 from frugal_bonsai.run.prepare import PruneRun
+from frugal_bonsai.run.provenance import MASK_FILE, REPORT_FILE
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.version import package_version
-
-MASK_FILE, REPORT_FILE = "pruning_mask.json", "pruning_report.json"
 
 
 def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any]:

@@ -109,9 +109,9 @@ def test_only_what_pruning_needs_is_downloaded(
         "tokenizer.json",
         "tokenizer.model",
         "chat_template.jinja",
+        "README.md",  # the licence
     ]
     unwanted = [
-        "README.md",
         "consolidated.safetensors",
         "modeling_custom.py",
         "onnx/config.json",

@@ -22,9 +22,36 @@ def head(card: str) -> dict[str, Any]:
 def test_head_of_a_hub_model() -> None:
     assert head(model_card(make_summary())) == {
         "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "base_model": "org/base-7b",
         "tags": ["frugal-bonsai", "pruned"],
     }
+
+
+def test_licence_and_ancestor_come_from_the_source() -> None:
+    step = {"command": "prune", "model": "dense", "perplexity": [5.0, 7.5]}
+    summary = make_summary(
+        model="/data/pruned",
+        warnings=["held-out perplexity rose from 5 to 50: train it with adapt"],
+        provenance={
+            "dense": "dense",
+            "base_model": "org/dense",
+            "license": {"license": "other", "license_name": 'a "quoted": name'},
+            "steps": [step, {**step, "perplexity": [7.5, None], "model": "/data/pruned"}],
+        },
+    )
+    card = model_card(summary)
+    assert head(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "org/dense",
+        "license": "other",
+        "license_name": 'a "quoted": name',
+        "tags": ["frugal-bonsai", "pruned"],
+    }
+    assert "## Warnings\n\n- held-out perplexity rose from 5 to 50: train it with adapt." in card
+    assert "| 1 | prune | dense | - | 5.000 to 7.500 | - |" in card
+    assert "| 2 | prune | pruned | - | - | - |" in card and "/data" not in card
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,9 @@ def test_a_utility_of_ones_own_need_not_be_differentiable(tmp_path: Path) -> Non
     assert all(-1 <= loss <= 0 for loss in trial.values()), "minus an accuracy"
     assert set(calls) == {torch.Size([64, 4096])}
     assert summary["sparsity"] == pytest.approx(0.1, abs=0.01)
+    assert summary["settings"]["utility"].endswith("accuracy")
+    card = (tmp_path / "own" / "README.md").read_text(encoding="utf-8")
+    assert f"| `utility` | `{summary['settings']['utility']}` |" in card
 
 
 def test_windows_sampled_from_the_model_itself_and_its_time_said_first(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The provenance of a model: its dense ancestor, its licence, and what each rewrite did.
+
+In: a model's folder with its card and the reports of earlier runs. Out: plain values. Reads a few
+small files; what is missing or damaged is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from frugal_bonsai.report.card_parts import is_hub_id, parent_name
+from frugal_bonsai.run.open import Model
+
+MASK_FILE, REPORT_FILE = "pruning_mask.json", "pruning_report.json"
+ADAPT_REPORT_FILE = "adaptation_report.json"
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def read_provenance(model: Model) -> dict[str, Any]:
+    """Return where a model comes from.
+
+    Returns:
+        ``dense``: name of the dense ancestor, the model itself if it was never rewritten;
+        ``base_model``: hub id of the ancestor, or None; ``license``: keys of the card's head;
+        ``steps``: earlier rewrites, the first one first.
+    """
+    card, earlier = _card_head(model.folder), _earlier(model.folder)
+    steps = list(earlier.get("steps", ()))
+    dense = earlier.get("dense") or parent_name(model.name)
+    base = earlier.get("base_model")
+    named = card.get("base_model")
+    for name in (dense, model.name, named[0] if isinstance(named, list) and named else named):
+        if base is None and isinstance(name, str) and is_hub_id(name):
+            base = name
+    licence = {key: card[key] for key in _LICENCE_KEYS if isinstance(card.get(key), str)}
+    return {"dense": dense, "base_model": base, "license": licence, "steps": steps}
+
+
+def with_step(provenance: Mapping[str, Any], command: str, summary: Mapping[str, Any]) -> Any:
+    """Return a provenance with one more step: what a command did, and its figures."""
+    figures = {
+        key: [summary[when].get(key) for when in ("before", "after")]
+        for key in ("block_parameters", "perplexity", "eval_perplexity")
+    }
+    step = {"command": command, "model": parent_name(summary["model"]), **figures}
+    return {**provenance, "steps": [*provenance["steps"], step]}
+
+
+def _earlier(folder: Path) -> Mapping[str, Any]:
+    """Return the provenance that the run which wrote a model has recorded."""
+    for name, command in ((ADAPT_REPORT_FILE, "adapt"), (REPORT_FILE, "prune")):
+        report = _read_object(folder / name)
+        if isinstance(report.get("provenance"), dict):
+            return dict(report["provenance"])
+        if {"model", "before", "after"} <= report.keys():  # of a version that recorded none
+            dense = report.get("teacher") or report["model"]
+            start = {"dense": parent_name(dense), "steps": []}
+            return dict(with_step(start, command, report))
+    mask = _read_object(folder / MASK_FILE).get("model")
+    if isinstance(mask, dict) and isinstance(mask.get("name"), str):
+        step = {"command": "shrink", "model": mask["name"]}
+        return {"dense": mask["name"], "steps": [step]}
+    return {}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _card_head(folder: Path) -> dict[str, Any]:
+    """Return the YAML head of a model's card; empty if there is none that can be read."""
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        return dict(metadata_load(folder / "README.md") or {})
+    except (OSError, ValueError, YAMLError):
+        return {}

@@ -1,0 +1,85 @@
+"""Warnings about results that are bad or cannot be trusted, each with what to do.
+
+In: sizes and figures of a run. Out: sentences for the terminal, the card and ``--json``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.model.family import ModelSpec
+
+Values = Mapping[str, Any]
+# A perplexity that rose by more than this factor is a warning.
+_MOST_RISE = 5.0
+# A standard error of more than this share of the perplexity is a warning.
+_MOST_ERROR = 0.05
+
+
+def calibration_warning(
+    spec: ModelSpec, settings: PruneSettings, windows: int, window: int
+) -> str | None:
+    """Return a warning if the calibration has fewer tokens than a Gram matrix has columns.
+
+    The rank of the Gram matrix of T tokens is at most T. A layer's experts share the tokens.
+
+    Args:
+        spec: The dense model.
+        settings: Settings of the prune.
+        windows: Number of calibration windows.
+        window: Tokens of a window.
+    """
+    if not settings.recovery and settings.prior != "exact":
+        return None
+    needed = 0
+    for group in spec.table.groups:
+        share = 1.0 if group.expert is None else spec.experts_chosen / spec.experts
+        needed = max(needed, math.ceil(group.columns / share))
+    if windows * window >= needed:
+        return None
+    return (
+        f"calibration: {windows * window:,} tokens, but the widest projections need at least "
+        f"{needed:,} for a Gram matrix of full rank; fewer tokens fit the calibration text alone. "
+        f"Use more text: --windows {math.ceil(needed / window)} or more"
+    )
+
+
+def pruned_before_warning(name: str, provenance: Values) -> str | None:
+    """Return a warning if the model is itself the output of a prune.
+
+    Args:
+        name: Name of the model, as typed.
+        provenance: Result of :func:`frugal_bonsai.run.provenance.read_provenance`.
+    """
+    if not provenance["steps"]:
+        return None
+    return (
+        f"{name} was pruned before, from {provenance['dense']}: figures 'before' are of the pruned "
+        f"model, and sparsity is of what was left. Pruning {provenance['dense']} itself gives a "
+        f"better model of this size"
+    )
+
+
+def figure_warnings(before: Values, after: Values, *, advice: str) -> Iterator[str]:
+    """Yield warnings about perplexities that rose or whose error is large.
+
+    Args:
+        before: Figures of the model before.
+        after: Figures of the model after.
+        advice: What to do about a perplexity that rose.
+    """
+    for key, name in (("perplexity", "held-out"), ("eval_perplexity", "--eval-text")):
+        old, new, error = before[key], after[key], after.get(f"{key}_error")
+        if old is None or new is None:
+            continue
+        if not new <= _MOST_RISE * old:
+            yield f"{name} perplexity rose from {old:.3g} to {new:.3g}: {advice}"
+        if error is not None and math.isfinite(new) and error > _MOST_ERROR * new:
+            more = "--eval-text or more --windows" if key == "perplexity" else "a longer text"
+            yield (
+                f"{name} perplexity {new:.3g} has a standard error of {error:.2g}: too few tokens "
+                f"were measured; use {more}"
+            )

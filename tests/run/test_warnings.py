@@ -1,0 +1,91 @@
+"""Warnings with what to do, and where a model comes from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import frugal_bonsai, succeed
+from plan_shapes import LLAMA_8B
+
+from frugal_bonsai.bonsai.methods import make_settings
+from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.run.open import open_model
+from frugal_bonsai.run.provenance import read_provenance
+from frugal_bonsai.run.warnings import calibration_warning, figure_warnings
+
+
+def test_a_calibration_with_fewer_tokens_than_columns() -> None:
+    settings = make_settings("default", {})
+    text = calibration_warning(LLAMA_8B, settings, 4, 2048)
+    assert text is not None and "8,192 tokens" in text and "at least 14,336" in text
+    assert "--windows 7 or more" in text
+    assert calibration_warning(LLAMA_8B, settings, 7, 2048) is None
+    assert calibration_warning(LLAMA_8B, make_settings("random", {}), 1, 2048) is None
+
+
+def figures(perplexity: float | None, error: float | None = 0.01) -> dict[str, float | None]:
+    return {"perplexity": perplexity, "perplexity_error": error, "eval_perplexity": None}
+
+
+def test_figures_that_are_bad_or_uncertain() -> None:
+    assert list(figure_warnings(figures(5.0), figures(24.0), advice="adapt")) == []
+    (rose,) = figure_warnings(figures(5.0), figures(26.0), advice="adapt")
+    assert rose == "held-out perplexity rose from 5 to 26: adapt"
+    (rose,) = figure_warnings(figures(5.0), figures(float("inf"), None), advice="adapt")
+    assert "rose from 5 to inf" in rose
+    (few,) = figure_warnings(figures(5.0), figures(6.0, 0.9), advice="adapt")
+    assert "standard error of 0.9" in few and "--eval-text or more --windows" in few
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The example with a licence, pruned on 256 tokens, pruned again, and the second summary."""
+    folder = tmp_path_factory.mktemp("twice")
+    dense, summary = folder / "dense", dict[str, Any]()
+    shutil.copytree(find_model("example"), dense)
+    card = "---\nlicense: apache-2.0\nbase_model: org/dense-model\n---\n# Dense\n"
+    (dense / "README.md").write_text(card, encoding="utf-8")
+    quick = ("--calibration", "stdlib", "--windows", "4", "--window", "64")
+    for source, out in ((dense, "once"), (folder / "once", "twice")):
+        words = ("--out", folder / out, *quick, "--method", "local-only", "--sparsity", "0.2")
+        summary = succeed("prune", source, *words)
+    return folder, summary
+
+
+def test_a_model_that_was_pruned_before(twice: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = twice
+    before, calibration = summary["warnings"][:2]
+    assert "once was pruned before, from dense: figures" in before
+    assert calibration.startswith("calibration: 256 tokens")
+    provenance = json.loads((folder / "twice" / "pruning_report.json").read_text())["provenance"]
+    assert provenance == summary["provenance"]
+    assert [step["model"] for step in provenance["steps"]] == ["dense", "once"]
+    first, second = (step["perplexity"] for step in provenance["steps"])
+    assert first[1] == pytest.approx(second[0], rel=1e-3)
+    card = (folder / "twice" / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == "org/dense-model" and head["license"] == "apache-2.0"
+    assert "The dense ancestor is `dense`" in card and "## Warnings" in card
+    assert str(folder) not in card
+
+
+def test_what_wrote_no_report_is_known_by_its_mask(
+    twice: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = twice
+    shutil.copytree(folder / "once", tmp_path / "model")
+    (tmp_path / "model" / "pruning_report.json").write_text("[" * 9, encoding="utf-8")
+    with open_model(str(tmp_path / "model")) as opened:
+        found = read_provenance(opened)
+    assert found["dense"] == "dense" and [s["command"] for s in found["steps"]] == ["shrink"]
+
+
+def test_eval_states_its_standard_error(twice: tuple[Path, dict[str, Any]]) -> None:
+    words = ("--text", find_model("example") / "README.md", "--window", "64", "--windows", "4")
+    done = frugal_bonsai("eval", twice[0] / "once", *words)
+    assert done.returncode == 0 and "its standard error" in done.stdout
