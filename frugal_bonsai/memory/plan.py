@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.command_items import CommandItems
+from frugal_bonsai.memory.hints import advise, smaller_sweeps
 from frugal_bonsai.memory.phases import CommandPhases, PlannedPhases
 from frugal_bonsai.memory.prune_items import PruneItems
 from frugal_bonsai.memory.prune_phases import PrunePhases
@@ -99,7 +100,7 @@ def plan_memory(
         BudgetError: Nothing fits; names the largest item and the smallest cap that works.
     """
     build = _phases(spec, budget, work, base_bytes)
-    choice = _choose(build, spec, budget, work)
+    choice = _choose(build, spec, budget, work, base_bytes)
     if isinstance(work, PruneWorkload):
         choice = _keep(build, choice, work)
     return MemoryPlan(
@@ -118,16 +119,22 @@ def _phases(spec: ModelSpec, budget: Budget, work: SweepWorkload, base_bytes: in
     return CommandPhases(CommandItems(spec, budget, work), budget, base_bytes)
 
 
-def _choose(build: CommandPhases, spec: ModelSpec, budget: Budget, work: SweepWorkload) -> Choice:
+def _choose(
+    build: CommandPhases, spec: ModelSpec, budget: Budget, work: SweepWorkload, base_bytes: int
+) -> Choice:
     """Choose two layer buffers, the largest micro-batch, windows in flight, resident windows.
 
     Each is as large as fits with the ones before it.
     """
     choice = Choice(micro_batch=1, in_flight=1, resident=0, keep_inputs=False)
     if not build.fits(choice):
-        choice = replace(choice, buffers=1)  # no reading ahead
-    fewer = f"; fewer windows (--windows, now {work.windows}) need less"
-    build.refuse(choice, fewer if work.windows > 1 else "")
+        choice = least = replace(choice, buffers=1)  # no reading ahead
+        if not build.fits(least):
+
+            def fits(smaller: SweepWorkload) -> bool:
+                return _phases(spec, budget, smaller, base_bytes).fits(least)
+
+            build.refuse(least, advise(smaller_sweeps(work), fits))
     most = max(1, min(work.most_windows, step_tokens(spec, budget) // work.window))
     choice = _largest(build, choice, "micro_batch", most)
     most = min(work.most_windows, most_windows_in_flight(budget, work))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from frugal_bonsai.memory.budget import Budget
+from frugal_bonsai.memory.hints import advise, smaller_trainings
 from frugal_bonsai.memory.phases import MemoryPhase, PhaseBuilder, PlannedPhases
 from frugal_bonsai.memory.plan import step_tokens
 from frugal_bonsai.memory.training_items import (
@@ -95,18 +96,18 @@ def plan_training(
     """
     items = TrainingItems(spec, budget, work)
     build = _TrainingPhases(items, budget, base_bytes)
-    choices = [
-        TrainingChoice(weights=weights, rank=rank, optimiser=optimiser, micro_batch=1)
-        for weights in _weights(work)
-        for rank in _ranks(spec, work)
-        for optimiser in work.optimisers
-    ]
+    choices = _choices(spec, work)
     choice = next((choice for choice in choices if build.fits(choice)), None)
     if choice is None:
         # Streamed weights do not always need least: they keep the boundaries of all windows of a
         # step. So the error names the choice that comes closest to the caps.
         choice = min(choices, key=build.excess)
-        build.refuse(choice)
+
+        def fits(smaller: TrainingWork) -> bool:
+            other = _TrainingPhases(TrainingItems(spec, budget, smaller), budget, base_bytes)
+            return any(other.fits(choice) for choice in _choices(spec, smaller))
+
+        build.refuse(choice, advise(smaller_trainings(work), fits))
     if budget.gpu_bytes is not None:
         larger = [replace(choice, head_chunks=chunks) for chunks in GPU_HEAD_CHUNKS]
         choice = next((c for c in larger if build.fits(c)), choice)
@@ -122,6 +123,16 @@ def plan_training(
         micro_batch=choice.micro_batch,
         head_tokens=items.head_tokens(choice),
     )
+
+
+def _choices(spec: ModelSpec, work: TrainingWork) -> list[TrainingChoice]:
+    """Return every form with the smallest micro-batch, in order of preference."""
+    return [
+        TrainingChoice(weights=weights, rank=rank, optimiser=optimiser, micro_batch=1)
+        for weights in _weights(work)
+        for rank in _ranks(spec, work)
+        for optimiser in work.optimisers
+    ]
 
 
 def _weights(work: TrainingWork) -> Sequence[str]:

@@ -12,6 +12,7 @@ from plan_shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import GIB, MIB
 
 WORK = PruneWorkload(
@@ -208,6 +209,34 @@ def test_a_refusal_names_the_item_and_a_cap_that_works(gib: float, host: float) 
     budget = cuda(less, host) if gib == 2 else cuda(gib, less)
     with pytest.raises(BudgetError):
         plan_memory(LLAMA_8B, budget, WORK, base_bytes=500 * MIB)
+
+
+def refused(spec: ModelSpec, budget: Budget, work: PruneWorkload) -> str:
+    with pytest.raises(BudgetError) as refusal:
+        plan_memory(spec, budget, work, base_bytes=500 * MIB)
+    return str(refusal.value).partition(" works is ")[2]
+
+
+def test_a_refusal_advises_what_was_tried_and_fits() -> None:
+    """On the shapes of a 70B model fewer windows need as much as many do."""
+    without = replace(WORK, channel_updates=0)
+    with pytest.raises(BudgetError) as refusal:
+        plan_memory(LLAMA_70B, cuda(2), without, base_bytes=500 * MIB)
+    enough = cuda((refusal.value.needed_bytes + MIB) / GIB)
+    text = refused(LLAMA_70B, enough, WORK)
+    assert "it fits with --refine 0 or with --no-recovery" in text
+    assert "--windows" not in text
+    plan_memory(LLAMA_70B, enough, without, base_bytes=500 * MIB)
+    assert "fits with" not in refused(LLAMA_70B, cuda(0.7), WORK)
+
+
+def test_fewer_windows_are_advised_where_they_help() -> None:
+    many = replace(WORK, windows=2048, part_windows=2048, sampled=2300)
+    budget = cuda(24, host_gib=2)
+    text = refused(LLAMA_1B, budget, many)
+    found = int(text.partition("fits with --windows ")[2])
+    fewer = replace(WORK, windows=found, part_windows=found, sampled=found + found // 8)
+    plan_memory(LLAMA_1B, budget, fewer, base_bytes=500 * MIB)
 
 
 def test_the_binding_item_is_the_largest_that_can_change() -> None:

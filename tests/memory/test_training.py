@@ -107,6 +107,13 @@ def test_what_does_not_fit_is_refused_with_the_smallest_cap_that_does() -> None:
         plan(least - 2 * MIB / GIB, weights="int8")
 
 
+def test_a_refusal_advises_what_was_tried_and_fits() -> None:
+    with pytest.raises(BudgetError, match="it fits with another --weights, or none") as refused:
+        plan(6, weights="native")
+    assert plan(6).weights == "int8"
+    assert "--rank" not in str(refused.value)  # the plan has tried them all
+
+
 def test_the_smallest_cap_is_of_the_smallest_choice() -> None:
     """A step's windows at all boundaries are more than int8 weights here."""
     with pytest.raises(BudgetError, match="frozen weights is the largest item") as refused:
