@@ -18,6 +18,7 @@ _DTYPES = {
     "I8": ("int8", 1),
     "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),  # scales of MXFP4 and MXFP8
     "I16": ("int16", 2),
     "U16": ("uint16", 2),
     "F16": ("float16", 2),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE, find_tensors, read_config
+from frugal_bonsai.checkpoint.quantised import CONFIG_KEY, drop_left_over, quantised_by
 from frugal_bonsai.checkpoint.recognise import recognise_folder
 from frugal_bonsai.checkpoint.recognised import require_recognised
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
@@ -40,8 +41,10 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     folder = Path(path)
     require_recognised(folder, recognise_folder(folder))
     config = read_config(folder)
-    find_tensors(folder)
+    tensors = find_tensors(folder)
     model_class = _model_class(config, source=str(folder / CONFIG_FILE))
+    if drop_left_over(config) != config and quantised_by(config, tensors) is None:
+        kwargs.setdefault("config", _plain_config(folder, model_class))
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -61,6 +64,15 @@ def _bundled(config: Mapping[str, Any], *, source: str) -> BundledModel | None:
     if str(config.get("auto_map", {}).get("AutoModelForCausalLM")).startswith(MODULE):
         return find_bundled(model_type, source=source)
     return None
+
+
+def _plain_config(folder: Path, model_class: Any) -> Any:
+    """Return the config without the description of a quantisation that the weights do not have."""
+    from transformers import AutoConfig
+
+    config = getattr(model_class, "config_class", AutoConfig).from_pretrained(folder)
+    vars(config).pop(CONFIG_KEY, None)
+    return config
 
 
 def _model_class(config: Mapping[str, Any], *, source: str) -> Any:

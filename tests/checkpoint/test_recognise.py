@@ -231,6 +231,17 @@ def mxfp4(weights: dict[str, torch.Tensor]) -> None:
     weights["l.mlp.experts.gate_up_proj_scales"] = torch.zeros(4, 8, 2, dtype=torch.uint8)
 
 
+def mxfp8(weights: dict[str, torch.Tensor]) -> None:
+    weights["l.q_proj.weight"] = torch.zeros(64, 64).to(torch.float8_e4m3fn)
+    weights["l.q_proj.weight_scale"] = torch.zeros(64, 2, dtype=torch.uint8).view(
+        torch.float8_e8m0fnu
+    )
+
+
+def torchao(weights: dict[str, torch.Tensor]) -> None:
+    weights["l.q_proj.weight:_weight_qdata"] = torch.zeros(64, 64, dtype=torch.int8)
+
+
 def mlx(weights: dict[str, torch.Tensor]) -> None:
     weights["l.q_proj.weight"] = torch.zeros(64, 8, dtype=torch.uint32)
     weights["l.q_proj.scales"] = torch.ones(64, 1)
@@ -251,6 +262,8 @@ Quantise = Callable[[dict[str, torch.Tensor]], None]
         (fp8, {}, "fp8", "FineGrainedFP8Config(dequantize=True)"),
         (fp8, {"quantization_config": {"quant_method": "fbgemm_fp8"}}, "fbgemm_fp8", "unquantised"),
         (mxfp4, {}, "mxfp4", "Mxfp4Config(dequantize=True)"),
+        (mxfp8, {}, "fp8 or compressed-tensors", "unquantised"),
+        (torchao, {"quantization_config": {"quant_method": "torchao"}}, "torchao", "unquantised"),
         (mlx, {"quantization": {"bits": 4}}, "mlx", "unquantised"),
     ],
 )

@@ -181,6 +181,8 @@ def test_a_left_over_description_of_quantisation_goes_with_a_note(
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     found = succeed("eval", model, "--text", text, "--window", "64", "--windows", "1")
     assert any(key in note for note in found["notes"])
+    loaded = frugal_bonsai.load_pruned(model)  # plain transformers asks for GPTQ's package
+    assert not hasattr(loaded.config, "quantization_config")
 
 
 def follow_advice(path: Path) -> str:
