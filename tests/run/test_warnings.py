@@ -14,6 +14,7 @@ from plan_shapes import LLAMA_8B
 
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.checkpoint.locate import find_model
+from frugal_bonsai.run.adapt_summary import _warnings as adaptation_warnings
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.warnings import calibration_warning, figure_warnings
@@ -40,6 +41,15 @@ def test_figures_that_are_bad_or_uncertain() -> None:
     assert "rose from 5 to inf" in rose
     (few,) = figure_warnings(figures(5.0), figures(6.0, 0.9), advice="adapt")
     assert "standard error of 0.9" in few and "--eval-text or more --windows" in few
+
+
+def test_an_adaptation_that_left_its_teacher() -> None:
+    before = {**figures(22.5), "kl": 0.5}
+    (moved,) = adaptation_warnings(before, {**figures(14.0), "kl": 0.75})
+    assert "grew from 0.5 to 0.75 nats" in moved and "--tokens" in moved
+    assert adaptation_warnings(before, {**figures(14.0), "kl": 0.25}) == []
+    without = {**figures(22.5), "kl": None}
+    assert adaptation_warnings(without, without) == []
 
 
 @pytest.fixture(scope="module")
