@@ -106,10 +106,10 @@ def test_a_model_that_does_not_load(tmp_path: Path) -> None:
     """Its process says why; the other one is ended too."""
     shutil.copytree(find_model("example"), tmp_path / "broken")
     config = tmp_path / "broken" / "config.json"
-    values = json.loads(config.read_text(encoding="utf-8")) | {"hidden_act": "no-such-function"}
+    values = json.loads(config.read_text(encoding="utf-8")) | {"pad_token_id": 100_000}
     config.write_text(json.dumps(values), encoding="utf-8")
     text = fail("bench", "example", tmp_path / "broken", *SHORT)
-    assert "pruned model" in text and "ended with code 1" in text and "no-such-function" in text
+    assert "pruned model" in text and "ended with code 1" in text and "Padding_idx" in text
 
 
 @needs_llama_cpp
