@@ -45,12 +45,12 @@ DEFAULT_TOP = 64
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
-    """What is kept of the teacher's answers.
+    """The part of the teacher's outputs that is kept.
 
     Attributes:
-        top: K, number of most likely next tokens that are kept.
+        top: number K of the most likely next tokens to keep.
         temperature: the teacher's logits are divided by it.
-        layers: layers behind which hidden states are kept.
+        layers: layers whose output hidden states are kept.
     """
 
     top: int = DEFAULT_TOP

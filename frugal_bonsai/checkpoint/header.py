@@ -263,7 +263,7 @@ def _check_ranges(
 
 
 def _is_count(value: Any) -> bool:
-    """Return whether a value is an integer from 0 to 2**63 - 1. Python's bool is an int, too."""
+    """Return whether a value is an integer from 0 to 2**63 - 1; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_COUNT
 
 

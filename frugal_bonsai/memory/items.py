@@ -39,7 +39,7 @@ _BLOCK_TOKENS = 256
 
 
 class SweepItems:
-    """The items of sweeps over one model on one device.
+    """Items of the memory plan, in predicted bytes, of sweeps over one model on one device.
 
     Args:
         spec: Shapes of the model.

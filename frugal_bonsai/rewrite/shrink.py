@@ -121,7 +121,7 @@ def shrink(
 
 
 def _write_kept(writer: ShardedWriter, checkpoint: Checkpoint, plans: Sequence[TensorPlan]) -> None:
-    """Write the tensors that keep their values, and zeros for added biases."""
+    """Write the tensors that were not refitted, cut to the kept units, and zeros for biases."""
     import torch
 
     streamed = []

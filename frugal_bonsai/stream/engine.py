@@ -89,7 +89,10 @@ class Engine:
         )
 
     def evaluation_head(self, folder: Path) -> Head:
-        """Return the head in the arithmetic of masked evaluation; write int8 rows to ``folder``."""
+        """Return the head in the arithmetic of masked evaluation.
+
+        With int8 products, the rows of the head's weight are first written to ``folder`` as int8.
+        """
         if not self.int8_products:
             return self.head
         rows = build_head_store(

@@ -154,7 +154,20 @@ def capture_experts(
     rule: Experts,
     projections: Iterable[str],
 ) -> CapturedExperts:
-    """Run the layer and capture the inputs of its experts' output projections."""
+    """Run the layer and capture what its experts read.
+
+    Args:
+        module: The layer, empty of weights.
+        parameters: Its weights by name.
+        hidden_BSH: Inputs of the layer.
+        kwargs: Further arguments of its forward.
+        rule: The family's description of its experts.
+        projections: Paths of the experts' output projections.
+
+    Returns:
+        The layer's output, the inputs of the named projections with the tokens that they belong to,
+        and the sum of each token's router weights.
+    """
     inputs = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
     sums: list[torch.Tensor] = []
 

@@ -194,7 +194,15 @@ class Sweep:
         name: str,
         then: LayerSource | None = None,
     ) -> HiddenStates:
-        """Call ``visit`` with each layer, in inference mode; it advances the hidden states."""
+        """Call ``visit`` once per layer, in inference mode, and return the last hidden states.
+
+        Args:
+            stream: Brings the layers.
+            tokens_NS: Token ids, int64.
+            visit: Must replace the visit's hidden states by the layer's outputs.
+            name: Name of the sweep, for the progress display.
+            then: Source that the next sweep reads; its first layer is fetched at the end.
+        """
         stream.start(then)
         skeleton = self.skeleton
         kwargs = skeleton.layer_kwargs(tokens_NS.shape[1])

@@ -109,7 +109,7 @@ class Spill:
             current_stream(self._device).wait_event(copy.done)
 
     def _following(self, items: slice) -> slice:
-        """Return the next micro-batch; after the last one it is the first of the next layer."""
+        """Return the slice to fetch next: as long as this one, from 0 after the last window."""
         start = items.stop if items.stop < len(self._host) else 0
         return slice(start, min(start + items.stop - items.start, len(self._host)))
 

@@ -44,13 +44,16 @@ class Pools:
 def draw_pools(
     mask: KeepMask, score_N: torch.Tensor, share: float, rules: LayoutRules | None = None
 ) -> Pools:
-    """Take the least important ``share`` of each group's alive units as candidates.
+    """Return each group's pool: the least important ``share`` of its alive units.
+
+    A pool has at least one unit, and never the last one of its group.
 
     Args:
         mask: Units alive.
         score_N: Importance of each unit.
         share: Share of a group's alive units, 0 to 1.
-        rules: Groups that this layout cannot cut get no candidates; None allows every cut.
+        rules: Groups that this layout cannot cut get no candidates. None: every group that some
+            layout can cut has candidates.
     """
     members = []
     for group in mask.table.groups:
@@ -152,9 +155,9 @@ def draw_group_masks(
 def draw_uniform_masks(pools: Pools, pairs: int, generator: torch.Generator) -> GroupDesign:
     """Draw ``2 * pairs`` masks that treat all layers alike.
 
-    In every third pair the first mask removes attention's whole pool and the second half of it
-    (where it has that many units); the FFN stays whole. The other pairs take t and 1 - t of every
-    FFN pool.
+    In every third pair the first mask removes attention's whole pool, and the second mask half of
+    it (where it has that many units); the FFN stays whole. The other pairs take t and 1 - t of
+    every FFN pool.
     """
     groups = pools.mask.table.groups
     sizes_G = pools.sizes_G

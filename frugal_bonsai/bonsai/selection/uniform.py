@@ -63,7 +63,12 @@ def cut_uniform(
     *,
     equal: bool,
 ) -> KeepMask:
-    """Take the option with the lowest loss per size; with ``equal`` the most even one."""
+    """Cut every layer to the same legal number of heads and FFN width.
+
+    Of the pairs near the target, take the one with the lowest predicted loss per parameter (or per
+    millisecond). With ``equal``, take the one whose kept shares of attention and FFN are closest.
+    The mask is unchanged if no pair is nearer to the final target.
+    """
     before = mask.removed_parameters()
     options = [
         option
