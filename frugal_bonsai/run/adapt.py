@@ -32,7 +32,7 @@ from frugal_bonsai.memory.training_items import STREAMED
 from frugal_bonsai.memory.work import VERIFY_TOKENS, VERIFY_WINDOWS
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.adapt_output import measure, write_adapted
-from frugal_bonsai.run.adapt_plan import plan_adaptation
+from frugal_bonsai.run.adapt_plan import AdaptPlans, plan_adaptation
 from frugal_bonsai.run.adapt_summary import describe_adaptation, write_papers
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
 from frugal_bonsai.run.early import check_adapt
@@ -75,11 +75,7 @@ def adapt_pruned(
         job = prepare_adaptation(
             pruned, options, folder, stack=stack, progress=progress, resume=resume
         )
-        for note in job.budget.notes:
-            progress.note(note)
-        plans = plan_adaptation(job)
-        if on_plan is not None:
-            on_plan(plans.training)
+        plans = _plan(job, on_plan)
         settings = job.settings.resolve(hidden=job.pruned.spec.hidden, rank=plans.training.rank)
         data = make_training_data(job, plans.teacher)
         gc.collect()  # the teacher
@@ -104,6 +100,16 @@ def adapt_pruned(
             data.cache.close()
         empty(folder)
     return summary
+
+
+def _plan(job: Adaptation, on_plan: Callable[[TrainingPlan], None] | None) -> AdaptPlans:
+    """Plan the memory, and tell the user of it."""
+    for note in job.budget.notes:
+        job.progress.note(note)
+    plans = plan_adaptation(job)
+    if on_plan is not None:
+        on_plan(plans.training)
+    return plans
 
 
 def _train(

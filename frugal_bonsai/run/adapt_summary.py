@@ -86,13 +86,18 @@ def describe_adaptation(
         "load": load_line(out, written["layout"]),
     }
     summary["warnings"] = _warnings(summary["before"], summary["after"])
+    summary["provenance"] = with_step(_provenance(job), "adapt", summary)
+    return summary
+
+
+def _provenance(job: Adaptation) -> dict[str, Any]:
+    """Return the provenance of the pruned model; the teacher's where it has none of its own."""
     provenance = read_provenance(job.pruned)
     if job.teacher is not None and not provenance["steps"]:
         provenance |= {"dense": parent_name(job.teacher.name)}
     if job.teacher is not None and provenance["base_model"] is None:
         provenance["base_model"] = read_provenance(job.teacher)["base_model"]
-    summary["provenance"] = with_step(provenance, "adapt", summary)
-    return summary
+    return provenance
 
 
 def _warnings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

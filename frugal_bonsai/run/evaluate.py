@@ -74,7 +74,6 @@ def evaluate(
         plan, engine = _plan(opened, work, find_device(device), caps, progress)
         with _layers(engine, store) as stream:
             measured = measure_perplexity(engine, stream, windows_NS)
-        seconds = time.monotonic() - started
         return {
             "model": model,
             "text": name,
@@ -85,7 +84,7 @@ def evaluate(
             "perplexity_error": measured.error,
             "nll": measured.nll,
             "weights": weights,
-            "seconds": seconds,
+            "seconds": (seconds := time.monotonic() - started),
             "tokens_per_second": windows_NS.numel() / seconds,
             **describe_memory(plan, engine),
             "notes": [*plan.budget.notes, *opened.notes],

@@ -92,20 +92,30 @@ def prune(
             found = _search(run, folder, resume=resume, utility=utility)
             with staged_directory(out) as staged:
                 figures = {"before": before, **write_pruned(run, found, staged, shard_bytes)}
-                summary = describe_run(run, found, out) | figures
-                if utility is not None:
-                    summary["settings"]["utility"] = utility_name(utility)
-                summary["warnings"] = [
-                    *run.warnings,
-                    *figure_warnings(before, summary["after"], advice=WORSE),
-                ]
-                summary["provenance"] = with_step(run.provenance, "prune", summary)
+                summary = _summarise(run, found, out, figures, utility)
                 summary["seconds"] = time.monotonic() - started
                 write_papers(staged, summary, opened.spec, found.mask)
         finally:
             if not (folder / STATE_FILE).exists():
                 empty(folder)  # no round is finished
         empty(folder)
+    return summary
+
+
+def _summarise(
+    run: PruneRun,
+    found: SearchResult,
+    out: Path,
+    figures: dict[str, Any],
+    utility: Utility | None,
+) -> dict[str, Any]:
+    """Return the summary of a prune, with its warnings and its provenance."""
+    summary = describe_run(run, found, out) | figures
+    if utility is not None:
+        summary["settings"]["utility"] = utility_name(utility)
+    worse = figure_warnings(figures["before"], figures["after"], advice=WORSE)
+    summary["warnings"] = [*run.warnings, *worse]
+    summary["provenance"] = with_step(run.provenance, "prune", summary)
     return summary
 
 
