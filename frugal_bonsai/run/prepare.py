@@ -140,15 +140,6 @@ def prepare_run(
     engine = _make_engine(model, resolved, memory, folder, progress)
     calibration = _calibrate(model, resolved, texts, work, engine)
     provenance = read_provenance(model)
-    found = (
-        pruned_before_warning(model.name, provenance),
-        calibration_warning(
-            model.spec, resolved.settings, len(calibration.windows_NS), resolved.window
-        ),
-    )
-    warnings = tuple(warning for warning in found if warning is not None)
-    for warning in warnings:
-        progress.note(f"warning: {warning}")
     return PruneRun(
         model=model,
         resolved=resolved,
@@ -159,8 +150,27 @@ def prepare_run(
         calibration=calibration,
         progress=progress,
         provenance=provenance,
-        warnings=warnings,
+        warnings=_warn(model, resolved, provenance, calibration, progress),
     )
+
+
+def _warn(
+    model: Model,
+    resolved: ResolvedPrune,
+    provenance: dict[str, Any],
+    calibration: Calibration,
+    progress: Progress,
+) -> tuple[str, ...]:
+    """Return the warnings about the model and the calibration, and tell the user."""
+    windows = len(calibration.windows_NS)
+    found = (
+        pruned_before_warning(model.name, provenance),
+        calibration_warning(model.spec, resolved.settings, windows, resolved.window),
+    )
+    warnings = tuple(warning for warning in found if warning is not None)
+    for warning in warnings:
+        progress.note(f"warning: {warning}")
+    return warnings
 
 
 def _make_engine(

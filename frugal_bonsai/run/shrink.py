@@ -74,9 +74,7 @@ def shrink(
         rules = layout_rules(spec, layout, tile=1, as_mistral=as_mistral)
         progress.note(NO_REFITS)
         provenance = read_provenance(opened)
-        warning = pruned_before_warning(opened.name, provenance)
-        if warning is not None:
-            progress.note(f"warning: {warning}")
+        warnings = _warn(opened.name, provenance, progress)
         with staged_directory(out) as staged:
             written = rewrite(
                 opened.checkpoint, spec, keep, staged, rules=rules, max_shard_bytes=shard_bytes
@@ -89,12 +87,21 @@ def shrink(
                 "out": str(out),
                 "load": load_line(out, layout),
                 "notes": [NO_REFITS, *opened.notes],
-                "warnings": [] if warning is None else [warning],
+                "warnings": warnings,
                 "seconds": time.monotonic() - started,
             }
             summary["provenance"] = with_step(provenance, "shrink", summary)
             write_bytes(staged / "README.md", mask_card(summary).encode())
     return summary
+
+
+def _warn(name: str, provenance: dict[str, Any], progress: Progress) -> list[str]:
+    """Return the warning about a model that was pruned before, if it was, and tell the user."""
+    warning = pruned_before_warning(name, provenance)
+    if warning is None:
+        return []
+    progress.note(f"warning: {warning}")
+    return [warning]
 
 
 def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
