@@ -10,7 +10,7 @@ import torch
 
 from frugal_bonsai.int8 import has_bitsandbytes
 from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
-from frugal_bonsai.memory.meter import peak_resident_bytes
+from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.model.family import ModelSpec
@@ -20,8 +20,8 @@ from frugal_bonsai.sizes import MIB
 from frugal_bonsai.stream.engine import FLOAT, Engine, compute_dtype
 from frugal_bonsai.stream.skeleton import build_empty_model
 
-# What is imported after a process's size is measured: scipy's solvers (22 MiB), the search's own
-# modules (3), torch's lazy imports, the pool's threads.
+# What is imported after a process's size is measured: scipy.stats (22 MiB), torch's lazy imports,
+# the pool's threads.
 LATE_BYTES = 28 * MIB
 
 
@@ -80,7 +80,9 @@ def in_fp32(engine: Engine, plan: MemoryPlan) -> Engine:
 def measured_base_bytes(spec: ModelSpec, *, training: bool = False) -> int:
     """Return the bytes that this process holds before the model, with everything imported.
 
-    The peak counts, because a cap on resident memory counts it too.
+    What is resident now stays, and the late imports are added to it. The peak so far counts too,
+    because a cap on resident memory counts it; reading the config and the headers takes some
+    memory that is free again.
 
     Args:
         spec: The model.
@@ -90,4 +92,4 @@ def measured_base_bytes(spec: ModelSpec, *, training: bool = False) -> int:
     if training:
         has_bitsandbytes()
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
-    return peak_resident_bytes() + LATE_BYTES
+    return max(resident_bytes() + LATE_BYTES, peak_resident_bytes())
