@@ -107,7 +107,7 @@ def check_export(model: str, out: Path) -> None:
 
 def _check_common(options: CommandOptions, out: Path | None) -> None:
     """Check caps, sizes and window and the output folder."""
-    _ = options.caps
+    _ = options.caps  # parsed here: raises if a cap has no unit
     parse_bytes(options.max_shard_size, option="--max-shard-size")
     if options.window is not None and options.window < 2:
         raise OptionError(f"--window: {options.window} is not at least 2 tokens")

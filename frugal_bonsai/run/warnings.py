@@ -42,8 +42,8 @@ def calibration_warning(
         return None
     return (
         f"calibration: {windows * window:,} tokens, but the widest projections need at least "
-        f"{needed:,} for a Gram matrix of full rank; fewer tokens fit the calibration text alone. "
-        f"Use more text: --windows {math.ceil(needed / window)} or more"
+        f"{needed:,} for a Gram matrix of full rank; with fewer, refits overfit the calibration "
+        f"text. Use more text: --windows {math.ceil(needed / window)} or more"
     )
 
 
@@ -58,8 +58,8 @@ def pruned_before_warning(name: str, provenance: Values) -> str | None:
         return None
     return (
         f"{name} was pruned before, from {provenance['dense']}: figures 'before' are of the pruned "
-        f"model, and sparsity is of what was left. Pruning {provenance['dense']} itself gives a "
-        f"better model of this size"
+        f"model, and the sparsity is a share of that model. Prune {provenance['dense']} itself for "
+        f"a better model of this size"
     )
 
 
