@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import open_tiny, random_windows, relative, tiny_family
+from tiny_models import Tiny, open_tiny, random_windows, relative, tiny_family
 from transformers import AutoModelForCausalLM
 
 from frugal_bonsai.errors import CheckpointError
@@ -46,20 +47,31 @@ def test_transposed_tensors_are_read_turned(tmp_path: Path) -> None:
     assert torch.equal(tiny.checkpoint.read(bias), stored[bias])
 
 
-def test_the_base_models_names_are_understood_and_written_again(bare: Path, tmp_path: Path) -> None:
-    tiny = open_tiny(bare)
-    tokens_NS = random_windows(2, 9)
-    model = tiny.hugging_face()
-    assert tiny.spec.parameters == sum(p.numel() for p in model.parameters())
+def assert_streamed_logits_equal(tiny: Tiny, model: Any, tokens_NS: torch.Tensor) -> None:
+    """The sweep's logits of two windows are those of Hugging Face's model."""
     engine = tiny.engine()
     with engine.native() as stream, torch.inference_mode():
         hidden = engine.sweep.run(stream, tokens_NS)
         found = engine.head.logits(hidden.read(slice(0, 2)))
         assert relative(found, model(tokens_NS).logits) < 1e-5
 
+
+def half_mask(tiny: Tiny) -> KeepMask:
+    """A mask without every second unit of every second group."""
     mask = KeepMask(tiny.spec.table)
     for group in tiny.spec.table.groups[1::2]:
         mask.of(group)[::2] = False
+    return mask
+
+
+def test_the_base_models_names_are_understood_and_written_again(bare: Path, tmp_path: Path) -> None:
+    tiny = open_tiny(bare)
+    tokens_NS = random_windows(2, 9)
+    model = tiny.hugging_face()
+    assert tiny.spec.parameters == sum(p.numel() for p in model.parameters())
+    assert_streamed_logits_equal(tiny, model, tokens_NS)
+
+    mask = half_mask(tiny)
     (tmp_path / "out").mkdir()
     rules = layout_rules(tiny.spec, UNIFORM, tile=1)
     shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
@@ -95,15 +107,9 @@ def test_a_tied_weight_may_be_stored_under_the_heads_name_alone(
     assert tiny.spec.tied and tiny.spec.family.head not in tiny.checkpoint.tensors
     tokens_NS, model = random_windows(2, 9), tiny.hugging_face()
     assert tiny.spec.parameters == sum(p.numel() for p in model.parameters())
-    engine = tiny.engine()
-    with engine.native() as stream, torch.inference_mode():
-        hidden = engine.sweep.run(stream, tokens_NS)
-        found = engine.head.logits(hidden.read(slice(0, 2)))
-        assert relative(found, model(tokens_NS).logits) < 1e-5
+    assert_streamed_logits_equal(tiny, model, tokens_NS)
 
-    mask = KeepMask(tiny.spec.table)
-    for group in tiny.spec.table.groups[1::2]:
-        mask.of(group)[::2] = False
+    mask = half_mask(tiny)
     (tmp_path / "out").mkdir()
     rules = layout_rules(tiny.spec, layout, tile=1)
     shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
