@@ -55,4 +55,4 @@ class VerifyError(FrugalBonsaiError):
 
 
 class BenchError(FrugalBonsaiError):
-    """A model cannot be timed: it does not load, or its process ended."""
+    """A model cannot be timed or run in llama.cpp: it does not load, or its process ended."""

@@ -32,6 +32,13 @@ def inspect_command(model: str, assume_family: str | None, as_json: bool) -> Non
 @click.option(
     "--weights", type=click.Choice(["native", "int8"]), default="native", show_default=True
 )
+@click.option(
+    "--runtime",
+    type=click.Choice(["streamed", "llama.cpp"]),
+    default="streamed",
+    show_default=True,
+    help="llama.cpp takes a GGUF file, or a folder with one in it.",
+)
 @options.assume
 @options.caps
 @options.json_output

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from frugal_bonsai.accelerator import synchronize
-from frugal_bonsai.errors import BenchError, OptionError
+from frugal_bonsai.errors import BenchError
+from frugal_bonsai.evaluation.llama_cpp import start_server
 
 if TYPE_CHECKING:
     import torch
@@ -87,22 +88,7 @@ class LlamaCppModel:
     """
 
     def __init__(self, path: Path, context_tokens: int, threads: int | None) -> None:
-        try:
-            import xllamacpp
-        except ImportError as error:
-            raise OptionError(
-                "--runtime llama.cpp needs the xllamacpp package: "
-                "pip install 'frugal-bonsai[llama-cpp]'"
-            ) from error
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel = context_tokens, 1
-        if threads is not None:
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        try:
-            self._server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise BenchError(f"{path}: llama.cpp cannot load it ({error})") from error
+        self._server = start_server(path, context_tokens, threads)
 
     def run(self, prompt: list[int], new_tokens: int) -> Latency:
         """See :class:`Timed`. Returns the times that llama.cpp measures.

@@ -34,6 +34,19 @@ class Perplexity:
     tokens: int
     nll_error: float
 
+    @classmethod
+    def of(cls, losses_NS: torch.Tensor) -> Perplexity:
+        """Return the perplexity of tokens' losses in nats.
+
+        Args:
+            losses_NS: one row per window.
+        """
+        samples = losses_NS.double()
+        nll = float(samples.mean())
+        samples = samples.mean(1) if len(samples) > 1 else samples.flatten()
+        error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.inf
+        return cls(nll=nll, tokens=losses_NS.numel(), nll_error=error)
+
     @property
     def error(self) -> float:
         """Standard error of the perplexity, to first order."""
@@ -99,15 +112,11 @@ def measure_perplexity(
     Raises:
         CheckpointError: the mean loss is not finite; names the weights that cause it.
     """
-    losses_NS = engine.losses(stream, windows_NS, name)
-    nll = float(losses_NS.double().mean())
-    if not math.isfinite(nll):
+    measured = Perplexity.of(engine.losses(stream, windows_NS, name))
+    if not math.isfinite(measured.nll):
         require_finite(engine.checkpoint, engine.checkpoint.tensors)
         raise CheckpointError(
-            f"{engine.checkpoint.folder}: {name}: the mean loss is {nll}, although all weights "
-            f"are finite: the model overflows in {engine.dtype}; use another checkpoint"
+            f"{engine.checkpoint.folder}: {name}: the mean loss is {measured.nll}, although all "
+            f"weights are finite: the model overflows in {engine.dtype}; use another checkpoint"
         )
-    samples = losses_NS.double()
-    samples = samples.mean(1) if len(samples) > 1 else samples.flatten()
-    error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.inf
-    return Perplexity(nll=nll, tokens=losses_NS.numel(), nll_error=error)
+    return measured

@@ -234,11 +234,18 @@ def render_eval(result: Values, console: Console) -> None:
         ("mean NLL, nats a token", number(result["nll"], 5)),
         ("windows", f"{result['windows']:,}"),
         ("tokens predicted", f"{result['tokens']:,}"),
-        ("weights", result["weights"]),
         ("time", f"{result['seconds']:,.1f} s"),
         ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
-        ("host memory", _peak(result, "host")),
     ]
+    if "file_bytes" in result:
+        formats = ", ".join(f"{count} {kind}" for kind, count in result["tensors"].items())
+        rows += [
+            ("tensors", formats),
+            ("bytes of the file", format_bytes(result["file_bytes"])),
+            ("peak host memory, of llama.cpp's process", format_bytes(result["host_peak_bytes"])),
+        ]
+    else:
+        rows += [("weights", result["weights"]), ("host memory", _peak(result, "host"))]
     if result["gpu_peak_bytes"] is not None:
         rows.append(("GPU memory", _peak(result, "gpu")))
     sheet.heading(f"{result['model']} on {result['text']}")

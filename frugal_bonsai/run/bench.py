@@ -7,29 +7,27 @@ alternate, so that a machine that slows down slows both. Holds no model itself.
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.errors import BenchError, OptionError
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.run.child import Child
+from frugal_bonsai.run.evaluate_gguf import GGUF_SUFFIX, find_gguf
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.version import package_version
 
-TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
+TRANSFORMERS = "transformers"
 RUNTIMES = (TRANSFORMERS, LLAMA_CPP)
-GGUF_SUFFIX = ".gguf"
 # Runs of each model that are not counted, because caches fill and threads start.
 _WARM_UP = 1
+_WORKER = "frugal_bonsai.run.bench_worker"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +112,17 @@ def _measure(
     """Load the models, run them in turn, and return their descriptions and runs."""
     with ExitStack() as stack:
         workers = {
-            name: stack.enter_context(_Worker(name, file, prompt, options))
+            name: stack.enter_context(Child(_WORKER, f"{name} model {file}", options.threads))
             for name, file in files.items()
         }
-        facts = {name: worker.loaded() for name, worker in workers.items()}
+        facts = {
+            name: worker.ask({"model": files[name], "prompt": prompt, "options": asdict(options)})
+            for name, worker in workers.items()
+        }
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
         for number in range(_WARM_UP + options.repeat):
             for name, worker in workers.items():
-                done = worker.run()
+                done = worker.ask({})
                 runs[name].append(done)
                 progress.note(
                     f"run {number} of {options.repeat}, {name}: prefill "
@@ -138,15 +139,7 @@ def _find(model: str, runtime: str) -> str:
         if path.suffix == GGUF_SUFFIX:
             raise OptionError(f"{model}: a GGUF file needs --runtime llama.cpp")
         return model
-    if path.is_file() and path.suffix == GGUF_SUFFIX:
-        return str(path)
-    found = sorted(path.glob(f"*{GGUF_SUFFIX}")) if path.is_dir() else []
-    if len(found) != 1:
-        raise OptionError(
-            f"{model}: --runtime llama.cpp takes a GGUF file or a folder with one in it, found "
-            f"{len(found)}; write one: frugal-bonsai export {model} --out {path.name}.gguf"
-        )
-    return str(found[0])
+    return str(find_gguf(model))
 
 
 def _prompt(files: Sequence[str], options: BenchOptions) -> list[int]:
@@ -168,77 +161,6 @@ def _prompt(files: Sequence[str], options: BenchOptions) -> list[int]:
                 )
     draw = random.Random(options.seed)
     return [draw.randrange(vocabulary) for _ in range(options.prompt_tokens)]
-
-
-class _Worker:
-    """The process of one model.
-
-    Args:
-        name: Name of the model, for error texts.
-        model: Model as the runtime loads it.
-        prompt: Token ids of the prompt.
-        options: Options of the bench.
-    """
-
-    def __init__(self, name: str, model: str, prompt: list[int], options: BenchOptions) -> None:
-        self._name, self._model = name, model
-        self._asked = {"model": model, "prompt": prompt, "options": asdict(options)}
-        # The output of libraries is not this command's; its end explains a failure.
-        self._log = tempfile.TemporaryFile()
-        environment = dict(os.environ)
-        if options.threads is not None:
-            environment["OMP_NUM_THREADS"] = str(options.threads)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "frugal_bonsai.run.bench_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
-
-    def loaded(self) -> dict[str, Any]:
-        """Load the model and return its description."""
-        return self._ask(json.dumps(self._asked))
-
-    def run(self) -> dict[str, Any]:
-        """Run once and return the seconds, and the peak memory so far."""
-        return self._ask("run")
-
-    def _ask(self, line: str) -> dict[str, Any]:
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-        except OSError:
-            pass  # the process has ended, and the answer is empty
-        answer = process.stdout.readline()
-        if not answer:
-            raise BenchError(
-                f"{self._name} model {self._model}: its process ended with code "
-                f"{process.wait()}; is there enough memory? {self._last_words()}"
-            )
-        values: dict[str, Any] = json.loads(answer)
-        if "error" in values:
-            raise BenchError(f"{self._name} model: {values['error']} {self._last_words()}".rstrip())
-        return values
-
-    def _last_words(self) -> str:
-        """Return the errors that llama.cpp logged, or the end of the log."""
-        self._log.seek(0)
-        lines = self._log.read().decode("utf-8", "replace").splitlines()
-        errors = [line for line in lines if " E " in line]
-        return "\n".join(errors[:3] or lines[-3:])
 
 
 def _figures(runs: Sequence[dict[str, Any]], options: BenchOptions) -> dict[str, Any]:

@@ -2,59 +2,54 @@
 
 In: one JSON object (model, prompt, options of the bench) on the first line of standard input, then
 one line per run. Out: one JSON object per line: the model's description, then the seconds and the
-peak memory of each run; ``{"error": text}`` for a user's error. Each model has a process, so that
-its memory is measured alone.
+peak memory of each run. Each model has a process, so that its memory is measured alone.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from frugal_bonsai.errors import FrugalBonsaiError
+from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
-from frugal_bonsai.run.bench import LLAMA_CPP, BenchOptions
+from frugal_bonsai.run.bench import BenchOptions
+from frugal_bonsai.run.child import serve
 
 
-def main() -> None:
-    """Serve until standard input ends."""
-    # Libraries may print, so they get standard error and the answers keep standard output.
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    asked = json.loads(sys.stdin.readline())
-    try:
-        _serve(asked["model"], asked["prompt"], BenchOptions(**asked["options"]), channel)
-    except FrugalBonsaiError as error:
-        _say(channel, {"error": str(error)})
+class _Bench:
+    """Load the model of the first question, and run it at every other."""
+
+    def __init__(self) -> None:
+        self._timed: Any = None
+        self._prompt: list[int] = []
+        self._new_tokens, self._gpu = 0, None
+
+    def __call__(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's description, or seconds and peak memory of a run."""
+        if self._timed is None:
+            options = BenchOptions(**asked["options"])
+            self._prompt, self._new_tokens = asked["prompt"], options.new_tokens
+            self._timed, facts, self._gpu = _load(asked["model"], len(self._prompt), options)
+            return facts
+        latency = self._timed.run(self._prompt, self._new_tokens)
+        gpu_peak = None if self._gpu is None else peak_gpu_bytes(self._gpu, 0)
+        peaks = {"host_peak_bytes": peak_resident_bytes(), "gpu_peak_bytes": gpu_peak}
+        return asdict(latency) | peaks
 
 
-def _say(channel: TextIO, values: dict[str, Any]) -> None:
-    channel.write(json.dumps(values) + "\n")
-    channel.flush()
+def _load(model: str, prompt_tokens: int, options: BenchOptions) -> tuple[Any, dict[str, Any], Any]:
+    """Return the model in its runtime, its description and its device."""
+    if options.runtime != LLAMA_CPP:
+        return _load_transformers(model, options)
+    from frugal_bonsai.evaluation.latency import LlamaCppModel
+
+    context = prompt_tokens + options.new_tokens + 8
+    timed = LlamaCppModel(Path(model), context, options.threads)
+    return timed, {"weight_bytes": Path(model).stat().st_size}, None
 
 
-def _serve(model: str, prompt: list[int], options: BenchOptions, channel: TextIO) -> None:
-    if options.runtime == LLAMA_CPP:
-        from frugal_bonsai.evaluation.latency import LlamaCppModel
-
-        context = len(prompt) + options.new_tokens + 8
-        timed: Any = LlamaCppModel(Path(model), context, options.threads)
-        facts: dict[str, Any] = {"weight_bytes": Path(model).stat().st_size}
-        gpu = None
-    else:
-        timed, facts, gpu = _load(model, options)
-    _say(channel, facts)
-    for _ in sys.stdin:
-        latency = timed.run(prompt, options.new_tokens)
-        peaks = {"host_peak_bytes": peak_resident_bytes(), "gpu_peak_bytes": _gpu_peak(gpu)}
-        _say(channel, asdict(latency) | peaks)
-
-
-def _load(model: str, options: BenchOptions) -> tuple[Any, dict[str, Any], Any]:
+def _load_transformers(model: str, options: BenchOptions) -> tuple[Any, dict[str, Any], Any]:
     """Return the model in transformers, its description and its device."""
     import torch
 
@@ -83,9 +78,5 @@ def _load(model: str, options: BenchOptions) -> tuple[Any, dict[str, Any], Any]:
     return TransformersModel(loaded), facts, device
 
 
-def _gpu_peak(device: Any) -> int | None:
-    return None if device is None else peak_gpu_bytes(device, 0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(_Bench())

@@ -1,5 +1,7 @@
 """``eval``: measure the perplexity of a dense or pruned model, streamed under the caps.
 
+With ``--runtime llama.cpp`` see :mod:`frugal_bonsai.run.evaluate_gguf`.
+
 In: a model and a text. Out: the perplexity and what it took, as plain values. With int8 weights a
 working copy lies in a temporary folder meanwhile.
 """
@@ -15,18 +17,23 @@ from typing import Any
 
 import torch
 
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.evaluation.perplexity import measure_perplexity
 from frugal_bonsai.memory.budget import Caps, find_device, make_budget, parse_caps
 from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.engine import make_engine, measured_base_bytes
+from frugal_bonsai.run.evaluate_gguf import evaluate_gguf
 from frugal_bonsai.run.open import Model, note_model, open_model
 from frugal_bonsai.run.summary import describe_memory
 from frugal_bonsai.run.texts import choose_window, read_windows
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.store import INT8, build_store
+
+STREAMED = "streamed"
 
 
 def evaluate(
@@ -36,6 +43,7 @@ def evaluate(
     window: int | None = None,
     windows: int | None = None,
     weights: str = "native",
+    runtime: str = STREAMED,
     max_gpu_mem: str | int | None = None,
     max_cpu_mem: str | int | None = None,
     device: str | None = None,
@@ -50,6 +58,7 @@ def evaluate(
         window: Tokens of a window. None takes 2,048 or the model's positions.
         windows: Largest number of windows. None takes the whole text.
         weights: ``native`` streams the checkpoint itself, ``int8`` a quantised working copy.
+        runtime: ``streamed``, or ``llama.cpp`` for a GGUF file, which takes no caps.
         max_gpu_mem: Cap on device memory: bytes, or text such as ``"24GB"``.
         max_cpu_mem: Cap on resident memory, likewise.
         device: Device that computes. None takes a GPU if there is one.
@@ -63,6 +72,16 @@ def evaluate(
         FrugalBonsaiError: The user can mend it.
     """
     started, progress = time.monotonic(), progress or Silent()
+    if runtime == LLAMA_CPP:
+        given = {
+            "--weights": weights != "native",
+            "--max-gpu-mem": max_gpu_mem,
+            "--max-cpu-mem": max_cpu_mem,
+            "--device": device,
+            "--assume-family": assume_family,
+        }
+        _refuse(runtime, [option for option, value in given.items() if value])
+        return evaluate_gguf(model, text, window=window, windows=windows, progress=progress)
     caps = parse_caps(max_gpu_mem, max_cpu_mem)
     with open_model(model, assume_family=assume_family) as opened:
         note_model(opened, progress)
@@ -83,12 +102,22 @@ def evaluate(
             "perplexity": measured.value,
             "perplexity_error": measured.error,
             "nll": measured.nll,
+            "runtime": runtime,
             "weights": weights,
             "seconds": (seconds := time.monotonic() - started),
             "tokens_per_second": windows_NS.numel() / seconds,
             **describe_memory(plan, engine),
             "notes": [*plan.budget.notes, *opened.notes],
         }
+
+
+def _refuse(runtime: str, options: list[str]) -> None:
+    """Raise for options that are for the streamed runtime."""
+    if options:
+        raise OptionError(
+            f"--runtime {runtime} does not know {', '.join(options)}: llama.cpp holds the whole "
+            "model, in the number formats of its file; omit these options"
+        )
 
 
 def _plan(

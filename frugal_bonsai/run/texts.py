@@ -40,11 +40,20 @@ def choose_window(spec: ModelSpec, window: int | None) -> int:
     """
     if window is None:
         return min(DEFAULT_WINDOW, spec.positions, _sliding_window(spec))
-    if not 2 <= window <= spec.positions:
-        raise OptionError(
-            f"--window: {window} tokens is outside 2..{spec.positions} (the model's positions)"
-        )
+    require_window(window, spec.positions)
     return window
+
+
+def require_window(window: int, positions: int) -> None:
+    """Check that a window has at least two tokens, and at most as many as the model's positions.
+
+    Raises:
+        OptionError: It has not.
+    """
+    if not 2 <= window <= positions:
+        raise OptionError(
+            f"--window: {window} tokens is outside 2..{positions} (the model's positions)"
+        )
 
 
 def _sliding_window(spec: ModelSpec) -> int:

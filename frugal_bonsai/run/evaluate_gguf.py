@@ -1,0 +1,107 @@
+"""``eval --runtime llama.cpp``: measure the perplexity of a GGUF file in llama.cpp.
+
+In: a GGUF file and a text. Out: the perplexity over the windows that ``eval`` would cut, and what
+it took, as plain values. The text is tokenised by llama.cpp, in a separate process like all else.
+Holds the tokens and their losses.
+
+Shape suffixes: N windows, S tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from frugal_bonsai.errors import OptionError
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.run.child import Child
+from frugal_bonsai.run.texts import CHARACTERS_PER_TOKEN, DEFAULT_WINDOW, require_window
+from frugal_bonsai.text.sources import load_text
+
+GGUF_SUFFIX = ".gguf"
+_WORKER = "frugal_bonsai.run.llama_cpp_worker"
+# Tokens whose hidden states the process holds: the head is dequantised once for them.
+_TOKENS_AT_A_TIME = 4096
+
+
+def find_gguf(model: str) -> Path:
+    """Return the path of a GGUF file, or of the only one in a folder.
+
+    Raises:
+        OptionError: There is none, or more than one.
+    """
+    path = Path(model)
+    if path.is_file() and path.suffix == GGUF_SUFFIX:
+        return path
+    found = sorted(path.glob(f"*{GGUF_SUFFIX}")) if path.is_dir() else []
+    if len(found) != 1:
+        raise OptionError(
+            f"{model}: --runtime llama.cpp takes a GGUF file or a folder with one in it, found "
+            f"{len(found)}; write one: frugal-bonsai export {model} --out {path.name}.gguf"
+        )
+    return found[0]
+
+
+def evaluate_gguf(
+    model: str, text: str, *, window: int | None, windows: int | None, progress: Progress
+) -> dict[str, Any]:
+    """Measure the perplexity of a GGUF file in llama.cpp, with as many threads as torch has.
+
+    Args:
+        model: The file, or a folder with one in it.
+        text: File, JSON lines, hub data set or ``stdlib``.
+        window: Tokens of a window. None takes 2,048 or the model's positions.
+        windows: Largest number of windows. None takes the whole text.
+        progress: Told of each group of windows.
+
+    Returns:
+        Plain values (what ``eval --json`` prints).
+
+    Raises:
+        FrugalBonsaiError: The user can mend it.
+    """
+    import torch
+
+    from frugal_bonsai.evaluation.perplexity import Perplexity
+    from frugal_bonsai.text.windows import cut_windows
+
+    started, file, threads = time.monotonic(), find_gguf(model), torch.get_num_threads()
+    with Child(_WORKER, str(file), threads) as child:
+        facts = child.ask({"file": str(file)})
+        positions = facts.pop("positions")
+        window = min(DEFAULT_WINDOW, positions) if window is None else window
+        require_window(window, positions)
+        characters = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
+        source = load_text(text, characters=characters)
+        child.ask({"window": window, "threads": threads})
+        tokens_T = torch.tensor(child.ask({"text": source.text})["tokens"])
+        what = f"--text {source.name}"
+        windows_NS = cut_windows(tokens_T, window, limit=windows, what=what)
+        groups = windows_NS.split(max(1, _TOKENS_AT_A_TIME // window))
+        progress.sweep("perplexity", len(groups), groups[0].numel())
+        losses, running = [], time.monotonic()
+        for group_NS in groups:
+            answer = child.ask({"windows": group_NS.tolist()})
+            losses += answer["losses"]
+            progress.step()
+    measured = Perplexity.of(torch.tensor(losses))
+    ended = time.monotonic()
+    return {
+        "model": model,
+        "runtime": "llama.cpp",
+        "text": source.name,
+        "window": window,
+        "windows": len(windows_NS),
+        "tokens": measured.tokens,
+        "perplexity": measured.value,
+        "perplexity_error": measured.error,
+        "nll": measured.nll,
+        **facts,
+        "threads": threads,
+        "seconds": ended - started,
+        "tokens_per_second": windows_NS.numel() / (ended - running),
+        "host_peak_bytes": answer["host_peak_bytes"],
+        "gpu_peak_bytes": None,
+        "notes": [],
+    }
