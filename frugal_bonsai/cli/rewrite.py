@@ -41,7 +41,7 @@ def shrink_command(as_json: bool, **given: Any) -> None:
 @click.option("--format", "kind", type=click.Choice(["gguf"]), default="gguf", show_default=True)
 @click.option(
     "--dtype",
-    type=click.Choice(["f16", "bf16", "f32", "q8_0"]),
+    type=click.Choice(["f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
     default="f16",
     show_default=True,
     help="Number format of the matrices; vectors stay f32.",

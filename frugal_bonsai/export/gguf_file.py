@@ -1,8 +1,8 @@
 """Write a checkpoint as one GGUF file, for llama.cpp and programs built on it.
 
 In: an open checkpoint, its spec, a path. Out: the file, which appears when it is complete. The
-``gguf`` package knows the format; this package supplies the contents. Holds the vocabulary, one
-tensor of the checkpoint and a part of what it becomes.
+``gguf`` package knows the format; this package supplies the contents. Holds the vocabulary, and of
+the weights what :mod:`frugal_bonsai.export.gguf_tensor` holds.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class GgufSummary:
         architecture: llama.cpp's name.
         tokenizer: Its kind, ``llama`` or ``gpt2``, and the rule that splits a text before BPE.
         formats: Number of tensors in each number format.
+        fallbacks: Names of the tensors that are f16 because their rows do not divide into blocks.
         size_bytes: Size of the file.
         notes: What the user should know.
     """
@@ -48,6 +49,7 @@ class GgufSummary:
     architecture: str
     tokenizer: str
     formats: dict[str, int]
+    fallbacks: list[str]
     size_bytes: int
     notes: list[str]
 
@@ -72,7 +74,7 @@ def write_gguf(
         spec: Its description.
         out: Path of a file that does not exist.
         name: Name of the model in the file.
-        dtype: Number format of the matrices: ``f16``, ``bf16``, ``f32`` or ``q8_0``.
+        dtype: Number format of the matrices, one of ``DTYPES``.
 
     Raises:
         UnsupportedModelError: llama.cpp lacks the architecture or the tokenizer.
@@ -107,6 +109,7 @@ def write_gguf(
         architecture=shape.architecture,
         tokenizer=f"{tokenizer['add_tokenizer_model']} ({tokenizer['add_tokenizer_pre']})",
         formats=dict(Counter(tensor.kind.name.lower() for tensor in tensors)),
+        fallbacks=[t.name for t in tensors if t.kind.name == "F16" and dtype != "f16"],
         size_bytes=out.stat().st_size,
         notes=end_note(tokenizer),
     )

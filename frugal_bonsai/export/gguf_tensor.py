@@ -1,7 +1,8 @@
 """Read, convert and write the values of one GGUF tensor.
 
 In: a :class:`GgufTensor`, which names its sources. Out: bytes in the tensor's number format, in
-llama.cpp's order of rows. Holds one tensor of the checkpoint and a few million converted values.
+llama.cpp's order of rows. Holds a block of rows, in fp32 and converted; before it a whole source
+where the order of rows changes, or where the file has the transposed tensor.
 
 Shape suffixes: E parts that become one tensor, O output rows, I input columns.
 """
@@ -21,7 +22,20 @@ if TYPE_CHECKING:
     import torch
     from gguf import GGMLQuantizationType
 
-_CHUNK_VALUES = 2**22
+# Values that are converted at a time: 16 MiB in fp32.
+_BLOCK_VALUES = 2**22
+# Largest magnitude that a number format holds. Blocks of 32 values have a scale, and in q4_1 and
+# q5_1 a minimum, in f16.
+_F16_LARGEST = 65504.0
+_LARGEST = {
+    "F16": _F16_LARGEST,
+    "BF16": 3.3895e38,
+    "Q8_0": 127 * _F16_LARGEST,
+    "Q5_0": 16 * _F16_LARGEST,
+    "Q4_0": 8 * _F16_LARGEST,
+    "Q5_1": _F16_LARGEST,
+    "Q4_1": _F16_LARGEST,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +82,8 @@ class GgufTensor:
             CheckpointError: A tensor cannot be read, or the number format cannot hold a value.
         """
         for source in self.sources:
-            values = self.checkpoint.read(source)
-            if self.rows is not None:
-                values = values[self.rows]
-            if self.reorder is not None:
-                values = self.reorder(values)
-            for chunk in _convert(self, values, source):
-                chunk.tofile(file)
+            for block in _row_blocks(self, source):
+                _convert(self, block, source).tofile(file)
 
 
 def interleave(values: torch.Tensor, heads: int) -> torch.Tensor:
@@ -104,27 +113,41 @@ def by_kind(values: torch.Tensor, groups: int, head_dim: int) -> torch.Tensor:
     return torch.cat([part.reshape(-1, *values.shape[1:]) for part in (queries, keys, rest)])
 
 
-def _convert(
-    tensor: GgufTensor, values: torch.Tensor, source: str
-) -> Iterator[numpy.ndarray[Any, Any]]:
-    """Yield the values in the tensor's number format, some rows at a time."""
+def _row_blocks(tensor: GgufTensor, source: str) -> Iterator[torch.Tensor]:
+    """Yield the rows of a source in llama.cpp's order, a block at a time, in the source's dtype."""
+    entry = tensor.checkpoint.tensors[source]
+    first, last, _ = (tensor.rows or slice(None)).indices(entry.shape[0])
+    step = max(1, _BLOCK_VALUES // max(1, math.prod(entry.shape[1:])))
+    if tensor.reorder is None and not entry.transposed:
+        for start in range(first, last, step):
+            yield tensor.checkpoint.read_rows(source, start, min(start + step, last))
+        return
+    values = tensor.checkpoint.read(source)[first:last]
+    if tensor.reorder is not None:
+        values = tensor.reorder(values)
+    for start in range(0, len(values), step):
+        yield values[start : start + step]
+
+
+def _convert(tensor: GgufTensor, block: torch.Tensor, source: str) -> numpy.ndarray[Any, Any]:
+    """Return a block of rows in the tensor's number format."""
     import gguf
     import numpy as np
 
+    values = block.float()
+    if tensor.offset or tensor.factor != 1.0:
+        values = (values + tensor.offset) * tensor.factor
+    rows = values.numpy()
     file = tensor.checkpoint.tensors[source].file
-    step = max(1, _CHUNK_VALUES * len(values) // max(1, values.numel()))
-    for start in range(0, len(values), step):
-        rows_OI = values[start : start + step].float()
-        if tensor.offset or tensor.factor != 1.0:
-            rows_OI = (rows_OI + tensor.offset) * tensor.factor
-        rows = rows_OI.numpy()
-        if not np.isfinite(rows).all():
-            raise CheckpointError(f"{file}: tensor {source!r} holds NaN or infinity")
-        with np.errstate(over="ignore"):
-            chunk = gguf.quantize(rows, tensor.kind)
-        if not np.isfinite(chunk).all():
-            raise CheckpointError(
-                f"{file}: tensor {source!r} has values beyond 65504, too large for f16; "
-                "take --dtype bf16, f32 or q8_0"
-            )
-        yield chunk
+    if not np.isfinite(rows).all():
+        raise CheckpointError(f"{file}: tensor {source!r} holds NaN or infinity")
+    largest = _LARGEST.get(tensor.kind.name, math.inf)
+    if np.abs(rows).max(initial=0) > largest:
+        raise CheckpointError(
+            f"{file}: tensor {source!r} has values beyond {largest:g}, too large for "
+            f"{tensor.kind.name.lower()}; take --dtype bf16 or f32"
+        )
+    # Blocks of denormal numbers divide by zero. Their scale is zero in f16, and so are they.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        converted: numpy.ndarray[Any, Any] = gguf.quantize(rows, tensor.kind)
+    return converted

@@ -1,8 +1,7 @@
 """``export``: write a dense or pruned model as one file for another runtime.
 
 In: a model, a path. Out: the file, which appears when it is complete, and a summary as plain
-values. Runs no forward pass and needs no GPU. Holds one tensor of the checkpoint and a part of its
-converted values.
+values. Runs no forward pass and needs no GPU. Holds a block of rows of one tensor.
 """
 
 from __future__ import annotations
@@ -12,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.report.card_parts import parent_name
+from frugal_bonsai.report.words import plural
 from frugal_bonsai.run.early import check_export
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.version import package_version
+
+# Tensors that a note names.
+_NAMED = 3
 
 
 def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str, Any]:
@@ -23,7 +26,8 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
     Args:
         model: Folder, hub id or ``example``; dense or pruned, any layout.
         out: Path of a file that does not exist.
-        dtype: Number format of the matrices: ``f16``, ``bf16``, ``f32`` or ``q8_0``.
+        dtype: Number format of the matrices: ``f32``, ``bf16``, ``f16``, ``q8_0``, ``q5_1``,
+            ``q5_0``, ``q4_1`` or ``q4_0``.
 
     Returns:
         The summary as plain values (the output of ``--json``).
@@ -42,11 +46,8 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
             opened.checkpoint, opened.spec, out, name=parent_name(opened.name), dtype=dtype
         )
         notes = [*opened.notes, *written.notes]
-        if dtype == "q8_0" and "f16" in written.formats:
-            notes.append(
-                f"{written.formats['f16']} tensors are f16: q8_0 needs rows in multiples of 32 "
-                "(prune with --tile 32 or a multiple of it)"
-            )
+        if written.fallbacks:
+            notes.append(_fallback_note(written.fallbacks, dtype))
         return {
             "version": package_version(),
             "model": opened.name,
@@ -63,3 +64,13 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
             "out": str(out),
             "seconds": time.monotonic() - started,
         }
+
+
+def _fallback_note(names: list[str], dtype: str) -> str:
+    """Return the note that counts and names the tensors which are larger than asked for."""
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"f16 instead of {dtype}, whose blocks need rows in multiples of 32: "
+        f"{plural(len(names), 'tensor')} ({', '.join(names[:_NAMED])}{rest}); for a smaller file "
+        "prune with --tile 32 or a multiple of it"
+    )

@@ -118,34 +118,6 @@ def assert_same_split(folder: Path, gguf: Path, texts: list[str]) -> None:
         assert (mine.ids, mine.logprobs) == (theirs.ids, theirs.logprobs), text
 
 
-@needs_llama_cpp
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
-def test_smaller_number_formats(tmp_path: Path, stories3m: Path, dtype: str) -> None:
-    export(stories3m, tmp_path / "full.gguf")
-    summary = export(stories3m, tmp_path / "m.gguf", dtype)
-    # 13 norms stay f32; everything else is in the format asked for.
-    assert summary.formats == {dtype: 43, "f32": 13}
-    share = summary.size_bytes / (tmp_path / "full.gguf").stat().st_size
-    assert share < {"f16": 0.53, "bf16": 0.53, "q8_0": 0.30}[dtype]
-    prompts = ids_of(stories3m)
-    answers = complete(tmp_path / "m.gguf", [(prompt, 1) for prompt in prompts])
-    for answer, (_, logprobs) in zip(answers, expected_tokens(stories3m, prompts), strict=True):
-        assert answer.logprobs == pytest.approx(logprobs[:1], abs=0.05)
-
-
-@needs_llama_cpp
-def test_q8_0_of_widths_that_are_no_multiple_of_32(tmp_path: Path, stories3m: Path) -> None:
-    counts = {"attention": [1] * 6, "ffn": [100, 300, 256, 128, 64, 384]}
-    with open_parent(stories3m) as parent:
-        parent.shrink(keep_counts(parent.spec, counts), tmp_path / "out", PER_LAYER)
-    write_companions(stories3m, tmp_path / "out")
-    summary = export(tmp_path / "out", tmp_path / "m.gguf", "q8_0")
-    assert summary.formats["f16"] == 2  # down_proj of the first two layers
-    [answer] = complete(tmp_path / "m.gguf", [(ids_of(stories3m)[0], 1)])
-    [(_, logprobs)] = expected_tokens(tmp_path / "out", ids_of(stories3m)[:1])
-    assert answer.logprobs == pytest.approx(logprobs[:1], abs=0.05)
-
-
 # -- every feature of a Llama that is exported -----------------------------------------------------
 FEATURES: dict[str, dict[str, Any]] = {
     "untied": {},
