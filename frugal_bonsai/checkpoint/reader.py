@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ class Checkpoint:
         config: ``config.json``.
         tensors: the entry of every tensor, in the order of the files and of their data. Keys are
             the names in the files until :meth:`rename_tensors` replaces them.
+        carried: tensors of parts that are copied but not computed with, by their names in the
+            files.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Checkpoint:
         self.folder = folder
         self.config = config
         self.tensors = tensors
+        self.carried: Mapping[str, TensorEntry] = {}
         self._files: dict[Path, ReadFile] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -73,8 +77,23 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors in the files."""
-        return sum(entry.size_bytes for entry in self.tensors.values())
+        """Bytes of all tensors in the files, carried ones included."""
+        entries = (*self.tensors.values(), *self.carried.values())
+        return sum(entry.size_bytes for entry in entries)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return the entry of a tensor, also of a carried one.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        entry = self.tensors.get(name) or self.carried.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"{self.folder}: has no tensor {name!r} (it has {len(self.tensors)}, the first is "
+                f"{next(iter(self.tensors), None)!r}); does config.json belong to these weights?"
+            )
+        return entry
 
     def read(self, name: str) -> torch.Tensor:
         """Read one whole tensor into new memory, in the source's dtype.
@@ -84,7 +103,7 @@ class Checkpoint:
         """
         import torch
 
-        size_bytes = self._entry(name).size_bytes
+        size_bytes = self.entry(name).size_bytes
         return self.read_into(name, torch.empty(size_bytes, dtype=torch.uint8))
 
     def read_into(self, name: str, buffer_uint8: torch.Tensor) -> torch.Tensor:
@@ -104,7 +123,7 @@ class Checkpoint:
             CheckpointError: no such tensor or a failing read.
             ValueError: the buffer has another dtype, device or layout, or is too small.
         """
-        entry = self._entry(name)
+        entry = self.entry(name)
         view = _buffer_view(entry, buffer_uint8)
         stored = view.new_empty(len(view)) if entry.transposed else view
         file = self._file(entry.file)
@@ -126,7 +145,7 @@ class Checkpoint:
         """
         import torch
 
-        entry = self._entry(name)
+        entry = self.entry(name)
         rows = torch.empty((stop - start) * _row_bytes(entry), dtype=torch.uint8)
         self.read_rows_into(name, start, stop, rows)
         return rows.view(torch_dtype(entry.dtype)).view(stop - start, *entry.stored_shape[1:])
@@ -138,7 +157,7 @@ class Checkpoint:
             CheckpointError: no such tensor or a failing read.
             IndexError: the tensor does not have these rows.
         """
-        entry = self._entry(name)
+        entry = self.entry(name)
         row_bytes = _row_bytes(entry)
         rows = entry.stored_shape[0]
         if not 0 <= start <= stop <= rows:
@@ -151,7 +170,7 @@ class Checkpoint:
 
     def announce(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Hint that rows of a tensor (all by default) are about to be read."""
-        entry = self._entry(name)
+        entry = self.entry(name)
         if not entry.shape:
             return
         row_bytes = _row_bytes(entry)
@@ -178,7 +197,7 @@ class Checkpoint:
         """
         import torch
 
-        entry = self._entry(name)
+        entry = self.entry(name)
         row_bytes = _row_bytes(entry)
         rows_U, where_K = torch.unique(rows_K, sorted=True, return_inverse=True)
         if len(rows_U) and not 0 <= int(rows_U[0]) <= int(rows_U[-1]) < entry.shape[0]:
@@ -215,16 +234,6 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _entry(self, name: str) -> TensorEntry:
-        """Return the entry of a tensor."""
-        entry = self.tensors.get(name)
-        if entry is None:
-            raise CheckpointError(
-                f"{self.folder}: has no tensor {name!r} (it has {len(self.tensors)}, the first is "
-                f"{next(iter(self.tensors), None)!r}); does config.json belong to these weights?"
-            )
-        return entry
 
     def _file(self, path: Path) -> ReadFile:
         """Return a file, opened at its first use."""

@@ -171,17 +171,17 @@ def recognise_contents(
             what="holds LoRA weights beside the model's own",
             advice="merge them first, with merge_and_unload of peft, and save the result",
         )
-    return _recognise_architecture(folder, config)
+    return _recognise_architecture(config)
 
 
-def _recognise_architecture(folder: Path | str, config: Mapping[str, Any]) -> Recognised:
+def _recognise_architecture(config: Mapping[str, Any]) -> Recognised:
     """Recognise encoders, classifiers and models of several modalities by their config."""
     model_type, classes = str(config.get("model_type")), config.get("architectures") or []
     parts = [key for key in (*_TEXT_KEYS, *_OTHER_KEYS) if isinstance(config.get(key), Mapping)]
     decodes = not config.get("is_encoder_decoder") and model_type not in _ENCODER_DECODERS
     if parts:
         text: dict[str, Any] = next((config[key] for key in parts if key in _TEXT_KEYS), {})
-        return multimodal(str(folder), model_type, parts[0], text)
+        return multimodal(model_type, parts[0], text)
     task = next((m[1] for m in map(_SINGLE_TASK.search, map(str, classes)) if m), None)
     if decodes and model_type not in _ENCODERS and task is None:
         return Recognised(kind=MODEL)

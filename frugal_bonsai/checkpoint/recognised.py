@@ -14,7 +14,7 @@ from typing import Any
 from frugal_bonsai.checkpoint.quantised import save_plain
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 
-MODEL = "model"
+MODEL, MULTIMODAL = "model", "multimodal"
 # Types of PEFT that add tokens or prompts. Nothing of them can be merged into weights.
 _PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT")
 
@@ -54,7 +54,7 @@ def require_recognised(path: Path | str, found: Recognised) -> None:
     """
     if found.kind == MODEL:
         return
-    unsupported = found.kind in ("quantised", "diffusion", "encoder", "multimodal")
+    unsupported = found.kind in ("quantised", "diffusion", "encoder", MULTIMODAL)
     error = UnsupportedModelError if unsupported else CheckpointError
     raise error(f"{path} {found.what}; {found.advice}")
 
@@ -97,32 +97,24 @@ def gguf(folder: Path | str, files: list[str]) -> Recognised:
     )
 
 
-def multimodal(folder: str, model_type: str, part: str, text: Mapping[str, Any]) -> Recognised:
-    """Describe a model of several modalities, and how its text model is saved alone.
+def multimodal(model_type: str, part: str, text: Mapping[str, Any]) -> Recognised:
+    """Describe a model of several modalities.
+
+    The text model inside it may be supported. Then the commands take it, and this description is
+    not used.
 
     Args:
-        folder: folder or hub id.
         model_type: the whole model's.
         part: key of ``config.json`` under which a part is described.
         text: config of the text model; empty if it is not nested.
     """
     of_text = f", its text model is a {text['model_type']!r}" if "model_type" in text else ""
-    advice = "take the text-only checkpoint of the same model"
-    if of_text:
-        advice += (
-            ", or save the text model alone with\n"
-            f'  python -c "import transformers as t; a, b = {folder!r}, {folder + "-text"!r}; '
-            "m = t.AutoModelForImageTextToText.from_pretrained(a, dtype='auto'); "
-            "n = t.AutoModelForCausalLM.from_config(m.config.get_text_config(), dtype=m.dtype); "
-            "n.model.load_state_dict(m.model.language_model.state_dict()); "
-            "n.lm_head.load_state_dict(m.lm_head.state_dict()); n.save_pretrained(b); "
-            't.AutoTokenizer.from_pretrained(a).save_pretrained(b)"'
-        )
     return Recognised(
-        kind="multimodal",
+        kind=MULTIMODAL,
         what=f"is a model of several modalities ({model_type}: {part} is nested in config.json"
-        f"{of_text})",
-        advice=advice,
+        f"{of_text}) that is not supported",
+        advice="take one for images and text whose text model is of a family in docs/families.md, "
+        "or a text-only checkpoint",
         details={"text_model_type": text.get("model_type")},
     )
 

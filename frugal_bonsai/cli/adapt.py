@@ -89,6 +89,7 @@ from frugal_bonsai.sizes import parse_count
 )
 @click.option("--eval-text", metavar="SOURCE", help="Report perplexity on this text too.")
 @click.option("--seed", type=int)
+@options.text_only
 @options.caps
 @options.max_shard_size
 @click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")

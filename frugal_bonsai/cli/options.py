@@ -63,6 +63,12 @@ assume = click.option(
     metavar="FAMILY",
     help="Treat an architecture that is not supported as FAMILY, such as llama.",
 )
+text_only = click.option(
+    "--text-only",
+    is_flag=True,
+    help="Of a vision-language model, write the text model alone; else its other parts are "
+    "carried along unchanged.",
+)
 json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 layout = several(
     click.option(

@@ -17,6 +17,7 @@ from frugal_bonsai.run.options import PruneOptions
 @click.argument("model")
 @click.option("--out", required=True, metavar="DIR", help="Output folder; appears when complete.")
 @options.search
+@options.text_only
 @options.assume
 @options.caps
 @options.profile
@@ -40,6 +41,7 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
 @click.command(name="plan")
 @click.argument("model")
 @options.search
+@options.text_only
 @options.assume
 @options.caps
 @options.profile

@@ -16,6 +16,7 @@ from frugal_bonsai.cli.running import print_result, watched
 @click.option("--mask", required=True, metavar="FILE", help="Such as prune's pruning_mask.json.")
 @click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
 @options.layout
+@options.text_only
 @options.max_shard_size
 @options.assume
 @options.json_output
@@ -27,7 +28,7 @@ def shrink_command(as_json: bool, **given: Any) -> None:
     from frugal_bonsai.report.rewrite_tables import render_shrink
     from frugal_bonsai.run.early import check_shrink
 
-    keys = ("max_shard_size", "assume_family")
+    keys = ("max_shard_size", "assume_family", "text_only")
     check_shrink(
         given["model"], Path(given["mask"]), Path(given["out"]), **{key: given[key] for key in keys}
     )

@@ -7,7 +7,8 @@ which value the class refuses. Holds the config.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +33,7 @@ def require_accepted_config(spec: ModelSpec, *, source: str = "config.json") -> 
     from transformers.activations import ACT2FN
 
     if spec.family.model_type in CONFIG_MAPPING:
-        with config_errors(spec, source):
+        with config_errors(spec.config, source):
             AutoConfig.for_model(**default_config(spec))
     key = spec.family.activation_key
     if spec.config.get(key) not in (None, *ACT2FN):
@@ -43,7 +44,7 @@ def require_accepted_config(spec: ModelSpec, *, source: str = "config.json") -> 
 
 
 @contextmanager
-def config_errors(spec: ModelSpec, source: str = "config.json") -> Iterator[None]:
+def config_errors(config: Mapping[str, Any], source: str = "config.json") -> Iterator[None]:
     """Turn errors of transformers about a model's config into a :class:`CheckpointError`."""
     from huggingface_hub.errors import StrictDataclassError
 
@@ -54,8 +55,8 @@ def config_errors(spec: ModelSpec, source: str = "config.json") -> Iterator[None
         # A strict dataclass says which check failed, and its cause which value.
         reason = str(error.__cause__ or error).strip("'\"")
         if isinstance(error, AssertionError):  # of the embedding's module
-            reason = f"pad_token_id is {spec.config.get('pad_token_id')!r}: {reason}"
-        if "rope_parameters" not in spec.config:  # transformers 5 renames the key
+            reason = f"pad_token_id is {config.get('pad_token_id')!r}: {reason}"
+        if "rope_parameters" not in config:  # transformers 5 renames the key
             reason = reason.replace("rope_parameters", "rope_scaling")
         raise CheckpointError(
             f"{source}: transformers does not accept it: {reason}; correct the value, or copy "
@@ -72,6 +73,7 @@ def default_config(spec: ModelSpec) -> dict[str, Any]:
     group, or, if the class computes the width of a head from it, the number that gives this width.
     """
     values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
+    values = copy.deepcopy(values)  # transformers changes nested values
     if heads_fit(spec, spec.heads):
         return values
     family, groups = spec.family, 1

@@ -17,6 +17,7 @@ from frugal_bonsai.model.config_reader import ConfigReader
 from frugal_bonsai.model.family_lookup import find_family
 from frugal_bonsai.model.family_schema import ACTIVATION_COPIES, Family
 from frugal_bonsai.model.groups import GroupBuilder, Shapes, split_by_layer
+from frugal_bonsai.model.multimodal import Multimodal
 from frugal_bonsai.model.units import ATTENTION, UnitTable
 
 
@@ -42,6 +43,7 @@ class ModelSpec:
         table: the units.
         layer_tensors: for each layer, name inside the layer -> shape.
         other_tensors: full name -> shape of all tensors outside the layers.
+        multimodal: the whole whose text model this is, if its other parts are carried along.
     """
 
     family: Family
@@ -61,6 +63,7 @@ class ModelSpec:
     table: UnitTable
     layer_tensors: tuple[Shapes, ...]
     other_tensors: Shapes
+    multimodal: Multimodal | None = None
 
     @property
     def query_heads_per_group(self) -> int:
@@ -82,6 +85,14 @@ class ModelSpec:
     def parameters(self) -> int:
         """All parameters, a tied head counted once."""
         return self.block_parameters + sum(map(math.prod, self.other_tensors.values()))
+
+    def output_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return ``config.json`` of an output: the whole's, if its other parts are carried along.
+
+        Args:
+            config: the config of the pruned text model.
+        """
+        return config if self.multimodal is None else self.multimodal.whole_config(config)
 
     @property
     def residual_scale(self) -> float:

@@ -83,11 +83,17 @@ def layout_rules(
         as_mistral: see :class:`LayoutRules`.
 
     Raises:
-        OptionError: the layout is unknown, the FFN cannot hold the tile, or the model cannot be
-            written as a Mistral.
+        OptionError: the layout is unknown, it cannot carry the other parts of a multimodal model
+            along, the FFN cannot hold the tile, or the model cannot be written as a Mistral.
     """
     if layout not in LAYOUTS:
         raise OptionError(f"--layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
+    if layout == PER_LAYER and spec.multimodal is not None:
+        raise OptionError(
+            f"--layout per-layer: no {spec.multimodal.model_type} can have a text model whose "
+            "layers differ in width; add --text-only to write the text model alone, or take "
+            "--layout uniform or padded, which carry the other parts along"
+        )
     if tile is not None and not 1 <= tile <= spec.intermediate:
         raise OptionError(f"--tile: {tile} is outside 1..{spec.intermediate} (the FFN's channels)")
     if tile is None:

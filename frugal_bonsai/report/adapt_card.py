@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from frugal_bonsai.report.card_parts import (
-    LOAD,
     card_head,
+    how_to_load,
     is_hub_id,
     markdown_table,
     parent_name,
     provenance_lines,
     source_name,
     warning_lines,
+    whole_lines,
 )
 from frugal_bonsai.report.words import duration, number, plural, ratio, size_rows
 from frugal_bonsai.sizes import format_bytes
@@ -40,17 +41,18 @@ def adapt_card(summary: Values) -> str:
     base = teacher if teacher is not None and is_hub_id(teacher) else summary["model"]
     taught = "" if teacher is None else f", with `{parent_name(teacher)}` as its teacher"
     parts = [
-        card_head(base, summary.get("provenance", {}), "adapted"),
+        card_head(base, summary, "adapted"),
         f"# {pruned}, adapted after pruning\n",
         f"Trained from `{pruned}` ({summary['family']}) with frugal-bonsai {summary['version']}"
         f"{taught}: {TERMS[summary['settings']['loss']]}. Shapes and layout are those of the "
         f"pruned model ({summary['layout']}). The licence of the model that was pruned applies.\n",
+        *whole_lines(summary),
         *warning_lines(summary),
         "## Figures\n",
         markdown_table(("", "pruned", "adapted", "ratio"), figure_rows(summary, "of weights")),
         _explained(summary),
         "## How to load it\n",
-        LOAD[summary["layout"]],
+        how_to_load(summary),
         "## How it was made\n",
         markdown_table(("", ""), list(_facts(summary))),
         markdown_table(

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from frugal_bonsai.report.card_parts import (
-    LOAD,
     card_head,
+    how_to_load,
     layout_notes,
     markdown_table,
     parent_name,
     provenance_lines,
     source_name,
     warning_lines,
+    whole_lines,
 )
 from frugal_bonsai.report.sampling_words import SCORES, covered, mask_spending
 from frugal_bonsai.report.words import (
@@ -61,17 +62,18 @@ def model_card(summary: Values, *, dense_card_name: str | None = None) -> str:
     model = summary["model"] if dense_card_name is None else dense_card_name
     parent = parent_name(model)
     parts = [
-        card_head(model, summary.get("provenance", {})),
+        card_head(model, summary),
         f"# {parent}, {summary['sparsity']:.1%} of its block weights removed\n",
         f"Made from `{parent}` ({summary['family']}) with frugal-bonsai {summary['version']}: "
         f"whole KV groups and FFN channels are gone, found with forward passes only. "
         f"{summary['layout'].capitalize()} layout. The parent's licence applies.\n",
+        *whole_lines(summary),
         *warning_lines(summary),
         "## Figures\n",
         _figures(summary),
         *(f"{note}\n" for note in layout_notes(summary)),
         "## How to load it\n",
-        LOAD[summary["layout"]],
+        how_to_load(summary),
         "## How it was made\n",
         _how(summary),
         "## Kept units\n",

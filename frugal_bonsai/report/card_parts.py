@@ -50,6 +50,46 @@ Both need transformers 5.14 or newer.
 """,
 }
 
+_WHOLE = """```python
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+model = AutoModelForImageTextToText.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")  # AutoProcessor for images
+```
+
+Plain transformers, no custom code. PATH is the folder that holds this file, or its hub id.
+"""
+
+
+def how_to_load(summary: Mapping[str, Any]) -> str:
+    """Return how the output of a command is loaded."""
+    return _WHOLE if _carries(summary) else LOAD[summary["layout"]]
+
+
+def whole_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return what became of the parts beside the text model; empty for a plain text model."""
+    whole = summary.get("multimodal")
+    if whole is None:
+        return []
+    text, parts = f"text model (`{whole['text_model']}`)", ", ".join(whole["parts"]) or "none"
+    if whole["carried"]:
+        return [
+            f"Of this `{whole['model_type']}`, only the {text} was changed, with text alone: "
+            f"sparsity and parameters below are the text model's. The rest ({parts}: "
+            f"{whole['parameters']:,} parameters) is the parent's, bit for bit. How well it still "
+            "works with the changed text model was not measured.\n"
+        ]
+    return [
+        f"This is the {text} of a `{whole['model_type']}`, without its other parts ({parts}): it "
+        "takes text alone.\n"
+    ]
+
+
+def _carries(summary: Mapping[str, Any]) -> bool:
+    """Return whether the output has the parts beside the text model."""
+    whole = summary.get("multimodal")
+    return whole is not None and bool(whole["carried"])
+
 
 def parent_name(model: str) -> str:
     """Return a hub id as it is, and of a folder only its name."""
@@ -75,16 +115,19 @@ def source_name(source: str) -> str:
     return _without_paths(source)
 
 
-def card_head(model: str, provenance: Mapping[str, Any], *tags: str) -> str:
+def card_head(model: str, summary: Mapping[str, Any], *tags: str) -> str:
     """Return the YAML head.
 
     Args:
         model: Name of the model that this one was made from; a hub id is the base model.
-        provenance: Origin of that model; its ancestor on the hub and its licence are named.
+        summary: Summary of the command. The ancestor on the hub and the licence are those of its
+            provenance.
         tags: Further tags.
     """
+    provenance = summary.get("provenance", {})
     base = model if is_hub_id(model) else provenance.get("base_model")
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    task = "image-text-to-text" if _carries(summary) else "text-generation"
+    lines = ["library_name: transformers", f"pipeline_tag: {task}"]
     lines += [f"base_model: {base}"] if base else []
     # JSON strings are YAML, whatever another card's licence contains.
     licence = provenance.get("license", {})

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from frugal_bonsai.report.card_parts import (
-    LOAD,
     card_head,
+    how_to_load,
     layout_notes,
     markdown_table,
     parent_name,
     provenance_lines,
     warning_lines,
+    whole_lines,
 )
 from frugal_bonsai.report.words import KIND_NAMES, size_rows, span
 
@@ -32,13 +33,14 @@ def mask_card(summary: Mapping[str, Any]) -> str:
         for kind, counts in summary["kept"].items()
     ]
     parts = [
-        card_head(summary["model"], summary.get("provenance", {})),
+        card_head(summary["model"], summary),
         f"# {parent}, {summary['sparsity']:.1%} of its block weights removed\n",
         f"Made from `{parent}` ({summary['family']}) and a keep mask with frugal-bonsai "
         f"{summary['version']}: the units that `pruning_mask.json` lists are gone. "
         f"{summary['layout'].capitalize()} layout. The parent's licence applies: these are "
         f"weights of `{parent}`.\n",
         *(f"Note: {note}.\n" for note in summary["notes"]),
+        *whole_lines(summary),
         *warning_lines(summary),
         "## Figures\n",
         markdown_table(
@@ -49,7 +51,7 @@ def mask_card(summary: Mapping[str, Any]) -> str:
         *(f"{note}\n" for note in layout_notes(summary)),
         "Kept weights are bit for bit the parent's. No perplexity was measured.\n",
         "## How to load it\n",
-        LOAD[summary["layout"]],
+        how_to_load(summary),
         *provenance_lines(summary),
     ]
     return "\n".join(parts)

@@ -196,6 +196,12 @@ def render_inspect(info: Values, console: Console) -> None:
         ("bytes of weights", format_bytes(info["weight_bytes"])),
     ]
     rows += [(f"of these in {name}", format_bytes(size)) for name, size in info["dtypes"].items()]
+    whole = info.get("multimodal")
+    if whole is not None and whole["parts"]:
+        rows += [
+            (f"parameters of {', '.join(whole['parts'])}", f"{whole['parameters']:,}"),
+            ("their bytes", format_bytes(whole["bytes"])),
+        ]
     sheet.table(("", ""), rows)
     sheet.heading('units, each kept or removed whole (the paper says "module")')
     sheet.table(

@@ -59,17 +59,23 @@ def size_rows(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -
     """Return rows of parameters and bytes: before, after, and the ratio.
 
     Args:
-        before: ``parameters``, ``block_parameters`` and ``weight_bytes`` of the dense model.
+        before: ``parameters``, ``block_parameters`` and ``weight_bytes`` of the dense model, and
+            ``carried_bytes`` of parts beside its text model.
         after: The same of the pruned model.
         where: Noun of the bytes (``of weights``, ``on disk``).
     """
+    carried = after.get("carried_bytes")
+    of_text, of_all = (" of the text model", ", all parts") if carried else ("", "")
     rows = [
         (name, f"{before[key]:,}", f"{after[key]:,}", ratio(before[key], after[key]))
-        for name, key in (("parameters", "parameters"), ("block parameters", "block_parameters"))
+        for name, key in (
+            (f"parameters{of_text}", "parameters"),
+            (f"block parameters{of_text}", "block_parameters"),
+        )
     ]
     dense, pruned = before["weight_bytes"], after["weight_bytes"]
     sizes = (format_bytes(dense), format_bytes(pruned))
-    return [*rows, (f"bytes {where}", *sizes, ratio(dense, pruned))]
+    return [*rows, (f"bytes {where}{of_all}", *sizes, ratio(dense, pruned))]
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Copy the small files of a model: generation settings and tokenizer.
+"""Copy the small files of a model: generation settings, tokenizer, processor of images.
 
 In: the source's folder. Out: copies in the pruned model's folder. Config, weights and README are
 not copied, because the layout, the rewriter and the model card replace them. Code is not copied
@@ -26,13 +26,19 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
 )
 
+# Settings of the processor that prepares images for a multimodal model.
+PROCESSOR = ("processor_config.json", "*preprocessor_config.json")
 
-def write_companions(source_folder: Path, folder: Path) -> tuple[str, ...]:
+
+def write_companions(
+    source_folder: Path, folder: Path, *, processor: bool = False
+) -> tuple[str, ...]:
     """Copy those of the files in :data:`COMPANIONS` that the source has.
 
     Args:
         source_folder: the dense model's folder. Links are followed, as in the hub's cache.
         folder: an existing directory.
+        processor: also copy the files in :data:`PROCESSOR`.
 
     Returns:
         Names of the copies relative to ``folder``, sorted.
@@ -42,7 +48,8 @@ def write_companions(source_folder: Path, folder: Path) -> tuple[str, ...]:
         OutputError: a file cannot be written.
     """
     source_folder, folder = Path(source_folder), Path(folder)
-    found = {path for pattern in COMPANIONS for path in source_folder.glob(pattern)}
+    patterns = (*COMPANIONS, *(PROCESSOR if processor else ()))
+    found = {path for pattern in patterns for path in source_folder.glob(pattern)}
     names = []
     for path in sorted(found):
         if not path.is_file():

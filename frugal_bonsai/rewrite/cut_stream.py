@@ -83,7 +83,7 @@ def stream_cuts(
     Raises:
         CheckpointError: a failing read.
     """
-    stored = [cut.stored(checkpoint.tensors[cut.name]) for cut in cuts]
+    stored = [cut.stored(checkpoint.entry(cut.name)) for cut in cuts]
     pieces = [piece for cut in stored for piece in _pieces(checkpoint, cut)]
     size = max((_size_bytes(checkpoint, piece) for piece in pieces), default=0)
     buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(_BUFFERS)]
@@ -100,7 +100,7 @@ def stream_cuts(
 
 def _pieces(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[_Piece]:
     """Split a tensor into pieces of rows. A scalar is one piece."""
-    entry = checkpoint.tensors[cut.name]
+    entry = checkpoint.entry(cut.name)
     rows = entry.stored_shape[0] if entry.shape else 1
     step = max(1, PIECE_BYTES * rows // max(1, entry.size_bytes))
     stops = [*range(step, rows, step), rows]
@@ -125,14 +125,14 @@ def _pieces(checkpoint: Checkpoint, cut: TensorCut) -> Iterator[_Piece]:
 
 def _size_bytes(checkpoint: Checkpoint, piece: _Piece) -> int:
     """Return the bytes of the piece's rows in the source."""
-    entry = checkpoint.tensors[piece.cut.name]
+    entry = checkpoint.entry(piece.cut.name)
     rows = entry.stored_shape[0] if entry.shape else 1
     return (piece.stop - piece.start) * entry.size_bytes // max(1, rows)
 
 
 def _read(checkpoint: Checkpoint, piece: _Piece, buffer_uint8: torch.Tensor) -> torch.Tensor:
     """Read the piece's rows ``[R, ...]`` into the buffer."""
-    name, entry = piece.cut.name, checkpoint.tensors[piece.cut.name]
+    name, entry = piece.cut.name, checkpoint.entry(piece.cut.name)
     if not entry.shape:
         return checkpoint.read_into(name, buffer_uint8)
     checkpoint.read_rows_into(name, piece.start, piece.stop, buffer_uint8)

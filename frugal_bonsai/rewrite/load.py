@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE, find_tensors, read_config
 from frugal_bonsai.checkpoint.quantised import CONFIG_KEY, drop_left_over, quantised_by
-from frugal_bonsai.checkpoint.recognise import recognise_folder
-from frugal_bonsai.checkpoint.recognised import require_recognised
+from frugal_bonsai.checkpoint.recognise import recognise_contents, recognise_folder
+from frugal_bonsai.checkpoint.recognised import MULTIMODAL, require_recognised
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.rewrite.layouts.bundled import MODULE, BundledModel, find_bundled
 
@@ -31,7 +31,7 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             and others), except ``trust_remote_code``, which is not needed.
 
     Returns:
-        The causal language model, in evaluation mode.
+        The causal language model, or the model of images and text around it, in evaluation mode.
 
     Raises:
         CheckpointError: the folder, the config, the weights or one of the weights is missing.
@@ -42,7 +42,8 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     require_recognised(folder, recognise_folder(folder))
     config = read_config(folder)
     tensors = find_tensors(folder)
-    model_class = _model_class(config, source=str(folder / CONFIG_FILE))
+    multimodal = recognise_contents(folder, config, tensors).kind == MULTIMODAL
+    model_class = _model_class(config, multimodal=multimodal, source=str(folder / CONFIG_FILE))
     if drop_left_over(config) != config and quantised_by(config, tensors) is None:
         kwargs.setdefault("config", _plain_config(folder, model_class))
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **kwargs)
@@ -75,13 +76,13 @@ def _plain_config(folder: Path, model_class: Any) -> Any:
     return config
 
 
-def _model_class(config: Mapping[str, Any], *, source: str) -> Any:
+def _model_class(config: Mapping[str, Any], *, multimodal: bool, source: str) -> Any:
     """Return the class whose ``from_pretrained`` builds this model."""
     bundled = _bundled(config, source=source)
     if bundled is None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        return AutoModelForCausalLM
+        return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     # Imported by name: the bundled file is independent and not type-checked with the package.
     try:
         module = import_module(f"frugal_bonsai.rewrite.layouts.{MODULE}")

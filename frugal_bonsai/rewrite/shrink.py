@@ -129,7 +129,7 @@ def _write_kept(writer: ShardedWriter, checkpoint: Checkpoint, plans: Sequence[T
         if plan.cut is None:
             writer.write(plan.stored_name, torch.zeros(plan.shape, dtype=plan.torch_dtype))
         # The system copies an unchanged tensor from file to file, past this process's memory.
-        elif plan.cut.indices or not writer.copy(plan.stored_name, checkpoint.tensors[plan.name]):
+        elif plan.cut.indices or not writer.copy(plan.stored_name, checkpoint.entry(plan.name)):
             streamed.append(plan.cut)
     stored_names = {plan.name: plan.stored_name for plan in plans}
     for name, rows in stream_cuts(checkpoint, streamed):

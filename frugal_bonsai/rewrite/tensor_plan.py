@@ -111,7 +111,7 @@ def plan_tensors(
         added: full names of biases that the output has and the source lacks.
 
     Returns:
-        The source's tensors in the source's order, then the added biases.
+        The source's tensors in the source's order, then the added biases, then the carried tensors.
 
     Raises:
         OptionError: the layout cannot hold the mask's number of attention heads.
@@ -126,10 +126,13 @@ def plan_tensors(
             entry = checkpoint.tensors[name]
             indices = cut_indices(entry.shape, pieces.get(name, []), mask, padded)
             stored_name = name_in_file(spec.family, entry, name, new_name)
+            if spec.multimodal is not None:
+                stored_name = spec.multimodal.stored_name(stored_name)
             plans[name] = _plan_kept(name, entry, stored_name, indices)
         else:
             plans[name] = _plan_bias(name, plans[weight_of(name)])
-    return list(plans.values())
+    carried = [_plan_kept(name, entry, name, {}) for name, entry in checkpoint.carried.items()]
+    return [*plans.values(), *carried]
 
 
 def _plan_kept(

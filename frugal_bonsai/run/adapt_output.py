@@ -92,7 +92,7 @@ def write_adapted(
             refit=merged,
             max_shard_bytes=job.shard_bytes,
         )
-        write_companions(model.folder, staged)
+        write_companions(model.folder, staged, processor=model.spec.multimodal is not None)
         _copy_reports(model.folder, staged)
         with open_output(staged, model) as adapted:
             verify = _verify(job, plan, adapted, merged, held_out_NS, student_NSV)

@@ -83,7 +83,8 @@ def describe_adaptation(
         },
         "notes": [*job.budget.notes, *job.pruned.notes, *_padding_note(job.pruned.folder)],
         "out": str(out),
-        "load": load_line(out, written["layout"]),
+        "load": load_line(out, written["layout"], whole=job.pruned.spec.multimodal is not None),
+        "multimodal": job.pruned.whole,
     }
     summary["warnings"] = _warnings(summary["before"], summary["after"])
     summary["provenance"] = with_step(_provenance(job), "adapt", summary)

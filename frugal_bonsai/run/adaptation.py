@@ -119,7 +119,7 @@ def prepare_adaptation(
     settings = options.training()
     if settings.method == LORA:
         require_peft()
-    student = _open(pruned, stack, headers_only=headers_only)
+    student = _open(pruned, stack, headers_only=headers_only, text_only=options.text_only)
     _require_trainable(student)
     teacher = _open_teacher(student, options, settings, stack, headers_only=headers_only)
     window = choose_window((teacher or student).spec, options.window)
@@ -149,8 +149,8 @@ def prepare_adaptation(
     )
 
 
-def _open(name: str, stack: ExitStack, *, headers_only: bool) -> Model:
-    model = stack.enter_context(open_model(name, headers_only=headers_only))
+def _open(name: str, stack: ExitStack, *, headers_only: bool, text_only: bool = True) -> Model:
+    model = stack.enter_context(open_model(name, headers_only=headers_only, text_only=text_only))
     require_tied_head(model.checkpoint, model.spec)
     return model
 

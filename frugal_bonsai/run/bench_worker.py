@@ -63,7 +63,7 @@ def _load_transformers(model: str, options: BenchOptions) -> tuple[Any, dict[str
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
     dtype = compute_dtype(device) if options.dtype is None else getattr(torch, options.dtype)
-    with open_model(model) as opened:
+    with open_model(model, text_only=False) as opened:
         folder, spec = opened.folder, opened.spec
         weight_bytes = opened.checkpoint.weight_bytes
     loaded = load_pruned(folder, dtype=dtype).to(device)

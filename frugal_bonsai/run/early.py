@@ -17,6 +17,7 @@ from frugal_bonsai.checkpoint.locate import local_folder
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.hardware.profile import read_profile
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import layout_rules
 from frugal_bonsai.rewrite.mask_file import read_mask
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.options import AdaptOptions, CommandOptions, PruneOptions
@@ -42,9 +43,10 @@ def check_prune(model: str, out: Path | None, options: PruneOptions, *, resume: 
         require_source(options.source_for(model), "--calibration", sampled=True)
         if options.eval_text is not None:
             require_source(options.eval_text, "--eval-text")
-    spec = _local_spec(model, options.assume_family)
+    spec = _local_spec(model, options.assume_family, text_only=options.text_only)
     if spec is not None:
         choose_window(spec, options.window)
+        layout_rules(spec, options.layout, tile=options.tile, as_mistral=options.as_mistral)
 
 
 def check_adapt(pruned: str, out: Path | None, options: AdaptOptions, *, resume: bool) -> None:
@@ -69,7 +71,7 @@ def check_adapt(pruned: str, out: Path | None, options: AdaptOptions, *, resume:
         )
     if options.teacher_cache is not None:
         require_writable(Path(options.teacher_cache))
-    spec = _local_spec(pruned)
+    spec = _local_spec(pruned, text_only=options.text_only)
     if options.teacher is not None:
         spec = _local_spec(options.teacher)
     if spec is not None:
@@ -77,7 +79,13 @@ def check_adapt(pruned: str, out: Path | None, options: AdaptOptions, *, resume:
 
 
 def check_shrink(
-    model: str, mask: Path, out: Path, *, max_shard_size: str | int, assume_family: str | None
+    model: str,
+    mask: Path,
+    out: Path,
+    *,
+    max_shard_size: str | int,
+    assume_family: str | None,
+    text_only: bool,
 ) -> None:
     """Check the options of ``shrink``.
 
@@ -89,7 +97,7 @@ def check_shrink(
     require_writable(out)
     if not mask.is_file():
         raise OptionError(f"--mask {mask}: cannot be read (there is no such file); check the path")
-    spec = _local_spec(model, assume_family)
+    spec = _local_spec(model, assume_family, text_only=text_only)
     if spec is not None:
         read_mask(mask, spec)
 
@@ -117,12 +125,18 @@ def _check_common(options: CommandOptions, out: Path | None) -> None:
         require_unlocked(run_folder(out))
 
 
-def _local_spec(model: str, assume_family: str | None = None) -> ModelSpec | None:
+def _local_spec(
+    model: str, assume_family: str | None = None, *, text_only: bool = True
+) -> ModelSpec | None:
     """Return the description of a model on this disk; None of a hub model."""
     if local_folder(model) is None:
         return None
     with open_model(
-        model, headers_only=True, assume_family=assume_family, check_config=False
+        model,
+        headers_only=True,
+        assume_family=assume_family,
+        text_only=text_only,
+        check_config=False,
     ) as opened:
         return opened.spec
 

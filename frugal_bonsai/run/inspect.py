@@ -8,10 +8,11 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.locate import EXAMPLE, local_folder
 from frugal_bonsai.checkpoint.recognise import recognise, recognise_contents
-from frugal_bonsai.checkpoint.recognised import MODEL, Recognised
+from frugal_bonsai.checkpoint.recognised import MODEL, MULTIMODAL, Recognised
 from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
+from frugal_bonsai.model.text_model import text_family
 from frugal_bonsai.run.open import open_model
 
 
@@ -27,7 +28,7 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
         is no model; then ``what`` and ``advice`` say what it is and what to do.
     """
     found = _recognise(model)
-    if found.kind != MODEL:
+    if not _takes(model, found, assume_family):
         return {"model": model, **found.to_json()}
     with open_model(model, headers_only=True, assume_family=assume_family) as opened:
         spec, checkpoint = opened.spec, opened.checkpoint
@@ -53,11 +54,20 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
             "tied": spec.tied,
             "dtypes": dict(dtypes),
             **opened.sizes,
+            "multimodal": opened.whole,
             "groups": [_describe_units(spec, kind) for kind in spec.table.kinds],
             "layouts": {
                 UNIFORM: {"tile": rules.tile, "attention_counts": list(rules.attention_counts)}
             },
         }
+
+
+def _takes(model: str, found: Recognised, assume: str | None) -> bool:
+    """Return whether the other commands take it: a language model, or one inside a whole."""
+    if found.kind != MULTIMODAL:
+        return found.kind == MODEL
+    with open_headers(model) as headers:
+        return text_family(headers.config, assume=assume) is not None
 
 
 def _recognise(model: str) -> Recognised:

@@ -6,22 +6,26 @@ Whatever is no model is refused before transformers is imported, which takes sec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from frugal_bonsai.checkpoint.locate import find_model, local_folder
 from frugal_bonsai.checkpoint.quantised import drop_left_over
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.recognise import recognise_contents, recognise_folder
-from frugal_bonsai.checkpoint.recognised import require_recognised
+from frugal_bonsai.checkpoint.recognised import MULTIMODAL, Recognised, require_recognised
 from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.dtypes import FLOATING
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.default_config import require_accepted_config
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.loadable import require_loadable
+from frugal_bonsai.model.multimodal import Multimodal
+from frugal_bonsai.model.text_model import split_text_model, text_family
 from frugal_bonsai.progress import Progress
 
 
@@ -33,6 +37,7 @@ class Model:
         name: Name that the user typed.
         checkpoint: Its checkpoint, open for reading.
         spec: Its description, from config and headers.
+        multimodal: The whole whose text model this is. None for a plain text model.
         left_over: Keys of ``config.json`` that describe a quantisation which the weights do not
             have. The checkpoint's config is without them.
     """
@@ -40,12 +45,15 @@ class Model:
     name: str
     checkpoint: Checkpoint
     spec: ModelSpec
+    multimodal: Multimodal | None = None
     left_over: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
         """Notes for the user about this model."""
         notes = [] if self.spec.family.assumed is None else [_assumption(self)]
+        if self.multimodal is not None:
+            notes.append(_text_model_note(self, self.multimodal))
         return notes + [
             f"config.json describes a quantisation ({key}), but the weights are plain floating "
             "numbers: the key is ignored, and left out of what is written"
@@ -59,11 +67,28 @@ class Model:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Parameters and bytes, as the summaries report them."""
-        return {
+        """Parameters of the text model and bytes of all parts, as the summaries report them."""
+        sizes = {
             "parameters": self.spec.parameters,
             "block_parameters": self.spec.block_parameters,
             "weight_bytes": self.checkpoint.weight_bytes,
+        }
+        whole = self.spec.multimodal
+        return sizes if whole is None else {**sizes, "carried_bytes": whole.carried_bytes}
+
+    @property
+    def whole(self) -> dict[str, Any] | None:
+        """The model of several modalities around this text model, as plain values."""
+        whole = self.multimodal
+        if whole is None:
+            return None
+        return {
+            "model_type": whole.model_type,
+            "text_model": self.spec.family.title,
+            "parts": list(whole.parts),
+            "parameters": whole.carried_parameters,
+            "bytes": whole.carried_bytes,
+            "carried": self.spec.multimodal is not None,
         }
 
 
@@ -73,6 +98,7 @@ def open_model(
     *,
     headers_only: bool = False,
     assume_family: str | None = None,
+    text_only: bool = True,
     check_config: bool = True,
 ) -> Iterator[Model]:
     """Find, open and describe a model.
@@ -81,6 +107,8 @@ def open_model(
         name: Folder, hub id or ``example``.
         headers_only: Fetch only config and headers of a hub model. Its weights cannot be read.
         assume_family: Family whose table is used for an architecture that has none.
+        text_only: Of a model of several modalities, take the text model alone. False carries the
+            other parts along: what is written has them too.
         check_config: Ask transformers' class whether it accepts the config. Imports transformers.
 
     Raises:
@@ -88,20 +116,47 @@ def open_model(
         CheckpointError: It is no model, transformers refuses its config, or a tensor's dtype is not
             a floating point dtype.
     """
-    _require_model(name, downloads=not headers_only)
+    _require_model(name, assume_family, downloads=not headers_only)
     with open_headers(name) if headers_only else Checkpoint.open(find_model(name)) as checkpoint:
         source, config = str(checkpoint.folder / "config.json"), checkpoint.config
-        require_recognised(name, recognise_contents(name, config, checkpoint.tensors))
+        found = recognise_contents(name, config, checkpoint.tensors)
+        _require_usable(name, found, config, assume_family)
         checkpoint.config = drop_left_over(config)
         left_over = tuple(sorted(config.keys() - checkpoint.config.keys()))
+        whole = None
+        if found.kind == MULTIMODAL:
+            whole = split_text_model(checkpoint, source=source, assume=assume_family)
         spec = describe_checkpoint(checkpoint, source=source, assume=assume_family)
         _require_floating(checkpoint)
         if check_config:
             require_accepted_config(spec, source=source)
-        yield Model(name=name, checkpoint=checkpoint, spec=spec, left_over=left_over)
+        if whole is not None and not text_only:
+            spec = _carry_along(checkpoint, spec, whole, source, check=check_config)
+        yield Model(
+            name=name, checkpoint=checkpoint, spec=spec, multimodal=whole, left_over=left_over
+        )
 
 
-def _require_model(name: str, *, downloads: bool) -> None:
+def _carry_along(
+    checkpoint: Checkpoint, spec: ModelSpec, whole: Multimodal, source: str, *, check: bool = True
+) -> ModelSpec:
+    """Return the description of a text model whose whole is written, and take its other tensors."""
+    if check:
+        require_loadable(whole, source=source)
+    checkpoint.carried = whole.carried
+    family = replace(spec.family, head_dim_key=whole.head_dim_key)
+    return replace(spec, family=family, multimodal=whole)
+
+
+def _require_usable(
+    name: Path | str, found: Recognised, config: Mapping[str, Any], assume: str | None
+) -> None:
+    """Refuse what is neither a causal language model nor has a supported one inside it."""
+    if found.kind != MULTIMODAL or text_family(config, assume=assume) is None:
+        require_recognised(name, found)
+
+
+def _require_model(name: str, assume: str | None, *, downloads: bool) -> None:
     """Refuse what is no model by its files, or by its headers before its weights are downloaded."""
     folder = local_folder(name)
     if folder is not None:
@@ -109,7 +164,7 @@ def _require_model(name: str, *, downloads: bool) -> None:
     elif downloads:
         with open_headers(name) as headers:
             found = recognise_contents(name, headers.config, headers.tensors)
-            require_recognised(name, found)
+            _require_usable(name, found, headers.config, assume)
 
 
 @contextmanager
@@ -120,10 +175,15 @@ def open_output(folder: Path, parent: Model) -> Iterator[Model]:
         folder: Folder that the model was written to.
         parent: Model that it was written from; an assumed family is assumed again.
     """
+    source, assume = "the pruned config.json", parent.spec.family.assumed
     with Checkpoint.open(folder) as checkpoint:
-        assume = parent.spec.family.assumed
-        spec = describe_checkpoint(checkpoint, source="the pruned config.json", assume=assume)
-        yield Model(name=str(folder), checkpoint=checkpoint, spec=spec)
+        whole = None
+        if parent.spec.multimodal is not None:
+            whole = split_text_model(checkpoint, source=source, assume=assume)
+        spec = describe_checkpoint(checkpoint, source=source, assume=assume)
+        if whole is not None:
+            spec = _carry_along(checkpoint, spec, whole, source)
+        yield Model(name=str(folder), checkpoint=checkpoint, spec=spec, multimodal=whole)
 
 
 def note_model(model: Model, progress: Progress) -> None:
@@ -139,6 +199,27 @@ def _assumption(model: Model) -> str:
         f"ASSUMED: model_type {family.model_type!r} has no table of its own and is taken for a "
         f"{family.assumed}: the names of its tensors agree, their meaning was not checked; compare "
         "`frugal-bonsai eval` with a perplexity that you know"
+    )
+
+
+def _text_model_note(model: Model, whole: Multimodal) -> str:
+    """Return the note on what happens to the parts of a model of several modalities."""
+    carried = model.spec.multimodal is not None
+    heads = ""
+    if carried and whole.head_dim_key is None:
+        heads = (
+            f"; attention stays whole, because a {whole.model_type} computes the width of a head "
+            "from their number (--text-only can prune it)"
+        )
+    rest = ""
+    if whole.carried:
+        rest = (
+            f"; the rest ({', '.join(whole.parts)}: {whole.carried_parameters:,} parameters) is "
+            f"{'carried along unchanged' if carried else 'not used'}"
+        )
+    return (
+        f"a {whole.model_type} of several modalities: parameters and sparsity are those of its "
+        f"text model ({model.spec.family.title}){rest}{heads}"
     )
 
 

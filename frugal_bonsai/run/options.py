@@ -27,6 +27,8 @@ class CommandOptions:
         max_cpu_mem: Cap on resident memory, likewise.
         max_shard_size: Largest shard of the output, likewise.
         device: Device that computes. None takes a GPU if there is one.
+        text_only: Of a model of several modalities, write the text model alone. False carries the
+            other parts along.
     """
 
     window: int | None = None
@@ -36,6 +38,7 @@ class CommandOptions:
     max_cpu_mem: str | int | None = None
     max_shard_size: str | int = "5GB"
     device: str | None = None
+    text_only: bool = False
 
     @property
     def caps(self) -> Caps:

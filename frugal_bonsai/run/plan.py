@@ -38,7 +38,12 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
         BudgetError: The prune does not fit; names the largest item and the smallest cap that works.
         FrugalBonsaiError: The prune would be refused before it begins.
     """
-    with open_model(model, headers_only=True, assume_family=options.assume_family) as opened:
+    with open_model(
+        model,
+        headers_only=True,
+        assume_family=options.assume_family,
+        text_only=options.text_only,
+    ) as opened:
         resolved = resolve(opened, options, elsewhere=options.profile is not None)
         work = prune_workload(opened, resolved, resolved.windows)
         memory = plan_prune(opened, resolved, work)

@@ -72,7 +72,12 @@ def prune(
     check_prune(model, out, options, resume=resume)
     shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
     folder = run_folder(out)
-    with locked(folder), open_model(model, assume_family=options.assume_family) as opened:
+    with (
+        locked(folder),
+        open_model(
+            model, assume_family=options.assume_family, text_only=options.text_only
+        ) as opened,
+    ):
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         try:

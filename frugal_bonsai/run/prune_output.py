@@ -52,7 +52,7 @@ def write_pruned(
         refit=found.refits,
         max_shard_bytes=shard_bytes,
     )
-    write_companions(run.model.folder, staged)
+    write_companions(run.model.folder, staged, processor=run.model.spec.multimodal is not None)
     with open_output(staged, run.model) as output:
         engine = make_engine(output, run.memory, run.engine.device, run.progress)
         windows_NS = run.calibration.held_out_NS[:VERIFY_WINDOWS]

@@ -41,6 +41,7 @@ def shrink(
     *,
     layout: str = UNIFORM,
     as_mistral: bool = False,
+    text_only: bool = False,
     max_shard_size: str | int = "5GB",
     assume_family: str | None = None,
     progress: Progress | None = None,
@@ -53,6 +54,7 @@ def shrink(
         out: Folder that must not exist yet.
         layout: Layout of the output.
         as_mistral: A Llama whose head count its config class refuses is written as a Mistral.
+        text_only: Of a model of several modalities, write the text model alone.
         max_shard_size: Largest shard of the output: bytes, or text such as ``"5GB"``.
         assume_family: Family whose table is used for an architecture that has none.
         progress: Told of notes.
@@ -64,9 +66,16 @@ def shrink(
         FrugalBonsaiError: The user can mend it; no half-written output is left.
     """
     out, progress, started = Path(out), progress or Silent(), time.monotonic()
-    check_shrink(model, Path(mask), out, max_shard_size=max_shard_size, assume_family=assume_family)
+    check_shrink(
+        model,
+        Path(mask),
+        out,
+        max_shard_size=max_shard_size,
+        assume_family=assume_family,
+        text_only=text_only,
+    )
     shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
-    with open_model(model, assume_family=assume_family) as opened:
+    with open_model(model, assume_family=assume_family, text_only=text_only) as opened:
         note_model(opened, progress)
         spec = opened.spec
         keep = read_mask(Path(mask), spec)
@@ -79,13 +88,14 @@ def shrink(
             written = rewrite(
                 opened.checkpoint, spec, keep, staged, rules=rules, max_shard_bytes=shard_bytes
             )
-            write_companions(opened.folder, staged)
+            write_companions(opened.folder, staged, processor=spec.multimodal is not None)
             write_mask(staged / MASK_FILE, parent_name(opened.name), spec, keep)
             summary = _describe(opened, keep, staged) | {
                 "layout": layout,
                 "sparsity": written.sparsity,
                 "out": str(out),
-                "load": load_line(out, layout),
+                "load": load_line(out, layout, whole=spec.multimodal is not None),
+                "multimodal": opened.whole,
                 "notes": [NO_REFITS, *opened.notes],
                 "warnings": warnings,
                 "seconds": time.monotonic() - started,

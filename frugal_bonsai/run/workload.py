@@ -100,9 +100,10 @@ def _trial_windows(
 
 
 def _element_bytes(checkpoint: Checkpoint) -> int:
-    """Mean bytes of an element of a checkpoint."""
-    elements = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-    return round(checkpoint.weight_bytes / elements)
+    """Mean bytes of an element of the tensors that are computed with."""
+    entries = checkpoint.tensors.values()
+    elements = sum(math.prod(entry.shape) for entry in entries)
+    return round(sum(entry.size_bytes for entry in entries) / elements)
 
 
 def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> int:

@@ -269,7 +269,7 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with config_errors(spec):
+    with config_errors(spec.config):
         config = AutoConfig.for_model(**default_config(spec))
         # Initial values, which nothing reads, would take most of the time.
         with init_empty_weights(include_buffers=False), no_init_weights():

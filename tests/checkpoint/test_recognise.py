@@ -114,7 +114,7 @@ FOLDERS: dict[str, dict[str, tuple[dict[str, Any], list[str]]]] = {
                 "config.json": {"model_type": "gemma3", "text_config": {"model_type": "g_text"}},
                 "model.safetensors": shard("a"),
             },
-            ["gemma3", "text_config is nested", "'g_text'", "save the text model alone"],
+            ["gemma3", "text_config is nested", "'g_text'", "docs/families.md"],
         ),
         "flat": (
             {

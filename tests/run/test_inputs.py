@@ -12,13 +12,10 @@ import pytest
 import torch
 from commands import fail, succeed
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY, relative, save_byte_tokenizer
+from tiny_models import relative
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     BitsAndBytesConfig,
-    Gemma3Config,
-    Mistral3Config,
 )
 
 import frugal_bonsai
@@ -218,28 +215,6 @@ def test_the_command_that_converts_gguf_works(model: Path, text: Path, tmp_path:
     converted = tmp_path / "llama.cpp" / "m-bf16"
     assert relative(logits(converted), logits(model)) < 0.01
     assert load_tokenizer(converted)(TEXT).input_ids == load_tokenizer(model)(TEXT).input_ids
-
-
-@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
-def test_the_command_that_saves_a_text_model_alone_works(kind: str, tmp_path: Path) -> None:
-    sizes = {key: value for key, value in TINY.items() if key != "tie_word_embeddings"}
-    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    sight |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    if kind == "gemma3":
-        config = Gemma3Config(text_config=sizes, vision_config=sight, mm_tokens_per_image=4)
-    else:
-        text_config = {"model_type": "mistral", **sizes}
-        vision_config = {"model_type": "pixtral", **sight}
-        config = Mistral3Config(text_config=text_config, vision_config=vision_config)
-    whole = AutoModelForImageTextToText.from_config(config).eval()
-    whole.save_pretrained(tmp_path / "whole")
-    save_byte_tokenizer(tmp_path / "whole")
-    assert "text_config is nested" in fail("plan", tmp_path / "whole")
-    assert follow_advice(tmp_path / "whole") == "multimodal"
-    assert succeed("inspect", tmp_path / "whole-text")["kind"] == "model"
-    with torch.no_grad():
-        expected = whole(input_ids=torch.arange(3, 40)[None]).logits
-    assert relative(logits(tmp_path / "whole-text"), expected) < 1e-5
 
 
 def test_the_command_that_merges_an_adapter_works(model: Path, tmp_path: Path) -> None:

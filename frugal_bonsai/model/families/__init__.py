@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from frugal_bonsai.model.families.falcon import FALCON
 from frugal_bonsai.model.families.gemma2 import GEMMA2
 from frugal_bonsai.model.families.gemma3 import GEMMA3
@@ -44,3 +46,10 @@ _TABLES = (
     OLMOE,
 )
 FAMILIES = {family.model_type: family for family in _TABLES}
+# Text models inside models of several modalities that compute the same as a family as long as all
+# tokens are text. Those of Qwen2-VL compute the width of a head from the number of heads.
+TEXT_MODELS = {
+    "qwen2_vl_text": replace(QWEN2, head_dim_key=None),
+    "qwen2_5_vl_text": replace(QWEN2, head_dim_key=None),
+    "qwen3_vl_text": QWEN3,
+}

@@ -66,4 +66,4 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
             "same number in every layer, or take --layout per-layer"
         )
     widths = count_widths(spec, counts, *experts)
-    write_json(folder / CONFIG_FILE, equal_layers_config(spec, widths))
+    write_json(folder / CONFIG_FILE, spec.output_config(equal_layers_config(spec, widths)))

@@ -36,7 +36,7 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
             f"multiple of {spec.family.heads_key}. Legal numbers of units: {_legal(spec)}; or "
             "take --layout per-layer, or --as-mistral"
         )
-    write_json(folder / CONFIG_FILE, equal_layers_config(spec, widths))
+    write_json(folder / CONFIG_FILE, spec.output_config(equal_layers_config(spec, widths)))
 
 
 def _require_equal(spec: ModelSpec, mask: KeepMask) -> None:

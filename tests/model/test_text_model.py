@@ -1,0 +1,175 @@
+"""The text model inside a model of images and text: names, config, logits of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from multimodal_models import WHOLES, change_config, name_anew, save_whole
+from safetensors.torch import load_file, save_file
+from tiny_models import CPU, random_windows, relative, sweep_limits
+from transformers import AutoModelForImageTextToText
+
+from frugal_bonsai.errors import CheckpointError, OptionError, UnsupportedModelError
+from frugal_bonsai.model.layout import PER_LAYER, layout_rules
+from frugal_bonsai.run.open import Model, open_model
+from frugal_bonsai.stream.engine import FLOAT, Engine
+
+
+def streamed_logits(model: Model, tokens_NS: torch.Tensor) -> torch.Tensor:
+    engine = Engine(
+        model.checkpoint,
+        model.spec,
+        device=CPU,
+        dtype=torch.float32,
+        limits=sweep_limits(),
+        arithmetic=FLOAT,
+        progress=None,
+    )
+    with engine.native() as stream, torch.inference_mode():
+        hidden = engine.sweep.run(stream, tokens_NS)
+        return engine.head.logits(hidden.read(slice(0, len(tokens_NS))))
+
+
+@torch.no_grad()
+def whole_logits(folder: Path, tokens_NS: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    logits: torch.Tensor = model(input_ids=tokens_NS).logits
+    return logits
+
+
+FAMILY_OF = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "llava": "llama",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+}
+
+
+@pytest.mark.parametrize("names", ["old", "new"])
+@pytest.mark.parametrize("kind", WHOLES)
+def test_streamed_logits_are_those_of_the_whole(kind: str, names: str, tmp_path: Path) -> None:
+    whole = save_whole(tmp_path, kind)
+    if names == "new":
+        name_anew(tmp_path)
+    tokens_NS = random_windows(2, 13, vocabulary=280)
+    with open_model(str(tmp_path), text_only=False) as opened:
+        assert opened.spec.family.model_type == FAMILY_OF[kind]
+        found = streamed_logits(opened, tokens_NS)
+        text = whole.model.language_model
+        of_head = 0 if opened.spec.tied else whole.lm_head.weight.numel()
+        assert opened.spec.parameters == of_head + sum(p.numel() for p in text.parameters())
+        carried = opened.multimodal.carried_parameters
+        stored = load_file(tmp_path / "model.safetensors")
+        assert opened.spec.parameters + carried == sum(t.numel() for t in stored.values())
+        assert opened.sizes["weight_bytes"] == sum(t.nbytes for t in stored.values())
+    assert relative(found, whole_logits(tmp_path, tokens_NS)) < 1e-5
+
+
+def test_a_config_that_leaves_sizes_to_their_defaults(tmp_path: Path) -> None:
+    """As google/gemma-3-4b-it: its heads, their width and its vocabulary are the class's."""
+    full = WHOLES["gemma3"]["text_config"]
+    defaults = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    save_whole(tmp_path, "gemma3", text_config={**full, **defaults})
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    stated = {k: v for k, v in config["text_config"].items() if k not in (*defaults, "vocab_size")}
+    change_config(tmp_path, text_config=stated)
+    with open_model(str(tmp_path)) as opened:
+        spec = opened.spec
+        assert (spec.heads, spec.kv_heads, spec.head_dim, spec.vocabulary) == (8, 4, 256, 300)
+        found = opened.multimodal.whole_config({**opened.multimodal.text, "intermediate_size": 7})
+    assert found["text_config"] == {**stated, "intermediate_size": 7}
+    assert {**found, "text_config": stated} == {**config, "text_config": stated}
+
+
+def test_a_flat_config_of_the_hub(tmp_path: Path) -> None:
+    """Qwen2.5-VL's on the hub has the text model's keys beside those of the whole."""
+    save_whole(tmp_path, "qwen2_5_vl")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    text = config.pop("text_config")
+    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}, "rope_theta": 1e4}
+    flat = {key: text[key] for key in text if key not in ("model_type", "rope_parameters")}
+    (tmp_path / "config.json").write_text(json.dumps({**flat, **rope, **config}), encoding="utf-8")
+    tokens_NS = random_windows(2, 13, vocabulary=280)
+    with open_model(str(tmp_path), text_only=False) as opened:
+        assert opened.spec.config["rope_parameters"] == {"rope_theta": 1e4, "rope_type": "default"}
+        found = streamed_logits(opened, tokens_NS)
+        changed = opened.multimodal.whole_config({**opened.spec.config, "intermediate_size": 7})
+        assert changed == {**flat, **rope, **config, "intermediate_size": 7}
+    assert relative(found, whole_logits(tmp_path, tokens_NS)) < 1e-5
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("outer", [True, False])
+def test_tied_embeddings_as_transformers_ties_them(
+    outer: bool, nested: bool, tmp_path: Path
+) -> None:
+    """Whichever config says so, a stored head is used and a head that is not stored is tied."""
+    text = {**WHOLES["mistral3"]["text_config"], "tie_word_embeddings": nested}
+    save_whole(tmp_path, "mistral3", text_config=text, tie_word_embeddings=outer)
+    tokens_NS = random_windows(2, 9, vocabulary=280)
+    with open_model(str(tmp_path), text_only=False) as opened:
+        assert opened.spec.tied is outer
+        found = streamed_logits(opened, tokens_NS)
+    assert relative(found, whole_logits(tmp_path, tokens_NS)) < 1e-5
+    # A config that says "tied" beside two weights that differ: transformers uses both.
+    change_config(tmp_path, tie_word_embeddings=True)
+    with open_model(str(tmp_path)) as opened:
+        assert opened.spec.tied is outer
+        found = streamed_logits(opened, tokens_NS)
+    assert relative(found, whole_logits(tmp_path, tokens_NS)) < 1e-5
+
+
+def test_a_whole_that_transformers_cannot_load_is_refused_unless_text_only(tmp_path: Path) -> None:
+    save_whole(tmp_path, "llava")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["multi_modal_projector.linear_1.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with open_model(str(tmp_path), text_only=True) as opened:
+        assert opened.spec.family.model_type == "llama"
+    with (
+        pytest.raises(
+            CheckpointError,
+            match=r"lacks 1 tensors that transformers' LlavaForConditionalGeneration needs .* "
+            r"'model.multi_modal_projector.linear_1.weight'; add --text-only",
+        ),
+        open_model(str(tmp_path), text_only=False),
+    ):
+        pass
+    change_config(tmp_path, model_type="unheard_of")
+    with open_model(str(tmp_path), text_only=True) as opened:
+        assert opened.spec.family.model_type == "llama"
+    with (
+        pytest.raises(UnsupportedModelError, match=r"no model of type 'unheard_of'.*--text-only"),
+        open_model(str(tmp_path), text_only=False),
+    ):
+        pass
+
+
+def test_tensors_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    save_whole(tmp_path, "llava")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    old = "language_model.model."
+    twice = {k.replace(old, "other."): v + 1 for k, v in tensors.items() if k.startswith(old)}
+    save_file({**tensors, **twice}, path, {"format": "pt"})
+    with (
+        pytest.raises(CheckpointError, match=r"text model \(llama\) cannot be told from others"),
+        open_model(str(tmp_path)),
+    ):
+        pass
+
+
+def test_layers_of_different_widths_need_text_only(tmp_path: Path) -> None:
+    save_whole(tmp_path, "gemma3")
+    with open_model(str(tmp_path), text_only=True) as opened:
+        assert layout_rules(opened.spec, PER_LAYER).layout == PER_LAYER
+    with (
+        open_model(str(tmp_path), text_only=False) as opened,
+        pytest.raises(OptionError, match=r"per-layer: no gemma3 .* add --text-only .* padded"),
+    ):
+        layout_rules(opened.spec, PER_LAYER)

@@ -1,0 +1,116 @@
+"""Tiny random models of images and text, saved as people have them: with old names and new ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY, save_byte_tokenizer
+
+_TEXT: dict[str, Any] = {**TINY, "vocab_size": 300, "num_hidden_layers": 2, "pad_token_id": 0}
+del _TEXT["tie_word_embeddings"]
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 12, "num_heads": 2}
+_QWEN_TOKENS = {
+    "image_token_id": 290,
+    "video_token_id": 291,
+    "vision_start_token_id": 292,
+    "vision_end_token_id": 293,
+}
+_MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+# Windows are longer than the sliding windows.
+_SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+WHOLES: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**_TEXT, **_SLIDING, "query_pre_attn_scalar": 6},
+        "vision_config": {**_VISION, "model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 290,
+        "boi_token_index": 291,
+        "eoi_token_index": 292,
+    },
+    "mistral3": {
+        "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
+        "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 8},
+        "image_token_index": 290,
+        "tie_word_embeddings": False,
+    },
+    "llava": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+        "image_token_index": 290,
+    },
+    "qwen2_5_vl": {
+        "text_config": {
+            **{key: value for key, value in _TEXT.items() if key != "head_dim"},
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": _MROPE,
+        },
+        "vision_config": {**_QWEN_VISION, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
+        **_QWEN_TOKENS,
+    },
+    "qwen3_vl": {
+        "text_config": {**_TEXT, "head_dim": 8, "rope_parameters": _MROPE},
+        "vision_config": {
+            **_QWEN_VISION,
+            "out_hidden_size": 24,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        **_QWEN_TOKENS,
+    },
+}
+# Old name -> new name. transformers 5 saves the old ones, transformers 4.52 to 4.57 the new ones.
+_NEW = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
+    (r"^(vision_tower|multi_modal_projector|visual)\.", r"model.\1."),
+)
+
+
+def save_whole(folder: Path, kind: str, *, seed: int = 0, **changes: Any) -> Any:
+    """Save a random model with a tokenizer, and return it."""
+    config = transformers.AutoConfig.for_model(kind, **{**WHOLES[kind], **changes})
+    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.3, generator=generator)
+            # Gemma's norms multiply by one and their weight.
+            if "norm" in name and kind != "gemma3":
+                parameter.add_(1.0)
+    model.save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5]}', encoding="utf-8")
+    return model
+
+
+def name_anew(folder: Path) -> None:
+    """Give a saved model's tensors the names of transformers 4.52 to 4.57."""
+    tensors = load_file(folder / "model.safetensors")
+    for old, new in _NEW:
+        tensors = {re.sub(old, new, name): value for name, value in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a config; None removes a key."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    kept = {key: value for key, value in config.items() if value is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")
