@@ -123,8 +123,8 @@ class Search:
         """Run all rounds that are still to do."""
         table = self._engine.spec.table
         state = self._folder.load(table) if resume else PruneState(mask=KeepMask(table))
-        dense = self._stores.dense() if self._settings.recovery or not state.rounds else None
-        store = self._stores.working(state, len(state.rounds)) if state.rounds else dense
+        self._stores.remove()  # of a run that was stopped
+        dense, store = self._build_stores(state) if self._goes_on(state.mask) else (None, None)
         earlier_tokens = state.forward_tokens - self._engine.sweep.forward_tokens
         if state.importance is None and self._goes_on(state.mask):
             assert store is not None
@@ -145,13 +145,21 @@ class Search:
             report["forward_tokens"] = state.forward_tokens
             state.rounds.append(report)
             self._folder.save(state)
-        self._stores.close()
+        self._stores.remove()
         return SearchResult(
             mask=state.mask,
             refits=self._stores.refits(state, len(state.rounds)),
             rounds=state.rounds,
             forward_tokens=state.forward_tokens,
         )
+
+    def _build_stores(self, state: PruneState) -> tuple[LayerStore | None, LayerStore]:
+        """Return the dense store, None if no later round reads it, and the next round's store."""
+        if not state.rounds:
+            store = self._stores.dense()
+            return store, store
+        dense = self._stores.dense() if self._settings.recovery else None
+        return dense, self._stores.working(state, len(state.rounds))
 
     def _goes_on(self, mask: KeepMask) -> bool:
         """Tell whether another round can bring the mask nearer to the target."""
@@ -284,6 +292,7 @@ class Search:
             return None if last else self._stores.working(state, number), figures
         if last:
             return None, {}
+        self._stores.remove_dense()
         store = self._stores.working(state, number)
         state.importance = self._measure_importance(store, state.mask, number)
         return store, {}

@@ -2,7 +2,7 @@
 
 In: an engine, a run directory. Out: layer stores and a head, built when they are asked for. A
 resume builds them again from the checkpoint, the mask and the saved refits. Holds the memory of
-building a store; on disk two copies of the layers, and the head's int8 rows.
+building a store; on disk two copies of the layers, and the head's int8 rows, until the search ends.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
+from frugal_bonsai.checkpoint.commit import remove_folder
 from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.model.biases import weight_of
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.head import Head
 from frugal_bonsai.stream.store import LayerStore, build_store
 
+DENSE = "dense"
 Refits = dict[str, Callable[[], torch.Tensor]]
 
 
 class Stores:
-    """The stores of one search; close them at its end.
+    """The stores of one search; remove them at its end.
 
     Args:
         engine: The dense checkpoint, progress.
@@ -41,7 +43,7 @@ class Stores:
     def dense(self) -> LayerStore:
         """Write the store of the dense model; NaN and infinity in it are refused."""
         self._dense = build_store(
-            self._work / "dense",
+            self._work / DENSE,
             self._engine.checkpoint,
             self._engine.spec,
             weights=self._weights,
@@ -89,8 +91,17 @@ class Stores:
         dtypes = {name: self.saved_dtype(name) for name in weights}
         self._folder.save_refit(number, layer, weights, dtypes)
 
-    def close(self) -> None:
-        """Close the layer files."""
+    def remove_dense(self) -> None:
+        """Remove the dense store: without reconstruction nothing reads it after the first round."""
+        if self._dense is not None:
+            self._dense.close()
+            remove_folder(self._work / DENSE)
+            self._dense = None
+
+    def remove(self) -> None:
+        """Close and remove all stores, so that the output finds their room."""
         for store in (self._dense, self._working):
             if store is not None:
                 store.close()
+        self._dense = self._working = self._head = None
+        remove_folder(self._work)

@@ -27,17 +27,31 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextmanager
-def output_errors(path: Path) -> Iterator[None]:
-    """Turn an :class:`OSError` in the block into an :class:`OutputError` about ``path``."""
+def output_errors(path: Path, size_bytes: int | None = None) -> Iterator[None]:
+    """Turn an :class:`OSError` in the block into an :class:`OutputError` about ``path``.
+
+    Args:
+        path: what is written.
+        size_bytes: bytes that are written, if they are known, for the error of a full disk.
+
+    Raises:
+        OutputError: the system refuses; of a full disk, the text states the free bytes.
+    """
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: {_advice(path, error)}") from error
+        full = error.errno in _FULL
+        advice = _disk_is_full(path, error, size_bytes) if full else _advice(path, error)
+        raise OutputError(f"{path}: {advice}") from error
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
+def replaced_file(path: Path, size_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a temporary sibling for writing and rename it to ``path`` if the block succeeds.
+
+    Args:
+        path: the file.
+        size_bytes: its size, if it is known, for the error of a full disk.
 
     Raises:
         OutputError: the file cannot be created, written or renamed.
@@ -45,7 +59,7 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = partial_name(path)
     try:
-        with output_errors(path):
+        with output_errors(path, size_bytes):
             with temporary.open("xb") as file:
                 yield file
                 file.flush()
@@ -64,7 +78,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    with replaced_file(path) as file:
+    with replaced_file(path, len(data)) as file:
         file.write(data)
 
 
@@ -151,7 +165,7 @@ def require_writable(out: Path) -> None:
     Raises:
         OutputError: the system refuses.
     """
-    place = _nearest_folder(out.absolute().parent)
+    place = nearest_folder(out.absolute().parent)
     with output_errors(out), tempfile.TemporaryFile(dir=place):
         pass
 
@@ -167,7 +181,7 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     Raises:
         OutputError: the disk has too little room. The text states the needed and the free bytes.
     """
-    place = _nearest_folder(Path(folder).absolute())
+    place = nearest_folder(Path(folder).absolute())
     with output_errors(place):
         free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
@@ -178,7 +192,7 @@ def require_free_space(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
-def _nearest_folder(place: Path) -> Path:
+def nearest_folder(place: Path) -> Path:
     """Return a path, or its nearest parent that exists."""
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -188,6 +202,11 @@ def _nearest_folder(place: Path) -> Path:
 def partial_name(path: Path) -> Path:
     """Return an unused name for a temporary sibling."""
     return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with its files. Files that are open stay on Windows."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_directory(folder: Path) -> None:
@@ -200,11 +219,20 @@ def sync_directory(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _disk_is_full(path: Path, error: OSError, size_bytes: int | None) -> str:
+    """Return the text of the error: the bytes to write, and those that are free."""
+    text = f"the disk is full or a size limit was met ({error.strerror or error})"
+    if size_bytes is not None:
+        text += f" while {format_bytes(size_bytes)} were written"
+    with suppress(OSError):
+        free_bytes = shutil.disk_usage(nearest_folder(path.absolute().parent)).free
+        text += f"; {format_bytes(free_bytes)} are free"
+    return f"{text}; free space or write elsewhere"
+
+
 def _advice(path: Path, error: OSError) -> str:
     """Return the text of an error: what happened and what to try."""
     what = error.strerror or str(error)
-    if error.errno in _FULL:
-        return f"the disk is full or a size limit was met ({what}); free space or write elsewhere"
     if error.errno in _DENIED:
         return f"may not be written ({what}); check the permissions of {path.parent}"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):

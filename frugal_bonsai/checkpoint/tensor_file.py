@@ -64,7 +64,8 @@ def write_tensors(
     dtypes = {name: t.dtype for name, t in tensors.items()} | dict(dtypes or {})
     specs = [(name, dtype_name(dtypes[name]), tuple(t.shape)) for name, t in tensors.items()]
     header, ranges = build_header(specs, metadata or {})
-    with replaced_file(path) as file:
+    size_bytes = max((end for _, end in ranges.values()), default=len(header))
+    with replaced_file(path, size_bytes) as file:
         file.write(header)
         for name in ranges:  # in the order of the data
             file.write(data_bytes(tensors[name].to(dtypes[name])))

@@ -191,7 +191,10 @@ class ShardedWriter:
                 f"{target.written_bytes} are written"
             )
         shard = target.shard
-        with output_errors(shard.path), FileIO(str(shard.temporary), "r+b") as file:
+        with (
+            output_errors(shard.path, entry.size_bytes),
+            FileIO(str(shard.temporary), "r+b") as file,
+        ):
             if not copy_range(entry.file, entry.start, file, target.start, entry.size_bytes):
                 return False
             self._advance(target, entry.size_bytes, file)
@@ -270,8 +273,11 @@ class ShardedWriter:
     def _write(self, target: _Target, tensor: torch.Tensor) -> None:
         """Write a tensor's bytes behind those that are written."""
         shard = target.shard
-        with output_errors(shard.path), FileIO(str(shard.temporary), "r+b") as file:
-            data = data_bytes(tensor)
+        data = data_bytes(tensor)
+        with (
+            output_errors(shard.path, len(data)),
+            FileIO(str(shard.temporary), "r+b") as file,
+        ):
             _write_at(file, data, target.start + target.written_bytes)
             self._advance(target, len(data), file)
 

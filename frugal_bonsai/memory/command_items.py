@@ -9,7 +9,6 @@ from __future__ import annotations
 from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES
 from frugal_bonsai.memory.items import SweepItems
 from frugal_bonsai.memory.work import (
-    DISK,
     SHARD_BYTES,
     VERIFY_TOKENS,
     VERIFY_WINDOWS,
@@ -86,16 +85,3 @@ class CommandItems(SweepItems):
             size = max(2 * self._largest * self._source, size)
             formula = "max(2 x largest of a layer * source, 8 MiB)"
         return self._host("rewriting the model", size, formula)
-
-    def stores(self, copies: int) -> PlanItem:
-        """Working stores on disk.
-
-        Args:
-            copies: Number of stores.
-        """
-        return PlanItem(
-            name="working stores",
-            where=DISK,
-            size_bytes=copies * self.spec.layers * self.stored_bytes(self.work.weights),
-            formula="copies * layers * layer as stored",
-        )

@@ -16,8 +16,13 @@ _Work = TypeVar("_Work", SweepWorkload, TrainingWork)
 _LEAST_WINDOW, _LEAST_WINDOWS, _LEAST_RANK = 128, 8, 4
 
 
-def advise(changes: Iterator[tuple[str, _Work]], fits: Callable[[_Work], bool]) -> str:
-    """Return the options that would make the work fit under the same caps; empty without any.
+def advise(
+    changes: Iterator[tuple[str, _Work]],
+    fits: Callable[[_Work], bool],
+    *,
+    where: str = "Under this cap",
+) -> str:
+    """Return the options that would make the work fit into the same room; empty without any.
 
     Of several values of one option the first that fits is named, which changes least.
     """
@@ -26,7 +31,7 @@ def advise(changes: Iterator[tuple[str, _Work]], fits: Callable[[_Work], bool]) 
         name = option.partition(" ")[0]
         if name not in found and fits(work):
             found[name] = option
-    return f". Under this cap it fits with {' or with '.join(found.values())}" if found else ""
+    return f". {where} it fits with {' or with '.join(found.values())}" if found else ""
 
 
 def smaller_sweeps(work: SweepWorkload) -> Iterator[tuple[str, SweepWorkload]]:
@@ -35,22 +40,21 @@ def smaller_sweeps(work: SweepWorkload) -> Iterator[tuple[str, SweepWorkload]]:
         if work.channel_updates:
             yield "--refine 0", replace(work, channel_updates=0)
         if work.reconstruction:
-            yield (
-                "--no-recovery",
-                replace(
-                    work,
-                    reconstruction=False,
-                    refit_inputs=False,
-                    channel_updates=0,
-                    trial_windows=0,
-                    candidates=0,
-                    scale_windows=0,
-                ),
-            )
+            yield "--no-recovery", _without_recovery(work)
         for windows in _halves(work.windows, _LEAST_WINDOWS):
             yield f"--windows {windows}", _with_windows(work, windows)
     for window in _halves(work.window, _LEAST_WINDOW):
         yield f"--window {window}", replace(work, window=window)
+
+
+def smaller_files(work: PruneWorkload) -> Iterator[tuple[str, PruneWorkload]]:
+    """Yield options that make the files of a prune smaller, and the work that is left with each."""
+    if work.weights != "int8":
+        yield "--weights int8", replace(work, weights="int8")
+    if work.refit_inputs:
+        yield "--refit outputs", replace(work, refit_inputs=False)
+    if work.reconstruction:
+        yield "--no-recovery", _without_recovery(work)
 
 
 def smaller_trainings(work: TrainingWork) -> Iterator[tuple[str, TrainingWork]]:
@@ -63,6 +67,18 @@ def smaller_trainings(work: TrainingWork) -> Iterator[tuple[str, TrainingWork]]:
         yield f"--batch {batch}", replace(work, batch=batch)
     for window in _halves(work.window, _LEAST_WINDOW):
         yield f"--window {window}", replace(work, window=window)
+
+
+def _without_recovery(work: PruneWorkload) -> PruneWorkload:
+    return replace(
+        work,
+        reconstruction=False,
+        refit_inputs=False,
+        channel_updates=0,
+        trial_windows=0,
+        candidates=0,
+        scale_windows=0,
+    )
 
 
 def _with_windows(work: PruneWorkload, windows: int) -> PruneWorkload:

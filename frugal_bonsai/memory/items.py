@@ -53,7 +53,7 @@ class SweepItems:
         self.near = HOST if budget.gpu_bytes is None else GPU
         self._compute = 2 if self._gpu else 4
         self._chunk_element = self._compute
-        self._source = _source_element_bytes(spec)
+        self._source = source_element_bytes(spec)
         shapes = max((list(t.values()) for t in spec.layer_tensors), key=_elements)
         self.layer_parameters = _elements(shapes)
         self._layer_rows = sum(shape[0] for shape in shapes if len(shape) == 2)
@@ -319,7 +319,8 @@ def _elements(shapes: list[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _source_element_bytes(spec: ModelSpec) -> int:
+def source_element_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of an element of the checkpoint, by its config."""
     name = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "float32")
     sizes = {TORCH_NAMES[stored]: DTYPE_BYTES[stored] for stored in FLOATING}
     return sizes.get(name.removeprefix("torch."), DTYPE_BYTES["F32"])

@@ -165,10 +165,6 @@ class CommandPhases(PhaseBuilder[Choice]):
             layer_buffers=choice.buffers,
         )
 
-    def on_disk(self) -> list[PlanItem]:
-        """Return the files on disk; no cap bounds them."""
-        return [] if self._items.work.weights is None else [self._items.stores(1)]
-
     def of(self, choice: Choice) -> list[MemoryPhase]:
         """Return all phases in the order in which they come first."""
         work = self._items.work

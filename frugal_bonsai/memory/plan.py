@@ -3,18 +3,20 @@
 In: shapes, caps, a workload. Out: a frozen, itemised :class:`MemoryPlan`, or an error that names
 the largest item and the smallest cap that works. Pure: reads no file and no device. The items and
 their formulas are in items.py, command_items.py and prune_items.py; phases.py and prune_phases.py
-say which of them are held together.
+say which of them are held together. disk.py and prune_disk.py do the same for files.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.command_items import CommandItems
+from frugal_bonsai.memory.disk import DiskPlan
 from frugal_bonsai.memory.hints import advise, smaller_sweeps
 from frugal_bonsai.memory.phases import CommandPhases, PlannedPhases
+from frugal_bonsai.memory.prune_disk import plan_disk
 from frugal_bonsai.memory.prune_items import PruneItems
 from frugal_bonsai.memory.prune_phases import PrunePhases
 from frugal_bonsai.memory.work import (
@@ -53,26 +55,26 @@ class MemoryPlan(PlannedPhases):
     """Predicted memory of a run, and the sizes chosen for it.
 
     Attributes:
-        on_disk: Files that lie on disk meanwhile.
         limits: Limits of the sweeps.
         keep_inputs: Reconstruction holds the inputs of a layer's projections.
         keep_updates: Channel updates hold their targets and slopes.
+        disk: Files that lie on disk meanwhile.
     """
 
-    on_disk: tuple[PlanItem, ...]
     limits: SweepLimits
     keep_inputs: bool
     keep_updates: bool
+    disk: DiskPlan = field(default_factory=DiskPlan)
 
     @property
     def items(self) -> tuple[PlanItem, ...]:
-        """Items of the GPU's peak phase, then of the host's, then the files on disk."""
-        return (*super().items, *self.on_disk)
+        """Items of the peak phase of the GPU, of the host, then of the disk."""
+        return (*super().items, *self.disk.peak().items)
 
     def total_bytes(self, where: str) -> int:
         """Return the predicted peak in bytes on ``host``, ``gpu`` or ``disk``."""
         if where == DISK:
-            return sum(item.size_bytes for item in self.on_disk)
+            return self.disk.total_bytes
         return super().total_bytes(where)
 
     @property
@@ -105,11 +107,11 @@ def plan_memory(
         choice = _keep(build, choice, work)
     return MemoryPlan(
         phases=tuple(build.of(choice)),
-        on_disk=tuple(build.on_disk()),
         budget=budget,
         limits=build.limits(choice),
         keep_inputs=choice.keep_inputs,
         keep_updates=choice.keep_updates,
+        disk=plan_disk(spec, work),
     )
 
 

@@ -15,10 +15,6 @@ class PrunePhases(CommandPhases):
 
     _items: PruneItems
 
-    def on_disk(self) -> list[PlanItem]:
-        """Return the files on disk: the dense store and the one of a round."""
-        return [self._items.stores(2)]
-
     def of(self, choice: Choice) -> list[MemoryPhase]:
         """Return all phases in the order in which they come first."""
         items, work = self._items, self._items.work

@@ -12,6 +12,7 @@ projection's sides, k most likely next tokens in the teacher's cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from frugal_bonsai.memory.budget import Budget
@@ -194,20 +195,16 @@ class TrainingItems(CommandItems):
 
     def _trained(self, choice: TrainingChoice) -> list[PlanItem]:
         """Parameters in fp32, their gradients, AdamW's two moments."""
-        shapes = [s for tensors in self.spec.layer_tensors for s in tensors.values()]
-        matrices = [shape for shape in shapes if len(shape) == 2]
+        sizes, items = trained_sizes(self.spec, choice.rank), list[PlanItem]()
         if self.training.lora:
-            sizes = [choice.rank * side for shape in matrices for side in shape]
             items = [self._near("adapters", 4 * sum(sizes), "4*R*(O+I)")]
-        else:
-            sizes, items = [math.prod(shape) for shape in matrices], []
         count, what = sum(sizes), "R*(O+I)" if self.training.lora else "P*L"
-        eight_bit = choice.optimiser == ADAMW_8BIT
-        moments = sum(map(_eight_bit_bytes, sizes)) if eight_bit else 8 * count
+        moments = moment_bytes(sizes, choice.optimiser)
+        each = "2" if choice.optimiser == ADAMW_8BIT else "2 x 4"
         return [
             *items,
             self._near("gradients", 4 * count, f"4*{what}"),
-            self._near("optimiser", moments, f"{'2' if eight_bit else '2 x 4'}*{what}"),
+            self._near("optimiser", moments, f"{each}*{what}"),
             self._step(choice, sizes),
         ]
 
@@ -268,6 +265,27 @@ class TrainingItems(CommandItems):
         size = self.head_tokens(choice) * (self.spec.vocabulary * 4 * _LOGIT_COPIES + top)
         size += 2 * self._state_bytes
         return self._near("logits and their gradients", size, f"t*(V*4*{_LOGIT_COPIES} + 32*k)")
+
+
+def trained_sizes(spec: ModelSpec, rank: int) -> list[int]:
+    """Return the number of elements of each trained parameter.
+
+    Args:
+        spec: Shapes of the model.
+        rank: Rank of the adapters. 0 trains the block projections themselves.
+    """
+    shapes = (s for tensors in spec.layer_tensors for s in tensors.values())
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    if rank:
+        return [rank * side for shape in matrices for side in shape]
+    return [math.prod(shape) for shape in matrices]
+
+
+def moment_bytes(sizes: Sequence[int], optimiser: str) -> int:
+    """Return the bytes of an optimiser's moments of parameters of these sizes."""
+    if optimiser == ADAMW_8BIT:
+        return sum(map(_eight_bit_bytes, sizes))
+    return 8 * sum(sizes)
 
 
 def _eight_bit_bytes(elements: int) -> int:

@@ -136,6 +136,9 @@ class PruneWorkload(SweepWorkload):
         candidates: Number of candidate cuts in a round, at most.
         scale_windows: Number of windows that the scale of the logits is found on. 0 for no scale.
         channel_updates: Steps in which the last reconstruction updates the FFN's channels.
+        mean_biases: Biases of output projections stand for the removed units.
+        padded: The output keeps the dense shapes, filled with zeros.
+        companion_bytes: Bytes of the files that are copied beside the weights.
     """
 
     source_bytes: int
@@ -153,6 +156,9 @@ class PruneWorkload(SweepWorkload):
     candidates: int = 0
     scale_windows: int = 0
     channel_updates: int = 0
+    mean_biases: bool = False
+    padded: bool = False
+    companion_bytes: int = 0
     rewrite: bool = True
 
     @property

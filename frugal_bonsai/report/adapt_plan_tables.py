@@ -60,8 +60,8 @@ def render_adapt_plan(plan: Values, console: Console) -> None:
         f"{plan['micro_batch']} at once"
     )
     sheet.say(f"data: {', '.join(plan['data'])}, {plural(plan['windows'], 'window')}")
-    if plan["cache_bytes"]:
-        sheet.say(f"disk: {format_bytes(plan['cache_bytes'])} for the teacher's answers")
+    files = ", ".join(f"{f['name']} {format_bytes(f['size_bytes'])}" for f in plan["files"])
+    sheet.say(f"disk: {format_bytes(plan['totals']['disk'])} ({files})")
     for note in plan["notes"]:
         sheet.say(f"note: {note}")
 

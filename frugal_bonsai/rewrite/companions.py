@@ -30,6 +30,23 @@ COMPANIONS = (
 PROCESSOR = ("processor_config.json", "*preprocessor_config.json")
 
 
+def companions(source_folder: Path, *, processor: bool = False) -> list[Path]:
+    """Return those of the files in :data:`COMPANIONS` that a model's folder has, sorted.
+
+    Args:
+        source_folder: the model's folder.
+        processor: with the files in :data:`PROCESSOR`.
+    """
+    patterns = (*COMPANIONS, *(PROCESSOR if processor else ()))
+    found = {path for pattern in patterns for path in source_folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
+
+
+def companion_bytes(source_folder: Path, *, processor: bool = False) -> int:
+    """Return the bytes of these files."""
+    return sum(path.stat().st_size for path in companions(source_folder, processor=processor))
+
+
 def write_companions(
     source_folder: Path, folder: Path, *, processor: bool = False
 ) -> tuple[str, ...]:
@@ -48,12 +65,8 @@ def write_companions(
         OutputError: a file cannot be written.
     """
     source_folder, folder = Path(source_folder), Path(folder)
-    patterns = (*COMPANIONS, *(PROCESSOR if processor else ()))
-    found = {path for pattern in patterns for path in source_folder.glob(pattern)}
     names = []
-    for path in sorted(found):
-        if not path.is_file():
-            continue
+    for path in companions(source_folder, processor=processor):
         try:
             data = path.read_bytes()
         except OSError as error:

@@ -25,6 +25,7 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.companions import companion_bytes
 from frugal_bonsai.rewrite.cut_stream import stream_cuts
 from frugal_bonsai.rewrite.layouts import WRITE_CONFIG
 from frugal_bonsai.rewrite.layouts.widths import require_units
@@ -109,7 +110,9 @@ def shrink(
     added = added_biases(spec, refit)
     plans = plan_tensors(checkpoint, spec, mask, rules, added)
     _require_planned(plans, refit)
-    require_free_space(folder, sum(plan.size_bytes for plan in plans), "the pruned model")
+    needed_bytes = sum(plan.size_bytes for plan in plans)
+    needed_bytes += companion_bytes(checkpoint.folder, processor=spec.multimodal is not None)
+    require_free_space(folder, needed_bytes, "the pruned model")
     described = with_kept_layers(with_bias_keys(spec, added), mask)
     WRITE_CONFIG[rules.layout](described, mask, rules, folder)
     announced = [(plan.stored_name, plan.dtype, plan.stored_shape) for plan in plans]

@@ -27,6 +27,7 @@ from frugal_bonsai.adapt.teacher_cache import hash_weights, hash_windows
 from frugal_bonsai.adapt.train import Trained, Trainer
 from frugal_bonsai.adapt.training_data import TrainingData
 from frugal_bonsai.checkpoint.commit import staged_directory
+from frugal_bonsai.memory.disk import CACHE, OUT, RUN
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.training_items import STREAMED
 from frugal_bonsai.memory.work import VERIFY_TOKENS, VERIFY_WINDOWS
@@ -35,6 +36,7 @@ from frugal_bonsai.run.adapt_output import measure, write_adapted
 from frugal_bonsai.run.adapt_plan import AdaptPlans, plan_adaptation
 from frugal_bonsai.run.adapt_summary import describe_adaptation, write_papers
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
+from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.early import check_adapt
 from frugal_bonsai.run.engine import enforce_caps
 from frugal_bonsai.run.options import AdaptOptions
@@ -75,7 +77,7 @@ def adapt_pruned(
         job = prepare_adaptation(
             pruned, options, folder, stack=stack, progress=progress, resume=resume
         )
-        plans = _plan(job, on_plan)
+        plans = _plan(job, out, on_plan)
         settings = job.settings.resolve(hidden=job.pruned.spec.hidden, rank=plans.training.rank)
         data = make_training_data(job, plans.teacher)
         gc.collect()  # the teacher
@@ -102,13 +104,17 @@ def adapt_pruned(
     return summary
 
 
-def _plan(job: Adaptation, on_plan: Callable[[TrainingPlan], None] | None) -> AdaptPlans:
-    """Plan the memory, and tell the user of it."""
+def _plan(job: Adaptation, out: Path, on_plan: Callable[[TrainingPlan], None] | None) -> AdaptPlans:
+    """Plan memory and files, and tell the user of them; refuse what the disks have no room for."""
     for note in job.budget.notes:
         job.progress.note(note)
     plans = plan_adaptation(job)
     if on_plan is not None:
         on_plan(plans.training)
+    folders = {RUN: job.folder, OUT: out}
+    if not job.cache_root.exists() or job.folder in job.cache_root.parents:
+        folders[CACHE] = job.cache_root  # else the cache itself checks what it lacks
+    require_room(plans.disk, folders, "this adaptation", held=job.folder)
     return plans
 
 

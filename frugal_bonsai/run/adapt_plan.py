@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ from typing import Any
 from frugal_bonsai.adapt.optimiser import allowed_optimisers
 from frugal_bonsai.adapt.settings import LORA
 from frugal_bonsai.errors import BudgetError
+from frugal_bonsai.memory.disk import DiskPlan
 from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.memory.training import TrainingPlan, plan_training
-from frugal_bonsai.memory.training_items import ADAMW, TrainingWork
+from frugal_bonsai.memory.training_disk import plan_training_disk
+from frugal_bonsai.memory.training_items import ADAMW, TrainingWork, trained_sizes
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
 from frugal_bonsai.run.engine import measured_base_bytes
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.plan import plan_items, plan_phases
 from frugal_bonsai.run.training_data import SAMPLED_TOGETHER
+from frugal_bonsai.run.workload import copied_bytes
 
 # Number of held-out windows that the plan expects at least: the data are split after planning.
 _LEAST_MEASURED = 16
@@ -38,11 +41,13 @@ class AdaptPlans:
         teacher: of sampling and caching; None without a teacher.
         training: of the training.
         writing: of writing, verifying and measuring.
+        disk: files of the whole run.
     """
 
     teacher: MemoryPlan | None
     training: TrainingPlan
     writing: MemoryPlan
+    disk: DiskPlan
 
     def named(self) -> dict[str, MemoryPlan | TrainingPlan]:
         """Return the plans of the parts that run, by name, in order."""
@@ -105,7 +110,27 @@ def plan_adaptation(job: Adaptation) -> AdaptPlans:
     if refused:
         same = [error for error in refused if error.option == refused[0].option]
         raise max(same, key=lambda error: error.needed_bytes)
-    return AdaptPlans(**plans)
+    return AdaptPlans(**plans, disk=_plan_disk(job, plans["training"]))
+
+
+def _plan_disk(job: Adaptation, training: TrainingPlan) -> DiskPlan:
+    """Predict the files of the run."""
+    return plan_training_disk(
+        job.pruned.spec,
+        trained_sizes(job.pruned.spec, training.rank),
+        optimiser=training.optimiser,
+        cache_bytes=_cache_bytes(job),
+        sampled_tokens=job.texts.sampled * job.window,
+        companion_bytes=copied_bytes(job.pruned),
+    )
+
+
+def _cache_bytes(job: Adaptation) -> int:
+    """Return the bytes of the teacher's answers on disk."""
+    if job.teacher_settings is None:
+        return 0
+    window_bytes = job.teacher_settings.file_bytes(job.window, job.pruned.spec.hidden)
+    return job.texts.count * window_bytes
 
 
 def _teacher_work(job: Adaptation) -> SweepWorkload:
@@ -136,10 +161,7 @@ def _training_work(job: Adaptation) -> TrainingWork:
 
 def _describe(job: Adaptation, plans: AdaptPlans) -> dict[str, Any]:
     """Return the plans as plain values."""
-    training, budget, cache_bytes = plans.training, job.budget, 0
-    if job.teacher_settings is not None:
-        window_bytes = job.teacher_settings.file_bytes(job.window, job.pruned.spec.hidden)
-        cache_bytes = job.texts.count * window_bytes
+    training, budget = plans.training, job.budget
     parts = [
         {"name": name, **describe_part(plan), "phases": plan_phases(plan)}
         for name, plan in plans.named().items()
@@ -161,9 +183,11 @@ def _describe(job: Adaptation, plans: AdaptPlans) -> dict[str, Any]:
         "micro_batch": training.micro_batch,
         "caps": {"host": budget.host_bytes, "gpu": budget.gpu_bytes},
         "totals": {
-            where: max(part[f"{where}_bytes"] for part in parts) for where in ("host", "gpu")
+            **{where: max(part[f"{where}_bytes"] for part in parts) for where in ("host", "gpu")},
+            "disk": plans.disk.total_bytes,
         },
-        "cache_bytes": cache_bytes,
+        "cache_bytes": _cache_bytes(job),
+        "files": [asdict(item) for item in plans.disk.peak().items],
         "parts": parts,
         "items": [
             {

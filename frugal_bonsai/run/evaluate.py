@@ -21,9 +21,11 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.evaluation.perplexity import measure_perplexity
 from frugal_bonsai.memory.budget import Caps, find_device, make_budget, parse_caps
+from frugal_bonsai.memory.disk import RUN
 from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.engine import make_engine, measured_base_bytes
 from frugal_bonsai.run.evaluate_gguf import evaluate_gguf
 from frugal_bonsai.run.open import Model, note_model, open_model
@@ -91,6 +93,7 @@ def evaluate(
         store = INT8 if weights == INT8 else None
         work = SweepWorkload(window=window, measured=(len(windows_NS),), weights=store)
         plan, engine = _plan(opened, work, find_device(device), caps, progress)
+        require_room(plan.disk, {RUN: Path(tempfile.gettempdir())}, "the int8 working store")
         with _layers(engine, store) as stream:
             measured = measure_perplexity(engine, stream, windows_NS)
         return {

@@ -21,11 +21,14 @@ from frugal_bonsai.bonsai.calibration import (
     sample_windows,
     split_windows,
 )
-from frugal_bonsai.checkpoint.commit import require_free_space
 from frugal_bonsai.checkpoint.finite import require_finite
+from frugal_bonsai.memory.disk import RUN
+from frugal_bonsai.memory.hints import advise, smaller_files
 from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload
+from frugal_bonsai.memory.prune_disk import plan_disk
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.words import duration
+from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.engine import make_engine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
@@ -95,7 +98,7 @@ class PruneRun:
 def prepare_run(
     model: Model,
     options: PruneOptions,
-    folder: Path,
+    folders: Mapping[str, Path],
     *,
     begun: Mapping[str, Any],
     custom_utility: bool,
@@ -107,7 +110,7 @@ def prepare_run(
     Args:
         model: The dense model.
         options: The user's options.
-        folder: Folder that the working stores are written below.
+        folders: Paths of the run directory and of the output, as the disk plan names them.
         begun: Settings of the run that is resumed, empty for a new one.
         custom_utility: The user passes a utility, which needs all logits of a window.
         progress: Told of notes and sweeps.
@@ -137,7 +140,18 @@ def prepare_run(
         progress.note(f"predicted: about {duration(predicted['seconds'])}")
     if texts.windows_nS is None:
         progress.note(sampling_note(model, resolved, work, memory))
-    engine = _make_engine(model, resolved, memory, folder, progress)
+    require_room(
+        memory.disk,
+        folders,
+        "this prune",
+        held=folders[RUN],
+        advise=lambda fits: advise(
+            smaller_files(work),
+            lambda other: fits(plan_disk(model.spec, other)),
+            where="On this disk",
+        ),
+    )
+    engine = _make_engine(model, resolved, memory, progress)
     calibration = _calibrate(model, resolved, texts, work, engine)
     provenance = read_provenance(model)
     return PruneRun(
@@ -174,10 +188,9 @@ def _warn(
 
 
 def _make_engine(
-    model: Model, resolved: ResolvedPrune, memory: MemoryPlan, folder: Path, progress: Progress
+    model: Model, resolved: ResolvedPrune, memory: MemoryPlan, progress: Progress
 ) -> Engine:
-    """Return the dense model's engine, once disk and weights outside the layers are checked."""
-    require_free_space(folder, memory.total_bytes("disk"), "the working stores")
+    """Return the dense model's engine, once the weights outside the layers are checked."""
     # The layers' weights are checked as the working store is written.
     require_finite(model.checkpoint, model.spec.other_tensors)
     device, arithmetic = resolved.machine.device, resolved.settings.arithmetic

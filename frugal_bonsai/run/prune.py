@@ -22,6 +22,7 @@ from frugal_bonsai.bonsai.state import (
     saved_settings,
 )
 from frugal_bonsai.checkpoint.commit import staged_directory
+from frugal_bonsai.memory.disk import OUT, RUN
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
@@ -84,7 +85,7 @@ def prune(
             run = prepare_run(
                 opened,
                 options,
-                out.parent,
+                {RUN: folder, OUT: out},
                 begun=saved_settings(folder) if resume else {},
                 custom_utility=utility is not None,
                 progress=progress,

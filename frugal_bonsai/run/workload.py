@@ -29,7 +29,9 @@ from frugal_bonsai.memory.work import (
     update_passes,
 )
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import PADDED
 from frugal_bonsai.model.units import FFN
+from frugal_bonsai.rewrite.companions import companion_bytes
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.resolve import ResolvedPrune
 from frugal_bonsai.text.sources import SELF
@@ -83,6 +85,9 @@ def prune_workload(
             scale_windows(resolved.window, windows) if reconstruction and settings.rescale else 0
         ),
         channel_updates=settings.refine if reconstruction else 0,
+        mean_biases=settings.bias,
+        padded=resolved.rules.layout == PADDED,
+        companion_bytes=copied_bytes(model),
     )
 
 
@@ -97,6 +102,13 @@ def _trial_windows(
         return 0
     fitted, held_out = trial_windows(columns, window, windows)
     return fitted + math.ceil(held_out * 2 / 3)
+
+
+def copied_bytes(model: Model) -> int:
+    """Return the bytes that an output has beside the text model's weights."""
+    whole = model.spec.multimodal
+    carried = 0 if whole is None else whole.carried_bytes
+    return carried + companion_bytes(model.folder, processor=whole is not None)
 
 
 def _element_bytes(checkpoint: Checkpoint) -> int:

@@ -225,7 +225,8 @@ def build_head_store(
         CheckpointError: the head cannot be read.
         OutputError: the folder cannot be written or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     spans = head_spans(spec, rows)
     for chunk, (first, last) in enumerate(spans):
         rows_vH = checkpoint.read_rows(spec.head_tensor, first, last)

@@ -49,7 +49,6 @@ def test_measured_cases_are_predicted_within_a_quarter(name: str) -> None:
     )
     plan = MemoryPlan(
         phases=(MemoryPhase(name="all", items=()),),
-        on_disk=(),
         budget=Budget(device="cpu", host_bytes=2**40),
         limits=limits,
         keep_inputs=True,

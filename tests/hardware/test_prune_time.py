@@ -59,7 +59,6 @@ def plan(*, held_bytes: int = 0, kept: bool = True, **limits: int) -> MemoryPlan
     held = PlanItem(name="held", where=HOST, size_bytes=held_bytes, formula="")
     return MemoryPlan(
         phases=(MemoryPhase(name="all", items=(held,)),),
-        on_disk=(),
         budget=Budget(device="cpu", host_bytes=2**40),
         limits=replace(LIMITS, **limits),
         keep_inputs=kept,

@@ -235,8 +235,6 @@ def test_files() -> None:
     assert near().rewriting(refitted=True).size_bytes == 2 * H * FFN * 2
     alone = near().rewriting()
     assert alone.size_bytes == 4 * PIECE_BYTES
-    assert near().stores(2).size_bytes == 2 * 32 * STORED
-    assert near().stores(2).where == "disk"
 
 
 def test_verification() -> None:

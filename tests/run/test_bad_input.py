@@ -207,7 +207,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "frugal_bonsai.checkpoint.commit.shutil.disk_usage", lambda _: usage._replace(free=1000)
     )
     text = prune("example", tmp_path)
-    assert "working stores" in text and "free" in text
+    assert "this prune needs" in text and "are free. Free" in text and "(run folder" in text
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes on Windows")

@@ -33,7 +33,6 @@ WORK = PruneWorkload(
 )
 PLAN = MemoryPlan(
     phases=(),
-    on_disk=(),
     budget=Budget(device="cpu", host_bytes=2**30),
     limits=SweepLimits(
         micro_batch=4, windows_in_flight=32, resident_windows=0, head_rows=64, head_tokens=64

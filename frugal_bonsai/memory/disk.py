@@ -1,0 +1,240 @@
+"""The bytes on disk of each phase of a command: stores, the state of a run, the output.
+
+In: shapes and a workload. Out: a :class:`DiskPlan`. Pure. docs/memory.md compares it with
+measurements.
+
+Legend: P parameters of a layer, L layers, H hidden, V vocabulary, r share of the blocks that is
+left, C columns of a group that are left, p share of them that imputation covers, N units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from frugal_bonsai.memory.work import DISK, PlanItem
+from frugal_bonsai.model.family import ModelSpec
+
+# Folder that a file lies in. Each may be on a disk of its own.
+RUN, OUT, CACHE = "run folder", "output", "cache"
+# Bytes of a file's entry of one tensor in its header: names, dtype, shape and place.
+_HEADER_BYTES = 120
+# Blocks of the file systems that people use.
+_BLOCK_BYTES = 4096
+# Card, report, mask, config and the model's code beside the weights, and each unit in the mask.
+_PAPERS_BYTES, _UNIT_BYTES = 36 * 1024, 4
+_INT8 = "int8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskItem(PlanItem):
+    """Files on disk.
+
+    Attributes:
+        folder: Folder that they lie in: ``"run folder"``, ``"output"`` or ``"cache"``.
+    """
+
+    where: str = DISK
+    folder: str = RUN
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskPhase:
+    """Files that lie on disk at the same time.
+
+    Attributes:
+        name: Name of the phase.
+        items: The files.
+    """
+
+    name: str
+    items: tuple[DiskItem, ...]
+
+    def total_bytes(self, folders: Collection[str] | None = None) -> int:
+        """Return the bytes in these folders; None counts all."""
+        return sum(i.size_bytes for i in self.items if folders is None or i.folder in folders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskPlan:
+    """Predicted bytes on disk of a command.
+
+    Attributes:
+        phases: Phases in order. Empty if nothing is written.
+    """
+
+    phases: tuple[DiskPhase, ...] = ()
+
+    def peak(self, folders: Collection[str] | None = None) -> DiskPhase:
+        """Return the phase with most bytes in these folders; None counts all."""
+        empty = DiskPhase(name="nothing is written", items=())
+        return max((empty, *self.phases), key=lambda phase: phase.total_bytes(folders))
+
+    @property
+    def total_bytes(self) -> int:
+        """Largest number of bytes in all folders together."""
+        return self.peak().total_bytes()
+
+
+def phase(name: str, items: Iterable[DiskItem]) -> DiskPhase:
+    """Return a phase of those items that have bytes."""
+    return DiskPhase(name=name, items=tuple(item for item in items if item.size_bytes > 0))
+
+
+def file_bytes(data_bytes: float, tensors: int, *, files: int = 1) -> int:
+    """Return the bytes on disk of some safetensors files of about the same size.
+
+    Args:
+        data_bytes: Bytes of all tensors.
+        tensors: Number of tensors in all files.
+        files: Number of files.
+    """
+    each = math.ceil((data_bytes + _HEADER_BYTES * tensors) / files)
+    return files * -(-each // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+class ModelFiles:
+    """Sizes of files that hold a part of a model.
+
+    Args:
+        spec: Shapes of the dense model.
+        source_bytes: Bytes of an element of the checkpoint.
+    """
+
+    def __init__(self, spec: ModelSpec, source_bytes: int) -> None:
+        self._spec, self._source = spec, source_bytes
+        self._tensors = sum(len(tensors) for tensors in spec.layer_tensors)
+        self._rows = {
+            spec.prefix(layer) + name: shape[0]
+            for layer, tensors in enumerate(spec.layer_tensors)
+            for name, shape in tensors.items()
+            if len(shape) == 2
+        }
+        self._matrices = sum(
+            math.prod(shape)
+            for tensors in spec.layer_tensors
+            for shape in tensors.values()
+            if len(shape) == 2
+        )
+
+    def store(self, weights: str, left: float = 1.0, *, name: str = "dense store") -> DiskItem:
+        """Layers as stored, one file each.
+
+        Args:
+            weights: ``"int8"`` or ``"native"``.
+            left: Share of the blocks' parameters that is left.
+            name: Name of the store.
+        """
+        blocks, layers = self._spec.block_parameters, self._spec.layers
+        removed = (1 - left) * blocks
+        size, tensors = self._source * (blocks - removed), self._tensors
+        formula = "r*P*L*source"
+        if weights == _INT8:
+            small = (self._source - 1) * (blocks - self._matrices)
+            cut = sum(self._rows.get(n, 0) for n in self._cut_rows())
+            rows = sum(self._rows.values()) - cut * self.cut_share(left)
+            size, tensors = blocks - removed + small + 4 * rows, tensors + len(self._rows)
+            formula = "(r*P + 4*rows)*L"
+        return DiskItem(
+            name=name, size_bytes=file_bytes(size, tensors, files=layers), formula=formula
+        )
+
+    def layer(self, weights: str, left: float) -> DiskItem:
+        """A layer that is written beside the file that it replaces."""
+        size = self.store(weights, left).size_bytes // self._spec.layers
+        return DiskItem(name="a layer that is replaced", size_bytes=size, formula="a store / L")
+
+    def head(self) -> DiskItem:
+        """The head as int8."""
+        size = file_bytes(self._spec.vocabulary * (self._spec.hidden + 4), 2)
+        return DiskItem(name="int8 head", size_bytes=size, formula="V*(H+4)")
+
+    def refits(self, left: float, inputs: Collection[str], *, name: str) -> DiskItem:
+        """Refitted projections of a round, one file a layer.
+
+        Args:
+            left: Share of the blocks' parameters that is left.
+            inputs: Kinds of groups whose input projections are refitted, too.
+            name: Name of the files.
+        """
+        elements = self._refitted(inputs)
+        size = self._source * sum(elements) * (1 - self.cut_share(left))
+        size = file_bytes(size, len(elements), files=self._spec.layers)
+        return DiskItem(name=name, size_bytes=size, formula="r*(refitted of P)*L*source")
+
+    def _refitted(self, inputs: Collection[str]) -> list[int]:
+        """Return the number of elements of each projection that a round refits."""
+        found: dict[str, int] = {}
+        for group in self._spec.table.groups:
+            prefix, shapes = self._spec.prefix(group.layer), self._spec.layer_tensors[group.layer]
+            names = {group.output_weight}
+            if group.kind in inputs and group.expert is None:
+                names |= {piece.tensor for piece in group.slices}
+            for name in names:
+                shape = shapes[name.removeprefix(prefix)]
+                if len(shape) > 1:
+                    found[name] = math.prod(shape)
+        return list(found.values())
+
+    def biases(self, name: str) -> DiskItem:
+        """Biases of the output projections, one file a layer."""
+        groups = self._spec.table.groups
+        size = self._source * self._spec.hidden * len(groups)
+        size = file_bytes(size, len(groups), files=self._spec.layers)
+        return DiskItem(name=name, size_bytes=size, formula="2*H*L*source")
+
+    def cut_share(self, left: float) -> float:
+        """Return the removed share of the tensors that pruning cuts."""
+        return (1 - left) * self._spec.block_parameters / self._spec.table.parameters
+
+    def _cut_rows(self) -> set[str]:
+        """Return the names of the tensors whose rows pruning cuts."""
+        groups = self._spec.table.groups
+        return {p.tensor for group in groups for p in group.slices if p.axis == 0 and not p.joint}
+
+    def imputations(self, left: float, share: float, name: str) -> DiskItem:
+        """Imputations of all groups, one file each.
+
+        Args:
+            left: Share of the blocks' parameters that is left.
+            share: Share of a group's units that they cover; 0 for none.
+            name: Name of the files.
+        """
+        size = 0
+        for group in self._spec.table.groups if share else ():
+            alive = round(group.count * (1 - self.cut_share(left)))
+            pool = max(0, min(max(1, round(share * alive)), alive - 1))
+            width = group.columns_per_unit
+            if pool and group.removable:
+                data = 2 * pool * (alive - pool) * width**2 + 8 * pool * width
+                size += file_bytes(data, 2)
+        return DiskItem(name=name, size_bytes=size, formula="(2*p*C*(1-p)*C + 8*p*C) a group")
+
+    def state(self) -> DiskItem:
+        """The state of a round without its tensors, and the units' scores."""
+        units = self._spec.table.units
+        size = file_bytes(4 * units, 1) + file_bytes(_UNIT_BYTES * units + 4096, 0)
+        return DiskItem(name="state and scores", size_bytes=size, formula="8*N + 4 KiB")
+
+    def output(self, left: float, *, companion_bytes: int) -> list[DiskItem]:
+        """The model that is written, and the files beside its weights.
+
+        Args:
+            left: Share of the blocks' parameters in the files; 1 with a layout that keeps zeros.
+            companion_bytes: Bytes of tokenizer files and the like.
+        """
+        outer = sum(math.prod(shape) for shape in self._spec.other_tensors.values())
+        size = self._source * (outer + left * self._spec.block_parameters)
+        size = file_bytes(size, self._tensors + len(self._spec.other_tensors))
+        papers = companion_bytes + _PAPERS_BYTES + _UNIT_BYTES * self._spec.table.units
+        formula = "tokenizer, card, report, mask"
+        return [
+            DiskItem(
+                name="pruned model",
+                size_bytes=size,
+                formula="(outside the layers + r*P*L)*source",
+                folder=OUT,
+            ),
+            DiskItem(name="its other files", size_bytes=papers, formula=formula, folder=OUT),
+        ]
