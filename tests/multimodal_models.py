@@ -22,6 +22,8 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_QWEN_TEXT = {key: value for key, value in _TEXT.items() if key != "head_dim"}
+_QWEN_TEXT |= {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 _QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 12, "num_heads": 2}
 _QWEN_TOKENS = {
     "image_token_id": 290,
@@ -53,13 +55,7 @@ WHOLES: dict[str, dict[str, Any]] = {
         "image_token_index": 290,
     },
     "qwen2_5_vl": {
-        "text_config": {
-            **{key: value for key, value in _TEXT.items() if key != "head_dim"},
-            "hidden_size": 32,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": _MROPE,
-        },
+        "text_config": {**_QWEN_TEXT, "rope_parameters": _MROPE},
         "vision_config": {**_QWEN_VISION, "out_hidden_size": 32, "fullatt_block_indexes": [0]},
         **_QWEN_TOKENS,
     },
@@ -73,7 +69,64 @@ WHOLES: dict[str, dict[str, Any]] = {
         },
         **_QWEN_TOKENS,
     },
+    "qwen2_vl": {
+        "text_config": {**_QWEN_TEXT, "rope_parameters": _MROPE},
+        "vision_config": dict(depth=1, embed_dim=16, num_heads=2, hidden_size=32, mlp_ratio=1),
+        **_QWEN_TOKENS,
+    },
+    "llava_next": {
+        "text_config": {**_TEXT, "model_type": "mistral"},
+        "vision_config": {**_VISION, "model_type": "clip_vision_model"},
+        "image_token_index": 290,
+        "image_grid_pinpoints": [[28, 28]],
+    },
+    "llava_onevision": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": {**_VISION, "model_type": "siglip_vision_model"},
+        "image_token_index": 290,
+        "video_token_index": 291,
+        "image_grid_pinpoints": [[28, 28]],
+    },
+    "idefics3": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_VISION, "model_type": "idefics3_vision"},
+        "image_token_id": 290,
+        "scale_factor": 1,
+    },
+    "smolvlm": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {**_VISION, "model_type": "smolvlm_vision"},
+        "image_token_id": 290,
+        "scale_factor": 1,
+    },
+    "internvl": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": {
+            **_VISION,
+            "model_type": "internvl_vision",
+            "image_size": [28, 28],
+            "patch_size": [14, 14],
+        },
+        "image_token_id": 290,
+    },
+    "got_ocr2": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": {
+            "hidden_size": 16,
+            "output_channels": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 16,
+            "mlp_dim": 16,
+            "window_size": 2,
+            "global_attn_indexes": [0],
+        },
+        "image_token_index": 290,
+    },
 }
+# Kinds that differ in the names of tensors, in positions or in how a width is stated.
+KINDS = ("gemma3", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl")
 # Old name -> new name. transformers 5 saves the old ones, transformers 4.52 to 4.57 the new ones.
 _NEW = (
     (r"^language_model\.lm_head\.", "lm_head."),

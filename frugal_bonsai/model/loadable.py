@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.model.default_config import config_errors
+from frugal_bonsai.model.families import WHOLES
 from frugal_bonsai.model.multimodal import Multimodal
 
 TEXT_ONLY = "add --text-only to write the text model alone"
@@ -27,16 +28,16 @@ def require_loadable(whole: Multimodal, *, source: str = "config.json") -> None:
         source: file name for error texts.
 
     Raises:
-        UnsupportedModelError: transformers has no class for the whole.
+        UnsupportedModelError: the whole may compute something else than its text model.
         CheckpointError: the class lacks a tensor, or its shape contradicts the config.
     """
     import torch
-    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
-    if whole.model_type not in CONFIG_MAPPING:
+    if whole.model_type not in WHOLES:
         raise UnsupportedModelError(
-            f"{source}: transformers has no model of type {whole.model_type!r}, so its other parts "
-            f"cannot be carried along; {TEXT_ONLY}"
+            f"{source}: a {whole.model_type} was not tested as a whole, so its other parts are not "
+            f"carried along (those of {', '.join(WHOLES)} are); {TEXT_ONLY}"
         )
     with config_errors(whole.config, source):
         config = AutoConfig.for_model(**copy.deepcopy(dict(whole.config)))

@@ -72,11 +72,12 @@ def split_text_model(
         text = _text_config(config)
     family = find_family(text, source=source, assume=assume)
     prefixes = _find_prefixes(family, tensors, source)
-    names: dict[str, str] = {}
-    for plain, stored in prefixes.items():
-        names |= {
-            name: plain + name.removeprefix(stored) for name in tensors if name.startswith(stored)
-        }
+    names = {
+        name: plain + name.removeprefix(stored)
+        for name in tensors
+        for plain, stored in prefixes.items()
+        if name.startswith(stored)
+    }
     # A tied weight may be stored under either name, and an untied one under both.
     stored_twice = {family.head, family.embedding} <= set(names.values())
     text["tie_word_embeddings"] = not stored_twice and _may_be_tied(config, text)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import fail
 from fresh_process import FreshProcesses
-from multimodal_models import WHOLES, change_config, name_anew, save_whole
+from multimodal_models import KINDS, WHOLES, change_config, name_anew, save_whole
 from safetensors.torch import load_file
 from tiny_models import random_mask, random_windows, relative, zero_units
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -102,7 +102,7 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", WHOLES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_masked_whole_equals_what_is_written(
     kind: str, tmp_path: Path, fresh: FreshProcesses
 ) -> None:
@@ -128,6 +128,38 @@ def test_masked_whole_equals_what_is_written(
         assert ("ForCausalLM" in found[out]["class"]) is text_only
         assert found[out]["made"] == 9
         check_files(dense, tmp_path / out, summaries[out], text_only=text_only)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava"])
+def test_dropped_layers_and_a_changed_architecture(
+    kind: str, tmp_path: Path, fresh: FreshProcesses
+) -> None:
+    """The nested config lists what stays; a Llama with five heads of eight is a Mistral in it."""
+    dense, tokens_NS = tmp_path / "dense", random_windows(2, 13, vocabulary=280)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    save_whole(dense, kind, text_config={**WHOLES[kind]["text_config"], **heads})
+    with open_model(str(dense)) as opened:
+        spec, mask, as_mistral = opened.spec, KeepMask(opened.spec.table), kind == "llava"
+    for group in spec.table.groups:
+        if group.layer == 0:
+            mask.of(group)[:] = False
+        elif group.kind == ATTENTION:
+            mask.of(group)[5 if as_mistral else 4 :] = False
+    write_mask(tmp_path / "mask.json", "dense", spec, mask)
+    for out, text_only in (("whole", False), ("text", True)):
+        shrink(
+            *(str(dense), tmp_path / "mask.json", tmp_path / out),
+            as_mistral=as_mistral,
+            text_only=text_only,
+        )
+    expected = masked_logits(dense, spec, mask, tokens_NS)
+    for found in answers(fresh, tokens_NS, tmp_path / "whole", tmp_path / "text").values():
+        assert relative(found["logits"], expected) < 1e-5
+    config = json.loads((tmp_path / "whole" / "config.json").read_text(encoding="utf-8"))
+    text = config["text_config"]
+    assert (config["model_type"], text["num_hidden_layers"]) == (kind, 1)
+    assert text["model_type"] == ("mistral" if as_mistral else "gemma3_text")
+    assert text.get("layer_types") == (None if as_mistral else ["full_attention"])
 
 
 def check_files(dense: Path, out: Path, summary: dict[str, Any], *, text_only: bool) -> None:

@@ -53,3 +53,9 @@ TEXT_MODELS = {
     "qwen2_5_vl_text": replace(QWEN2, head_dim_key=None),
     "qwen3_vl_text": QWEN3,
 }
+# Models of images and text that compute the same as their text model as long as all tokens are
+# text. Others may attend differently: PaliGemma's prompts attend in both directions.
+WHOLES = (
+    *("gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
+    *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"),
+)
