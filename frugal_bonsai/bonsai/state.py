@@ -272,7 +272,8 @@ def fingerprint(*parts: bytes) -> str:
 def model_fingerprint(checkpoint: Checkpoint) -> str:
     """Return a hash of a checkpoint's config and headers, not of its weights."""
     entries = sorted(
-        (name, entry.dtype, entry.shape, entry.start) for name, entry in checkpoint.tensors.items()
+        (name, entry.gguf_kind or entry.dtype, entry.shape, entry.start)
+        for name, entry in checkpoint.tensors.items()
     )
     return fingerprint(
         json.dumps(checkpoint.config, sort_keys=True).encode(), repr(entries).encode()

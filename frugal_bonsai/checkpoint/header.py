@@ -44,6 +44,8 @@ class TensorEntry:
         end: one past the last byte.
         transposed: the file stores the weight as ``[in, out]``. Reading the whole tensor
             transposes it.
+        gguf_kind: number format in a GGUF file (``Q4_K``), whose offsets here are virtual; None in
+            a safetensors file.
     """
 
     name: str
@@ -53,10 +55,11 @@ class TensorEntry:
     start: int
     end: int
     transposed: bool = False
+    gguf_kind: str | None = None
 
     @property
     def size_bytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes in the dtype: those in the file, except in a GGUF file."""
         return self.end - self.start
 
     @property

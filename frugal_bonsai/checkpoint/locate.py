@@ -1,8 +1,8 @@
-"""Find the folder of the model that the user names.
+"""Find the folder or the GGUF file of the model that the user names.
 
-In: ``example``, a local folder, or a hub id. Out: the folder. A hub model is downloaded into
-huggingface_hub's cache, restricted to the files that pruning needs (safetensors, JSON, tokenizer)
-and the card. Opens no weights.
+In: ``example``, a local folder or GGUF file, or a hub id. Out: its path. A hub model is downloaded
+into huggingface_hub's cache, restricted to the files that pruning needs (safetensors, JSON,
+tokenizer) and the card. Opens no weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from frugal_bonsai.checkpoint.recognise import recognise_file
+from frugal_bonsai.checkpoint.recognise import recognise_file, recognise_folder
+from frugal_bonsai.checkpoint.recognise_gguf import GGUF_SUFFIX
 from frugal_bonsai.checkpoint.recognised import require_recognised
 from frugal_bonsai.errors import CheckpointError
 
@@ -25,25 +26,29 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def find_model(model: str) -> Path:
-    """Return the folder of a model, after downloading it if need be.
+    """Return the folder or the GGUF file of a model, after downloading it if need be.
 
     Args:
-        model: ``example`` (the embedded model), an existing local folder, or a hub id
+        model: ``example`` (the embedded model), an existing local folder or GGUF file, or a hub id
             ``org/name``. Write ``./`` before a local folder that is named ``example``.
 
     Raises:
-        CheckpointError: there is no such model, the name is a file's, or the download failed. The
-            text says what was tried.
+        CheckpointError: there is no such model, the name is another file's, or the download failed.
+            The text says what was tried.
     """
-    folder = local_folder(model)
-    return _download(model) if folder is None else folder
+    path = local_model(model)
+    return _download(model) if path is None else path
 
 
-def local_folder(model: str) -> Path | None:
-    """Return the folder of a local model, or None if the name can be a hub id.
+def local_model(model: str) -> Path | None:
+    """Return the path of a local model, or None if the name can be a hub id.
+
+    Returns:
+        A folder, or a GGUF file: also for a folder whose only weights are one GGUF file.
 
     Raises:
-        CheckpointError: the name is a file's, or neither a folder's nor a possible hub id.
+        CheckpointError: the name is that of a file of another kind, or neither a path nor a
+            possible hub id.
     """
     if model == EXAMPLE:
         return _example_folder()
@@ -53,9 +58,15 @@ def local_folder(model: str) -> Path | None:
     except (OSError, RuntimeError):  # the system refuses, or there is no home folder to expand
         path, exists, is_folder = Path(model), False, False
     if is_folder:
-        return path
+        file = recognise_folder(path).details.get("gguf")
+        return path if file is None else path / file
     if exists:
         require_recognised(f"MODEL {model!r}", recognise_file(path))
+        return path
+    if model.endswith(GGUF_SUFFIX):
+        raise CheckpointError(
+            f"MODEL {model!r}: there is no such file (looked for {path.absolute()}); check the path"
+        )
     if _HUB_ID.fullmatch(model):
         return None
     raise CheckpointError(

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
-from frugal_bonsai.checkpoint.folder import find_tensors, read_config
+from frugal_bonsai.checkpoint.folder import CONFIG_FILE, find_tensors, read_config
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
 from frugal_bonsai.dtypes import DTYPE_BYTES, torch_dtype
@@ -61,6 +61,16 @@ class Checkpoint:
         """
         folder = Path(folder)
         return cls(folder, read_config(folder), find_tensors(folder))
+
+    @property
+    def config_file(self) -> Path:
+        """The file that holds the config, for error texts."""
+        return self.folder / CONFIG_FILE
+
+    @property
+    def companions(self) -> Path:
+        """The folder of the tokenizer, the generation settings and the card."""
+        return self.folder
 
     def rename_tensors(self, tensors: dict[str, TensorEntry]) -> None:
         """Replace the names under which tensors are read, and their orientation.
@@ -241,8 +251,12 @@ class Checkpoint:
             if self._closed:
                 raise ValueError(f"checkpoint {self.folder} is closed")
             if path not in self._files:
-                self._files[path] = ReadFile(path, drop_behind=self._drop_behind)
+                self._files[path] = self._open_file(path, drop_behind=self._drop_behind)
             return self._files[path]
+
+    def _open_file(self, path: Path, *, drop_behind: bool) -> ReadFile:
+        """Open a file for reading."""
+        return ReadFile(path, drop_behind=drop_behind)
 
 
 def _buffer_view(entry: TensorEntry, buffer_uint8: torch.Tensor) -> torch.Tensor:

@@ -23,14 +23,19 @@ from frugal_bonsai.checkpoint.folder import (
     read_config,
     read_json_object,
 )
+from frugal_bonsai.checkpoint.gguf_header import GGUF_START
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.quantised import dequantise_advice, quantised_by
+from frugal_bonsai.checkpoint.recognise_gguf import (
+    recognise_gguf,
+    recognise_gguf_files,
+    recognise_gguf_repository,
+)
 from frugal_bonsai.checkpoint.recognised import (
     MODEL,
     Recognised,
     adapter,
     diffusion,
-    gguf,
     incomplete,
     lfs_pointer,
     multimodal,
@@ -38,7 +43,6 @@ from frugal_bonsai.checkpoint.recognised import (
 
 ADAPTER_FILE = "adapter_config.json"
 _LFS_START = b"version https://git-lfs.github.com/spec/"
-_GGUF_START = b"GGUF"
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")
 _PARTIAL = (".incomplete", ".part", ".crdownload", ".aria2", ".download")
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece")
@@ -67,7 +71,7 @@ def recognise(path: Path) -> Recognised:
     if path.is_file():
         return recognise_file(path)
     found = recognise_folder(path)
-    if found.kind != MODEL:
+    if found.kind != MODEL or "gguf" in found.details:
         return found
     return recognise_contents(path, read_config(path), find_tensors(path))
 
@@ -77,8 +81,8 @@ def recognise_file(path: Path) -> Recognised:
     start = _first_bytes(path)
     if start.startswith(_LFS_START):
         return lfs_pointer(path.parent, [path.name])
-    if start.startswith(_GGUF_START):
-        return gguf(path.parent, [path.name])
+    if start.startswith(GGUF_START):
+        return recognise_gguf(path)
     if path.name.endswith(_PARTIAL):
         return incomplete([path.name], "is a download that has not finished")
     if path.name.endswith(PICKLE_SUFFIXES) or start.startswith(_PICKLE_STARTS):
@@ -136,11 +140,11 @@ def recognise_repository(
         return diffusion("a diffusion pipeline")
     gguf_files = sorted(name for name in names if name.endswith(".gguf"))
     if gguf_files:
-        return gguf(model, gguf_files)
+        return recognise_gguf_repository(model, gguf_files)
     return Recognised(
         kind="unknown",
-        what=f"has no {CONFIG_FILE} with weights in safetensors on the Hugging Face Hub (it has "
-        f"{', '.join(sorted(names)[:3])})",
+        what=f"has {'no safetensors' if CONFIG_FILE in names else f'no {CONFIG_FILE}'} on the "
+        f"Hugging Face Hub (it has {', '.join(sorted(names)[:5])})",
         advice="check the id, or download it and convert its weights with save_pretrained",
     )
 
@@ -212,7 +216,7 @@ def _recognise_unread(folder: Path, names: list[str], folders: list[Path]) -> Re
         return Recognised(kind=MODEL)  # the reader says which name it expects
     gguf_files = [name for name in names if name.endswith(".gguf")]
     if gguf_files:
-        return gguf(folder, gguf_files)
+        return recognise_gguf_files(folder, gguf_files)
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         return Recognised(

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.checkpoint.quantised import save_plain
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 
 MODEL, MULTIMODAL = "model", "multimodal"
@@ -30,7 +29,8 @@ class Recognised:
             ``"folder-of-models"``, ``"empty"`` or ``"unknown"``.
         what: the description, as the end of a sentence that begins with the path.
         advice: what to do, as the end of a sentence. A command to copy is on a line of its own.
-        details: values by name, such as ``base_model`` or ``method``.
+        details: values by name, such as ``base_model`` or ``method``; ``gguf`` is the name of the
+            file that holds a model.
     """
 
     kind: str
@@ -75,25 +75,6 @@ def adapter(folder: Path | str, config: Mapping[str, Any]) -> Recognised:
         )
     return Recognised(
         kind="adapter", what=what, advice=advice, details={"base_model": base, "method": kind}
-    )
-
-
-def gguf(folder: Path | str, files: list[str]) -> Recognised:
-    """Describe GGUF files, and how transformers converts one."""
-    # A folder of a hub model's name would take its place.
-    out = folder if isinstance(folder, str) else str(folder / Path(files[0]).stem)
-    command = save_plain(
-        str(folder),
-        out + "-bf16",
-        "m = t.AutoModelForCausalLM.from_pretrained("
-        f"a, gguf_file={files[0]!r}, dtype=torch.bfloat16)",
-        f"t.AutoTokenizer.from_pretrained(a, gguf_file={files[0]!r})",
-    )
-    return Recognised(
-        kind="gguf",
-        what=f"holds a model for llama.cpp ({files[0]})",
-        advice=f"use the original checkpoint, or convert the file once with\n  {command}",
-        details={"files": files},
     )
 
 

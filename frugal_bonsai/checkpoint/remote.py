@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE, read_json_object
 from frugal_bonsai.checkpoint.header import TensorEntry
-from frugal_bonsai.checkpoint.locate import hub_errors, local_folder
+from frugal_bonsai.checkpoint.locate import hub_errors, local_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.recognise import ADAPTER_FILE, recognise_repository
 from frugal_bonsai.checkpoint.recognised import require_recognised
@@ -24,12 +24,12 @@ def open_headers(model: str) -> Checkpoint:
     """Open a model for its config, names, dtypes and shapes.
 
     Args:
-        model: ``example``, a local folder, or a hub id.
+        model: ``example``, a local folder, or a hub id; no GGUF file.
 
     Raises:
         CheckpointError: there is no such model, the download failed, or a header is damaged.
     """
-    folder = local_folder(model)
+    folder = local_model(model)
     if folder is not None:
         return Checkpoint.open(folder)
     return _cached(model) or _fetched(model)
@@ -52,7 +52,7 @@ def _cached(model: str) -> Checkpoint | None:
 
 
 def _refuse_repository(model: str) -> NoReturn:
-    """Raise for a repository without a config: an adapter, GGUF files, or another kind."""
+    """Raise for a repository without config or safetensors: an adapter, GGUF files, others."""
     from huggingface_hub import hf_hub_download, list_repo_files
 
     config: dict[str, Any] = {}
@@ -82,10 +82,12 @@ def _fetched(model: str) -> Checkpoint:
             _refuse_repository(model)
         try:
             files = get_safetensors_metadata(model).files_metadata
-        except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        except NotASafetensorsRepoError:
+            _refuse_repository(model)
+        except SafetensorsParsingError as error:
             raise CheckpointError(
-                f"MODEL {model!r} on the Hugging Face Hub: its weights are no safetensors, or "
-                f"damaged ({error}); download them and convert them with save_pretrained"
+                f"MODEL {model!r} on the Hugging Face Hub: its safetensors are "
+                f"damaged ({error}); use another revision or a copy"
             ) from error
     entries = [
         TensorEntry(

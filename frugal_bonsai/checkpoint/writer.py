@@ -176,8 +176,8 @@ class ShardedWriter:
             entry: its place in the other file; it must have the announced number of bytes.
 
         Returns:
-            False if the system cannot copy between these files. Nothing is written then; use
-            :meth:`write`.
+            False if the system cannot copy between these files, or the bytes in the other file are
+            quantised. Nothing is written then; use :meth:`write`.
 
         Raises:
             OutputError: the disk is full or refuses.
@@ -190,6 +190,8 @@ class ShardedWriter:
                 f"tensor {name!r}: {entry.size_bytes} bytes for {target.size_bytes}, of which "
                 f"{target.written_bytes} are written"
             )
+        if entry.gguf_kind is not None:
+            return False
         shard = target.shard
         with (
             output_errors(shard.path, entry.size_bytes),

@@ -21,6 +21,7 @@ from frugal_bonsai.checkpoint.commit import (
     require_free_space,
     require_no_file,
 )
+from frugal_bonsai.checkpoint.gguf_header import TOKENS, read_gguf_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError, OptionError, UnsupportedModelError
 from frugal_bonsai.export.gguf_tensor import GgufTensor
@@ -88,10 +89,10 @@ def write_gguf(
     require_gguf()
     out = Path(out)
     require_no_file(out, "model.gguf")
-    with _errors_about(checkpoint.folder / "config.json"):
+    with _errors_about(checkpoint.config_file):
         shape = describe_shape(spec)
     with _errors_about(checkpoint.folder):
-        tokenizer = read_tokenizer(checkpoint.folder, spec.vocabulary, spec.config)
+        tokenizer = read_tokenizer(checkpoint.companions, spec.vocabulary, spec.config)
     tensors = list_tensors(checkpoint, spec, shape, dtype)
     require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors), "the GGUF file")
     import gguf
@@ -121,16 +122,10 @@ def read_vocabulary(path: Path) -> int:
     Raises:
         CheckpointError: It is no GGUF file, or has no tokens.
     """
-    require_gguf()
-    from gguf import GGUFReader
-
-    try:
-        field = GGUFReader(path).get_field("tokenizer.ggml.tokens")
-    except (OSError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: is no readable GGUF file ({error})") from error
-    if field is None:
-        raise CheckpointError(f"{path}: has no tokens (tokenizer.ggml.tokens)")
-    return len(field.data)
+    count = read_gguf_header(path).metadata.get(TOKENS)
+    if not isinstance(count, int):
+        raise CheckpointError(f"{path}: has no tokens ({TOKENS})")
+    return count
 
 
 @contextmanager

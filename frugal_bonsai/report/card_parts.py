@@ -143,11 +143,11 @@ def warning_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def provenance_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the section that tells what each rewrite did; empty for a single one."""
+    """Return the section on the source's GGUF file and on earlier rewrites; empty without both."""
     provenance = summary.get("provenance", {})
-    steps = provenance.get("steps", ())
+    steps, source = provenance.get("steps", ()), _gguf_sentences(provenance.get("gguf"))
     if len(steps) < 2:
-        return []
+        return ["## Provenance\n", source] if source else []
     rows = (
         (
             str(at),
@@ -161,10 +161,26 @@ def provenance_lines(summary: Mapping[str, Any]) -> list[str]:
     names = ("", "command", "from", "block parameters", "held-out perplexity", "perplexity of text")
     return [
         "## Provenance\n",
+        *([source] if source else []),
         f"The dense ancestor is `{parent_name(provenance['dense'])}`. What was done since, in "
         f"order (perplexities of different steps may be of different texts):\n",
         markdown_table(names, rows),
     ]
+
+
+def _gguf_sentences(facts: Mapping[str, Any] | None) -> str | None:
+    """Return what is known of the GGUF file from which the weights were dequantised."""
+    if not facts:
+        return None
+    named = f", named {facts['name']!r}" if facts.get("name") else ""
+    how = f"read as {facts['dtype']}"
+    if facts["quantised"]:
+        how = f"dequantised to {facts['dtype']}, so what quantisation took from them is lost"
+    text = (
+        f"The dense weights come from the GGUF file `{facts['file']}`{named} (llama.cpp's "
+        f"architecture {facts['architecture']}, {facts['quantisation']}). They were {how}."
+    )
+    return printable(text) + "\n"
 
 
 def _from_to(pair: Sequence[float | None] | None) -> str:

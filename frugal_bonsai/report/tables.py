@@ -168,6 +168,16 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
     )
 
 
+def gguf_rows(facts: Values) -> list[tuple[str, str]]:
+    """Return the rows about a GGUF file: its size, and the number formats of its values."""
+    rows = [("bytes of the GGUF file", format_bytes(facts["file_bytes"]))]
+    rows += [("its name", str(facts["name"]))] if facts["name"] else []
+    rows.append(
+        ("its architecture and quantisation", "{architecture}, {quantisation}".format(**facts))
+    )
+    return rows + [(f"values in {kind}", f"{count:,}") for kind, count in facts["formats"].items()]
+
+
 def render_inspect(info: Values, console: Console) -> None:
     """Print family, sizes and units of a model.
 
@@ -196,6 +206,8 @@ def render_inspect(info: Values, console: Console) -> None:
         ("bytes of weights", format_bytes(info["weight_bytes"])),
     ]
     rows += [(f"of these in {name}", format_bytes(size)) for name, size in info["dtypes"].items()]
+    if info.get("gguf"):
+        rows += gguf_rows(info["gguf"])
     whole = info.get("multimodal")
     if whole is not None and whole["parts"]:
         rows += [

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE, find_tensors, read_config
 from frugal_bonsai.checkpoint.quantised import CONFIG_KEY, drop_left_over, quantised_by
-from frugal_bonsai.checkpoint.recognise import recognise_contents, recognise_folder
+from frugal_bonsai.checkpoint.recognise import (
+    recognise_contents,
+    recognise_file,
+    recognise_folder,
+)
 from frugal_bonsai.checkpoint.recognised import MULTIMODAL, require_recognised
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.rewrite.layouts.bundled import MODULE, BundledModel, find_bundled
@@ -39,7 +43,13 @@ def load_pruned(path: str | Path, **kwargs: Any) -> PreTrainedModel:
             has no causal language model of the architecture.
     """
     folder = Path(path)
-    require_recognised(folder, recognise_folder(folder))
+    found = recognise_file(folder) if folder.is_file() else recognise_folder(folder)
+    require_recognised(folder, found)
+    if "gguf" in found.details:
+        raise CheckpointError(
+            f"{folder}: is a GGUF file; load_pruned reads folders of safetensors, such as `prune` "
+            "and `shrink` write from it"
+        )
     config = read_config(folder)
     tensors = find_tensors(folder)
     multimodal = recognise_contents(folder, config, tensors).kind == MULTIMODAL

@@ -111,7 +111,7 @@ def shrink(
     plans = plan_tensors(checkpoint, spec, mask, rules, added)
     _require_planned(plans, refit)
     needed_bytes = sum(plan.size_bytes for plan in plans)
-    needed_bytes += companion_bytes(checkpoint.folder, processor=spec.multimodal is not None)
+    needed_bytes += companion_bytes(checkpoint.companions, processor=spec.multimodal is not None)
     require_free_space(folder, needed_bytes, "the pruned model")
     described = with_kept_layers(with_bias_keys(spec, added), mask)
     WRITE_CONFIG[rules.layout](described, mask, rules, folder)

@@ -19,7 +19,7 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.child import Child
-from frugal_bonsai.run.evaluate_gguf import GGUF_SUFFIX, find_gguf
+from frugal_bonsai.run.evaluate_gguf import find_gguf
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.version import package_version
 
@@ -134,10 +134,7 @@ def _measure(
 
 def _find(model: str, runtime: str) -> str:
     """Return what the runtime loads: a folder or hub id, or a GGUF file."""
-    path = Path(model)
     if runtime == TRANSFORMERS:
-        if path.suffix == GGUF_SUFFIX:
-            raise OptionError(f"{model}: a GGUF file needs --runtime llama.cpp")
         return model
     return str(find_gguf(model))
 

@@ -7,14 +7,20 @@ peak memory of each run. Each model has a process, so that its memory is measure
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.checkpoint.commit import require_free_space
+from frugal_bonsai.checkpoint.gguf_reader import GgufCheckpoint
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
 from frugal_bonsai.run.bench import BenchOptions
 from frugal_bonsai.run.child import serve
+from frugal_bonsai.run.open import Model, open_model
 
 
 class _Bench:
@@ -56,17 +62,15 @@ def _load_transformers(model: str, options: BenchOptions) -> tuple[Any, dict[str
     from frugal_bonsai.evaluation.latency import TransformersModel
     from frugal_bonsai.memory.budget import find_device
     from frugal_bonsai.rewrite.load import load_pruned
-    from frugal_bonsai.run.open import open_model
     from frugal_bonsai.stream.engine import compute_dtype
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
     dtype = compute_dtype(device) if options.dtype is None else getattr(torch, options.dtype)
-    with open_model(model, text_only=False) as opened:
-        folder, spec = opened.folder, opened.spec
-        weight_bytes = opened.checkpoint.weight_bytes
-    loaded = load_pruned(folder, dtype=dtype).to(device)
+    with open_model(model, text_only=False) as opened, _plain_folder(opened) as folder:
+        spec, weight_bytes = opened.spec, opened.checkpoint.weight_bytes
+        loaded = load_pruned(folder, dtype=dtype).to(device)
     facts = {
         "weight_bytes": weight_bytes,
         "parameters": spec.parameters,
@@ -76,6 +80,21 @@ def _load_transformers(model: str, options: BenchOptions) -> tuple[Any, dict[str
         "threads": torch.get_num_threads(),
     }
     return TransformersModel(loaded), facts, device
+
+
+@contextmanager
+def _plain_folder(model: Model) -> Iterator[Path]:
+    """Yield the model's folder; for a GGUF file, a temporary one with its weights dequantised."""
+    if not isinstance(model.checkpoint, GgufCheckpoint):
+        yield model.folder
+        return
+    from frugal_bonsai.rewrite.dense import write_dense
+
+    with tempfile.TemporaryDirectory(prefix="frugal-bonsai-bench-") as folder:
+        what = "the dequantised model of the bench"
+        require_free_space(Path(folder), model.checkpoint.weight_bytes, what)
+        write_dense(model.checkpoint, Path(folder))
+        yield Path(folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from frugal_bonsai.adapt.settings import LORA, NO_PEFT
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import require_no_file, require_no_output, require_writable
-from frugal_bonsai.checkpoint.locate import local_folder
+from frugal_bonsai.checkpoint.locate import local_model
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.hardware.profile import read_profile
 from frugal_bonsai.model.family import ModelSpec
@@ -129,7 +129,7 @@ def _local_spec(
     model: str, assume_family: str | None = None, *, text_only: bool = True
 ) -> ModelSpec | None:
     """Return the description of a model on this disk; None of a hub model."""
-    if local_folder(model) is None:
+    if local_model(model) is None:
         return None
     with open_model(
         model,

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.checkpoint.recognise_gguf import GGUF_SUFFIX
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.child import Child
 from frugal_bonsai.run.texts import CHARACTERS_PER_TOKEN, DEFAULT_WINDOW, require_window
 from frugal_bonsai.text.sources import load_text
 
-GGUF_SUFFIX = ".gguf"
 _WORKER = "frugal_bonsai.run.llama_cpp_worker"
 # Tokens whose hidden states the process holds: the head is dequantised once for them.
 _TOKENS_AT_A_TIME = 4096

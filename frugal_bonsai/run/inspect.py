@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.checkpoint.locate import EXAMPLE, local_folder
+from frugal_bonsai.checkpoint.locate import EXAMPLE, local_model
 from frugal_bonsai.checkpoint.recognise import recognise, recognise_contents
 from frugal_bonsai.checkpoint.recognised import MODEL, MULTIMODAL, Recognised
 from frugal_bonsai.checkpoint.remote import open_headers
+from frugal_bonsai.from_gguf.summary import gguf_facts
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.text_model import text_family
@@ -20,7 +21,7 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
     """Describe a model: family, shapes, units, parameters and size; or say what it is instead.
 
     Args:
-        model: Folder, hub id or ``example``; or any file or folder.
+        model: Folder, GGUF file, hub id or ``example``; or any file or folder.
         assume_family: Family whose table is used for an architecture that has none.
 
     Returns:
@@ -53,6 +54,7 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
             "positions": spec.positions,
             "tied": spec.tied,
             "dtypes": dict(dtypes),
+            "gguf": gguf_facts(checkpoint),
             **opened.sizes,
             "multimodal": opened.whole,
             "groups": [_describe_units(spec, kind) for kind in spec.table.kinds],
@@ -74,8 +76,8 @@ def _recognise(model: str) -> Recognised:
     """Recognise a file, a folder or a model on the hub."""
     path = Path(model).expanduser()
     if model != EXAMPLE and path.is_file():
-        return recognise(path)  # the name of a file is an error to all other commands
-    folder = local_folder(model)
+        return recognise(path)  # other commands refuse files that are no GGUF
+    folder = local_model(model)
     if folder is not None:
         return recognise(folder)
     with open_headers(model) as headers:

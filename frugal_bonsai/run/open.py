@@ -12,14 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.checkpoint.locate import find_model, local_folder
+from frugal_bonsai.checkpoint.gguf_reader import GgufCheckpoint
+from frugal_bonsai.checkpoint.locate import find_model, local_model
 from frugal_bonsai.checkpoint.quantised import drop_left_over
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.recognise import recognise_contents, recognise_folder
+from frugal_bonsai.checkpoint.recognise import (
+    recognise_contents,
+    recognise_file,
+    recognise_folder,
+)
 from frugal_bonsai.checkpoint.recognised import MULTIMODAL, Recognised, require_recognised
 from frugal_bonsai.checkpoint.remote import open_headers
 from frugal_bonsai.dtypes import FLOATING
 from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.from_gguf.open import open_gguf
+from frugal_bonsai.from_gguf.summary import gguf_note
 from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.model.default_config import require_accepted_config
 from frugal_bonsai.model.family import ModelSpec
@@ -54,6 +61,8 @@ class Model:
         notes = [] if self.spec.family.assumed is None else [_assumption(self)]
         if self.multimodal is not None:
             notes.append(_text_model_note(self, self.multimodal))
+        if isinstance(self.checkpoint, GgufCheckpoint):
+            notes += [gguf_note(self.checkpoint), *self.checkpoint.notes]
         return notes + [
             f"config.json describes a quantisation ({key}), but the weights are plain floating "
             "numbers: the key is ignored, and left out of what is written"
@@ -62,8 +71,11 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """Folder of the checkpoint."""
-        return self.checkpoint.folder
+        """Folder of the tokenizer, the generation settings and the card.
+
+        Of a GGUF file, it is a temporary one that is written at the first use.
+        """
+        return self.checkpoint.companions
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -104,7 +116,7 @@ def open_model(
     """Find, open and describe a model.
 
     Args:
-        name: Folder, hub id or ``example``.
+        name: Folder, GGUF file, hub id or ``example``.
         headers_only: Fetch only config and headers of a hub model. Its weights cannot be read.
         assume_family: Family whose table is used for an architecture that has none.
         text_only: Of a model of several modalities, take the text model alone. False carries the
@@ -117,8 +129,8 @@ def open_model(
             a floating point dtype.
     """
     _require_model(name, assume_family, downloads=not headers_only)
-    with open_headers(name) if headers_only else Checkpoint.open(find_model(name)) as checkpoint:
-        source, config = str(checkpoint.folder / "config.json"), checkpoint.config
+    with _open(name, headers_only=headers_only) as checkpoint:
+        source, config = str(checkpoint.config_file), checkpoint.config
         found = recognise_contents(name, config, checkpoint.tensors)
         _require_usable(name, found, config, assume_family)
         checkpoint.config = drop_left_over(config)
@@ -135,6 +147,14 @@ def open_model(
         yield Model(
             name=name, checkpoint=checkpoint, spec=spec, multimodal=whole, left_over=left_over
         )
+
+
+def _open(name: str, *, headers_only: bool) -> Checkpoint:
+    """Open a folder, a GGUF file or a hub model."""
+    path = local_model(name)
+    if path is None:
+        return open_headers(name) if headers_only else Checkpoint.open(find_model(name))
+    return open_gguf(path) if path.is_file() else Checkpoint.open(path)
 
 
 def _carry_along(
@@ -158,9 +178,9 @@ def _require_usable(
 
 def _require_model(name: str, assume: str | None, *, downloads: bool) -> None:
     """Refuse what is no model by its files, or by its headers before its weights are downloaded."""
-    folder = local_folder(name)
-    if folder is not None:
-        require_recognised(folder, recognise_folder(folder))
+    path = local_model(name)
+    if path is not None:
+        require_recognised(path, recognise_file(path) if path.is_file() else recognise_folder(path))
     elif downloads:
         with open_headers(name) as headers:
             found = recognise_contents(name, headers.config, headers.tensors)

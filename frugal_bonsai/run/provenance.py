@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.from_gguf.summary import gguf_facts
 from frugal_bonsai.report.card_parts import is_hub_id, parent_name
 from frugal_bonsai.run.open import Model
 
@@ -25,7 +26,8 @@ def read_provenance(model: Model) -> dict[str, Any]:
     Returns:
         ``dense``: name of the dense ancestor, the model itself if it was never rewritten;
         ``base_model``: hub id of the ancestor, or None; ``license``: keys of the card's head;
-        ``steps``: earlier rewrites, the first one first.
+        ``steps``: earlier rewrites, the first one first; ``gguf``: facts about the GGUF file that
+        the dense weights were read from, if they were.
     """
     card, earlier = _card_head(model.folder), _earlier(model.folder)
     steps = list(earlier.get("steps", ()))
@@ -36,7 +38,9 @@ def read_provenance(model: Model) -> dict[str, Any]:
         if base is None and isinstance(name, str) and is_hub_id(name):
             base = name
     licence = {key: card[key] for key in _LICENCE_KEYS if isinstance(card.get(key), str)}
-    return {"dense": dense, "base_model": base, "license": licence, "steps": steps}
+    found = {"dense": dense, "base_model": base, "license": licence, "steps": steps}
+    facts = gguf_facts(model.checkpoint) or earlier.get("gguf")
+    return {**found, "gguf": facts} if facts else found
 
 
 def with_step(provenance: Mapping[str, Any], command: str, summary: Mapping[str, Any]) -> Any:

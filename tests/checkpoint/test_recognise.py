@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hostile.folders import index, shard
+from hostile.folders import gguf_bytes, index, shard
 from safetensors.torch import save_file
 
+from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.quantised import drop_left_over
 from frugal_bonsai.checkpoint.recognise import recognise
 from frugal_bonsai.checkpoint.recognised import MODEL, require_recognised
@@ -22,6 +23,8 @@ ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1040128\n"
 ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+
+PROJECTOR = gguf_bytes("mmproj", "clip")
 
 # kind -> name of the case -> contents of the folder, and pieces of the text.
 FOLDERS: dict[str, dict[str, tuple[dict[str, Any], list[str]]]] = {
@@ -68,10 +71,15 @@ FOLDERS: dict[str, dict[str, tuple[dict[str, Any], list[str]]]] = {
         ),
     },
     "gguf": {
-        "one file": (
-            {"model-q4.gguf": b"GGUF", "README.md": ""},
-            ["model for llama.cpp (model-q4.gguf)", "gguf_file="],
-        )
+        "several": (
+            {"a.gguf": gguf_bytes(), "b.gguf": gguf_bytes(), "p.gguf": PROJECTOR},
+            ["holds 3 GGUF files (a.gguf, b.gguf)", "name one of them, such as ", "a.gguf"],
+        ),
+        "a projector": ({"mmproj.gguf": PROJECTOR}, ["(mmproj), not a language model"]),
+        "an adapter": (
+            {"lora.gguf": gguf_bytes("adapter")},
+            ["is a LoRA adapter for llama.cpp", "name the GGUF file of a model"],
+        ),
     },
     "pickled": {
         "bin": ({"config.json": LLAMA, "pytorch_model.bin": b"PK"}, ["pytorch_model.bin", "trust"]),
@@ -140,6 +148,10 @@ FOLDERS: dict[str, dict[str, tuple[dict[str, Any], list[str]]]] = {
         "of a browser": (
             {"config.json": LLAMA, "model.safetensors.crdownload": b"1"},
             ["download that has not finished", "model.safetensors.crdownload"],
+        ),
+        "a part of a GGUF model": (
+            {"m-00002-of-00003.gguf": b"GGUF"},
+            ["lacks 2 of 3 parts (m-00001-of-00003.gguf, m-00003-of-00003.gguf)"],
         ),
         "no weights": (
             {"config.json": LLAMA, "tokenizer.json": {}},
@@ -293,8 +305,8 @@ def test_a_left_over_description_of_quantisation_makes_no_quantised_model(
 @pytest.mark.parametrize(
     ("name", "content", "kind", "piece"),
     [
-        ("model.gguf", b"GGUF\3", "gguf", "gguf_file="),
-        ("weights", b"GGUF\3", "gguf", "llama.cpp"),
+        ("model.gguf", PROJECTOR, "gguf", "GGUF file of its language model"),
+        ("weights", gguf_bytes("imatrix"), "gguf", "GGUF file of a model"),
         ("model.safetensors", POINTER.encode(), "lfs-pointer", "lfs pull"),
         ("pytorch_model.bin", b"PK\3\4", "pickled", "folder that holds it"),
         ("model.safetensors.incomplete", b"", "incomplete", "not finished"),
@@ -328,3 +340,18 @@ def test_a_whole_model_is_one_whatever_lies_beside_it(more: dict[str, Any], tmp_
 def test_a_damaged_file_is_named_by_its_reader(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: is not JSON"):
         recognise(fill(tmp_path / "m", {"config.json": "{", "model.safetensors": shard("a")}))
+
+
+def test_a_gguf_file_is_a_model_and_so_is_its_folder(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "m", {"m.gguf": gguf_bytes(), "mmproj.gguf": PROJECTOR, "a.txt": ""})
+    for path in (folder, folder / "m.gguf"):
+        found = recognise(path)
+        assert found.kind == MODEL and found.details == {"gguf": "m.gguf"}
+    assert find_model(str(folder)) == folder / "m.gguf" == find_model(str(folder / "m.gguf"))
+    fill(folder, {"config.json": LLAMA, "model.safetensors": shard("a")})
+    assert recognise(folder).details == {} and find_model(str(folder)) == folder
+
+
+def test_a_gguf_file_that_is_not_there() -> None:
+    with pytest.raises(CheckpointError, match=r"'models/m\.gguf': there is no such file"):
+        find_model("models/m.gguf")

@@ -99,7 +99,12 @@ def test_a_download_that_was_stopped_half_way_does_not_count(
 def test_a_repository_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, cached=None)
     hub.metadata = NotASafetensorsRepoError("'org/name' is not a safetensors repo")
-    with pytest.raises(CheckpointError, match=r"no safetensors.*save_pretrained"):
+    names = ["config.json", "pytorch_model.bin"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: names)
+    with pytest.raises(CheckpointError, match=r"no safetensors.*pytorch_model.*save_pretrained"):
+        open_headers("org/name")
+    names.append("m-Q4_K_M.gguf")
+    with pytest.raises(CheckpointError, match=r"no safetensors[^$]*hf download org/name m-Q4_K_M"):
         open_headers("org/name")
 
 
@@ -107,7 +112,10 @@ def test_a_repository_without_safetensors(monkeypatch: pytest.MonkeyPatch) -> No
     ("files", "pieces"),
     [
         ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}'}, ["org/base", "merge"]),
-        ({"b-q4.gguf": "GGUF", "a-q4.gguf": "GGUF"}, ["llama.cpp (a-q4.gguf)", "'org/name-bf16'"]),
+        (
+            {"b-q4.gguf": "GGUF", "a-q4.gguf": "GGUF"},
+            ["GGUF files (a-q4.gguf, b-q4.gguf)", "hf download org/name a"],
+        ),
         ({"model_index.json": "{}", "vae/config.json": "{}"}, ["diffusion pipeline"]),
         ({"weights.bin": ""}, ["no config.json", "weights.bin"]),
     ],

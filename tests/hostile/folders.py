@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,13 @@ FOLDERS: dict[str, tuple[Fill, list[str]]] = {
         [f"{ONE}: tensor 'a' is also in {TWO} ({INDEX} says {TWO})"],
     ),
 }
+
+
+def gguf_bytes(kind: str = "model", architecture: str = "llama") -> bytes:
+    """Return a GGUF file without tensors."""
+    keys = {"general.architecture": architecture, "general.type": kind}
+    data = b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys))
+    for key, value in keys.items():
+        data += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", 8)
+        data += struct.pack("<Q", len(value)) + value.encode()
+    return data

@@ -92,7 +92,7 @@ def test_llama_cpp(half: Path, tmp_path: Path) -> None:
     [
         (("example", "example", "--repeat", "0"), "--repeat: 0 is not at least 1"),
         (("example", "example", "--prompt-tokens", "600"), "more than the 512 positions"),
-        (("example", "m.gguf"), "needs --runtime llama.cpp"),
+        (("example", "m.gguf"), "MODEL 'm.gguf': there is no such file"),
         (("example", "nowhere", "--runtime", "llama.cpp"), "frugal-bonsai export example"),
         (("a", "b", "--runtime", "llama.cpp", "--dtype", "float32"), "for --runtime transformers"),
         (("nowhere", "example"), "MODEL 'nowhere' is neither"),
@@ -116,4 +116,4 @@ def test_a_model_that_does_not_load(tmp_path: Path) -> None:
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF nonsense" * 10)
     file = tmp_path / "m.gguf"
-    assert "no readable GGUF file" in fail("bench", file, file, "--runtime", "llama.cpp")
+    assert "is GGUF of version" in fail("bench", file, file, "--runtime", "llama.cpp")

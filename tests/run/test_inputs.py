@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commands import fail, succeed
+from hostile.folders import gguf_bytes
 from safetensors.torch import load_file, save_file
 from tiny_models import relative
 from transformers import (
@@ -86,12 +87,10 @@ def test_every_command_refuses_what_is_no_model(model: Path, tmp_path: Path) -> 
 
 
 def test_every_command_refuses_a_file_by_what_it_is(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF\3\0\0\0")
-    for words in commands(tmp_path / "m.gguf", tmp_path):
-        if words[0] != "bench":  # names a runtime that reads it
-            assert "model for llama.cpp" in fail(*words), words
-    described = succeed("inspect", tmp_path / "m.gguf")
-    assert described["kind"] == "gguf" and described["command"].startswith("python -c")
+    (tmp_path / "mmproj.gguf").write_bytes(gguf_bytes("mmproj", "clip"))
+    for words in commands(tmp_path / "mmproj.gguf", tmp_path):
+        assert "not a language model; name the GGUF file of its language" in fail(*words), words
+    assert succeed("inspect", tmp_path / "mmproj.gguf")["kind"] == "gguf"
 
 
 @pytest.mark.parametrize(
@@ -205,16 +204,6 @@ def test_the_command_that_dequantises_works(model: Path, tmp_path: Path) -> None
     plain = tmp_path / "packed-bf16"
     assert succeed("inspect", plain)["notes"] == []
     assert 0 < relative(logits(plain), logits(model)) < 0.5
-
-
-def test_the_command_that_converts_gguf_works(model: Path, text: Path, tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    (tmp_path / "llama.cpp").mkdir()
-    succeed("export", model, "--out", tmp_path / "llama.cpp" / "m.gguf")
-    assert follow_advice(tmp_path / "llama.cpp") == "gguf"
-    converted = tmp_path / "llama.cpp" / "m-bf16"
-    assert relative(logits(converted), logits(model)) < 0.01
-    assert load_tokenizer(converted)(TEXT).input_ids == load_tokenizer(model)(TEXT).input_ids
 
 
 def test_the_command_that_merges_an_adapter_works(model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Read llama.cpp's GGUF files as models of transformers: config, tensors, tokenizer."""
