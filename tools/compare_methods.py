@@ -7,7 +7,7 @@
 Every row has the same units, layout, calibration text, verification and evaluation; only the method
 differs. Finished runs are kept in OUT.json and not run again. So a comparison can be stopped and
 extended: other values of `--set` and `--windows` add rows (a method under a smaller token budget,
-say). Only the plot needs matplotlib: `pip install frugal-bonsai[compare]`.
+say). Only the plot needs matplotlib: `pip install -e '.[plots]'`.
 """
 
 from __future__ import annotations

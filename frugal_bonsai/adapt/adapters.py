@@ -11,14 +11,12 @@ Shape suffixes: I input columns of a projection, R rank.
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 from torch import nn
 
-from frugal_bonsai.adapt.settings import NO_PEFT
 from frugal_bonsai.adapt.student import Student
-from frugal_bonsai.errors import OptionError
+from frugal_bonsai.int8 import has_bitsandbytes
 
 # Suffixes of the adapters' names, after the projection's name: A and B.
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
@@ -38,11 +36,10 @@ def add_adapters(
 
     Returns:
         A and B of each projection, fp32 ``[R, I]`` and ``[O, R]``.
-
-    Raises:
-        OptionError: the ``peft`` package is missing.
     """
-    peft = require_peft()
+    has_bitsandbytes()  # peft imports bitsandbytes too, whose warnings do not matter here
+    import peft
+
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(student.projections)
     )
@@ -64,20 +61,3 @@ def add_adapters(
 def trained_projections(student: Student) -> dict[str, nn.Parameter]:
     """Return the weights of all block projections of a student, fp32 ``[O, I]``."""
     return {name: module.weight for name, module in student.projection_modules()}
-
-
-def require_peft() -> ModuleType:
-    """Import and return ``peft``.
-
-    Raises:
-        OptionError: it is not installed.
-    """
-    from frugal_bonsai.int8 import has_bitsandbytes
-
-    has_bitsandbytes()  # peft imports bitsandbytes too, whose warnings do not matter here
-    try:
-        import peft
-    except ImportError as error:
-        raise OptionError(NO_PEFT) from error
-    module: ModuleType = peft
-    return module

@@ -25,10 +25,6 @@ OPTIMISERS = (AUTO, ADAMW, ADAMW_8BIT)
 # 192 hidden channels, where three times the adapters' rate diverges (docs/results).
 RATE_TIMES_HIDDEN = {LORA: 0.384, FULL: 0.096}
 DEFAULT_PASSES = 4
-NO_PEFT = (
-    "adapt --method lora needs the peft package: pip install 'frugal-bonsai[adapt]'; or choose "
-    "--method full"
-)
 
 
 @dataclass(frozen=True, kw_only=True)

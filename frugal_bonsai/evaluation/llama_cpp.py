@@ -56,8 +56,8 @@ def start_server(
         import xllamacpp
     except ImportError as error:
         raise OptionError(
-            "--runtime llama.cpp needs the xllamacpp package: "
-            "pip install 'frugal-bonsai[llama-cpp]'"
+            "--runtime llama.cpp needs the xllamacpp package: in the clone, run "
+            "pip install -e '.[llama-cpp]'"
         ) from error
     params = xllamacpp.CommonParams()
     params.model.path = str(path)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,16 +54,6 @@ class GgufSummary:
     notes: list[str]
 
 
-def require_gguf() -> None:
-    """Check that the ``gguf`` package is installed.
-
-    Raises:
-        OptionError: It is not; the text says how to install it.
-    """
-    if find_spec("gguf") is None:
-        raise OptionError("GGUF files need the gguf package: pip install 'frugal-bonsai[gguf]'")
-
-
 def write_gguf(
     checkpoint: Checkpoint, spec: ModelSpec, out: Path, *, name: str, dtype: str
 ) -> GgufSummary:
@@ -81,12 +70,11 @@ def write_gguf(
         UnsupportedModelError: llama.cpp lacks the architecture or the tokenizer.
         CheckpointError: A tensor or the tokenizer cannot be read, or the number format cannot hold
             a value.
-        OptionError: The dtype is unknown, or the ``gguf`` package is not installed.
+        OptionError: The dtype is unknown.
         OutputError: The file exists or cannot be written.
     """
     if dtype not in DTYPES:
         raise OptionError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    require_gguf()
     out = Path(out)
     require_no_file(out, "model.gguf")
     with _errors_about(checkpoint.config_file):

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from frugal_bonsai.adapt.adapters import require_peft
-from frugal_bonsai.adapt.settings import LORA, AdaptSettings
+from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.teacher import DEFAULT_TOP, TeacherSettings, require_possible
 from frugal_bonsai.bonsai.calibration import window_count
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
@@ -117,8 +116,6 @@ def prepare_adaptation(
     """
     shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
     settings = options.training()
-    if settings.method == LORA:
-        require_peft()
     student = _open(pruned, stack, headers_only=headers_only, text_only=options.text_only)
     _require_trainable(student)
     teacher = _open_teacher(student, options, settings, stack, headers_only=headers_only)

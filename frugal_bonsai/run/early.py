@@ -6,10 +6,8 @@ for its headers. Hub models, weights and texts are left to the command, which ch
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
-from frugal_bonsai.adapt.settings import LORA, NO_PEFT
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import require_no_file, require_no_output, require_writable
@@ -56,8 +54,6 @@ def check_adapt(pruned: str, out: Path | None, options: AdaptOptions, *, resume:
         FrugalBonsaiError: The adaptation cannot work.
     """
     settings = options.training()
-    if settings.method == LORA and find_spec("peft") is None:
-        raise OptionError(NO_PEFT)
     _check_common(options, out)
     if out is not None and not resume and holds_files(run_folder(out)):
         raise _unfinished(run_folder(out))

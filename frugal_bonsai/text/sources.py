@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,7 +96,7 @@ def require_source(source: str, option: str, *, sampled: bool = False) -> None:
         sampled: the model may write the text (``self``).
 
     Raises:
-        CalibrationError: there is no such source, or the ``datasets`` package is missing.
+        CalibrationError: there is no such source.
     """
     if source == STDLIB or (source == SELF and sampled) or _is_file(Path(source)):
         return
@@ -107,8 +106,6 @@ def require_source(source: str, option: str, *, sampled: bool = False) -> None:
         _hub_set(source)
     except CalibrationError as error:
         raise CalibrationError(f"{option}: {error}") from error
-    if find_spec("datasets") is None:
-        raise CalibrationError(f"{option}: {_no_datasets(source)}")
 
 
 def _hub_set(source: str) -> tuple[str, str, str | None]:
@@ -125,13 +122,6 @@ def _hub_set(source: str) -> tuple[str, str, str | None]:
         what = "is a folder" if _is_folder(path) else "there is no such file"
         raise CalibrationError(f"source {source!r}: {what}; use one of: {SOURCES}")
     return f"hub data set {source} (train)", hub.group(1), hub.group(2)
-
-
-def _no_datasets(source: str) -> str:
-    return (
-        f"source {source!r}: is no file here, and hub data sets need the datasets package: pip "
-        f"install 'frugal-bonsai[datasets]'; or use one of: {SOURCES}"
-    )
 
 
 def _finish(name: str, text: str, characters: int | None) -> Text:
@@ -238,10 +228,7 @@ def _json_texts(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
 
 def _read_hub(source: str, dataset: str, config: str | None, characters: int) -> str:
     """Stream the training split of a hub data set."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise CalibrationError(_no_datasets(source)) from error
+    import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     # The transport's error class (requests, httpx) is a base class of the hub's error. The datasets

@@ -41,5 +41,5 @@ def test_a_prompt_is_read_once_and_tokens_are_made_one_by_one(tmp_path: Path) ->
 
 def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    with pytest.raises(OptionError, match=r"pip install 'frugal-bonsai\[llama-cpp\]'"):
+    with pytest.raises(OptionError, match=r"pip install -e '\.\[llama-cpp\]'"):
         LlamaCppModel(tmp_path / "m.gguf", 8, 1)

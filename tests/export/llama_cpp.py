@@ -45,7 +45,7 @@ with urllib.request.urlopen(server.listening_address + "/props") as reply:
 
 needs_llama_cpp = pytest.mark.skipif(
     find_spec("xllamacpp") is None,
-    reason="needs xllamacpp (pip install 'frugal-bonsai[llama-cpp]')",
+    reason="needs xllamacpp (pip install -e '.[llama-cpp]')",
 )
 
 

@@ -52,7 +52,7 @@ def frugal_bonsai(
 def started(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """As ``frugal_bonsai``, from a start of Python on: what it imports and holds is its own."""
     return subprocess.run(
-        [sys.executable, "-m", "frugal_bonsai.cli", *map(str, words)],
+        [sys.executable, "-m", "frugal_bonsai", *map(str, words)],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,

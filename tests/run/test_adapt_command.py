@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,14 +274,6 @@ def test_wrong_options_are_refused_by_name(
     assert "short.txt" in said("--data", tmp_path / "short.txt", *lm)
     many = said("--data", text, "--teacher", stories260k, "--top", "513")
     assert "--top: 513 is more than the vocabulary's 512" in many
-
-
-def test_without_peft_the_extra_is_named(
-    stories260k: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    said = fail("adapt", stories260k, "--data", text, "--loss", "lm", "--out", tmp_path / "out")
-    assert "pip install 'frugal-bonsai[adapt]'" in said
 
 
 def test_layers_that_were_dropped_have_no_hidden_states_to_compare(

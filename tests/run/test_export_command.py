@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,13 +37,6 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path) -> None:
     assert out.read_text() == "keep me"
     assert "is a folder; name a file" in fail("export", "example", "--out", tmp_path)
     assert sorted(tmp_path.iterdir()) == [out]
-
-
-def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    text = fail("export", "example", "--out", tmp_path / "m.gguf")
-    assert "pip install 'frugal-bonsai[gguf]'" in text
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_in_the_same_mask(tmp_path: Path)
     )
     out, whole = tmp_path / "stopped", tmp_path / "whole"
     running = subprocess.Popen(
-        [sys.executable, "-m", "frugal_bonsai.cli", *words, "--out", str(out)],
+        [sys.executable, "-m", "frugal_bonsai", *words, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -189,7 +189,7 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_in_the_same_mask(tmp_path: Path)
 def test_ctrl_c_before_the_first_round_leaves_nothing_and_says_so(tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     running = subprocess.Popen(
-        [sys.executable, "-m", "frugal_bonsai.cli", "prune", "example", "--out", str(out)],
+        [sys.executable, "-m", "frugal_bonsai", "prune", "example", "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,7 +14,16 @@ def test_help_names_the_commands_and_imports_no_torch() -> None:
     loaded = python(
         "import sys, frugal_bonsai, frugal_bonsai.cli; print(' '.join(sys.modules))"
     ).split()
-    assert not {"torch", "transformers", "numpy", "rich", "scipy", "peft"} & set(loaded)
+    assert not {
+        "torch",
+        "transformers",
+        "numpy",
+        "rich",
+        "scipy",
+        "peft",
+        "datasets",
+        "gguf",
+    } & set(loaded)
 
 
 @pytest.mark.parametrize("first", ["frugal_bonsai", "frugal_bonsai.evaluation.perplexity"])

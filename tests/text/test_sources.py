@@ -231,14 +231,6 @@ class TestHub:
         write(tmp_path / "org" / "name", "local")
         assert load_text("org/name").text == "local"
 
-    def test_package_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(CalibrationError) as caught:
-            load_text("wikitext2")
-        assert "source 'wikitext2': is no file here" in str(caught.value)
-        assert "pip install 'frugal-bonsai[datasets]'" in str(caught.value)
-        assert SOURCES in str(caught.value)
-
     @pytest.mark.parametrize(
         "error",
         [

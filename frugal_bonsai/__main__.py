@@ -1,4 +1,4 @@
-"""``python -m frugal_bonsai.cli``."""
+"""``python -m frugal_bonsai``: the command line."""
 
 from frugal_bonsai.cli import main
 
