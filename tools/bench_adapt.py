@@ -244,7 +244,7 @@ def main() -> None:
             summary = json.loads(given.summary.read_text(encoding="utf-8"))
         else:
             words = [*given.words, "--out", str(Path(folder) / "adapted"), "--json"]
-            summary = run_json([sys.executable, "-m", "frugal_bonsai.cli", "adapt", *words])
+            summary = run_json([sys.executable, "-m", "frugal_bonsai", "adapt", *words])
         job = Path(folder) / "job.pt"
         prepare(given.words, summary, given.dtype, job)
         rows = {"`adapt`": of_adapt(summary)}

@@ -23,8 +23,7 @@ from frugal_bonsai.errors import CalibrationError
 SOURCES = (
     "a text file (UTF-8), a JSON-lines file (.jsonl or .json, key 'text'), stdlib (documentation "
     "that every Python carries, works offline), self (text that the model writes), wikitext2, c4, "
-    "or a hub data set org/name[:config] (the last three need: pip install 'frugal-bonsai"
-    "[datasets]')"
+    "or a hub data set org/name[:config]"
 )
 STDLIB, SELF, WIKITEXT = "stdlib", "self", "wikitext2"
 

@@ -207,7 +207,8 @@ def test_the_command_that_dequantises_works(model: Path, tmp_path: Path) -> None
 
 
 def test_the_command_that_merges_an_adapter_works(model: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     base = AutoModelForCausalLM.from_pretrained(model)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
@@ -228,7 +229,8 @@ def test_a_tied_head_alone_is_pruned_and_loads(model: Path, text: Path, tmp_path
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     found = succeed("eval", model, "--text", text, "--window", "64", "--windows", "1")
     assert found["perplexity"] == expected["perplexity"]
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     succeed("export", model, "--out", tmp_path / "m.gguf")
     names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert "token_embd.weight" in names and "output.weight" not in names

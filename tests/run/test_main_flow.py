@@ -38,7 +38,8 @@ def readme_commands() -> list[list[str]]:
 
 @pytest.mark.slow
 def test_the_readmes_commands_end_in_a_better_model_and_a_gguf_file(tmp_path: Path) -> None:
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     from frugal_bonsai.text.stdlib import held_out_text
 
     text = tmp_path / "held_out.txt"
