@@ -34,7 +34,6 @@ def cases(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = shared / "cases" / "build.py"
     if not script.exists():
         pytest.skip("needs ../shared/cases")
-    pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("cases")
     forked_python(BUILD, script, folder)
     return folder
