@@ -136,7 +136,9 @@ _NEW = (
 )
 
 
-def save_whole(folder: Path, kind: str, *, seed: int = 0, **changes: Any) -> Any:
+def save_whole(
+    folder: Path, kind: str, *, seed: int = 0, shard_size: str = "1GB", **changes: Any
+) -> Any:
     """Save a random model with a tokenizer, and return it."""
     config = transformers.AutoConfig.for_model(kind, **{**WHOLES[kind], **changes})
     model = transformers.AutoModelForImageTextToText.from_config(config).eval()
@@ -147,7 +149,7 @@ def save_whole(folder: Path, kind: str, *, seed: int = 0, **changes: Any) -> Any
             # Gemma's norms multiply by one and their weight.
             if "norm" in name and kind != "gemma3":
                 parameter.add_(1.0)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=shard_size)
     save_byte_tokenizer(folder)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5]}', encoding="utf-8")
     return model
@@ -167,3 +169,14 @@ def change_config(folder: Path, **changes: Any) -> None:
     config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     kept = {key: value for key, value in config.items() if value is not None}
     path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def flatten_config(folder: Path) -> dict[str, Any]:
+    """Write a Qwen2.5-VL's config as it is on the hub, with the text model's keys at the top."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text, mrope = config.pop("text_config"), {"type": "mrope", "mrope_section": [2, 1, 1]}
+    flat = {key: text[key] for key in text if key not in ("model_type", "rope_parameters")}
+    flat |= {"rope_scaling": mrope, "rope_theta": 1e4, **config}
+    path.write_text(json.dumps(flat), encoding="utf-8")
+    return flat

@@ -222,13 +222,14 @@ class ModelFiles:
 
         Args:
             left: Share of the blocks' parameters in the files; 1 with a layout that keeps zeros.
-            companion_bytes: Bytes of tokenizer files and the like.
+            companion_bytes: Bytes of tokenizer files and the like, and of carried tensors.
         """
         outer = sum(math.prod(shape) for shape in self._spec.other_tensors.values())
         size = self._source * (outer + left * self._spec.block_parameters)
         size = file_bytes(size, self._tensors + len(self._spec.other_tensors))
         papers = companion_bytes + _PAPERS_BYTES + _UNIT_BYTES * self._spec.table.units
-        formula = "tokenizer, card, report, mask"
+        carried = "" if self._spec.multimodal is None else "parts carried along, "
+        formula = f"{carried}tokenizer, card, report, mask"
         return [
             DiskItem(
                 name="pruned model",

@@ -70,6 +70,7 @@ def split_text_model(
     config, tensors = checkpoint.config, checkpoint.tensors
     with config_errors(config, source):
         text = _text_config(config)
+        may_be_tied = _may_be_tied(config, text)
     family = find_family(text, source=source, assume=assume)
     prefixes = _find_prefixes(family, tensors, source)
     names = {
@@ -80,7 +81,7 @@ def split_text_model(
     }
     # A tied weight may be stored under either name, and an untied one under both.
     stored_twice = {family.head, family.embedding} <= set(names.values())
-    text["tie_word_embeddings"] = not stored_twice and _may_be_tied(config, text)
+    text["tie_word_embeddings"] = may_be_tied and not stored_twice
     whole = Multimodal(
         config=config,
         text=text,

@@ -192,6 +192,38 @@ def render_inspect(info: Values, console: Console) -> None:
             sheet.verbatim(info["command"])
         return
     sheet.heading(f"{info['model']}: {info['family']}, {plural(info['layers'], 'layer')}")
+    whole = info.get("multimodal")
+    if whole is not None and whole["parts"]:
+        sheet.say(
+            f"the text model of a {whole['model_type']}: it can be pruned, and the other parts are "
+            "carried along, or left out with --text-only"
+        )
+    sheet.table(("", ""), _model_rows(info))
+    sheet.heading('units, each kept or removed whole (the paper says "module")')
+    sheet.table(
+        ("kind", "a layer", "in all", "parameters of one"),
+        [
+            (
+                KIND_NAMES.get(group["kind"], group["kind"]),
+                span(group["units_per_layer"]),
+                f"{sum(group['units_per_layer']):,}",
+                span(group["parameters_per_unit"]),
+            )
+            for group in info["groups"]
+        ],
+    )
+    uniform = info["layouts"]["uniform"]
+    sheet.blank()
+    sheet.say(
+        f"uniform layout: FFN channels in multiples of {uniform['tile']}, KV groups a layer one of "
+        f"{', '.join(map(str, uniform['attention_counts']))}; per-layer and padded: any counts"
+    )
+    for note in info["notes"]:
+        sheet.say(f"note: {note}")
+
+
+def _model_rows(info: Values) -> list[tuple[str, str]]:
+    """Return the rows of a model's sizes."""
     keys = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary", "positions")
     rows = [(key.replace("_", " "), f"{info[key]:,}") for key in keys]
     share = info["block_parameters"] / info["parameters"]
@@ -214,28 +246,7 @@ def render_inspect(info: Values, console: Console) -> None:
             (f"parameters of {', '.join(whole['parts'])}", f"{whole['parameters']:,}"),
             ("their bytes", format_bytes(whole["bytes"])),
         ]
-    sheet.table(("", ""), rows)
-    sheet.heading('units, each kept or removed whole (the paper says "module")')
-    sheet.table(
-        ("kind", "a layer", "in all", "parameters of one"),
-        [
-            (
-                KIND_NAMES.get(group["kind"], group["kind"]),
-                span(group["units_per_layer"]),
-                f"{sum(group['units_per_layer']):,}",
-                span(group["parameters_per_unit"]),
-            )
-            for group in info["groups"]
-        ],
-    )
-    uniform = info["layouts"]["uniform"]
-    sheet.blank()
-    sheet.say(
-        f"uniform layout: FFN channels in multiples of {uniform['tile']}, KV groups a layer one of "
-        f"{', '.join(map(str, uniform['attention_counts']))}; per-layer and padded: any counts"
-    )
-    for note in info["notes"]:
-        sheet.say(f"note: {note}")
+    return rows
 
 
 def render_eval(result: Values, console: Console) -> None:

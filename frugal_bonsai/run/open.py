@@ -235,7 +235,7 @@ def _text_model_note(model: Model, whole: Multimodal) -> str:
     if whole.carried:
         rest = (
             f"; the rest ({', '.join(whole.parts)}: {whole.carried_parameters:,} parameters) is "
-            f"{'carried along unchanged' if carried else 'not used'}"
+            f"{'carried along unchanged' if carried else 'left aside'}"
         )
     return (
         f"a {whole.model_type} of several modalities: parameters and sparsity are those of its "

@@ -25,7 +25,7 @@ def test_text_model_in_llama_cpp(
     save_pair_tokenizer(tmp_path / "dense")
     summary = export_gguf(str(tmp_path / "dense"), tmp_path / "m.gguf", dtype="f32")
     assert summary["architecture"] == architecture
-    assert "is not used" in summary["notes"][0]
+    assert "is left aside" in summary["notes"][0]
     prompt = random_windows(1, 60, vocabulary=280)[0].tolist()  # no token stands for an image
     assert_same_next_tokens(
         tmp_path / "dense", tmp_path / "m.gguf", text=prompt, first=3, within=within

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from multimodal_models import KINDS, WHOLES, change_config, name_anew, save_whole
+from multimodal_models import KINDS, WHOLES, change_config, flatten_config, name_anew, save_whole
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, random_windows, relative, sweep_limits
 from transformers import AutoModelForImageTextToText
@@ -101,17 +102,13 @@ def test_a_config_that_leaves_sizes_to_their_defaults(tmp_path: Path) -> None:
 def test_a_flat_config_of_the_hub(tmp_path: Path) -> None:
     """Qwen2.5-VL's on the hub has the text model's keys beside those of the whole."""
     save_whole(tmp_path, "qwen2_5_vl")
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    text = config.pop("text_config")
-    rope = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}, "rope_theta": 1e4}
-    flat = {key: text[key] for key in text if key not in ("model_type", "rope_parameters")}
-    (tmp_path / "config.json").write_text(json.dumps({**flat, **rope, **config}), encoding="utf-8")
+    flat = flatten_config(tmp_path)
     tokens_NS = random_windows(2, 13, vocabulary=280)
     with open_model(str(tmp_path), text_only=False) as opened:
         assert opened.spec.config["rope_parameters"] == {"rope_theta": 1e4, "rope_type": "default"}
         found = streamed_logits(opened, tokens_NS)
         changed = opened.multimodal.whole_config({**opened.spec.config, "intermediate_size": 7})
-        assert changed == {**flat, **rope, **config, "intermediate_size": 7}
+        assert changed == {**flat, "intermediate_size": 7}
     assert relative(found, whole_logits(tmp_path, tokens_NS)) < 1e-5
 
 
@@ -192,9 +189,9 @@ def test_the_vision_tower_of_the_hub(tmp_path: Path) -> None:
     """Older checkpoints have one more word in the names of Gemma's vision tower."""
     save_whole(tmp_path, "gemma3")
     path = tmp_path / "model.safetensors"
-    old = "vision_tower."
-    tensors = {k.replace(old, f"{old}vision_model."): v for k, v in load_file(path).items()}
-    save_file(tensors, path, {"format": "pt"})
+    name = re.compile(r"^vision_tower\.(vision_model\.)?")
+    old = {name.sub("vision_tower.vision_model.", k): v for k, v in load_file(path).items()}
+    save_file(old, path, {"format": "pt"})
     with open_model(str(tmp_path), text_only=False) as opened:
         assert opened.multimodal.parts == ("vision_tower", "multi_modal_projector")
 

@@ -218,6 +218,21 @@ def test_inspect_names_units_and_says_module_once() -> None:
     assert "multiples of 64" in words(text) and "1, 2, 4, 8" in words(text)
 
 
+def test_inspect_of_a_model_of_images_and_text() -> None:
+    whole = {
+        "model_type": "gemma3",
+        "text_model": "gemma3_text",
+        "parts": ["vision_tower", "projector"],
+        "parameters": 416_866_032,
+        "bytes": 2**29,
+        "carried": False,
+    }
+    text = printed(render_inspect, {**INSPECT, "multimodal": whole})
+    assert row(text, "parameters of vision_tower, projector")[-1] == "416,866,032"
+    assert row(text, "their bytes")[-1] == "512.00 MiB"
+    assert "the text model of a gemma3" in words(text) and "--text-only" in words(text)
+
+
 def test_eval_states_the_window_beside_the_perplexity() -> None:
     text = printed(render_eval, EVAL)
     assert row(text, "perplexity, window 256")[-1] == "44.9877"

@@ -12,12 +12,13 @@ import pytest
 import torch
 from commands import fail
 from fresh_process import FreshProcesses
-from multimodal_models import KINDS, WHOLES, change_config, name_anew, save_whole
+from multimodal_models import KINDS, WHOLES, change_config, flatten_config, name_anew, save_whole
 from safetensors.torch import load_file
 from tiny_models import random_mask, random_windows, relative, zero_units
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import frugal_bonsai
+from frugal_bonsai.checkpoint.writer import ShardedWriter
 from frugal_bonsai.evaluation.latency import TransformersModel
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PADDED, PER_LAYER, UNIFORM, layout_rules
@@ -111,6 +112,8 @@ def test_masked_whole_equals_what_is_written(
     save_whole(dense, kind)
     if kind in ("mistral3", "qwen3_vl"):
         name_anew(dense)
+    if kind == "qwen2_5_vl":
+        flatten_config(dense)
     tokens_NS = random_windows(2, 13, vocabulary=280)
     with open_model(str(dense)) as opened:
         spec = opened.spec
@@ -128,6 +131,22 @@ def test_masked_whole_equals_what_is_written(
         assert ("ForCausalLM" in found[out]["class"]) is text_only
         assert found[out]["made"] == 9
         check_files(dense, tmp_path / out, summaries[out], text_only=text_only)
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_shards_in_and_out(copies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other parts are copied by the system, or streamed where it cannot."""
+    if not copies:
+        monkeypatch.setattr(ShardedWriter, "copy", lambda *_: False)
+    save_whole(tmp_path / "dense", "llava", shard_size="20KB")
+    with open_model(str(tmp_path / "dense")) as opened:
+        write_mask(tmp_path / "mask", "dense", opened.spec, uniform_mask(opened.spec))
+    words = (str(tmp_path / "dense"), tmp_path / "mask", tmp_path / "out")
+    shrink(*words, max_shard_size="20KB")
+    dense, out = (load_pruned(tmp_path / name).state_dict() for name in ("dense", "out"))
+    assert dense.keys() == out.keys()
+    assert all(torch.equal(out[name], tensor) for name, tensor in others(dense).items())
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])
@@ -179,7 +198,8 @@ def check_files(dense: Path, out: Path, summary: dict[str, Any], *, text_only: b
     config, source = (
         json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (out, dense)
     )
-    assert config.pop("text_config") != source.pop("text_config")
+    key = "text_config" if "text_config" in source else "intermediate_size"
+    assert config.pop(key) != source.pop(key)
     assert config == source
 
 
@@ -237,6 +257,10 @@ def test_pruned_both_ways(
         {item["name"]: item["size_bytes"] for item in summary["memory"]["plan"]}
         for summary in (carried, left_out)
     ]
+    processor = (dense / "preprocessor_config.json").stat().st_size
+    carried_bytes = carried["multimodal"]["bytes"]
+    files = [plan.pop("its other files") for plan in plans]
+    assert files[0] - files[1] == carried_bytes + processor
     # The first item is what the process holds already.
     assert list(plans[0].items())[1:] == list(plans[1].items())[1:]
     ids = AutoTokenizer.from_pretrained(whole)(text.read_text(encoding="utf-8"))["input_ids"]
