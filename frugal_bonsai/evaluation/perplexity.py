@@ -36,13 +36,14 @@ class Perplexity:
 
     @classmethod
     def of(cls, losses_NS: torch.Tensor) -> Perplexity:
-        """Return the perplexity of tokens' losses in nats.
+        """Return the perplexity of tokens' losses in nats; a mean of NaN counts as infinite.
 
         Args:
             losses_NS: one row per window.
         """
         samples = losses_NS.double()
         nll = float(samples.mean())
+        nll = math.inf if math.isnan(nll) else nll
         samples = samples.mean(1) if len(samples) > 1 else samples.flatten()
         error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.inf
         return cls(nll=nll, tokens=losses_NS.numel(), nll_error=error)
@@ -71,6 +72,8 @@ def measure_texts(
     held_out_NS: torch.Tensor | None,
     text: tuple[str, torch.Tensor] | None,
     what: str,
+    *,
+    written: bool = False,
 ) -> dict[str, float | None]:
     """Measure a model's perplexities on held-out windows and on the user's text.
 
@@ -79,6 +82,8 @@ def measure_texts(
         held_out_NS: held-out windows, or None.
         text: name and windows of the text of ``--eval-text``, or None.
         what: name of the model for the progress.
+        written: the model is a command's result, which a loss that is not finite must not lose: its
+            perplexity is infinite then.
 
     Returns:
         ``"perplexity"`` and ``"eval_perplexity"``, as in the summaries, and the standard error of
@@ -93,13 +98,20 @@ def measure_texts(
         for key, (name, windows_NS) in texts.items():
             found |= {key: None, f"{key}_error": None}
             if windows_NS is not None:
-                measured = measure_perplexity(engine, stream, windows_NS, name=name)
+                measured = measure_perplexity(
+                    engine, stream, windows_NS, name=name, finite=not written
+                )
                 found |= {key: measured.value, f"{key}_error": measured.error}
     return found
 
 
 def measure_perplexity(
-    engine: Engine, stream: LayerStream, windows_NS: torch.Tensor, *, name: str = "perplexity"
+    engine: Engine,
+    stream: LayerStream,
+    windows_NS: torch.Tensor,
+    *,
+    name: str = "perplexity",
+    finite: bool = True,
 ) -> Perplexity:
     """Measure the perplexity of a streamed model on token windows.
 
@@ -108,12 +120,13 @@ def measure_perplexity(
         stream: a stream of its layers.
         windows_NS: the windows.
         name: name of the sweep for the progress.
+        finite: refuse a mean loss that is not finite.
 
     Raises:
         CheckpointError: the mean loss is not finite; names the weights that cause it.
     """
     measured = Perplexity.of(engine.losses(stream, windows_NS, name))
-    if not math.isfinite(measured.nll):
+    if finite and not math.isfinite(measured.nll):
         require_finite(engine.checkpoint, engine.checkpoint.tensors)
         raise CheckpointError(
             f"{engine.checkpoint.folder}: {name}: the mean loss is {measured.nll}, although all "

@@ -142,6 +142,11 @@ def warning_lines(summary: Mapping[str, Any]) -> list[str]:
     return ["## Warnings\n", "\n".join(lines) + "\n"] if lines else []
 
 
+def note_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the command's notes, a paragraph each."""
+    return [f"Note: {_without_paths(text)}.\n" for text in summary["notes"]]
+
+
 def provenance_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the section on the source's GGUF file and on earlier rewrites; empty without both."""
     provenance = summary.get("provenance", {})

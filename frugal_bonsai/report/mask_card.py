@@ -13,6 +13,7 @@ from frugal_bonsai.report.card_parts import (
     how_to_load,
     layout_notes,
     markdown_table,
+    note_lines,
     parent_name,
     provenance_lines,
     warning_lines,
@@ -39,7 +40,7 @@ def mask_card(summary: Mapping[str, Any]) -> str:
         f"{summary['version']}: the units that `pruning_mask.json` lists are gone. "
         f"{summary['layout'].capitalize()} layout. The parent's licence applies: these are "
         f"weights of `{parent}`.\n",
-        *(f"Note: {note}.\n" for note in summary["notes"]),
+        *note_lines(summary),
         *whole_lines(summary),
         *warning_lines(summary),
         "## Figures\n",

@@ -34,7 +34,8 @@ def compare_logits(
         windows_NS: int64 ``[N, S]``, a few windows. Their first tokens are used.
 
     Raises:
-        VerifyError: the difference is NaN or larger than rounding in the compute dtype explains.
+        VerifyError: the difference is larger than rounding in the compute dtype explains, or only
+            one of two logits is NaN or infinite.
     """
     tokens_NS = windows_NS[:, :VERIFY_TOKENS]
     with parent.stream(masked) as stream:
@@ -47,11 +48,21 @@ def compare_logits(
         for window in range(len(tokens_NS)):
             one = slice(window, window + 1)
             expected_SV = parent.head.logits(expected.read(one))
-            difference_SV = expected_SV - rewritten.head.logits(found.read(one))
-            scale = torch.maximum(scale, expected_SV.abs().max())
-            largest = torch.maximum(largest, difference_SV.abs().max())
+            found_SV = rewritten.head.logits(found.read(one))
+            scale = torch.maximum(scale, expected_SV.abs().nan_to_num_(0, posinf=0).max())
+            largest = torch.maximum(largest, _difference(expected_SV, found_SV).abs().max())
     what = "the rewritten model's logits differ from the masked parent's"
     return _require_small(largest, scale, parent.dtype, what)
+
+
+def _difference(expected_SV: torch.Tensor, found_SV: torch.Tensor) -> torch.Tensor:
+    """Return the differences of logits; 0 where both overflowed to the same infinity or to NaN."""
+    difference_SV = expected_SV - found_SV
+    if bool(difference_SV.isfinite().all()):
+        return difference_SV
+    same_SV = expected_SV == found_SV
+    same_SV |= expected_SV.isnan() & found_SV.isnan()
+    return difference_SV.masked_fill_(same_SV, 0)
 
 
 def compare_student(

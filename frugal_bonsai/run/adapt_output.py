@@ -52,7 +52,9 @@ def measure(
     found: dict[str, float | None] = dict.fromkeys([*keys, *(f"{key}_error" for key in keys)])
     if held_out_NS is not None or job.eval_text is not None:
         engine = make_engine(model, plan, job.device, job.progress)
-        found = measure_texts(engine, held_out_NS, job.eval_text, what)
+        # Only the adapted model has held-out windows here.
+        written = held_out_NS is not None
+        found = measure_texts(engine, held_out_NS, job.eval_text, what, written=written)
     return {**model.sizes, **found}
 
 

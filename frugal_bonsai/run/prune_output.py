@@ -58,7 +58,7 @@ def write_pruned(
         windows_NS = run.calibration.held_out_NS[:VERIFY_WINDOWS]
         difference = _verify(run, found, engine, windows_NS)
         return {
-            "after": {**output.sizes, **_perplexities(run, engine, "pruned")},
+            "after": {**output.sizes, **_perplexities(run, engine, "pruned", written=True)},
             "written_as": output.spec.family.title,
             "sparsity": rewritten.sparsity,
             "verify": {"max_relative_difference": difference, "windows": len(windows_NS)},
@@ -79,9 +79,11 @@ def _verify(
     return compare_logits(parent, masked, in_fp32(rewritten, run.memory), windows_NS)
 
 
-def _perplexities(run: PruneRun, engine: Engine, what: str) -> dict[str, float | None]:
+def _perplexities(
+    run: PruneRun, engine: Engine, what: str, *, written: bool = False
+) -> dict[str, float | None]:
     """Return the perplexities on the held-out windows and on the text of ``--eval-text``."""
     texts, text = run.texts, None
     if texts.eval_name is not None and texts.eval_NS is not None:
         text = texts.eval_name, texts.eval_NS
-    return measure_texts(engine, run.calibration.held_out_NS, text, what)
+    return measure_texts(engine, run.calibration.held_out_NS, text, what, written=written)

@@ -38,6 +38,8 @@ def calibration_warning(
     for group in spec.table.groups:
         share = 1.0 if group.expert is None else spec.experts_chosen / spec.experts
         needed = max(needed, math.ceil(group.columns / share))
+    if settings.recovery and settings.refit == "all":
+        needed = max(needed, spec.hidden)
     if windows * window >= needed:
         return None
     return (

@@ -179,3 +179,9 @@ def test_no_path_of_this_machine(source: str) -> None:
     summary["calibration"]["source"] = summary["eval_text"]["name"] = source
     card = model_card(summary)
     assert "someone" not in card and "/home" not in card and "text.txt" in card
+
+
+def test_notes_are_printed_without_folders() -> None:
+    note = "--max-cpu-mem 8.00 GiB is more than the 6.00 GiB that are free now"
+    card = model_card(make_summary(notes=[note, "read from /data/models/base"]))
+    assert f"Note: {note}.\n" in card and "Note: read from base.\n" in card

@@ -36,3 +36,19 @@ def test_equal_models_pass(tmp_path: Path) -> None:
 def test_one_wrong_weight_is_an_error(tmp_path: Path, value: float) -> None:
     with pytest.raises(VerifyError, match="differ from the masked parent"):
         compare_with_changed(tmp_path, value)
+
+
+def test_logits_that_overflow_in_both_models_are_equal(tmp_path: Path) -> None:
+    """A pruned model that overflows is not lost: it computes what the masked parent computes."""
+    weights = {}
+    for name in ("dense", "copy"):
+        tiny_llama(tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        weights["lm_head.weight"][5] = 3e38
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    dense, copy = (open_tiny(tmp_path / name) for name in ("dense", "copy"))
+    assert not dense.hugging_face()(WINDOWS_NS).logits.isfinite().all()
+    assert compare_logits(dense.engine(), dense.source(), copy.engine(), WINDOWS_NS) == 0
+    plain = tiny_llama(tmp_path / "plain")
+    with pytest.raises(VerifyError, match="differ from the masked parent"):
+        compare_logits(plain.engine(), plain.source(), copy.engine(), WINDOWS_NS)

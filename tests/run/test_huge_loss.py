@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from commands import frugal_bonsai, succeed
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.plain_json import json_text
+from frugal_bonsai.report.tables import render_prune
+from frugal_bonsai.run.options import PruneOptions
+from frugal_bonsai.run.prune import prune
+from frugal_bonsai.stream.engine import Engine
 
 
 @pytest.fixture
@@ -53,3 +62,42 @@ def test_a_prune_is_not_lost_to_its_report(overconfident: Path, tmp_path: Path) 
     )
     assert report["after"]["perplexity"] is None
     assert "| inf | inf |" in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_prune_is_not_lost_to_a_model_that_overflows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float
+) -> None:
+    """The losses of the model that was just written are not finite; those before are."""
+    real = Engine.losses
+
+    def losses(engine: Engine, stream: Any, tokens_NS: torch.Tensor, name: str) -> torch.Tensor:
+        found = real(engine, stream, tokens_NS, name)
+        return found.fill_(loss) if name.startswith("pruned") else found
+
+    monkeypatch.setattr(Engine, "losses", losses)
+    out, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("Return the number of words. " * 60, encoding="utf-8")
+    options = PruneOptions(
+        method="local-only",
+        settings={"sparsity": 0.2},
+        windows=4,
+        window=64,
+        calibration="stdlib",
+        eval_text=str(text),
+    )
+    summary = prune("example", out, options)
+    assert math.isfinite(summary["before"]["perplexity"])
+    assert summary["after"]["perplexity"] == summary["after"]["eval_perplexity"] == math.inf
+    assert "to inf: train it with adapt" in " ".join(summary["warnings"])
+    report = json.loads((out / "pruning_report.json").read_text(encoding="utf-8"))
+    assert report["after"]["perplexity"] is None and report["after"]["perplexity_error"] is None
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert card.count("| inf |") == 2 and "held-out perplexity rose from" in card
+    console = Console(file=io.StringIO(), width=80)
+    render_prune(summary, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert [line.split()[-2] for line in shown.splitlines() if line.startswith("perplexity, ")] == [
+        "inf",
+        "inf",
+    ]

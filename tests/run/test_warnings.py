@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def test_a_calibration_with_fewer_tokens_than_columns() -> None:
     assert "--windows 7 or more" in text
     assert calibration_warning(LLAMA_8B, settings, 7, 2048) is None
     assert calibration_warning(LLAMA_8B, make_settings("random", {}), 1, 2048) is None
+
+
+def test_inputs_of_attention_wider_than_any_output_projection() -> None:
+    narrow = replace(LLAMA_8B, hidden=20_000)  # the Gram matrix of the refits of q, k, v, gate, up
+    text = calibration_warning(narrow, make_settings("default", {}), 8, 2048)
+    assert text is not None and "at least 20,000" in text
+    outputs = make_settings("default", {"refit": "outputs"})
+    assert calibration_warning(narrow, outputs, 8, 2048) is None
 
 
 def figures(perplexity: float | None, error: float | None = 0.01) -> dict[str, float | None]:
