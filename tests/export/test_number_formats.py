@@ -80,9 +80,8 @@ def test_llama_cpp_computes_with_the_dequantised_weights(
 ) -> None:
     file, windows_NS = tmp_path / "m.gguf", story_windows(stories3m, shared)
     summary = export(stories3m, file, dtype)
-    head = {"q8_0": 1} if dtype in COARSE else {}
-    others = {dtype: 43 - len(head), "f32": 13} if dtype != "f32" else {"f32": 56}
-    assert summary.formats == {**head, **others} and summary.fallbacks == []
+    expected = {dtype: 43, "f32": 13} if dtype != "f32" else {"f32": 56}
+    assert summary.formats == expected and summary.fallbacks == []
     [matrix] = [t for t in gguf.GGUFReader(file).tensors if t.name == "blk.0.ffn_up.weight"]
     assert 8 * matrix.n_bytes / matrix.n_elements == BITS[dtype]
     found = llama_cpp_losses(file, windows_NS)
@@ -102,7 +101,7 @@ def test_rows_that_are_no_multiple_of_32(tmp_path: Path, stories260k: Path, shar
     """The FFN has 172 channels: every down projection is f16 beside q4_1, and llama.cpp runs it."""
     file, windows_NS = tmp_path / "m.gguf", story_windows(stories260k, shared)
     summary = export_gguf(str(stories260k), file, dtype="q4_1")
-    assert summary["tensors"] == {"q8_0": 1, "q4_1": 30, "f32": 11, "f16": 5}
+    assert summary["tensors"] == {"q4_1": 31, "f32": 11, "f16": 5}
     [note] = summary["notes"]
     assert note.startswith("f16 instead of q4_1, whose blocks need rows in multiples of 32: 5 ten")
     assert "(blk.0.ffn_down.weight, blk.1.ffn_down.weight, blk.2.ffn_down.weight and 2 mo" in note
@@ -132,23 +131,6 @@ def test_the_file_states_its_format(tmp_path: Path, stories260k: Path, dtype: st
     name = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
     assert fields["general.file_type"].contents() == gguf.LlamaFileType[name]
     assert fields["general.quantization_version"].contents() == 2
-
-
-@pytest.mark.parametrize(("family", "head"), [("llama", "output"), ("gemma2", "token_embd")])
-def test_the_matrix_of_the_logits_is_q8_0(tmp_path: Path, family: str, head: str) -> None:
-    """Untied, the embedding is as small as all other matrices."""
-    changes = {
-        "hidden_size": 96,
-        "head_dim": 16,
-        **({"tie_word_embeddings": False} if family == "llama" else {}),
-    }
-    tiny_family(tmp_path / "dense", family, **(FULL | changes))
-    save_pair_tokenizer(tmp_path / "dense")
-    export(tmp_path / "dense", tmp_path / "m.gguf", "q4_0")
-    tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
-    assert [name for name, kind in tensors.items() if kind == "Q8_0"] == [f"{head}.weight"]
-    assert tensors["token_embd.weight"] == ("Q8_0" if head == "token_embd" else "Q4_0")
-    assert tensors["blk.0.attn_k.weight"] == "Q4_0" and tensors["output_norm.weight"] == "F32"
 
 
 @pytest.mark.parametrize("dtype", ["f32", "q4_1"])
