@@ -25,7 +25,7 @@ from frugal_bonsai.run.options import PruneOptions
 @click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
 @options.json_output
 def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: Any) -> None:
-    """Prune MODEL (a folder, a hub id, or "example") into DIR."""
+    """Prune MODEL (a folder, a GGUF file, a hub id, or "example") into DIR."""
     from frugal_bonsai.report.tables import render_prune
     from frugal_bonsai.run.early import check_prune
 

@@ -55,7 +55,7 @@ def evaluate(
     """Measure the perplexity of a model on a text.
 
     Args:
-        model: Folder, hub id or ``example``; dense or pruned, any layout.
+        model: Folder, GGUF file, hub id or ``example``; dense or pruned, any layout.
         text: File, JSON lines, hub data set or ``stdlib``.
         window: Tokens of a window. None takes 2,048 or the model's positions.
         windows: Largest number of windows. None takes the whole text.

@@ -24,7 +24,7 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
     """Write a model as one GGUF file, for llama.cpp and programs built on it.
 
     Args:
-        model: Folder, hub id or ``example``; dense or pruned, any layout.
+        model: Folder, GGUF file, hub id or ``example``; dense or pruned, any layout.
         out: Path of a file that does not exist.
         dtype: Number format of the matrices: ``f32``, ``bf16``, ``f16``, ``q8_0``, ``q5_1``,
             ``q5_0``, ``q4_1`` or ``q4_0``.

@@ -96,7 +96,8 @@ class AdaptOptions(CommandOptions):
     tokens of ``self``.
 
     Attributes:
-        teacher: Dense model: folder, hub id or ``example``. None for ``loss="lm"`` on texts.
+        teacher: Dense model: folder, GGUF file, hub id or ``example``. None for ``loss="lm"`` on
+            texts.
         data: Text sources to train on. ``self`` is sampled from the teacher.
         settings: Fields of ``AdaptSettings`` that the user names. None keeps the default.
         weights: Form of the frozen weights: ``"int8"``, ``"native"``, or ``"streamed"``, which

@@ -28,7 +28,7 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
     """Predict the memory and the time of a prune.
 
     Args:
-        model: Folder, hub id or ``example``.
+        model: Folder, GGUF file, hub id or ``example``.
         options: Options of the prune. With a profile, its machine is planned for.
 
     Returns:

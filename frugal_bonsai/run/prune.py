@@ -53,7 +53,7 @@ def prune(
     """Prune a model into ``out`` and report.
 
     Args:
-        model: Folder, hub id or ``example``.
+        model: Folder, GGUF file, hub id or ``example``.
         out: Folder that must not exist yet. It appears when it is complete.
         options: All other options.
         resume: Continue the run that ``OUT.run`` holds.

@@ -49,7 +49,7 @@ def shrink(
     """Write the pruned model that a mask file describes.
 
     Args:
-        model: Dense model: folder, hub id or ``example``.
+        model: Dense model: folder, GGUF file, hub id or ``example``.
         mask: Mask file, such as the ``pruning_mask.json`` that a prune writes.
         out: Folder that must not exist yet.
         layout: Layout of the output.
