@@ -79,12 +79,14 @@ def text_model(whole: Any) -> torch.nn.Module:
     return text
 
 
-def masked_logits(dense: Path, spec: ModelSpec, mask: KeepMask, tokens_NS: Any) -> torch.Tensor:
+def masked_logits(
+    dense: Path, spec: ModelSpec, mask: KeepMask, tokens_NS: torch.Tensor, **image: torch.Tensor
+) -> torch.Tensor:
     """The logits of the whole whose removed units are zero, by transformers."""
     masked = AutoModelForImageTextToText.from_pretrained(dense, dtype=torch.float32).eval()
     zero_units(text_model(masked), spec, mask)
     with torch.inference_mode():
-        logits: torch.Tensor = masked(input_ids=tokens_NS).logits
+        logits: torch.Tensor = masked(input_ids=tokens_NS, **image).logits
     return logits
 
 
@@ -147,6 +149,23 @@ def test_shards_in_and_out(copies: bool, tmp_path: Path, monkeypatch: pytest.Mon
     assert dense.keys() == out.keys()
     assert all(torch.equal(out[name], tensor) for name, tensor in others(dense).items())
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+
+
+def test_it_still_sees(tmp_path: Path) -> None:
+    """With an image, too, the output answers as the masked parent."""
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    save_whole(dense, "llava")
+    with open_model(str(dense)) as opened:
+        spec, mask = opened.spec, uniform_mask(opened.spec)
+    write_mask(tmp_path / "mask", "dense", spec, mask)
+    shrink(str(dense), tmp_path / "mask", out)
+    tokens_NS = torch.tensor([[5, 290, 290, 290, 290, 9, 7]])  # an image has four patches
+    image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = load_pruned(out)(input_ids=tokens_NS, pixel_values=image).logits
+        blind = load_pruned(out)(input_ids=tokens_NS, pixel_values=-image).logits
+    expected = masked_logits(dense, spec, mask, tokens_NS, pixel_values=image)
+    assert relative(found, expected) < 1e-5 < relative(blind, expected)
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "llava"])
