@@ -19,7 +19,6 @@ from frugal_bonsai.report.card_parts import (
     provenance_lines,
     source_name,
     warning_lines,
-    whole_lines,
 )
 from frugal_bonsai.report.words import duration, number, plural, ratio, size_rows
 from frugal_bonsai.sizes import format_bytes
@@ -47,7 +46,6 @@ def adapt_card(summary: Values) -> str:
         f"Trained from `{pruned}` ({summary['family']}) with frugal-bonsai {summary['version']}"
         f"{taught}: {TERMS[summary['settings']['loss']]}. Shapes and layout are those of the "
         f"pruned model ({summary['layout']}). The licence of the model that was pruned applies.\n",
-        *whole_lines(summary),
         *warning_lines(summary),
         *note_lines(summary),
         "## Figures\n",

@@ -19,7 +19,6 @@ from frugal_bonsai.report.card_parts import (
     provenance_lines,
     source_name,
     warning_lines,
-    whole_lines,
 )
 from frugal_bonsai.report.sampling_words import SCORES, covered, mask_spending
 from frugal_bonsai.report.words import (
@@ -68,7 +67,6 @@ def model_card(summary: Values, *, dense_card_name: str | None = None) -> str:
         f"Made from `{parent}` ({summary['family']}) with frugal-bonsai {summary['version']}: "
         f"whole KV groups and FFN channels are gone, found with forward passes only. "
         f"{summary['layout'].capitalize()} layout. The parent's licence applies.\n",
-        *whole_lines(summary),
         *warning_lines(summary),
         *note_lines(summary),
         "## Figures\n",

@@ -66,25 +66,6 @@ def how_to_load(summary: Mapping[str, Any]) -> str:
     return _WHOLE if _carries(summary) else LOAD[summary["layout"]]
 
 
-def whole_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return what became of the parts beside the text model; empty for a plain text model."""
-    whole = summary.get("multimodal")
-    if whole is None:
-        return []
-    text, parts = f"text model (`{whole['text_model']}`)", ", ".join(whole["parts"]) or "none"
-    if whole["carried"]:
-        return [
-            f"Of this `{whole['model_type']}`, only the {text} was changed, with text alone: "
-            f"sparsity and parameters below are the text model's. The rest ({parts}: "
-            f"{whole['parameters']:,} parameters) is the parent's, bit for bit. How well it still "
-            "works with the changed text model was not measured.\n"
-        ]
-    return [
-        f"This is the {text} of a `{whole['model_type']}`, without its other parts ({parts}): it "
-        "takes text alone.\n"
-    ]
-
-
 def _carries(summary: Mapping[str, Any]) -> bool:
     """Return whether the output has the parts beside the text model."""
     whole = summary.get("multimodal")

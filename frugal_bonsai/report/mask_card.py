@@ -17,7 +17,6 @@ from frugal_bonsai.report.card_parts import (
     parent_name,
     provenance_lines,
     warning_lines,
-    whole_lines,
 )
 from frugal_bonsai.report.words import KIND_NAMES, size_rows, span
 
@@ -41,7 +40,6 @@ def mask_card(summary: Mapping[str, Any]) -> str:
         f"{summary['layout'].capitalize()} layout. The parent's licence applies: these are "
         f"weights of `{parent}`.\n",
         *note_lines(summary),
-        *whole_lines(summary),
         *warning_lines(summary),
         "## Figures\n",
         markdown_table(

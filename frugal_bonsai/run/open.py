@@ -35,6 +35,10 @@ from frugal_bonsai.model.multimodal import Multimodal
 from frugal_bonsai.model.text_model import split_text_model, text_family
 from frugal_bonsai.progress import Progress
 
+_CARRIED = (
+    "carried along bit for bit; how well it works with the changed text model is not measured"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -235,7 +239,7 @@ def _text_model_note(model: Model, whole: Multimodal) -> str:
     if whole.carried:
         rest = (
             f"; the rest ({', '.join(whole.parts)}: {whole.carried_parameters:,} parameters) is "
-            f"{'carried along unchanged' if carried else 'left aside'}"
+            f"{_CARRIED if carried else 'left aside'}"
         )
     return (
         f"a {whole.model_type} of several modalities: parameters and sparsity are those of its "

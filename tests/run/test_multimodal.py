@@ -292,9 +292,11 @@ def test_pruned_both_ways(
     cards = [(folder / "README.md").read_text(encoding="utf-8") for folder in (whole, alone)]
     size = left_out["multimodal"]["parameters"]
     assert "pipeline_tag: image-text-to-text" in cards[0]
-    assert f"The rest (vision_tower, multi_modal_projector: {size:,} parameters) is" in cards[0]
+    rest = f"the rest (vision_tower, multi_modal_projector: {size:,} parameters) is"
+    assert f"{rest} carried along bit for bit" in cards[0]
     assert "pipeline_tag: text-generation" in cards[1]
-    assert "`gemma3`, without its other parts (vision_tower, multi_modal_projector)" in cards[1]
+    assert f"{rest} left aside" in cards[1]
+    assert all(card.count("a gemma3 of several modalities") == 1 for card in cards)
     assert all("base_model: someone/gemma" in card for card in cards)
     assert carried["load"] == f"AutoModelForImageTextToText.from_pretrained({str(whole)!r})"
 
