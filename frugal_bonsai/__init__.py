@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from frugal_bonsai.rewrite.load import load_pruned
     from frugal_bonsai.run.adapt import adapt_pruned
     from frugal_bonsai.run.adapt_plan import plan_adapt
-    from frugal_bonsai.run.bench import BenchOptions, bench
+    from frugal_bonsai.run.bench import bench
     from frugal_bonsai.run.evaluate import evaluate
     from frugal_bonsai.run.export import export_gguf
     from frugal_bonsai.run.inspect import inspect
-    from frugal_bonsai.run.options import AdaptOptions, PruneOptions
+    from frugal_bonsai.run.options import AdaptOptions, BenchOptions, PruneOptions
     from frugal_bonsai.run.plan import plan
     from frugal_bonsai.run.profile import profile
     from frugal_bonsai.run.prune import prune
@@ -42,7 +42,7 @@ __all__ = [
 # and `frugal-bonsai --help` therefore do not import torch.
 _HOMES = {
     "AdaptOptions": "frugal_bonsai.run.options",
-    "BenchOptions": "frugal_bonsai.run.bench",
+    "BenchOptions": "frugal_bonsai.run.options",
     "PruneOptions": "frugal_bonsai.run.options",
     "adapt_pruned": "frugal_bonsai.run.adapt",
     "bench": "frugal_bonsai.run.bench",

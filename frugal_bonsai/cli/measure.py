@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -45,8 +46,11 @@ def inspect_command(model: str, assume_family: str | None, as_json: bool) -> Non
 def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:
     """Measure MODEL's perplexity on a text, dense or pruned, streamed under the caps."""
     from frugal_bonsai.report.tables import render_eval
+    from frugal_bonsai.run.early import check_eval
 
-    with watched(given.pop("threads")) as progress:
+    threads = given.pop("threads")
+    check_eval(model, text, **{key: value for key, value in given.items() if key != "windows"})
+    with watched(threads) as progress:
         from frugal_bonsai.run.evaluate import evaluate
 
         result = evaluate(model, text, progress=progress, **given)
@@ -70,7 +74,10 @@ def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:
 def profile_command(report: bool, threads: int | None, as_json: bool, **given: Any) -> None:
     """Measure this machine: disk, memory, matrix products, copies; under a minute."""
     from frugal_bonsai.report.plan_tables import render_profile
+    from frugal_bonsai.run.early import check_profile
 
+    out = given["out"]
+    check_profile(None if out is None else Path(out), Path(given["folder"]), given["device"])
     with watched(threads) as progress:
         from frugal_bonsai.run.profile import profile
 

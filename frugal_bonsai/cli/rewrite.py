@@ -86,8 +86,13 @@ def export_command(kind: str, as_json: bool, **given: Any) -> None:
 def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
     """Time DENSE and PRUNED in turn: prefill, decode and peak memory."""
     from frugal_bonsai.report.rewrite_tables import render_bench
-    from frugal_bonsai.run.bench import BenchOptions, bench
+    from frugal_bonsai.run.early import check_bench
+    from frugal_bonsai.run.options import BenchOptions
 
+    chosen = BenchOptions(**given)
+    check_bench(dense, pruned, chosen)
     with watched() as progress:
-        result = bench(dense, pruned, BenchOptions(**given), progress=progress)
+        from frugal_bonsai.run.bench import bench
+
+        result = bench(dense, pruned, chosen, progress=progress)
     print_result(result, render_bench, as_json=as_json)

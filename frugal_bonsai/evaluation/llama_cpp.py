@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
@@ -36,6 +37,19 @@ _BLOCK_VALUES = 2**22
 _TOLERANCE_NATS = 0.1
 
 
+def require_llama_cpp() -> None:
+    """Check that the ``xllamacpp`` package is installed, without importing it.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if find_spec("xllamacpp") is None:
+        raise OptionError(
+            "--runtime llama.cpp needs the xllamacpp package: in the clone, run "
+            "pip install -e '.[llama-cpp]'"
+        )
+
+
 def start_server(
     path: Path, context_tokens: int, threads: int | None, *, hidden_states: bool = False
 ) -> Any:
@@ -52,13 +66,9 @@ def start_server(
         OptionError: The ``xllamacpp`` package is missing.
         BenchError: llama.cpp cannot load the file.
     """
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise OptionError(
-            "--runtime llama.cpp needs the xllamacpp package: in the clone, run "
-            "pip install -e '.[llama-cpp]'"
-        ) from error
+    require_llama_cpp()
+    import xllamacpp
+
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel = context_tokens, 1

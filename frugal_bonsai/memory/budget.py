@@ -95,6 +95,22 @@ def parse_caps(max_gpu_mem: str | int | None, max_cpu_mem: str | int | None) -> 
     )
 
 
+def require_device_name(device: str | None) -> None:
+    """Check the name of a device, without asking the machine for it.
+
+    Raises:
+        OptionError: ``device`` is not the name of a device.
+    """
+    if device is None or device == CPU:
+        return
+    kind, _, _ = device.partition(":")
+    if kind not in ACCELERATORS or re.fullmatch(r"(:\d{1,3})?", device[len(kind) :], re.A) is None:
+        raise OptionError(
+            f"--device: {device!r} is not cpu or one of {', '.join(ACCELERATORS)}, with or without "
+            f"a number (cuda:1)"
+        )
+
+
 def find_device(device: str | None = None) -> torch.device:
     """Return the device that computes, with its number, and make it torch's current one.
 
@@ -110,17 +126,13 @@ def find_device(device: str | None = None) -> torch.device:
     """
     import torch
 
+    require_device_name(device)
     here = available()
     if device is None:
         device = CPU if here is None or here.type not in ACCELERATORS else here.type
     if device == CPU:
         return torch.device(CPU)
     kind, _, number = device.partition(":")
-    if kind not in ACCELERATORS or re.fullmatch(r"(:\d{1,3})?", device[len(kind) :], re.A) is None:
-        raise OptionError(
-            f"--device: {device!r} is not cpu or one of {', '.join(ACCELERATORS)}, with or without "
-            f"a number (cuda:1)"
-        )
     found = torch.accelerator.device_count() if here is not None and here.type == kind else 0
     index = int(number) if number else torch.accelerator.current_device_index() if found else 0
     if index >= found:

@@ -11,7 +11,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +19,15 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.child import Child
+from frugal_bonsai.run.early import check_bench
 from frugal_bonsai.run.evaluate_gguf import find_gguf
 from frugal_bonsai.run.open import open_model
+from frugal_bonsai.run.options import TRANSFORMERS, BenchOptions
 from frugal_bonsai.version import package_version
 
-TRANSFORMERS = "transformers"
-RUNTIMES = (TRANSFORMERS, LLAMA_CPP)
 # Runs of each model that are not counted, because caches fill and threads start.
 _WARM_UP = 1
 _WORKER = "frugal_bonsai.run.bench_worker"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """Options of ``bench``, except the two models.
-
-    Attributes:
-        runtime: ``transformers`` or ``llama.cpp``.
-        prompt_tokens: Random tokens of the prompt.
-        new_tokens: Tokens generated after it.
-        repeat: Counted runs of each model.
-        threads: Number of CPU threads. None takes the runtime's default.
-        device: Device that computes (transformers). None takes a GPU if there is one.
-        dtype: Dtype (transformers; a GGUF file has its own). None takes fp32 on a CPU, bf16 on a
-            GPU.
-        seed: Seed of the prompt.
-    """
-
-    runtime: str = TRANSFORMERS
-    prompt_tokens: int = 256
-    new_tokens: int = 64
-    repeat: int = 5
-    threads: int | None = None
-    device: str | None = None
-    dtype: str | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.runtime not in RUNTIMES:
-            raise OptionError(f"--runtime: {self.runtime!r} is not one of {', '.join(RUNTIMES)}")
-        for name in ("prompt_tokens", "new_tokens", "repeat"):
-            if getattr(self, name) < 1:
-                option = f"--{name.replace('_', '-')}"
-                raise OptionError(f"{option}: {getattr(self, name)} is not at least 1")
-        if self.runtime == LLAMA_CPP and (self.device or self.dtype):
-            raise OptionError("--device and --dtype are for --runtime transformers")
 
 
 def bench(
@@ -90,6 +54,7 @@ def bench(
         BenchError: The process of a model ended.
     """
     options, progress = options or BenchOptions(), progress or Silent()
+    check_bench(dense, pruned, options)
     models = {"dense": dense, "pruned": pruned}
     files = {name: _find(model, options.runtime) for name, model in models.items()}
     prompt = _prompt(list(files.values()), options)

@@ -18,9 +18,9 @@ from frugal_bonsai.checkpoint.commit import require_free_space
 from frugal_bonsai.checkpoint.gguf_reader import GgufCheckpoint
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.memory.meter import peak_gpu_bytes, peak_resident_bytes
-from frugal_bonsai.run.bench import BenchOptions
 from frugal_bonsai.run.child import serve
 from frugal_bonsai.run.open import Model, open_model
+from frugal_bonsai.run.options import BenchOptions
 
 
 class _Bench:

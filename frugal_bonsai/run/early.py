@@ -13,12 +13,15 @@ from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import require_no_file, require_no_output, require_writable
 from frugal_bonsai.checkpoint.locate import local_model
 from frugal_bonsai.errors import OptionError, StateError
-from frugal_bonsai.hardware.profile import read_profile
+from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP, require_llama_cpp
+from frugal_bonsai.hardware.profile import read_profile, require_replaceable
+from frugal_bonsai.memory.budget import parse_caps, require_device_name
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import layout_rules
 from frugal_bonsai.rewrite.mask_file import read_mask
+from frugal_bonsai.run.evaluate_gguf import find_gguf
 from frugal_bonsai.run.open import open_model
-from frugal_bonsai.run.options import AdaptOptions, CommandOptions, PruneOptions
+from frugal_bonsai.run.options import AdaptOptions, BenchOptions, CommandOptions, PruneOptions
 from frugal_bonsai.run.run_folder import holds_files, require_unlocked, run_folder
 from frugal_bonsai.run.texts import choose_window
 from frugal_bonsai.sizes import parse_bytes
@@ -91,6 +94,7 @@ def check_shrink(
     parse_bytes(max_shard_size, option="--max-shard-size")
     require_no_output(out)
     require_writable(out)
+    require_unlocked(run_folder(out))
     if not mask.is_file():
         raise OptionError(f"--mask {mask}: cannot be read (there is no such file); check the path")
     spec = _local_spec(model, assume_family, text_only=text_only)
@@ -106,15 +110,99 @@ def check_export(model: str, out: Path) -> None:
     """
     require_no_file(out, "model.gguf")
     require_writable(out)
+    require_unlocked(run_folder(out))
     _local_spec(model)
+
+
+def check_eval(
+    model: str,
+    text: str,
+    *,
+    window: int | None,
+    weights: str,
+    runtime: str,
+    max_gpu_mem: str | int | None,
+    max_cpu_mem: str | int | None,
+    device: str | None,
+    assume_family: str | None,
+) -> None:
+    """Check the options of ``eval``.
+
+    Raises:
+        FrugalBonsaiError: An option cannot work, or the text or the model's headers cannot be used.
+    """
+    require_source(text, "--text")
+    _check_window(window)
+    if runtime == LLAMA_CPP:
+        given = {
+            "--weights": weights != "native",
+            "--max-gpu-mem": max_gpu_mem,
+            "--max-cpu-mem": max_cpu_mem,
+            "--device": device,
+            "--assume-family": assume_family,
+        }
+        _refuse_for_llama_cpp([option for option, value in given.items() if value])
+        find_gguf(model)
+        require_llama_cpp()
+        return
+    parse_caps(max_gpu_mem, max_cpu_mem)
+    require_device_name(device)
+    spec = _local_spec(model, assume_family)
+    if spec is not None:
+        choose_window(spec, window)
+
+
+def _refuse_for_llama_cpp(options: list[str]) -> None:
+    """Raise for options that are for the streamed runtime."""
+    if options:
+        raise OptionError(
+            f"--runtime {LLAMA_CPP} does not know {', '.join(options)}: llama.cpp holds the whole "
+            "model, in the number formats of its file; omit these options"
+        )
+
+
+def check_bench(dense: str, pruned: str, options: BenchOptions) -> None:
+    """Check the options of ``bench``.
+
+    Raises:
+        FrugalBonsaiError: An option cannot work, or a model's headers cannot be used.
+    """
+    require_device_name(options.device)
+    if options.runtime == LLAMA_CPP:
+        require_llama_cpp()
+    for model in (dense, pruned):
+        if options.runtime == LLAMA_CPP:
+            find_gguf(model)
+        else:
+            _local_spec(model)
+
+
+def check_profile(out: Path | None, folder: Path, device: str | None) -> None:
+    """Check the options of ``profile``.
+
+    Raises:
+        FrugalBonsaiError: The output would replace another file, or nothing can be written.
+    """
+    require_device_name(device)
+    if not folder.is_dir():
+        raise OptionError(f"--dir {folder}: is no folder; name one on the disk to measure")
+    require_writable(folder / "measured")
+    if out is not None:
+        require_replaceable(out)
+        require_writable(out)
+
+
+def _check_window(window: int | None) -> None:
+    if window is not None and window < 2:
+        raise OptionError(f"--window: {window} is not at least 2 tokens")
 
 
 def _check_common(options: CommandOptions, out: Path | None) -> None:
     """Check caps, sizes and window and the output folder."""
     _ = options.caps  # parsed here: raises if a cap has no unit
     parse_bytes(options.max_shard_size, option="--max-shard-size")
-    if options.window is not None and options.window < 2:
-        raise OptionError(f"--window: {options.window} is not at least 2 tokens")
+    _check_window(options.window)
+    require_device_name(options.device)
     if out is not None:
         require_no_output(out)
         require_writable(out)

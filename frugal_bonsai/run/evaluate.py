@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.evaluation.perplexity import measure_perplexity
 from frugal_bonsai.memory.budget import Caps, find_device, make_budget, parse_caps
@@ -26,6 +25,7 @@ from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.run.disk_room import require_room
+from frugal_bonsai.run.early import check_eval
 from frugal_bonsai.run.engine import make_engine, measured_base_bytes
 from frugal_bonsai.run.evaluate_gguf import evaluate_gguf
 from frugal_bonsai.run.open import Model, note_model, open_model
@@ -74,15 +74,18 @@ def evaluate(
         FrugalBonsaiError: The user can mend it.
     """
     started, progress = time.monotonic(), progress or Silent()
+    check_eval(
+        model,
+        text,
+        window=window,
+        weights=weights,
+        runtime=runtime,
+        max_gpu_mem=max_gpu_mem,
+        max_cpu_mem=max_cpu_mem,
+        device=device,
+        assume_family=assume_family,
+    )
     if runtime == LLAMA_CPP:
-        given = {
-            "--weights": weights != "native",
-            "--max-gpu-mem": max_gpu_mem,
-            "--max-cpu-mem": max_cpu_mem,
-            "--device": device,
-            "--assume-family": assume_family,
-        }
-        _refuse(runtime, [option for option, value in given.items() if value])
         return evaluate_gguf(model, text, window=window, windows=windows, progress=progress)
     caps = parse_caps(max_gpu_mem, max_cpu_mem)
     with open_model(model, assume_family=assume_family) as opened:
@@ -112,15 +115,6 @@ def evaluate(
             **describe_memory(plan, engine),
             "notes": [*plan.budget.notes, *opened.notes],
         }
-
-
-def _refuse(runtime: str, options: list[str]) -> None:
-    """Raise for options that are for the streamed runtime."""
-    if options:
-        raise OptionError(
-            f"--runtime {runtime} does not know {', '.join(options)}: llama.cpp holds the whole "
-            "model, in the number formats of its file; omit these options"
-        )
 
 
 def _plan(

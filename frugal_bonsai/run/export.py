@@ -14,6 +14,7 @@ from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.report.words import plural
 from frugal_bonsai.run.early import check_export
 from frugal_bonsai.run.open import open_model
+from frugal_bonsai.run.run_folder import locked, run_folder
 from frugal_bonsai.version import package_version
 
 # Tensors that a note names.
@@ -40,7 +41,7 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
 
     out, started = Path(out), time.monotonic()
     check_export(model, out)
-    with open_model(model) as opened:
+    with locked(run_folder(out)), open_model(model) as opened:
         require_tied_head(opened.checkpoint, opened.spec)
         written = write_gguf(
             opened.checkpoint, opened.spec, out, name=parent_name(opened.name), dtype=dtype

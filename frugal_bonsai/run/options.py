@@ -1,4 +1,4 @@
-"""The options of ``prune``, ``plan`` and ``adapt``, as the command line and the API take them."""
+"""The options of ``prune``, ``plan``, ``adapt`` and ``bench``, for command line and API."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import Any
 from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.checkpoint.locate import EXAMPLE
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.memory.budget import Caps, parse_caps
 from frugal_bonsai.model.layout import UNIFORM
 from frugal_bonsai.text.sources import STDLIB, WIKITEXT
+
+TRANSFORMERS = "transformers"
+RUNTIMES = (TRANSFORMERS, LLAMA_CPP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,3 +139,39 @@ class AdaptOptions(CommandOptions):
         """
         given = {name: value for name, value in self.settings.items() if value is not None}
         return AdaptSettings(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Options of ``bench``, except the two models.
+
+    Attributes:
+        runtime: ``transformers`` or ``llama.cpp``.
+        prompt_tokens: Random tokens of the prompt.
+        new_tokens: Tokens generated after it.
+        repeat: Counted runs of each model.
+        threads: Number of CPU threads. None takes the runtime's default.
+        device: Device that computes (transformers). None takes a GPU if there is one.
+        dtype: Dtype (transformers; a GGUF file has its own). None takes fp32 on a CPU, bf16 on a
+            GPU.
+        seed: Seed of the prompt.
+    """
+
+    runtime: str = TRANSFORMERS
+    prompt_tokens: int = 256
+    new_tokens: int = 64
+    repeat: int = 5
+    threads: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.runtime not in RUNTIMES:
+            raise OptionError(f"--runtime: {self.runtime!r} is not one of {', '.join(RUNTIMES)}")
+        for name in ("prompt_tokens", "new_tokens", "repeat"):
+            if getattr(self, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{option}: {getattr(self, name)} is not at least 1")
+        if self.runtime == LLAMA_CPP and (self.device or self.dtype):
+            raise OptionError("--device and --dtype are for --runtime transformers")

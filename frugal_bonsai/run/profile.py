@@ -31,10 +31,11 @@ from frugal_bonsai.hardware.measure import (
     measure_products,
 )
 from frugal_bonsai.hardware.measure_disk import DiskRates, measure_disk
-from frugal_bonsai.hardware.profile import HardwareProfile, require_replaceable, write_profile
+from frugal_bonsai.hardware.profile import HardwareProfile, write_profile
 from frugal_bonsai.memory.budget import find_device
 from frugal_bonsai.memory.work import refit_rows
 from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.run.early import check_profile
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.sizes import GIB, MIB
 from frugal_bonsai.stream.call import call_layer
@@ -93,8 +94,7 @@ def profile(
     Raises:
         FrugalBonsaiError: There is no such device, the disk is full, or ``out`` is another file.
     """
-    if out is not None:
-        require_replaceable(Path(out))
+    check_profile(None if out is None else Path(out), Path(folder), device)
     where = find_device(device)
     measured = measure_machine(where, Path(folder), quick=quick, progress=progress or Silent())
     if out is not None:

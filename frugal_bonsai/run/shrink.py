@@ -23,6 +23,7 @@ from frugal_bonsai.rewrite.shrink import shrink as rewrite
 from frugal_bonsai.run.early import check_shrink
 from frugal_bonsai.run.open import Model, note_model, open_model, open_output
 from frugal_bonsai.run.provenance import MASK_FILE, read_provenance, with_step
+from frugal_bonsai.run.run_folder import locked, run_folder
 from frugal_bonsai.run.summary import load_line
 from frugal_bonsai.run.warnings import pruned_before_warning
 from frugal_bonsai.sizes import parse_bytes
@@ -75,7 +76,10 @@ def shrink(
         text_only=text_only,
     )
     shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
-    with open_model(model, assume_family=assume_family, text_only=text_only) as opened:
+    with (
+        locked(run_folder(out)),
+        open_model(model, assume_family=assume_family, text_only=text_only) as opened,
+    ):
         note_model(opened, progress)
         spec = opened.spec
         keep = read_mask(Path(mask), spec)

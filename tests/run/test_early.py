@@ -37,6 +37,8 @@ def refuse(*words: str | Path) -> str:
         (("--max-gpu-mem", "24"), "did you mean 24GB?"),
         (("--max-shard-size", "5"), "did you mean 5GB?"),
         (("--window", "4096"), "512"),
+        (("--window", "1"), "--window: 1 is not at least 2"),
+        (("--device", "gpu"), "--device: 'gpu' is not cpu"),
         (("--calibration", "no/such/file.txt"), "--calibration: source 'no/such/file.txt'"),
         (("--eval-text", "missing.txt"), "--eval-text: source 'missing.txt'"),
         (("--profile", "missing.toml"), "missing.toml"),
@@ -81,3 +83,43 @@ def test_an_output_where_nothing_can_be_written() -> None:
 def test_options_of_adapt(tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
     assert expected in refuse("adapt", "example", "--out", tmp_path / "out", *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("eval", "example", "--text", "missing.txt"), "--text: source 'missing.txt'"),
+        (("eval", "example", "--text", "stdlib", "--max-cpu-mem", "8"), "8GB"),
+        (("eval", "example", "--text", "stdlib", "--window", "4096"), "512"),
+        (("eval", "example", "--text", "stdlib", "--device", "gpu"), "--device: 'gpu' is not cpu"),
+        (("eval", "a/b/c", "--text", "stdlib"), "'a/b/c'"),
+        (("eval", "example", "--text", "stdlib", "--runtime", "llama.cpp"), "takes a GGUF file"),
+        (("bench", "example", "a/b/c"), "'a/b/c'"),
+        (("bench", "example", "example", "--new-tokens", "0"), "--new-tokens"),
+        (("bench", "example", "example", "--runtime", "llama.cpp"), "takes a GGUF file"),
+        (("bench", "example", "example", "--device", "gpu"), "--device: 'gpu' is not cpu"),
+        (("profile", "--dir", "missing"), "--dir missing: is no folder"),
+        (("profile", "--device", "gpu"), "--device: 'gpu' is not cpu"),
+    ],
+)
+def test_options_of_eval_bench_and_profile(words: tuple[str, ...], expected: str) -> None:
+    assert expected in refuse(*words)
+
+
+def test_profile_replaces_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[tool]", encoding="utf-8")
+    assert "exists and is no hardware profile" in refuse("profile", "--out", tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--max-shard-size", "5"), "did you mean 5GB?"),
+        (("--max-shard-size", "5GB"), "mask.json"),
+    ],
+)
+def test_options_of_shrink(tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
+    mask = tmp_path / "mask.json"
+    mask.write_text("{}", encoding="utf-8")
+    assert expected in refuse("shrink", "example", "--mask", mask, "--out", tmp_path / "o", *words)
+    assert list(tmp_path.iterdir()) == [mask]

@@ -129,5 +129,7 @@ def test_a_prune_predicts_its_time(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_none_is_refused_for_another_machine_too() -> None:
-    text = fail("plan", "example", "--profile", PROFILES / "rtx-8gb.toml", "--device", "gpu0")
-    assert "--device gpu0" in text and "is of a cuda" in text
+    words = ("plan", "example", "--profile", PROFILES / "rtx-8gb.toml", "--device")
+    assert "--device: 'gpu0' is not cpu or one of" in fail(*words, "gpu0")
+    text = fail(*words, "xpu")
+    assert "--device xpu" in text and "is of a cuda" in text

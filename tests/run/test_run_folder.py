@@ -7,12 +7,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 from commands import ENVIRONMENT, fail
 
 from frugal_bonsai.errors import StateError
-from frugal_bonsai.run.run_folder import empty, holds_files, locked, require_unlocked
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.mask_file import write_mask
+from frugal_bonsai.run.open import open_model
+from frugal_bonsai.run.run_folder import empty, holds_files, locked, require_unlocked, run_folder
 
 HOLD = """
 import sys, time
@@ -38,6 +43,30 @@ def test_a_second_run_is_refused_at_its_start(folder: Path) -> None:
             text = fail(*words, "--out", out, *more)
             assert "out.run: another run is working there now" in text
             assert "another run" in fail(*words, "--out", out, "--resume", *more)
+
+
+def test_shrink_and_export_hold_the_lock_of_their_output(tmp_path: Path, folder: Path) -> None:
+    out, mask = folder.with_name("out"), tmp_path / "mask.json"
+    with open_model("example", headers_only=True) as model:
+        write_mask(mask, "example", model.spec, KeepMask(model.spec.table))
+    commands = (("shrink", "example", "--mask", mask), ("export", "example"))
+    with locked(folder):
+        for words in commands:
+            text = fail(*words, "--out", out)
+            assert "out.run: another run is working there now" in text
+        assert not out.exists()
+    # While the work is done, the lock is held.
+    for words, step in zip(
+        commands, ("run.shrink.read_mask", "export.gguf_file.list_tensors"), strict=True
+    ):
+        target = out.with_name(words[0])
+        with mock.patch(f"frugal_bonsai.{step}", side_effect=_require_locked(target)):
+            assert "another run" in fail(*words, "--out", target)
+        assert not target.exists() and not run_folder(target).exists()
+
+
+def _require_locked(out: Path) -> Any:
+    return lambda *_: require_unlocked(run_folder(out))
 
 
 def test_a_killed_run_leaves_no_lock(folder: Path) -> None:
