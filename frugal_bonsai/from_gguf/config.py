@@ -40,6 +40,24 @@ MODEL_TYPES = {
     "phi3": "phi3",
     "gpt2": "gpt2",
 }
+# model_type -> transformers' class. Its own table is in a module that imports torch.
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 _TOKEN_IDS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
@@ -93,8 +111,6 @@ def read_config(
         UnsupportedModelError: the architecture, or a variant of it, is not read.
         CheckpointError: a key or the token embedding is missing.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     keys = Keys(header)
     model_type = find_model_type(header, tensors)
     family, architecture = FAMILIES[model_type], ARCHITECTURES[model_type]
@@ -106,7 +122,7 @@ def read_config(
         )
     config: dict[str, Any] = {
         "model_type": model_type,
-        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
+        "architectures": [CLASSES[model_type]],
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "dtype": dtype,

@@ -12,7 +12,7 @@ from frugal_bonsai.checkpoint.gguf_reader import GgufCheckpoint, part_files
 from frugal_bonsai.dtypes import TORCH_NAMES
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.from_gguf.companions import write_gguf_companions
-from frugal_bonsai.from_gguf.config import find_model_type, read_config
+from frugal_bonsai.from_gguf.config import read_config
 from frugal_bonsai.from_gguf.tensors import choose_dtype, list_views
 
 
@@ -35,7 +35,6 @@ def open_gguf(path: Path) -> GgufCheckpoint:
                     f"{header.path}: tensor {name!r} is also in another part; download it again"
                 )
             tensors[name] = tensor
-    find_model_type(first, tensors)  # before transformers is imported, which takes seconds
     dtype = choose_dtype(tensors)
     config, notes = read_config(first, tensors, TORCH_NAMES[dtype])
     return GgufCheckpoint(

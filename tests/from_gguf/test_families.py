@@ -11,11 +11,19 @@ from export.test_llama_cpp import export
 from export.test_llama_cpp_families import FAMILIES, FULL
 from tiny_models import random_windows, save_pair_tokenizer, tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from frugal_bonsai.errors import UnsupportedModelError
+from frugal_bonsai.from_gguf.config import CLASSES, MODEL_TYPES
 from frugal_bonsai.from_gguf.open import open_gguf
 from frugal_bonsai.model.canonical_names import describe_checkpoint
 from frugal_bonsai.rewrite.dense import write_dense
+
+
+def test_classes_are_transformers() -> None:
+    assert CLASSES == {key: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[key] for key in CLASSES}
+    assert CLASSES.keys() >= set(MODEL_TYPES.values())
+
 
 UNREAD = ("pythia", "falcon-groups", "falcon-multi-query")
 # The one is added to and taken from norms in fp32.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import fail, forked_python, succeed
+from commands import fail, forked_python, python, succeed
 from safetensors.torch import load_file
 
 import frugal_bonsai
@@ -154,6 +154,17 @@ def test_a_folder_with_one_file_and_with_two(files: Path, tmp_path: Path) -> Non
     said = fail("plan", tmp_path)
     assert "holds 2 GGUF files (a.gguf, b.gguf)" in said and "name one of them" in said
     assert succeed("inspect", tmp_path)["kind"] == "gguf"
+
+
+def test_what_a_header_shows_is_known_before_torch_is_imported(files: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from frugal_bonsai.run.early import check_export
+check_export(sys.argv[1], Path(sys.argv[1]).with_name("new.gguf"))
+print("torch" in sys.modules, "transformers" in sys.modules)
+"""
+    assert python(code, files / "q8_0.gguf").split() == ["False", "False"]
 
 
 def test_a_truncated_file(files: Path, tmp_path: Path) -> None:
