@@ -8,7 +8,7 @@ which are one checkpoint's. Reads no weights except factors of rotary embeddings
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from frugal_bonsai.checkpoint.gguf_header import TOKENS, GgufHeader, GgufTensor
@@ -39,6 +39,8 @@ MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "phi3": "phi3",
     "gpt2": "gpt2",
+    "gptneox": "gpt_neox",
+    "falcon": "falcon",
 }
 # model_type -> transformers' class. Its own table is in a module that imports torch.
 CLASSES = {
@@ -57,6 +59,8 @@ CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "falcon": "FalconForCausalLM",
 }
 _TOKEN_IDS = {
     "bos_token_id": "bos_token_id",
@@ -133,7 +137,7 @@ def read_config(
     head_dim = _head_dim(keys, family, config)
     config |= read_rope(keys, architecture, head_dim)
     config |= _windows(keys, architecture, config[family.layers_key])
-    config |= _variants(model_type, tensors)
+    config |= _variants(model_type, tensors, config)
     for kind, key in family.bias_keys.items():
         config[key] = any(
             name.endswith(".bias") and name.split(".")[-2].startswith(_BIASED[kind])
@@ -214,7 +218,7 @@ def _windows(keys: Keys, architecture: Architecture, layers: int) -> dict[str, A
     return {"sliding_window": tokens, "layer_types": kinds}
 
 
-def _variants(model_type: str, tensors: Iterable[str]) -> dict[str, Any]:
+def _variants(model_type: str, tensors: Iterable[str], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the switches of an architecture, as llama.cpp's graph computes it."""
     roles = {name.split(".", 2)[2] for name in tensors if name.startswith("blk.")}
     if model_type == "qwen3_moe":
@@ -223,6 +227,13 @@ def _variants(model_type: str, tensors: Iterable[str]) -> dict[str, Any]:
         return {
             "use_qkv_bias": "attn_q.bias" in roles,
             "use_parallel_residual": "ffn_norm.weight" not in roles,
+        }
+    if model_type == "falcon":
+        one_head = config["num_kv_heads"] == 1
+        return {
+            "multi_query": one_head,
+            "new_decoder_architecture": not one_head,
+            "num_ln_in_parallel_attn": 2 if "attn_norm_2.weight" in roles else 1,
         }
     return {"sliding_window": None} if model_type == "mistral" else {}
 

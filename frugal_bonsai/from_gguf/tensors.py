@@ -45,6 +45,11 @@ _EXPERTS = "mlp.experts.{expert}."
 _MIXTURE = (_LLAMA | {"ffn_gate_inp": "mlp.gate"}) | {
     f"{role}_exps": name.replace("mlp.", _EXPERTS) for role, name in _FFN.items()
 }
+_FUSED = {
+    "attn_norm": "input_layernorm",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+}
 # model_type -> llama.cpp's name of a tensor in a layer -> the module in the layer. The names of all
 # others are those of Llama.
 _ROLES = {
@@ -60,6 +65,14 @@ _ROLES = {
         "ffn_up": "mlp.c_fc",
         "ffn_down": "mlp.c_proj",
     },
+    "gpt_neox": _FUSED
+    | {
+        "attn_qkv": "attention.query_key_value",
+        "attn_output": "attention.dense",
+        "ffn_norm": "post_attention_layernorm",
+    },
+    "falcon": _FUSED
+    | {"attn_qkv": "self_attention.query_key_value", "attn_output": "self_attention.dense"},
     **dict.fromkeys(("mixtral", "qwen3_moe", "olmoe"), _MIXTURE),
 }
 # A pruned qwen2 may be written as a llama, whose rows are in another order.
@@ -163,7 +176,7 @@ def _views(header: GgufHeader, tensor: GgufTensor, model: _Model) -> Iterator[Gg
     yield GgufView(
         entry=entry,
         source=tensor,
-        order_R=_order(header, tensor, model) if model.interleaved else None,
+        order_R=_order(header, tensor, model),
         minus=traits.norm_offset if name.endswith("norm.weight") else 0.0,
     )
 
@@ -174,7 +187,7 @@ def _name(header: GgufHeader, tensor: GgufTensor, model: _Model) -> str:
     role, _, kind = tensor.name.rpartition(".")
     outer = {
         "token_embd.weight": family.embedding,
-        "output.weight": family.head,
+        "output.weight": family.stored_as.get(family.head, family.head),
         "position_embd.weight": _POSITIONS.get(model_type),
     }
     if role == "output_norm":
@@ -182,6 +195,8 @@ def _name(header: GgufHeader, tensor: GgufTensor, model: _Model) -> str:
     if tensor.name in outer and outer[tensor.name] is not None:
         return str(outer[tensor.name])
     parts, roles = role.split("."), _ROLES.get(model_type, _LLAMA)
+    if model.config.get("num_ln_in_parallel_attn") == 2:
+        roles = roles | {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}
     if len(parts) != 3 or parts[0] != "blk" or not parts[1].isdigit() or parts[2] not in roles:
         raise UnsupportedModelError(
             f"{header.path}: tensor {tensor.name!r} has no place in transformers' {model_type}; "
@@ -194,12 +209,18 @@ def _name(header: GgufHeader, tensor: GgufTensor, model: _Model) -> str:
 def _order(header: GgufHeader, tensor: GgufTensor, model: _Model) -> Any:
     """Return the row of the file for each row of the tensor; None if they are the same.
 
-    llama.cpp puts dimension i of a head's second half behind dimension i of its first.
+    llama.cpp puts dimension i of a head's second half behind dimension i of its first, and all
+    queries of a fused tensor first, then all keys, then all values.
     """
-    role = tensor.name.split(".")[-2]
-    if role not in ("attn_q", "attn_k"):
+    role, family, rows = tensor.name.split(".")[-2], model.family, tensor.shape[0]
+    if role == "attn_qkv" and any(part.width == "group" for part in family.attention_parts):
+        heads = model.config[family.heads_key]
+        groups = model.config[family.kv_heads_key]
+        if rows % (heads + 2 * groups):
+            raise _wrong_shape(header, tensor, f"expected rows for {heads} + 2 * {groups} heads")
+        return _by_group(rows, heads, groups)
+    if role not in ("attn_q", "attn_k") or not model.interleaved:
         return None
-    family, rows = model.family, tensor.shape[0]
     heads = model.config[family.heads_key if role == "attn_q" else family.kv_heads_key]
     if rows % (2 * heads):
         raise _wrong_shape(header, tensor, f"expected rows for {heads} heads")
@@ -212,6 +233,17 @@ def _halves_first(rows: int, heads: int) -> numpy.ndarray[Any, Any]:
     import numpy
 
     return numpy.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+
+
+@cache
+def _by_group(rows: int, heads: int, groups: int) -> numpy.ndarray[Any, Any]:
+    """Return the rows of a fused tensor: of each KV group its queries, its key and its value."""
+    import numpy
+
+    rows_HD = numpy.arange(rows).reshape(heads + 2 * groups, -1)
+    queries = rows_HD[:heads].reshape(groups, -1)
+    keys, values = rows_HD[heads : heads + groups], rows_HD[heads + groups :]
+    return numpy.concatenate([queries, keys, values], axis=1).ravel()
 
 
 def _require_readable(header: GgufHeader, tensor: GgufTensor) -> None:
