@@ -9,6 +9,7 @@ sibling is removed and the final name does not exist. An error of the operating 
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import secrets
@@ -202,6 +203,19 @@ def nearest_folder(place: Path) -> Path:
 def partial_name(path: Path) -> Path:
     """Return an unused name for a temporary sibling."""
     return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+
+
+def remove_partials(path: Path) -> None:
+    """Remove the temporary siblings of a path, left by a process that was killed.
+
+    The caller knows that no process writes there.
+    """
+    pattern = f".{glob.escape(path.name)}.partial-{'[0-9a-f]' * 8}"
+    for left_over in path.parent.glob(pattern):
+        if left_over.is_dir():
+            remove_folder(left_over)
+        else:
+            left_over.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:

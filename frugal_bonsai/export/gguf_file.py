@@ -8,11 +8,11 @@ the weights what :mod:`frugal_bonsai.export.gguf_tensor` holds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.commit import (
     output_errors,
@@ -82,7 +82,8 @@ def write_gguf(
     with _errors_about(checkpoint.folder):
         tokenizer = read_tokenizer(checkpoint.companions, spec.vocabulary, spec.config)
     tensors = list_tensors(checkpoint, spec, shape, dtype)
-    require_free_space(out.parent, sum(tensor.nbytes for tensor in tensors), "the GGUF file")
+    needed_bytes = sum(tensor.nbytes for tensor in tensors) + _vocabulary_bytes(tokenizer)
+    require_free_space(out.parent, needed_bytes, "the GGUF file")
     import gguf
 
     with output_errors(out):
@@ -114,6 +115,16 @@ def read_vocabulary(path: Path) -> int:
     if not isinstance(count, int):
         raise CheckpointError(f"{path}: has no tokens ({TOKENS})")
     return count
+
+
+def _vocabulary_bytes(tokenizer: Mapping[str, Any]) -> int:
+    """Return the bytes of the vocabulary's lists: texts with their lengths, numbers of 4 bytes."""
+    lists = (value for value in tokenizer.values() if isinstance(value, list))
+    return sum(
+        8 + len(entry.encode("utf-8", "surrogatepass")) if isinstance(entry, str) else 4
+        for values in lists
+        for entry in values
+    )
 
 
 @contextmanager

@@ -14,20 +14,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from frugal_bonsai.checkpoint.commit import output_errors
+from frugal_bonsai.checkpoint.commit import output_errors, remove_partials
 from frugal_bonsai.errors import StateError
 
 LOCK_FILE = "lock"
+_SUFFIX = ".run"
 
 
 def run_folder(out: Path) -> Path:
     """Return the run directory of an output folder."""
-    return out.with_name(out.name + ".run")
+    return out.with_name(out.name + _SUFFIX)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create a run directory and hold its lock.
+    """Create a run directory and hold its lock; remove a partial output that a killed run left.
 
     At the end the directory is removed if the block has left nothing in it, with the parents that
     were created for it.
@@ -42,6 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK_FILE)
     try:
         _acquire(lock, folder)
+        remove_partials(folder.with_name(folder.name.removesuffix(_SUFFIX)))
         try:
             yield
         finally:

@@ -23,6 +23,7 @@ from frugal_bonsai.adapt.state import TrainingFolder
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.bonsai.stores import Stores
 from frugal_bonsai.errors import OutputError
+from frugal_bonsai.export import gguf_file
 from frugal_bonsai.memory.disk import OUT, RUN, DiskItem, DiskPhase, DiskPlan
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.run import machine
@@ -30,8 +31,10 @@ from frugal_bonsai.run.adapt import adapt_pruned
 from frugal_bonsai.run.adapt_plan import plan_adapt
 from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.evaluate import evaluate
+from frugal_bonsai.run.export import export_gguf
 from frugal_bonsai.run.options import AdaptOptions, PruneOptions
 from frugal_bonsai.run.prune import prune
+from frugal_bonsai.run.shrink import shrink
 
 TOOL = Path(__file__).parents[2] / "tools" / "measure_disk.py"
 SETTINGS: dict[str, Any] = {"sparsity": 0.4, "step": 0.2, "masks": 4, "mask_windows": 4}
@@ -300,3 +303,23 @@ def test_a_disk_that_becomes_full_in_a_training(
     assert state.read_bytes() != before and list(tmp_path.iterdir()) == [out.with_name("out.run")]
     adapt_pruned(model, out, given, resume=True)
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes on Windows")
+def test_a_disk_that_becomes_full_in_shrink_and_export(
+    model: str, reference: Path, tmp_path: Path
+) -> None:
+    mask, commands = reference / "pruning_mask.json", list[Callable[[], Any]]()
+    commands.append(lambda: shrink(model, mask, tmp_path / "out", layout="per-layer"))
+    commands.append(lambda: export_gguf("example", tmp_path / "m.gguf"))
+    for command in commands:
+        with full_disk(), pytest.raises(OutputError, match="the disk is full or a size limit"):
+            command()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_of_an_export_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(gguf_file, "require_free_space", lambda _, size, what: needed.append(size))
+    written = export_gguf("example", tmp_path / "m.gguf", dtype="q8_0")
+    assert needed == [pytest.approx(written["file_bytes"], rel=0.01)]

@@ -82,6 +82,17 @@ def test_a_killed_run_leaves_no_lock(folder: Path) -> None:
         pass
 
 
+def test_the_partial_output_of_a_killed_run_is_removed(folder: Path) -> None:
+    parent = folder.parent
+    for name in (".out.partial-0123abcd", ".other.partial-0123abcd", ".out.partial-mine"):
+        (parent / name).mkdir(parents=True)
+        (parent / name / "model.safetensors").touch()
+    (parent / ".out.partial-89abcdef").touch()
+    with locked(folder):
+        left = {path.name for path in parent.iterdir()}
+    assert left == {".other.partial-0123abcd", ".out.partial-mine", "out.run"}
+
+
 def test_nothing_is_left_of_a_run_that_left_nothing(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(KeyboardInterrupt), locked(folder):
         assert not holds_files(folder)
