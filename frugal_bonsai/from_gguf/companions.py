@@ -13,9 +13,9 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE
-from frugal_bonsai.checkpoint.gguf_header import TOKENS, GgufHeader, read_gguf_header
-from frugal_bonsai.errors import CheckpointError
-from frugal_bonsai.from_gguf.tokenizer import TOKEN_TYPES, write_tokenizer
+from frugal_bonsai.checkpoint.gguf_header import GgufHeader, read_gguf_header
+from frugal_bonsai.from_gguf.tokenizer import ARRAYS, write_tokenizer
+from frugal_bonsai.memory.budget import return_freed_memory
 from frugal_bonsai.model.families import FAMILIES
 
 _FURTHER_ENDS = ("eot", "eom")
@@ -32,16 +32,17 @@ def write_gguf_companions(header: GgufHeader, config: Mapping[str, Any], folder:
         CheckpointError: the file has no tokenizer, or cannot be read.
         OutputError: a file cannot be written.
     """
-    header = read_gguf_header(header.path, (TOKENS, TOKEN_TYPES))
-    if not isinstance(header.metadata.get(TOKENS), list):
-        raise CheckpointError(
-            f"{header.path}: has no tokens ({TOKENS}); use a file that has its tokenizer inside"
-        )
-    positions = config[FAMILIES[config["model_type"]].positions_key]
-    write_tokenizer(header, positions, folder)
+    _write_vocabulary(header, config, folder)
+    return_freed_memory()  # building Gemma's vocabulary takes 400 MB
     write_json(folder / CONFIG_FILE, config)
     write_json(folder / "generation_config.json", _generation(header, config))
     write_bytes(folder / "README.md", _card(header).encode())
+
+
+def _write_vocabulary(header: GgufHeader, config: Mapping[str, Any], folder: Path) -> None:
+    """Write the tokenizer's files. The vocabulary is freed at the end."""
+    positions = config[FAMILIES[config["model_type"]].positions_key]
+    write_tokenizer(read_gguf_header(header.path, ARRAYS), positions, folder)
 
 
 def _generation(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, Any]:

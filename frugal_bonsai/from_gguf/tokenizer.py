@@ -1,26 +1,36 @@
 """Write transformers' tokenizer from the metadata of a GGUF file.
 
 In: a header with its vocabulary. Out: ``tokenizer.json``, ``tokenizer_config.json`` and the chat
-template in a folder. transformers builds the vocabulary and its merges. The steps before and after
-BPE are set here as llama.cpp has them, and so are special tokens that transformers leaves out: it
-guesses the steps by the architecture of the model. Holds the vocabulary.
+template in a folder. The tokenizer is built as llama.cpp has it, with the ``tokenizers`` package.
+transformers' own reader guesses the steps before BPE by the architecture of the model, spells some
+special tokens in bytes, adds tokens behind the vocabulary, and differs between its versions. The
+reverse of :mod:`frugal_bonsai.export.tokenizer`. Holds the vocabulary.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.checkpoint.commit import write_bytes, write_json
-from frugal_bonsai.checkpoint.folder import read_json_object
 from frugal_bonsai.checkpoint.gguf_header import TOKENS, GgufHeader
-from frugal_bonsai.errors import UnsupportedModelError
+from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.export.tokenizer import LLAMA3, QWEN2
 
-TOKEN_TYPES = "tokenizer.ggml.token_type"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_TYPES, _SCORES = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
+_MERGES = "tokenizer.ggml.merges"
+ARRAYS = (TOKENS, _TYPES, _SCORES, _MERGES)
 _TEMPLATE = "tokenizer.chat_template"
-_FILE, _OPTIONS = "tokenizer.json", "tokenizer_config.json"
+_NAMED = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",  # llama.cpp spells the key so
+    "mask_token": "mask",
+}
 _CONTROL, _USER_DEFINED = 3, 4
 _SPACE = "▁"
 _BYTES, _DIGITS = "bytes", "digits"  # GPT-2's pattern; the same, with every digit apart
@@ -53,33 +63,33 @@ def write_tokenizer(header: GgufHeader, positions: int, folder: Path) -> None:
     """Write the tokenizer's files into an existing folder.
 
     Args:
-        header: of the file, with the whole arrays of tokens and their types.
+        header: of the file, with the whole arrays in :data:`ARRAYS`.
         positions: the longest text that the model takes, in tokens.
         folder: see above.
 
     Raises:
         UnsupportedModelError: the tokenizer cannot be built as llama.cpp has it.
+        CheckpointError: an array is missing.
         OutputError: a file cannot be written.
     """
+    from transformers import PreTrainedTokenizerFast
+
     kind, pre = _kind(header)
-    tokenizer = _build(header, pre)
-    if kind == "gpt2":
-        _set_byte_level_steps(tokenizer.backend_tokenizer, pre)
-    else:
-        prefix = bool(header.metadata.get("tokenizer.ggml.add_space_prefix", True))
-        _set_character_steps(tokenizer.backend_tokenizer, prefix=prefix)
+    try:
+        backend = _byte_level(header, pre) if kind == "gpt2" else _characters(header)
+    except Exception as error:  # the tokenizers package raises the base class itself
+        if type(error) is not Exception:
+            raise
+        raise UnsupportedModelError(
+            f"{header.path}: its tokenizer cannot be built ({error}); use the original checkpoint"
+        ) from error
+    _add_special_tokens(backend, header)
+    _surround(backend, header, begins=kind == "llama" or pre in _WHOLE_PIECES)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=positions, **_named_tokens(header)
+    )
     tokenizer.chat_template = _templates(header) or None
-    tokenizer.model_max_length = positions
     tokenizer.save_pretrained(str(folder))
-    options = read_json_object(folder / _OPTIONS)
-    write_json(folder / _OPTIONS, {k: v for k, v in options.items() if "local" not in k})
-    added, missing = set(tokenizer.added_tokens_decoder), []
-    if kind == "gpt2":  # Gemma's runs of spaces need no entry: merges make them
-        missing = [number for number in _special(header) if number not in added]
-    if missing or any(number >= len(header.metadata[TOKENS]) for number in added):
-        values = read_json_object(folder / _FILE)
-        _set_special_tokens(header, values, missing)
-        write_bytes(folder / _FILE, json.dumps(values, ensure_ascii=False).encode())
 
 
 def _kind(header: GgufHeader) -> tuple[str, str]:
@@ -99,30 +109,23 @@ def _kind(header: GgufHeader) -> tuple[str, str]:
     return kind, pre
 
 
-def _build(header: GgufHeader, pre: str) -> Any:
-    """Have transformers build the tokenizer."""
-    from transformers import PreTrainedTokenizerFast
-
-    path, options = header.path, {"add_bos_token": True} if pre in _WHOLE_PIECES else {}
-    expected = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError)
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(
-            str(path.parent), gguf_file=path.name, local_files_only=True, **options
+def _array(header: GgufHeader, key: str) -> list[Any]:
+    """Return an array that was read whole."""
+    found = header.metadata.get(key)
+    if not isinstance(found, list):
+        raise CheckpointError(
+            f"{header.path}: has no {key}; use a file that has its tokenizer inside"
         )
-    except Exception as error:
-        # The tokenizers package raises the base class itself.
-        if type(error) is not Exception and not isinstance(error, expected):
-            raise
-        raise UnsupportedModelError(
-            f"{path}: transformers cannot build its tokenizer ({type(error).__name__}: {error}); "
-            "use the original checkpoint"
-        ) from error
+    return found
 
 
-def _set_byte_level_steps(backend: Any, pre: str) -> None:
-    """Set how a byte-level tokenizer splits and joins texts."""
-    from tokenizers import Regex, decoders, pre_tokenizers
+def _byte_level(header: GgufHeader, pre: str) -> Tokenizer:
+    """Build a tokenizer over bytes, and the steps by which it splits and joins texts."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    vocab = {token: at for at, token in enumerate(_array(header, TOKENS))}
+    pairs = [tuple(merge.split(" ", 1)) for merge in _array(header, _MERGES)]
+    backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre in _WHOLE_PIECES))
     rule = _RULES[pre]
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in (_BYTES, _DIGITS))
     if rule == _BYTES:
@@ -133,55 +136,81 @@ def _set_byte_level_steps(backend: Any, pre: str) -> None:
         first = digits if rule == _DIGITS else split
         backend.pre_tokenizer = pre_tokenizers.Sequence([first, whole])
     backend.decoder = decoders.ByteLevel()
-    backend.model.ignore_merges = pre in _WHOLE_PIECES
+    return backend
 
 
-def _set_character_steps(backend: Any, *, prefix: bool) -> None:
-    """Set how a tokenizer over characters, SentencePiece's, replaces spaces and joins texts."""
-    from tokenizers import decoders, normalizers
+def _characters(header: GgufHeader) -> Tokenizer:
+    """Build a tokenizer over characters, SentencePiece's, and how it replaces spaces."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers.convert_slow_tokenizer import generate_merges
 
-    replace = normalizers.Replace(" ", _SPACE)
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(_SPACE), replace]) if prefix else replace
+    tokens = _array(header, TOKENS)
+    vocab = {token: at for at, token in enumerate(tokens)}
+    scores = dict(zip(tokens, _array(header, _SCORES), strict=False))
+    unknown = header.metadata.get("tokenizer.ggml.unknown_token_id")
+    model = models.BPE(
+        vocab,
+        generate_merges(vocab, scores),
+        unk_token=tokens[unknown] if isinstance(unknown, int) else None,
+        fuse_unk=True,
+        byte_fallback=True,
     )
-    backend.pre_tokenizer = None
+    backend, replace = Tokenizer(model), normalizers.Replace(" ", _SPACE)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    if header.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = replace
+    backend.decoder = decoders.Sequence(steps)
+    return backend
 
 
-def _special(header: GgufHeader) -> dict[int, bool]:
-    """Return the tokens that are looked for in texts: id -> whether it controls the model."""
-    types = header.metadata.get(TOKEN_TYPES) or []
-    looked_for = (_CONTROL, _USER_DEFINED)
-    return {at: kind == _CONTROL for at, kind in enumerate(types) if kind in looked_for}
+def _add_special_tokens(backend: Tokenizer, header: GgufHeader) -> None:
+    """Add the tokens that are looked for in texts before they are split."""
+    from tokenizers import AddedToken
+
+    kinds = {_CONTROL: backend.add_special_tokens, _USER_DEFINED: backend.add_tokens}
+    types = header.metadata.get(_TYPES)
+    pairs = list(
+        zip(_array(header, TOKENS), types if isinstance(types, list) else [], strict=False)
+    )
+    for wanted, add in kinds.items():
+        found = [token for token, kind in pairs if kind == wanted]
+        add([AddedToken(token, normalized=False, special=wanted == _CONTROL) for token in found])
 
 
-def _set_special_tokens(header: GgufHeader, values: dict[str, Any], missing: list[int]) -> None:
-    """Make the special tokens of a ``tokenizer.json`` those of the file.
-
-    transformers spells tokens such as DeepSeek's, whose bars are no ASCII, in the alphabet of bytes
-    and does not look for them in texts. And it adds its classes' own tokens (``<s>``) behind the
-    vocabulary, where the model has no embedding.
+def _surround(backend: Tokenizer, header: GgufHeader, *, begins: bool) -> None:
+    """Put bos in front of texts and eos behind them, as the file says.
 
     Args:
+        backend: the tokenizer.
         header: of the file.
-        values: of ``tokenizer.json``; they are changed.
-        missing: ids of special tokens that are not in it.
+        begins: a file that says nothing puts bos in front of texts.
     """
-    tokens, special = header.metadata[TOKENS], _special(header)
-    vocab: dict[str, int] = values["model"]["vocab"]
-    spelled = {number: text for text, number in vocab.items()}
-    added = {at["id"]: at for at in values["added_tokens"] if at["id"] < len(tokens)}
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for number in missing:
-        vocab.pop(spelled[number])
-        vocab[tokens[number]] = number
-        entry = {"id": number, "content": tokens[number], **plain, "special": special[number]}
-        added[number] = entry
-    values["added_tokens"] = [added[number] for number in sorted(added)]
-    around = (values.get("post_processor") or {}).get("special_tokens") or {}
-    for token, place in around.items():
-        place["ids"] = [vocab.get(token, place["ids"][0])]
+    from tokenizers.processors import TemplateProcessing
+
+    named, metadata = _named_tokens(header), header.metadata
+    bos = named.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", begins) else None
+    eos = named.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token") else None
+    if bos is None and eos is None:
+        return
+    texts = [[*([bos] if bos else []), f"${name}", *([eos] if eos else [])] for name in "AB"]
+    ids = {token: backend.token_to_id(token) for token in (bos, eos) if token is not None}
+    second = [f"{part}:1" for part in texts[1]]
+    backend.post_processor = TemplateProcessing(
+        single=texts[0], pair=[*texts[0], *second], special_tokens=list(ids.items())
+    )
+
+
+def _named_tokens(header: GgufHeader) -> dict[str, str]:
+    """Return the texts of bos, eos and others, by transformers' names."""
+    tokens, named = _array(header, TOKENS), {}
+    for name, key in _NAMED.items():
+        number = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(number, int) and number < len(tokens):
+            named[name] = tokens[number]
+    return named
 
 
 def _templates(header: GgufHeader) -> Any:

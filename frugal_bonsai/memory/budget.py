@@ -280,3 +280,10 @@ def enforce_host_cap(cap_bytes: int, planned_bytes: int) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and no such threshold
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Have glibc return freed memory to the system; do nothing with other allocators."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

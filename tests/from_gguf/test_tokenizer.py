@@ -141,9 +141,9 @@ def test_special_tokens_outside_the_alphabet_of_bytes(tmp_path: Path) -> None:
         (
             {"tokenizer.ggml.merges": ["\u00df z"]},
             (),
-            "transformers cannot build its tokenizer",
+            r"its tokenizer cannot be built \(.*out of vocabulary",
         ),
-        ({}, ("tokenizer.ggml.tokens",), r"has no tokens \(tokenizer.ggml.tokens\)"),
+        ({}, ("tokenizer.ggml.tokens",), "has no tokenizer.ggml.tokens"),
     ],
 )
 def test_what_is_refused(
