@@ -146,7 +146,7 @@ def measure_adapt(model: str, folder: Path) -> dict[str, Any]:
     planned = plan_adapt(model, options, folder / "out.run")
     with measured_disk(folder) as meter:
         adapt_pruned(model, folder / "out", options)
-    return _result(meter, planned["totals"].get("disk", planned["cache_bytes"]))
+    return _result(meter, planned["totals"]["disk"])
 
 
 def _result(meter: DiskMeter, predicted_bytes: int) -> dict[str, Any]:

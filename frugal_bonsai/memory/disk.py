@@ -23,7 +23,7 @@ _HEADER_BYTES = 120
 # Blocks of the file systems that people use.
 _BLOCK_BYTES = 4096
 # Card, report, mask, config and the model's code beside the weights, and each unit in the mask.
-_PAPERS_BYTES, _UNIT_BYTES = 36 * 1024, 4
+_PAPERS_BYTES, _UNIT_BYTES = 36 * 1024, 6
 _INT8 = "int8"
 
 
@@ -214,8 +214,8 @@ class ModelFiles:
     def state(self) -> DiskItem:
         """The state of a round without its tensors, and the units' scores."""
         units = self._spec.table.units
-        size = file_bytes(4 * units, 1) + file_bytes(_UNIT_BYTES * units + 4096, 0)
-        return DiskItem(name="state and scores", size_bytes=size, formula="8*N + 4 KiB")
+        size = file_bytes(8 * units, 1) + file_bytes(_UNIT_BYTES * units + 4096, 0)
+        return DiskItem(name="state and scores", size_bytes=size, formula="14*N + 4 KiB")
 
     def output(self, left: float, *, companion_bytes: int) -> list[DiskItem]:
         """The model that is written, and the files beside its weights.
