@@ -210,11 +210,12 @@ def _windows(keys: Keys, architecture: Architecture, layers: int) -> dict[str, A
     """Return the keys of sliding windows."""
     tokens, period = keys.get("attention.sliding_window"), architecture.window_period
     if period is None:
-        return {"sliding_window": tokens} if architecture.name == "phi3" else {}
-    period = keys.get("attention.sliding_window_pattern", period)
-    kinds = [
-        "sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)
-    ]
+        return {"sliding_window": tokens or None} if architecture.name == "phi3" else {}
+    pattern = keys.array("attention.sliding_window_pattern")
+    if pattern is None:
+        period = keys.get("attention.sliding_window_pattern", period)
+        pattern = [(layer + 1) % period != 0 for layer in range(layers)]
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in pattern]
     return {"sliding_window": tokens, "layer_types": kinds}
 
 

@@ -11,9 +11,13 @@ from typing import Any
 from frugal_bonsai.checkpoint.gguf_header import GgufHeader
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 
-# Keys of an architecture that say nothing of the function which the model computes, or that the
-# tensors say too.
-_SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "mm.tokens_per_image")
+# Keys of an architecture that say nothing about the function that the model computes, or that other
+# keys or the tensors say too.
+_SILENT = (
+    *("vocab_size", "tensor_data_layout", "use_parallel_residual", "mm.tokens_per_image"),
+    *("expert_count", "expert_used_count"),  # zero without experts
+    *("rope.scaling.finetuned", "rope.scaling.original_context_length"),
+)
 
 
 class Keys:
@@ -49,6 +53,13 @@ class Keys:
                 )
             return value[0]
         return default if value is None else value
+
+    def array(self, name: str) -> list[Any] | None:
+        """Return a list of one value per layer; None if there is none."""
+        key = f"{self.architecture}.{name}"
+        self._read.add(key)
+        value = self.header.metadata.get(key)
+        return value if isinstance(value, list) else None
 
     def number(self, name: str) -> int:
         """Return a count that every file of the architecture has.

@@ -90,6 +90,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for kind, rope in ROPES.items()
     },
     "phi3-part": ("phi3", {"sliding_window": None, "partial_rotary_factor": 0.5}),
+    "gemma3-period": (
+        "gemma3",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
     "stablelm-part": ("stablelm", {"partial_rotary_factor": 0.5, "use_qkv_bias": True}),
 }
 

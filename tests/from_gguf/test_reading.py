@@ -189,6 +189,14 @@ def test_keys_that_are_not_read_are_named(tmp_path: Path) -> None:
         assert read.notes == ("n.gguf: the key qwen3.logit_scale (2.0) is not read",)
 
 
+def test_a_list_of_the_layers_with_a_sliding_window(tmp_path: Path) -> None:
+    source = exported(tmp_path / "m", "gemma3", query_pre_attn_scalar=4)
+    listed = {"gemma3.attention.sliding_window_pattern": [False, True], "gemma3.expert_count": 0}
+    with open_gguf(rewritten(source, tmp_path / "n.gguf", metadata=listed)) as read:
+        assert read.config["layer_types"] == ["full_attention", "sliding_attention"]
+        assert read.notes == ()
+
+
 def test_a_tensor_that_the_architecture_lacks(tmp_path: Path) -> None:
     source = exported(tmp_path / "m", "gemma3", query_pre_attn_scalar=4)
     with open_gguf(source) as read:
