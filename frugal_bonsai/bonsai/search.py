@@ -4,7 +4,7 @@ In: an engine, settings, layout rules, calibration windows, a run directory. Out
 the refit projections and one report per round. A search resumes after its last finished round and
 ends in the same masks, because every round draws from generators seeded by seed and round alone.
 
-Holds the memory of its sweeps. On disk: the dense and the working store, one round's refits.
+Holds the memory of its sweeps. On disk: the dense and the working store, two rounds' refits.
 """
 
 from __future__ import annotations
@@ -123,11 +123,11 @@ class Search:
         """Run all rounds that are still to do."""
         table = self._engine.spec.table
         state = self._folder.load(table) if resume else PruneState(mask=KeepMask(table))
-        self._stores.remove()  # of a run that was stopped
-        dense, store = self._build_stores(state) if self._goes_on(state.mask) else (None, None)
+        dense, store = None, None
+        if self._goes_on(state.mask):
+            dense, store = self._stores.begin(state, recovery=self._settings.recovery)
         earlier_tokens = state.forward_tokens - self._engine.sweep.forward_tokens
-        if state.importance is None and self._goes_on(state.mask):
-            assert store is not None
+        if state.importance is None and store is not None:
             state.importance = self._measure_importance(store, state.mask, 0)
         while self._goes_on(state.mask):
             assert store is not None
@@ -152,14 +152,6 @@ class Search:
             rounds=state.rounds,
             forward_tokens=state.forward_tokens,
         )
-
-    def _build_stores(self, state: PruneState) -> tuple[LayerStore | None, LayerStore]:
-        """Return the dense store, None if no later round reads it, and the next round's store."""
-        if not state.rounds:
-            store = self._stores.dense()
-            return store, store
-        dense = self._stores.dense() if self._settings.recovery else None
-        return dense, self._stores.working(state, len(state.rounds))
 
     def _goes_on(self, mask: KeepMask) -> bool:
         """Tell whether another round can bring the mask nearer to the target."""

@@ -226,10 +226,21 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     Faults of a state are reported by :meth:`StateFolder.load`.
     """
     try:
-        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return dict(saved["identity"]["settings"])
+        return dict(_read(folder)["identity"]["settings"])
     except (OSError, ValueError, TypeError, KeyError):
         return {}
+
+
+def saved_rounds(folder: Path) -> int:
+    """Return the number of finished rounds in this folder; 0 if they cannot be read."""
+    try:
+        return len(_read(folder)["rounds"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+
+
+def _read(folder: Path) -> Any:
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -40,6 +40,22 @@ class Stores:
         self._working: LayerStore | None = None
         self._head: Head | None = None
 
+    def begin(self, state: PruneState, *, recovery: bool) -> tuple[LayerStore | None, LayerStore]:
+        """Write the stores that the next round reads.
+
+        Args:
+            state: The state after the last finished round.
+            recovery: Rounds reconstruct, for which the dense store is read in every round.
+
+        Returns:
+            The dense store, None if no round reads it any more, and the next round's store.
+        """
+        if not state.rounds:
+            store = self.dense()
+            return store, store
+        dense = self.dense() if recovery else None
+        return dense, self.working(state, len(state.rounds))
+
     def dense(self) -> LayerStore:
         """Write the store of the dense model; NaN and infinity in it are refused."""
         self._dense = build_store(

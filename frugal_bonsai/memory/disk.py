@@ -46,10 +46,13 @@ class DiskPhase:
     Attributes:
         name: Name of the phase.
         items: The files.
+        round: Number of the round that it belongs to. 0 is before the first, the number after the
+            last is the output.
     """
 
     name: str
     items: tuple[DiskItem, ...]
+    round: int = 0
 
     def total_bytes(self, folders: Collection[str] | None = None) -> int:
         """Return the bytes in these folders; None counts all."""
@@ -71,15 +74,27 @@ class DiskPlan:
         empty = DiskPhase(name="nothing is written", items=())
         return max((empty, *self.phases), key=lambda phase: phase.total_bytes(folders))
 
+    def after(self, rounds: int) -> DiskPlan:
+        """Return the plan of a run that continues after so many finished rounds; 0 is a new run."""
+        left = (phase for phase in self.phases if not rounds or phase.round > rounds)
+        return DiskPlan(phases=tuple(left))
+
     @property
     def total_bytes(self) -> int:
         """Largest number of bytes in all folders together."""
         return self.peak().total_bytes()
 
 
-def phase(name: str, items: Iterable[DiskItem]) -> DiskPhase:
-    """Return a phase of those items that have bytes."""
-    return DiskPhase(name=name, items=tuple(item for item in items if item.size_bytes > 0))
+def phase(name: str, items: Iterable[DiskItem], number: int = 0) -> DiskPhase:
+    """Return a phase of those items that have bytes.
+
+    Args:
+        name: Name of the phase.
+        items: Its files.
+        number: Its round.
+    """
+    held = tuple(item for item in items if item.size_bytes > 0)
+    return DiskPhase(name=name, items=held, round=number)
 
 
 def file_bytes(data_bytes: float, tensors: int, *, files: int = 1) -> int:

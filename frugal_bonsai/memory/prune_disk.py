@@ -45,7 +45,7 @@ class _PruneFiles:
             phases += self._round(number)
         left = 1.0 if work.padded else work.remaining[last]
         output = self._files.output(left, companion_bytes=work.companion_bytes)
-        return [*phases, phase("writing the output", [*self._finished(last), *output])]
+        return [*phases, phase("writing the output", [*self._finished(last), *output], last + 1)]
 
     def _round(self, number: int) -> list[DiskPhase]:
         """Return the phases of a round: masks, then reconstruction."""
@@ -61,8 +61,8 @@ class _PruneFiles:
         if work.reconstruction and not last:
             after.append(replaced)
         return [
-            phase(f"round {number}: masks", [*always, *before]),
-            phase(f"round {number}: reconstruction", [*always, *after]),
+            phase(f"round {number}: masks", [*always, *before], number),
+            phase(f"round {number}: reconstruction", [*always, *after], number),
         ]
 
     def _working(self, number: int) -> DiskItem:

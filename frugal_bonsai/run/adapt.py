@@ -114,7 +114,7 @@ def _plan(job: Adaptation, out: Path, on_plan: Callable[[TrainingPlan], None] | 
     folders = {RUN: job.folder, OUT: out}
     if not job.cache_root.exists() or job.folder in job.cache_root.parents:
         folders[CACHE] = job.cache_root  # else the cache itself checks what it lacks
-    require_room(plans.disk, folders, "this adaptation", held=job.folder)
+    require_room(plans.disk, folders, "this adaptation", held=job.folder, resumed=job.resume)
     return plans
 
 

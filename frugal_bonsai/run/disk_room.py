@@ -24,6 +24,7 @@ def require_room(
     what: str,
     *,
     held: Path | None = None,
+    resumed: bool = False,
     advise: Callable[[Fits], str] = lambda fits: "",
 ) -> None:
     """Check the free bytes of each disk against the peak of what will lie on it.
@@ -34,6 +35,7 @@ def require_room(
         what: What is written, for the error text.
         held: Run directory of a run that is resumed. Its files are in the plan, so they count as
             free bytes.
+        resumed: The run is continued: where and what it writes cannot be chosen any more.
         advise: Returns options that make the files smaller, as text for the error, given a function
             that tells whether a plan fits; empty if none does.
 
@@ -55,7 +57,14 @@ def require_room(
             return other.peak(names).total_bytes(names) <= free_bytes
 
         if not fits(plan):
-            raise _too_small(plan.peak(names), names, folder, what, free_bytes, advise(fits))
+            raise _too_small(
+                plan.peak(names),
+                names,
+                folder,
+                what,
+                free_bytes,
+                "" if resumed else f", or choose an --out on another disk{advise(fits)}",
+            )
 
 
 def _held_bytes(folder: Path) -> int:
@@ -74,6 +83,5 @@ def _too_small(
     return OutputError(
         f"{folder}: {what} needs {format_bytes(needed)} on this disk ({others}; most in "
         f"{peak.name}, of which {largest.name} {format_bytes(largest.size_bytes)}), but "
-        f"{format_bytes(free_bytes)} are free. Free {format_bytes(needed - free_bytes)}, or choose "
-        f"an --out on another disk{advice}"
+        f"{format_bytes(free_bytes)} are free. Free {format_bytes(needed - free_bytes)}{advice}"
     )

@@ -101,6 +101,7 @@ def prepare_run(
     folders: Mapping[str, Path],
     *,
     begun: Mapping[str, Any],
+    finished: int,
     custom_utility: bool,
     progress: Progress,
     on_plan: Callable[[MemoryPlan], None] | None,
@@ -112,6 +113,7 @@ def prepare_run(
         options: The user's options.
         folders: Paths of the run directory and of the output, as the disk plan names them.
         begun: Settings of the run that is resumed, empty for a new one.
+        finished: Number of its finished rounds.
         custom_utility: The user passes a utility, which needs all logits of a window.
         progress: Told of notes and sweeps.
         on_plan: Told of the memory plan before any work.
@@ -141,10 +143,11 @@ def prepare_run(
     if texts.windows_nS is None:
         progress.note(sampling_note(model, resolved, work, memory))
     require_room(
-        memory.disk,
+        memory.disk.after(finished),
         folders,
         "this prune",
         held=folders[RUN],
+        resumed=finished > 0,
         advise=lambda fits: advise(
             smaller_files(work),
             lambda other: fits(plan_disk(model.spec, other)),

@@ -19,9 +19,10 @@ from frugal_bonsai.bonsai.state import (
     StateFolder,
     fingerprint,
     model_fingerprint,
+    saved_rounds,
     saved_settings,
 )
-from frugal_bonsai.checkpoint.commit import staged_directory
+from frugal_bonsai.checkpoint.commit import remove_folder, staged_directory
 from frugal_bonsai.memory.disk import OUT, RUN
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.model.tied_head import require_tied_head
@@ -37,6 +38,7 @@ from frugal_bonsai.run.summary import describe_run, write_papers
 from frugal_bonsai.run.warnings import figure_warnings
 from frugal_bonsai.sizes import parse_bytes
 
+STORE = "store"
 WORSE = "train it with adapt, calibrate with more text, or remove less (--sparsity)"
 
 
@@ -87,6 +89,7 @@ def prune(
                 options,
                 {RUN: folder, OUT: out},
                 begun=saved_settings(folder) if resume else {},
+                finished=saved_rounds(folder) if resume else 0,
                 custom_utility=utility is not None,
                 progress=progress,
                 on_plan=on_plan,
@@ -99,6 +102,7 @@ def prune(
                 summary["seconds"] = time.monotonic() - started
                 write_papers(staged, summary, opened.spec, found.mask)
         finally:
+            remove_folder(folder / STORE)
             if not (folder / STATE_FILE).exists():
                 empty(folder)  # no round is finished
         empty(folder)
@@ -144,7 +148,7 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
         resolved.rules,
         calibration.windows_NS,
         state=state,
-        work=folder / "store",
+        work=folder / STORE,
         keep_inputs=run.memory.keep_inputs,
         keep_updates=run.memory.keep_updates,
         utility=utility,

@@ -230,6 +230,28 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, when: Path) 
     monkeypatch.setattr(owner, name, patched)
 
 
+def test_a_resume_needs_room_for_what_is_left_alone(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last round, that is the output."""
+    plans: list[MemoryPlan] = []
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    with monkeypatch.context() as patched:
+        fill_at(patched, sys.modules["frugal_bonsai.run.prune_output"], "shrink", run)
+        with pytest.raises(OutputError, match="the disk is full"):
+            prune(model, out, options(), on_plan=plans.append)
+    assert not (run / "store").exists()
+    rest = plans[0].disk.after(2).total_bytes
+    assert rest == plans[0].disk.phases[-1].total_bytes() < plans[0].total_bytes("disk")
+    held = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    free_bytes(monkeypatch, rest - held - 1)
+    with pytest.raises(OutputError, match=r"are free\. Free \d+ B$"):
+        prune(model, out, options(), resume=True)
+    free_bytes(monkeypatch, rest - held)
+    prune(model, out, options(), resume=True)
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.fixture(scope="module")
 def reference(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("reference") / "out"
