@@ -17,12 +17,15 @@ import torch
 from frugal_bonsai.bonsai.selection.schedule import round_windows, trial_windows
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import CalibrationError
+from frugal_bonsai.memory.work import text_tokens
 from frugal_bonsai.stream.call import call_layer
 from frugal_bonsai.stream.engine import Engine
 
 # Calibration tokens when the user names no number of windows: 32 windows of 2,048.
 DEFAULT_TOKENS = 65_536
 MOST_HELD_OUT = 16
+# Tokens of the prompt of a text that the model writes; distance of two prompts of one window.
+PROMPT_TOKENS, _PROMPT_STEP = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +85,68 @@ def sample_windows(
             draws one at random.
         seed: Seed of the draws.
     """
-    from transformers import DynamicCache
-
     generator = torch.Generator().manual_seed(seed)
     vocabulary = engine.spec.vocabulary
-    tokens_nS = torch.zeros(count, window, dtype=torch.int64)
-    tokens_nS[:, 0] = (
-        torch.randint(vocabulary, (count,), generator=generator)
-        if first_token is None or first_token >= vocabulary
-        else first_token
-    )
-    cache = DynamicCache()
+    if first_token is None or first_token >= vocabulary:
+        first_n = torch.randint(vocabulary, (count,), generator=generator)
+    else:
+        first_n = torch.full((count,), first_token)
+    draws_nS = torch.rand(count, window, generator=generator)
     engine.progress.sweep("sampling calibration text", window - 1, count * (window - 1))
+    return _continue(engine, first_n[:, None], draws_nS)
+
+
+def write_windows(
+    engine: Engine, windows_NS: torch.Tensor, count: int, *, together: int, seed: int
+) -> torch.Tensor:
+    """Let the model continue pieces of the calibration text at temperature 1, int64 ``[n, S]``.
+
+    Each text begins with a prompt of :data:`PROMPT_TOKENS` tokens. A window that is longer than
+    :func:`~frugal_bonsai.memory.work.text_tokens` holds several texts.
+
+    Args:
+        engine: The model; its checkpoint is streamed in its own precision.
+        windows_NS: Calibration windows, which prompts are taken from.
+        count: Number of windows to write.
+        together: Number of texts that are written at a time, which does not change them.
+        seed: Seed of the draws.
+    """
+    window = windows_NS.shape[1]
+    tokens = text_tokens(window)
+    texts = count * -(-window // tokens)
+    prompts_tP = _prompts(windows_NS, texts, min(PROMPT_TOKENS, tokens // 2))
+    draws_tS = torch.rand(texts, tokens, generator=torch.Generator().manual_seed(seed))
+    batches = range(0, texts, together)
+    engine.progress.sweep("writing text", (tokens - 1) * len(batches), texts * (tokens - 1))
+    written = [
+        _continue(engine, prompts_tP[start : start + together], draws_tS[start : start + together])
+        for start in batches
+    ]
+    return torch.cat(written).view(count, -1)[:, :window]
+
+
+def _prompts(windows_NS: torch.Tensor, count: int, tokens: int) -> torch.Tensor:
+    """Return the beginnings of all windows, then pieces from further inside, ``[count, P]``."""
+    windows, window = windows_NS.shape
+    places = torch.arange(count)
+    starts = (places // windows * _PROMPT_STEP) % max(1, window - tokens)
+    columns = starts[:, None] + torch.arange(tokens)
+    return windows_NS[(places % windows)[:, None], columns]
+
+
+def _continue(engine: Engine, prompts_nP: torch.Tensor, draws_nS: torch.Tensor) -> torch.Tensor:
+    """Continue prompts to the length of the draws, int64 ``[n, S]``.
+
+    A token is drawn by inverting the cumulative distribution at a number of its own in [0, 1). So
+    a text does not depend on those that are written beside it.
+    """
+    from transformers import DynamicCache
+
+    count, window = draws_nS.shape
+    given = prompts_nP.shape[1]
+    tokens_nS = torch.zeros(count, window, dtype=torch.int64)
+    tokens_nS[:, :given] = prompts_nP
+    cache = DynamicCache()
     with torch.inference_mode(), engine.native() as stream:
         for position in range(window - 1):
             hidden_nSH, kwargs = engine.skeleton.step(
@@ -102,9 +155,11 @@ def sample_windows(
             for layer, parameters in stream.visit():
                 module = engine.skeleton.layers[layer]
                 hidden_nSH = call_layer(module, parameters, hidden_nSH, kwargs[layer])
-            logits_nV = engine.head.logits(hidden_nSH)[:, -1].cpu()
-            drawn_n = torch.multinomial(logits_nV.softmax(-1), 1, generator=generator)
-            tokens_nS[:, position + 1] = drawn_n[:, 0]
+            if position + 1 >= given:
+                share_nV = engine.head.logits(hidden_nSH)[:, -1].cpu().softmax(-1).cumsum_(-1)
+                drawn_n1 = draws_nS[:, position + 1, None] * share_nV[:, -1:]
+                found_n1 = torch.searchsorted(share_nV, drawn_n1, right=True)
+                tokens_nS[:, position + 1] = found_n1[:, 0].clamp_max(share_nV.shape[1] - 1)
             engine.progress.step(f"token {position + 1}")
     return tokens_nS
 
@@ -121,10 +176,35 @@ class RoundWindows:
         windows_NS: All calibration windows.
         settings: Settings of the prune.
         columns: Columns of the widest output projection.
+        written_NS: Windows that the dense model wrote, for the last round alone.
     """
 
-    def __init__(self, windows_NS: torch.Tensor, settings: PruneSettings, columns: int) -> None:
+    def __init__(
+        self,
+        windows_NS: torch.Tensor,
+        settings: PruneSettings,
+        columns: int,
+        written_NS: torch.Tensor | None = None,
+    ) -> None:
         self.all_NS, self._settings, self._columns = windows_NS, settings, columns
+        self._written_NS = windows_NS[:0] if written_NS is None else written_NS
+
+    @property
+    def written_tokens(self) -> int:
+        """Number of tokens that the dense model wrote."""
+        return self._written_NS.numel()
+
+    def of_last(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the windows of the last round, and the places of the calibration windows.
+
+        Text that the model wrote is mixed in evenly, because channel updates take the windows in
+        parts.
+        """
+        windows_NS = torch.cat([self.all_NS, self._written_NS])
+        if not len(self._written_NS):
+            return windows_NS, torch.arange(len(windows_NS))
+        order = torch.randperm(len(windows_NS), generator=self._generator(40_000))
+        return windows_NS[order], (order < len(self.all_NS)).nonzero().flatten()
 
     def of_round(self, number: int) -> torch.Tensor:
         """Return the windows of a round before the last, in the order of the text."""

@@ -111,10 +111,10 @@ def make_settings(method: str, options: Mapping[str, Any]) -> PruneSettings:
             raise OptionError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
     given = {name: value for name, value in options.items() if value is not None}
     settings = PruneSettings(**{**METHODS[method], **given})
-    for name in ("refine", "rescale"):
+    for name in ("refine", "rescale", "self_windows"):
         if given.get(name) and not settings.recovery:
             raise OptionError(
-                f"--{name}: belongs to recovery, which --no-recovery or --method {method} turns "
-                "off; add --recovery, or leave it out"
+                f"--{name.replace('_', '-')}: belongs to recovery, which --no-recovery or --method "
+                f"{method} turns off; add --recovery, or leave it out"
             )
     return settings

@@ -81,6 +81,8 @@ class PruneSettings:
             v, gate, up).
         refine: Channel updates in the last round (each moves the FFN's remaining channels and
             refits down_proj); 0 for none.
+        self_windows: Number of windows that the dense model writes for the last reconstruction,
+            beside the calibration windows. None decides by the calibration and the memory plan.
         rescale: Scale the logits in the last round, through the final norm.
         ridge: Penalty of the refits as a share of the Gram matrix's mean diagonal; the score
             ``exact`` is the loss that a refit with this penalty leaves.
@@ -110,6 +112,7 @@ class PruneSettings:
     bias: bool = False
     refit: str = "all"
     refine: int = 2
+    self_windows: int | None = None
     rescale: bool = True
     ridge: float = 1e-3
     seed: int = 0
@@ -186,6 +189,10 @@ _RULES = (
         "--pool: {s.pool} is below 1; a pool must hold at least the units that the round removes",
     ),
     _Rule(lambda s: s.refine < 0, "--refine: {s.refine} is negative"),
+    _Rule(
+        lambda s: (s.self_windows or 0) < 0,
+        "--self-windows: {s.self_windows} is negative; 0 writes no text",
+    ),
     _Rule(lambda s: not 0 < s.ridge <= 1, "--ridge: {s.ridge} is outside (0, 1]"),
     _Rule(lambda s: s.seed < 0, "--seed: {s.seed} is negative"),
     _Rule(

@@ -43,6 +43,23 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2
         return parse_bytes(value, option="size" if param is None else param.opts[0])
 
 
+class AutoCount(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A number, or ``auto``: None, which leaves the choice to the program."""
+
+    name = "N|auto"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        """Read the number; the error names the option."""
+        if value == "auto":
+            return None
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+
+
 max_shard_size = click.option("--max-shard-size", type=Size(), default="5GB", show_default=True)
 device = click.option(
     "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, xpu, mps.  [default: GPU if any]"
@@ -180,6 +197,12 @@ search = several(
         "--refine",
         type=int,
         help="Updates of the FFN's remaining channels in the last recovery; 0 for none.",
+    ),
+    click.option(
+        "--self-windows",
+        type=AutoCount(),
+        help="Windows that the model writes for the last recovery, beside the calibration text; 0 "
+        "for none.  [default: auto, twice the calibration windows where the caps allow it]",
     ),
     click.option(
         "--compensate/--no-compensate",

@@ -26,6 +26,7 @@ from frugal_bonsai.memory.work import (
     HOST,
     UPDATE_ITERATIONS,
     PruneWorkload,
+    text_tokens,
     update_blocks,
     update_passes,
 )
@@ -66,6 +67,8 @@ class PruneTime:
         phases = [TimePhase(name="starting", compute=self.profile.start_seconds)]
         if work.sampled:
             phases.append(self._phase(SAMPLING, self._sampling()))
+        if work.written:
+            phases.append(self._phase("writing text", self._writing()))
         phases += [
             self._phase("perplexity", self._perplexity()),
             self._phase("building stores", self._stores(), overlaps=False),
@@ -90,6 +93,15 @@ class PruneTime:
         logits = self._rates.products(2 * self.spec.vocabulary * self.spec.hidden * windows)
         sweep = self._sweep(1.0, windows, tokens=1, native=True)
         return (sweep + logits) * (self.work.window - 1)
+
+    def _writing(self) -> TimePhase:
+        """Return the time of the text for the last reconstruction: a sweep for each token."""
+        work, seconds = self.work, TimePhase()
+        for start in range(0, work.written_texts, work.written_together):
+            texts = min(work.written_together, work.written_texts - start)
+            logits = self._rates.products(2 * self.spec.vocabulary * self.spec.hidden * texts)
+            seconds += self._sweep(1.0, texts, tokens=1, native=True) + logits
+        return seconds * (text_tokens(work.window) - 1)
 
     def _perplexity(self) -> TimePhase:
         """Return the time of the dense and the pruned model's perplexity on held-out windows."""
@@ -143,7 +155,7 @@ class PruneTime:
         work, seconds = self.work, self._head(self.work.scale_windows) * _SCALES_TRIED
         for number, share in enumerate(work.remaining[1:], start=1):
             last = number == work.rounds
-            windows = work.windows if last else work.part_windows
+            windows = work.last_windows if last else work.part_windows
             seconds += self._refit_sweep(share, windows)
             if work.trial_windows:
                 seconds += self._refit_sweep(share, work.trial_windows) * work.candidates
@@ -289,7 +301,7 @@ class PruneTime:
         """
         work, share = self.work, self.work.remaining[-1]
         layer, hidden = self.operations.kept(share), self.spec.hidden
-        tokens, updates = work.windows * work.window, work.channel_updates
+        tokens, updates = work.last_windows * work.window, work.channel_updates
         passes = tokens * update_passes(
             update_blocks(round(layer.ffn)),
             keep=self.plan.keep_updates,
@@ -304,4 +316,4 @@ class PruneTime:
         )  # one triangular solve is half of a solve
         seconds += self._rates.gram(hidden, 0, tokens) + self._rates.cholesky(hidden, solves * rows)
         seconds += self._refit(layer.ffn, hidden, tokens) * updates
-        return seconds * self.spec.layers + self._sweep(share, work.windows) * (updates + 1)
+        return seconds * self.spec.layers + self._sweep(share, work.last_windows) * (updates + 1)

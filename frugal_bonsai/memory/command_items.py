@@ -15,22 +15,33 @@ from frugal_bonsai.memory.work import (
     Choice,
     PlanItem,
 )
+from frugal_bonsai.model.family import ModelSpec
 
 # Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
 _REWRITE_PIECES_BYTES = 4 * 2**21
+
+
+def cache_bytes(spec: ModelSpec, tokens: int, element: int) -> int:
+    """Return the bytes of the keys, values and logits of one text that is sampled.
+
+    A cache grows by concatenation, so a layer's old cache is held beside its new one.
+
+    Args:
+        spec: Shapes of the model.
+        tokens: Tokens of the text.
+        element: Bytes of an element of the cache.
+    """
+    cache = 2 * tokens * spec.kv_heads * spec.head_dim * (spec.layers + 1)
+    return cache * element + 12 * spec.vocabulary
 
 
 class CommandItems(SweepItems):
     """The items of a command for one model, device and workload."""
 
     def sampling(self) -> PlanItem:
-        """Keys and values of the windows that are sampled.
-
-        A cache grows by concatenation, so a layer's old cache is held beside its new one.
-        """
-        spec, windows = self.spec, self.work.sampled
-        cache = 2 * self.work.window * spec.kv_heads * spec.head_dim * (spec.layers + 1)
-        size = windows * (cache * self._compute + 12 * spec.vocabulary)
+        """Keys, values and logits of the windows that are sampled."""
+        work = self.work
+        size = work.sampled * cache_bytes(self.spec, work.window, self._compute)
         formula = "windows*(2*S*K*(L+1)*c + 12*V)"
         return self._near("KV cache of the text that is sampled", size, formula)
 

@@ -37,6 +37,8 @@ def advise(
 def smaller_sweeps(work: SweepWorkload) -> Iterator[tuple[str, SweepWorkload]]:
     """Yield options that make a command smaller, and the work that is left with each."""
     if isinstance(work, PruneWorkload):
+        if work.written:
+            yield "--self-windows 0", replace(work, written=0)
         if work.channel_updates:
             yield "--refine 0", replace(work, channel_updates=0)
         if work.reconstruction:
@@ -74,6 +76,7 @@ def _without_recovery(work: PruneWorkload) -> PruneWorkload:
         work,
         reconstruction=False,
         refit_inputs=False,
+        written=0,
         channel_updates=0,
         trial_windows=0,
         candidates=0,

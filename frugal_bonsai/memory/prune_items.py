@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.command_items import CommandItems
+from frugal_bonsai.memory.command_items import CommandItems, cache_bytes
 from frugal_bonsai.memory.items import pinned_bytes
 from frugal_bonsai.memory.work import (
     HOST,
@@ -17,6 +17,7 @@ from frugal_bonsai.memory.work import (
     PlanItem,
     PruneWorkload,
     refit_rows,
+    text_tokens,
     update_blocks,
 )
 from frugal_bonsai.model.family import ModelSpec
@@ -37,6 +38,13 @@ class PruneItems(CommandItems):
             _input_projections(spec, group) for group in spec.table.groups if group.kind == FFN
         )
         self._block = -(-self._ffn // update_blocks(self._ffn))
+
+    def writing(self) -> PlanItem:
+        """Keys, values and logits of the texts that the dense model writes together."""
+        each = cache_bytes(self.spec, text_tokens(self.work.window), self._compute)
+        size = self.work.written_together * each
+        formula = "texts*(2*t*K*(L+1)*c + 12*V)"
+        return self._near("KV cache of the text that is written", size, formula)
 
     def masked_activations(self, choice: Choice, windows: int) -> PlanItem:
         """Activations with imputation: core inputs (1 - p) C, guesses and the choice 3 p C.

@@ -20,6 +20,9 @@ class PrunePhases(CommandPhases):
         items, work = self._items, self._items.work
         self._kept = items.kept_head(choice)
         phases = self._sampling(choice)
+        if work.written:
+            held = [*items.stream(choice, None), items.writing(), *items.head_rows(choice)]
+            phases.append(self._held("writing text", held))
         if work.measured:
             phases += self._sweep("perplexity", choice, max(work.measured), weights=None)
         phases.append(self._held("building the store", items.building()))
@@ -62,7 +65,7 @@ class PrunePhases(CommandPhases):
 
     def _reconstruction(self, choice: Choice) -> list[MemoryPhase]:
         items, work = self._items, self._items.work
-        windows = work.windows
+        windows = work.last_windows
         # Hidden states of both models; a sublayer's dense inputs, or its own for channel updates;
         # targets of the updates; the dense layer's last projection if a norm follows it.
         states = 2 + int(work.refit_inputs or work.channel_updates > 0)
@@ -95,7 +98,7 @@ class PrunePhases(CommandPhases):
 
         Neither holds the FFN's inputs.
         """
-        items, windows = self._items, self._items.work.windows
+        items, windows = self._items, self._items.work.last_windows
         layer = [*held, items.refits(), *items.updated_weights()]
         if choice.keep_inputs:
             layer.append(items.kept_inputs(windows, ffn=False))

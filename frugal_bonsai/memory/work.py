@@ -18,6 +18,9 @@ BASE = "Python and libraries"
 _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
 # Conjugate-gradient steps of one update of the FFN's channels.
 UPDATE_ITERATIONS = 4
+# Longest text that the dense model writes at once. A longer window holds several: sampling sweeps
+# over all layers once for each token of a text.
+_WRITTEN_TOKENS = 256
 _CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
 # Bytes of the windows of a teacher's cache that are computed and written together.
 SHARD_BYTES = 64 * MIB
@@ -57,6 +60,11 @@ def update_passes(blocks: int, *, keep: bool, iterations: int) -> int:
         iterations: Conjugate-gradient iterations.
     """
     return blocks + 1 + (2 if keep else 3) * iterations
+
+
+def text_tokens(window: int) -> int:
+    """Return the number of tokens of a text that the dense model writes for windows of a length."""
+    return min(window, _WRITTEN_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +143,8 @@ class PruneWorkload(SweepWorkload):
             without candidates.
         candidates: Number of candidate cuts in a round, at most.
         scale_windows: Number of windows that the scale of the logits is found on. 0 for no scale.
+        written: Number of windows that the dense model writes for the last reconstruction.
+        written_together: Number of texts that it writes at a time.
         channel_updates: Steps in which the last reconstruction updates the FFN's channels.
         mean_biases: Biases of output projections stand for the removed units.
         padded: The output keeps the dense shapes, filled with zeros.
@@ -155,6 +165,8 @@ class PruneWorkload(SweepWorkload):
     trial_windows: int = 0
     candidates: int = 0
     scale_windows: int = 0
+    written: int = 0
+    written_together: int = 1
     channel_updates: int = 0
     mean_biases: bool = False
     padded: bool = False
@@ -170,6 +182,16 @@ class PruneWorkload(SweepWorkload):
     def remaining(self) -> tuple[float, ...]:
         """Share of the block parameters that is left before each round, and after the last."""
         return (1.0, *(1 - goal for goal in self.goals))
+
+    @property
+    def last_windows(self) -> int:
+        """Number of windows of the last reconstruction."""
+        return self.windows + self.written
+
+    @property
+    def written_texts(self) -> int:
+        """Number of texts that the dense model writes: a long window holds several."""
+        return self.written * -(-self.window // text_tokens(self.window))
 
     @property
     def pair_batches(self) -> tuple[int, ...]:
@@ -214,7 +236,7 @@ class PruneWorkload(SweepWorkload):
     @property
     def most_windows(self) -> int:
         """Number of windows of the largest sweep."""
-        return max(super().most_windows, self.pairs)
+        return max(super().most_windows, self.pairs, self.last_windows)
 
 
 @dataclass(frozen=True, kw_only=True)

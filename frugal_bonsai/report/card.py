@@ -141,6 +141,10 @@ def _how(summary: Values) -> str:
         ("calibration text", source_name(calibration["source"])),
         ("window length", f"{calibration['window']} tokens"),
         ("calibration windows", str(calibration["windows"])),
+        (
+            "windows that the dense model wrote for the last recovery",
+            str(calibration["written_windows"]),
+        ),
         ("seed", str(settings["seed"])),
         ("layout", f"{summary['layout']}, FFN channels in multiples of {summary['tile']}"),
         ("forward tokens", f"{summary['forward_tokens']:,}"),

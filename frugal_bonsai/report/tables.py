@@ -158,9 +158,11 @@ def _say_run(summary: Values, sheet: Sheet) -> None:
     )
     if summary["latency"] is not None:
         sheet.say(f"predicted speed-up: {latency_words(summary['latency'])}")
+    own = calibration["written_windows"]
+    written = f", and {own} that the dense model wrote" if own else ""
     sheet.say(
         f"calibration: {calibration['source']}, {plural(calibration['windows'], 'window')} of "
-        f"{calibration['window']} tokens"
+        f"{calibration['window']} tokens{written}"
     )
     sheet.say(
         f"verified: logits equal the masked parent's within "

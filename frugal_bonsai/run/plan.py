@@ -6,9 +6,11 @@ config and tensor headers.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.hardware.profile import NOMINAL_BASE_BYTES
 from frugal_bonsai.hardware.prune_time import PruneTime
 from frugal_bonsai.hardware.throughput import SAMPLING, TimeEstimate
@@ -22,6 +24,9 @@ from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.workload import forward_tokens, prune_workload
+
+# Windows that the dense model writes, as a multiple of the calibration windows: docs/method.md.
+WRITTEN_SHARE = 2
 
 
 def plan(model: str, options: PruneOptions) -> dict[str, Any]:
@@ -45,10 +50,58 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
         text_only=options.text_only,
     ) as opened:
         resolved = resolve(opened, options, elsewhere=options.profile is not None)
-        work = prune_workload(opened, resolved, resolved.windows)
-        memory = plan_prune(opened, resolved, work)
+        planned = plan_fitting(
+            opened, resolved, lambda chosen: prune_workload(opened, chosen, chosen.windows)
+        )
+        resolved, work, memory = planned.resolved, planned.work, planned.memory
         values = describe_plan(opened, resolved, work, memory)
         return {"advice": no_gpu_advice(options, resolved.machine.device), **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPrune:
+    """A prune whose work fits into the caps.
+
+    Attributes:
+        resolved: Resolved options with the number of windows that the model writes.
+        work: The workload.
+        memory: Its memory plan.
+    """
+
+    resolved: ResolvedPrune
+    work: PruneWorkload
+    memory: MemoryPlan
+
+
+def plan_fitting(
+    model: Model, resolved: ResolvedPrune, workload: Callable[[ResolvedPrune], PruneWorkload]
+) -> PlannedPrune:
+    """Plan a prune; decide how many windows the dense model writes, if the user did not.
+
+    It writes :data:`WRITTEN_SHARE` times as many as the calibration has, or the largest half,
+    quarter and so on of this that fits.
+
+    Args:
+        model: Model that is pruned.
+        resolved: Its resolved options.
+        workload: Makes the workload of resolved options.
+
+    Raises:
+        BudgetError: The prune does not fit into the caps.
+    """
+    given = resolved.settings.self_windows
+    most = WRITTEN_SHARE * resolved.windows
+    counts = [most, most // 2, most // 4, most // 8, 0] if given is None else [given]
+    for count in counts:
+        settings = replace(resolved.settings, self_windows=count)
+        chosen = replace(resolved, settings=settings)
+        work = workload(chosen)
+        try:
+            return PlannedPrune(resolved=chosen, work=work, memory=plan_prune(model, chosen, work))
+        except BudgetError:
+            if count == counts[-1]:
+                raise
+    raise AssertionError("the last count fits or raises")
 
 
 def plan_prune(model: Model, resolved: ResolvedPrune, work: PruneWorkload) -> MemoryPlan:

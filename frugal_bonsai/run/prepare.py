@@ -32,7 +32,7 @@ from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.engine import make_engine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
-from frugal_bonsai.run.plan import plan_prune, predict, sampling_note
+from frugal_bonsai.run.plan import plan_fitting, predict, sampling_note
 from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.texts import read_windows
@@ -73,6 +73,7 @@ class PruneRun:
     Attributes:
         model: The dense model.
         resolved: Its resolved options.
+        work: Its workload.
         texts: The texts, as read.
         memory: The memory plan.
         predicted: The predicted time as plain values. None without a profile.
@@ -85,6 +86,7 @@ class PruneRun:
 
     model: Model
     resolved: ResolvedPrune
+    work: PruneWorkload
     texts: Texts
     memory: MemoryPlan
     predicted: dict[str, Any] | None
@@ -127,14 +129,18 @@ def prepare_run(
     for note in (*budget.notes, *resolved.notes):
         progress.note(note)
     texts = _read_texts(model, resolved, options)
-    work = prune_workload(
+    planned = plan_fitting(
         model,
         resolved,
-        texts.windows,
-        eval_windows=texts.eval_windows,
-        custom_utility=custom_utility,
+        lambda chosen: prune_workload(
+            model,
+            chosen,
+            texts.windows,
+            eval_windows=texts.eval_windows,
+            custom_utility=custom_utility,
+        ),
     )
-    memory = plan_prune(model, resolved, work)
+    resolved, work, memory = planned.resolved, planned.work, planned.memory
     if on_plan is not None:
         on_plan(memory)
     predicted = predict(model, resolved, work, memory)
@@ -160,6 +166,7 @@ def prepare_run(
     return PruneRun(
         model=model,
         resolved=resolved,
+        work=work,
         texts=texts,
         memory=memory,
         predicted=predicted,

@@ -36,6 +36,7 @@ from frugal_bonsai.run.prune_output import measure_dense, write_pruned
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.summary import describe_run, write_papers
 from frugal_bonsai.run.warnings import figure_warnings
+from frugal_bonsai.run.written import written_windows
 from frugal_bonsai.sizes import parse_bytes
 
 STORE = "store"
@@ -141,6 +142,8 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
     state = StateFolder(folder, identity)
     if resume and not state.exists:
         run.progress.note(f"--resume: {folder} holds no finished round, starting with the first")
+    resume = resume and state.exists
+    written_NS = written_windows(run, folder, resumed=resume)
     run.engine.sweep.forward_tokens = 0  # count what the search spends, not the reports
     search = Search(
         run.engine,
@@ -151,7 +154,8 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
         work=folder / STORE,
         keep_inputs=run.memory.keep_inputs,
         keep_updates=run.memory.keep_updates,
+        written_NS=written_NS,
         utility=utility,
         unit_milliseconds=None if resolved.latency is None else resolved.latency.unit,
     )
-    return search.run(resume=resume and state.exists)
+    return search.run(resume=resume)

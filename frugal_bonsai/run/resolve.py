@@ -27,6 +27,7 @@ from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.texts import choose_window
 from frugal_bonsai.stream.engine import compute_dtype
 from frugal_bonsai.stream.operations import count_operations
+from frugal_bonsai.text.sources import SELF
 
 # FFN tiles that matrix products are fast with.
 CPU_TILE, GPU_TILE = 64, 128
@@ -99,6 +100,7 @@ def resolve(
     settings = replace(
         settings,
         refine=0 if spec.experts else settings.refine,
+        self_windows=_self_windows(settings, options.source_for(model.name), begun or {}),
         arithmetic=_arithmetic(settings, operations, machine.rates, begun or {}),
     )
     lengths = settings.prompt_tokens, settings.generated_tokens
@@ -114,6 +116,19 @@ def resolve(
         latency=None if profile is None else LatencyModel(spec, operations, profile, *lengths),
         notes=notes,
     )
+
+
+def _self_windows(settings: PruneSettings, source: str, begun: Mapping[str, Any]) -> int | None:
+    """Return the number of windows that the dense model writes; None leaves it to the plan.
+
+    A calibration text that the model wrote needs no more of the same. A run that is resumed keeps
+    the number that it began with, whatever fits now.
+    """
+    if not settings.recovery or (settings.self_windows is None and source == SELF):
+        return 0
+    if settings.self_windows is None:
+        return begun.get("self_windows")
+    return settings.self_windows
 
 
 def _arithmetic(

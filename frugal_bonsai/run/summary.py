@@ -57,6 +57,7 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
             "source": texts.source,
             "window": window,
             "windows": len(run.calibration.windows_NS),
+            "written_windows": run.work.written,
             "held_out_windows": len(run.calibration.held_out_NS),
         },
         "eval_text": eval_text,

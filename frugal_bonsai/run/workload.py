@@ -21,10 +21,12 @@ from frugal_bonsai.bonsai.selection.schedule import (
 )
 from frugal_bonsai.bonsai.settings import NONE, PruneSettings
 from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.memory.command_items import cache_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import (
     UPDATE_ITERATIONS,
     PruneWorkload,
+    text_tokens,
     update_blocks,
     update_passes,
 )
@@ -34,7 +36,11 @@ from frugal_bonsai.model.units import FFN
 from frugal_bonsai.rewrite.companions import companion_bytes
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.resolve import ResolvedPrune
+from frugal_bonsai.stream.engine import compute_dtype
 from frugal_bonsai.text.sources import SELF
+
+# Share of the memory that the cache of written text may take: 1 / 8.
+_CACHE_SHARE = 8
 
 
 def prune_workload(
@@ -61,6 +67,7 @@ def prune_workload(
     columns = max(group.columns for group in model.spec.table.groups)
     masked = settings.level != NONE
     reconstruction = settings.recovery
+    written = settings.self_windows or 0 if reconstruction else 0
     return PruneWorkload(
         window=resolved.window,
         windows=windows,
@@ -84,11 +91,22 @@ def prune_workload(
         scale_windows=(
             scale_windows(resolved.window, windows) if reconstruction and settings.rescale else 0
         ),
+        written=written,
+        written_together=_texts_together(model.spec, resolved, written),
         channel_updates=settings.refine if reconstruction else 0,
         mean_biases=settings.bias,
         padded=resolved.rules.layout == PADDED,
         companion_bytes=copied_bytes(model),
     )
+
+
+def _texts_together(spec: ModelSpec, resolved: ResolvedPrune, written: int) -> int:
+    """Return the number of texts written together: their cache takes an eighth of the memory."""
+    budget, dtype = resolved.machine.budget, compute_dtype(resolved.machine.device)
+    near_bytes = budget.host_bytes if budget.gpu_bytes is None else budget.gpu_bytes
+    tokens = text_tokens(resolved.window)
+    most = near_bytes // _CACHE_SHARE // cache_bytes(spec, tokens, dtype.itemsize)
+    return max(1, min(most, written * -(-resolved.window // tokens)))
 
 
 def _trial_windows(
@@ -131,12 +149,13 @@ def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> in
         work: The workload.
         plan: Its memory plan: inputs that are not held are computed again.
     """
-    calibration, part = work.windows * work.window, work.part_windows * work.window
+    part = work.part_windows * work.window
     masked = work.rounds * work.pairs * work.window
     if not work.reconstruction:
-        return masked + work.rounds * calibration
+        return masked + work.rounds * work.windows * work.window
     again = 2 if plan.keep_inputs else 3
-    recovered = (work.rounds - 1) * part + calibration
+    last = work.last_windows * work.window
+    recovered = (work.rounds - 1) * part + last
     tried = work.rounds * work.candidates * work.trial_windows * work.window
     updated = 0.0
     if work.channel_updates:
@@ -148,5 +167,6 @@ def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> in
     head = spec.vocabulary * spec.hidden
     scaled = MOST_SCALES * work.scale_windows * work.window
     scaled_share = head / (head + spec.block_parameters)
-    searched = masked + part + again * (recovered + tried)
-    return searched + math.ceil(updated * calibration + scaled * scaled_share)
+    written = work.written_texts * text_tokens(work.window)
+    searched = written + masked + part + again * (recovered + tried)
+    return searched + math.ceil(updated * last + scaled * scaled_share)

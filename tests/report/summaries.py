@@ -21,6 +21,7 @@ def make_summary(layers: int = 3, **changes: Any) -> dict[str, Any]:
         "calibration": {
             "source": "wikitext2 (Salesforce/wikitext, wikitext-2-raw-v1, train)",
             "window": 2048,
+            "written_windows": 64,
             "windows": 32,
             "held_out_windows": 8,
         },

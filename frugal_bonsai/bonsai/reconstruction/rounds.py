@@ -73,13 +73,18 @@ class RoundReconstruction:
             dense: The dense store.
             pruned: The working store, cut to the state's mask.
             importance: Scores the units for the next round; None in the last round, which uses all
-                windows, updates channels and scales the logits.
+                windows and those that the dense model wrote, updates channels and scales the
+                logits.
 
         Returns:
-            Figures for the report.
+            Figures for the report; perplexities are of the calibration windows.
         """
         engine, head, last = self._engine, self._engine.head, importance is None
-        windows_NS = self._windows.all_NS if last else self._windows.of_round(number)
+        if last:
+            windows_NS, judged = self._windows.of_last()
+        else:
+            windows_NS = self._windows.of_round(number)
+            judged = torch.arange(len(windows_NS))
         reconstruction = self._reconstruction(
             state.mask,
             save=lambda layer, weights: self._stores.save_refit(number, layer, weights),
@@ -96,10 +101,10 @@ class RoundReconstruction:
                 )
                 norm = scaled_norm(engine.checkpoint, engine.spec, scale)
                 self._stores.save_refit(number, None, norm)
-            losses_NS = head.nll(result.hidden_pruned, windows_NS, scale=scale or 1.0)
-            dense_perplexity = self._known_dense_perplexity(state, windows_NS)
+            losses_NS = head.nll(result.hidden_pruned, windows_NS, scale=scale or 1.0)[judged]
+            dense_perplexity = self._known_dense_perplexity(state, windows_NS[judged])
             if dense_perplexity is None:
-                dense_NS = head.nll(result.hidden_dense, windows_NS)
+                dense_NS = head.nll(result.hidden_dense, windows_NS)[judged]
                 dense_perplexity = float(dense_NS.mean().exp())
         return {
             "perplexity": float(losses_NS.mean().exp()),
