@@ -72,7 +72,7 @@ def test_pad_token(cases: Path, text: Path, tmp_path: Path) -> None:
     found = succeed("eval", case, "--text", text, *WINDOWS)["perplexity"]
     assert found == pytest.approx(plain_perplexity(case, text), rel=1e-5)
     pruned(case, tmp_path / "pruned", text)
-    words = ("--teacher", case, "--data", text, "--window", "64", "--tokens", "1024")
+    words = ("--teacher", case, "--data", text, "--window", "64", "--tokens", "4096")
     adapted = succeed("adapt", tmp_path / "pruned", *words, "--out", tmp_path / "adapted")
     assert adapted["after"]["perplexity"] < adapted["before"]["perplexity"]
     # The later card has the dense figures too.
