@@ -66,6 +66,12 @@ def test_parts_trials_and_refinement() -> None:
     assert again - tokens(refined) == 10 * 32 * 4 // 2
 
 
+def test_text_that_the_model_writes() -> None:
+    part = replace(WORK, part_windows=8)
+    # Sampled once, then through both models in the last reconstruction.
+    assert tokens(replace(part, written=6)) - tokens(part) == 10 * (6 + 2 * 6)
+
+
 def test_the_scale_of_the_logits_takes_the_heads_share() -> None:
     head = SPEC.vocabulary * SPEC.hidden
     share = head / (head + SPEC.block_parameters)
