@@ -51,7 +51,10 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
     ) as opened:
         resolved = resolve(opened, options, elsewhere=options.profile is not None)
         planned = plan_fitting(
-            opened, resolved, lambda chosen: prune_workload(opened, chosen, chosen.windows)
+            opened,
+            resolved,
+            resolved.windows,
+            lambda chosen: prune_workload(opened, chosen, chosen.windows),
         )
         resolved, work, memory = planned.resolved, planned.work, planned.memory
         values = describe_plan(opened, resolved, work, memory)
@@ -74,7 +77,10 @@ class PlannedPrune:
 
 
 def plan_fitting(
-    model: Model, resolved: ResolvedPrune, workload: Callable[[ResolvedPrune], PruneWorkload]
+    model: Model,
+    resolved: ResolvedPrune,
+    windows: int,
+    workload: Callable[[ResolvedPrune], PruneWorkload],
 ) -> PlannedPrune:
     """Plan a prune; decide how many windows the dense model writes, if the user did not.
 
@@ -84,13 +90,14 @@ def plan_fitting(
     Args:
         model: Model that is pruned.
         resolved: Its resolved options.
+        windows: Number of calibration windows.
         workload: Makes the workload of resolved options.
 
     Raises:
         BudgetError: The prune does not fit into the caps.
     """
     given = resolved.settings.self_windows
-    most = WRITTEN_SHARE * resolved.windows
+    most = WRITTEN_SHARE * windows
     counts = [most, most // 2, most // 4, most // 8, 0] if given is None else [given]
     for count in counts:
         settings = replace(resolved.settings, self_windows=count)

@@ -132,6 +132,7 @@ def prepare_run(
     planned = plan_fitting(
         model,
         resolved,
+        texts.windows,
         lambda chosen: prune_workload(
             model,
             chosen,

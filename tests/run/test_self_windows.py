@@ -55,7 +55,10 @@ def test_as_many_windows_as_fit(
     options = PruneOptions(windows=12, window=64)
     with open_model("example", headers_only=True) as example:
         planned = plan_fitting(
-            example, resolve(example, options), lambda chosen: prune_workload(example, chosen, 12)
+            example,
+            resolve(example, options),
+            12,
+            lambda chosen: prune_workload(example, chosen, 12),
         )
     assert planned.work.written == planned.resolved.settings.self_windows == expected
 
