@@ -20,6 +20,7 @@ from frugal_bonsai.errors import CalibrationError
 from frugal_bonsai.memory.work import text_tokens
 from frugal_bonsai.stream.call import call_layer
 from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.layers import LayerStream
 
 # Calibration tokens when the user names no number of windows: 32 windows of 2,048.
 DEFAULT_TOKENS = 65_536
@@ -93,11 +94,18 @@ def sample_windows(
         first_n = torch.full((count,), first_token)
     draws_nS = torch.rand(count, window, generator=generator)
     engine.progress.sweep("sampling calibration text", window - 1, count * (window - 1))
-    return _continue(engine, first_n[:, None], draws_nS)
+    with engine.native() as stream:
+        return _continue(engine, stream, first_n[:, None], draws_nS)
 
 
 def write_windows(
-    engine: Engine, windows_NS: torch.Tensor, count: int, *, together: int, seed: int
+    engine: Engine,
+    stream: LayerStream,
+    windows_NS: torch.Tensor,
+    count: int,
+    *,
+    together: int,
+    seed: int,
 ) -> torch.Tensor:
     """Let the model continue pieces of the calibration text at temperature 1, int64 ``[n, S]``.
 
@@ -105,7 +113,8 @@ def write_windows(
     :func:`~frugal_bonsai.memory.work.text_tokens` holds several texts.
 
     Args:
-        engine: The model; its checkpoint is streamed in its own precision.
+        engine: The model.
+        stream: Brings its layers, once for each token of a text.
         windows_NS: Calibration windows, which prompts are taken from.
         count: Number of windows to write.
         together: Number of texts that are written at a time, which does not change them.
@@ -116,11 +125,11 @@ def write_windows(
     texts = count * -(-window // tokens)
     prompts_tP = _prompts(windows_NS, texts, min(PROMPT_TOKENS, tokens // 2))
     draws_tS = torch.rand(texts, tokens, generator=torch.Generator().manual_seed(seed))
-    batches = range(0, texts, together)
+    batches = [(start, start + together) for start in range(0, texts, together)]
     engine.progress.sweep("writing text", (tokens - 1) * len(batches), texts * (tokens - 1))
     written = [
-        _continue(engine, prompts_tP[start : start + together], draws_tS[start : start + together])
-        for start in batches
+        _continue(engine, stream, prompts_tP[start:stop], draws_tS[start:stop])
+        for start, stop in batches
     ]
     return torch.cat(written).view(count, -1)[:, :window]
 
@@ -134,7 +143,9 @@ def _prompts(windows_NS: torch.Tensor, count: int, tokens: int) -> torch.Tensor:
     return windows_NS[(places % windows)[:, None], columns]
 
 
-def _continue(engine: Engine, prompts_nP: torch.Tensor, draws_nS: torch.Tensor) -> torch.Tensor:
+def _continue(
+    engine: Engine, stream: LayerStream, prompts_nP: torch.Tensor, draws_nS: torch.Tensor
+) -> torch.Tensor:
     """Continue prompts to the length of the draws, int64 ``[n, S]``.
 
     A token is drawn by inverting the cumulative distribution at a number of its own in [0, 1). So
@@ -147,7 +158,7 @@ def _continue(engine: Engine, prompts_nP: torch.Tensor, draws_nS: torch.Tensor) 
     tokens_nS = torch.zeros(count, window, dtype=torch.int64)
     tokens_nS[:, :given] = prompts_nP
     cache = DynamicCache()
-    with torch.inference_mode(), engine.native() as stream:
+    with torch.inference_mode():
         for position in range(window - 1):
             hidden_nSH, kwargs = engine.skeleton.step(
                 tokens_nS[:, position : position + 1], position, cache
@@ -176,32 +187,21 @@ class RoundWindows:
         windows_NS: All calibration windows.
         settings: Settings of the prune.
         columns: Columns of the widest output projection.
-        written_NS: Windows that the dense model wrote, for the last round alone.
     """
 
-    def __init__(
-        self,
-        windows_NS: torch.Tensor,
-        settings: PruneSettings,
-        columns: int,
-        written_NS: torch.Tensor | None = None,
-    ) -> None:
+    def __init__(self, windows_NS: torch.Tensor, settings: PruneSettings, columns: int) -> None:
         self.all_NS, self._settings, self._columns = windows_NS, settings, columns
-        self._written_NS = windows_NS[:0] if written_NS is None else written_NS
 
-    @property
-    def written_tokens(self) -> int:
-        """Number of tokens that the dense model wrote."""
-        return self._written_NS.numel()
-
-    def of_last(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_last(self, written_nS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the windows of the last round, and the places of the calibration windows.
 
-        Text that the model wrote is mixed in evenly, because channel updates take the windows in
-        parts.
+        They are mixed, because channel updates take the windows in parts.
+
+        Args:
+            written_nS: Windows that the dense model wrote, int64; none are allowed.
         """
-        windows_NS = torch.cat([self.all_NS, self._written_NS])
-        if not len(self._written_NS):
+        windows_NS = torch.cat([self.all_NS, written_nS])
+        if not len(written_nS):
             return windows_NS, torch.arange(len(windows_NS))
         order = torch.randperm(len(windows_NS), generator=self._generator(40_000))
         return windows_NS[order], (order < len(self.all_NS)).nonzero().flatten()

@@ -77,7 +77,7 @@ class Search:
         work: Folder for the stores.
         keep_inputs: Reconstruction may hold a layer's inputs (from the plan).
         keep_updates: Channel updates may hold their targets and slopes (from the plan).
-        written_NS: Windows that the dense model wrote for the last reconstruction.
+        written_together: Number of texts that the dense model writes at a time (from the plan).
         utility: The user's own utility.
         unit_milliseconds: Milliseconds of each kind of unit, for the objective ``latency``.
 
@@ -96,7 +96,7 @@ class Search:
         work: Path,
         keep_inputs: bool,
         keep_updates: bool = True,
-        written_NS: torch.Tensor | None = None,
+        written_together: int = 1,
         utility: Utility | None = None,
         unit_milliseconds: Mapping[str, float] | None = None,
     ) -> None:
@@ -104,7 +104,7 @@ class Search:
         self._folder, self._utility = state, utility
         self._stores = Stores(engine, state, work, settings.weights)
         columns = max(group.columns for group in engine.spec.table.groups)
-        self._windows = RoundWindows(windows_NS, settings, columns, written_NS)
+        self._windows = RoundWindows(windows_NS, settings, columns)
         self._blocks = engine.spec.block_parameters
         self._schedule = Schedule(
             settings=settings, rules=rules, blocks=self._blocks, latency=unit_milliseconds
@@ -116,6 +116,7 @@ class Search:
             self._windows,
             keep_inputs=keep_inputs,
             keep_updates=keep_updates,
+            written_together=written_together,
             utility=utility,
         )
         whole = KeepMask(engine.spec.table)
@@ -128,8 +129,7 @@ class Search:
         dense, store = None, None
         if self._goes_on(state.mask):
             dense, store = self._stores.begin(state, recovery=self._settings.recovery)
-        spent = state.forward_tokens if state.rounds else self._windows.written_tokens
-        earlier_tokens = spent - self._engine.sweep.forward_tokens
+        earlier_tokens = state.forward_tokens - self._engine.sweep.forward_tokens
         if state.importance is None and store is not None:
             state.importance = self._measure_importance(store, state.mask, 0)
         while self._goes_on(state.mask):

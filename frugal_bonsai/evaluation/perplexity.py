@@ -58,6 +58,15 @@ class Perplexity:
         """exp(nll); infinite beyond 709 nats."""
         return perplexity_of(self.nll)
 
+    def describe(self) -> dict[str, float]:
+        """Return plain values, by the names that ``--json`` prints."""
+        return {
+            "tokens": self.tokens,
+            "perplexity": self.value,
+            "perplexity_error": self.error,
+            "nll": self.nll,
+        }
+
 
 def perplexity_of(nll: float) -> float:
     """Return exp(nll); infinity where a float has no such number."""

@@ -67,8 +67,6 @@ class PruneTime:
         phases = [TimePhase(name="starting", compute=self.profile.start_seconds)]
         if work.sampled:
             phases.append(self._phase(SAMPLING, self._sampling()))
-        if work.written:
-            phases.append(self._phase("writing text", self._writing()))
         phases += [
             self._phase("perplexity", self._perplexity()),
             self._phase("building stores", self._stores(), overlaps=False),
@@ -76,6 +74,8 @@ class PruneTime:
         ]
         if work.pairs:
             phases.append(self._phase("masked evaluation", self._masked_evaluation()))
+        if work.written:
+            phases.append(self._phase("writing text", self._writing()))
         if work.reconstruction:
             phases.append(self._phase("recovery", self._reconstruction()))
         phases.append(self._phase("rewriting", self._rewriting(), overlaps=False))
@@ -88,20 +88,28 @@ class PruneTime:
 
     # -- phases --------------------------------------------------------------------------------
     def _sampling(self) -> TimePhase:
-        """Return the time of text that the model draws: a sweep for each token."""
-        windows = self.work.sampled
-        logits = self._rates.products(2 * self.spec.vocabulary * self.spec.hidden * windows)
-        sweep = self._sweep(1.0, windows, tokens=1, native=True)
-        return (sweep + logits) * (self.work.window - 1)
+        """Return the time of calibration text that the model draws from the checkpoint."""
+        return self._drawing(self.work.sampled, self.work.window, native=True)
 
     def _writing(self) -> TimePhase:
-        """Return the time of the text for the last reconstruction: a sweep for each token."""
+        """Return the time of the text for the last reconstruction."""
         work, seconds = self.work, TimePhase()
         for start in range(0, work.written_texts, work.written_together):
             texts = min(work.written_together, work.written_texts - start)
-            logits = self._rates.products(2 * self.spec.vocabulary * self.spec.hidden * texts)
-            seconds += self._sweep(1.0, texts, tokens=1, native=True) + logits
-        return seconds * (text_tokens(work.window) - 1)
+            seconds += self._drawing(texts, text_tokens(work.window))
+        return seconds
+
+    def _drawing(self, texts: int, tokens: int, *, native: bool = False) -> TimePhase:
+        """Return the time of texts that the model draws together: a sweep for each token.
+
+        For every token the cache of a layer is read and written anew, and repeated for the query
+        heads. On average it holds half of the text.
+        """
+        spec = self.spec
+        seconds = self._rates.products(2 * spec.vocabulary * spec.hidden * texts)
+        heads = 4 * (spec.kv_heads + spec.heads) * spec.head_dim * self.profile.element_bytes
+        seconds += self._rates.traffic(texts * tokens / 2 * spec.layers * heads)
+        return (seconds + self._sweep(1.0, texts, tokens=1, native=native)) * (tokens - 1)
 
     def _perplexity(self) -> TimePhase:
         """Return the time of the dense and the pruned model's perplexity on held-out windows."""

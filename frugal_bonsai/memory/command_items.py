@@ -24,14 +24,15 @@ _REWRITE_PIECES_BYTES = 4 * 2**21
 def cache_bytes(spec: ModelSpec, tokens: int, element: int) -> int:
     """Return the bytes of the keys, values and logits of one text that is sampled.
 
-    A cache grows by concatenation, so a layer's old cache is held beside its new one.
+    A cache grows by concatenation, so a layer's old cache is held beside its new one. Attention
+    repeats the keys and values of a layer for all query heads.
 
     Args:
         spec: Shapes of the model.
         tokens: Tokens of the text.
         element: Bytes of an element of the cache.
     """
-    cache = 2 * tokens * spec.kv_heads * spec.head_dim * (spec.layers + 1)
+    cache = 2 * tokens * spec.head_dim * (spec.kv_heads * (spec.layers + 1) + spec.heads)
     return cache * element + 12 * spec.vocabulary
 
 
@@ -42,7 +43,7 @@ class CommandItems(SweepItems):
         """Keys, values and logits of the windows that are sampled."""
         work = self.work
         size = work.sampled * cache_bytes(self.spec, work.window, self._compute)
-        formula = "windows*(2*S*K*(L+1)*c + 12*V)"
+        formula = "windows*(2*S*(K*(L+1) + C_o)*c + 12*V)"
         return self._near("KV cache of the text that is sampled", size, formula)
 
     def teacher_shard(self) -> PlanItem:

@@ -5,7 +5,7 @@ In: shapes and a workload. Out: a :class:`~frugal_bonsai.memory.disk.DiskPlan`. 
 
 from __future__ import annotations
 
-from frugal_bonsai.memory.disk import DiskItem, DiskPhase, DiskPlan, ModelFiles, file_bytes, phase
+from frugal_bonsai.memory.disk import DiskItem, DiskPhase, DiskPlan, ModelFiles, phase
 from frugal_bonsai.memory.items import source_element_bytes
 from frugal_bonsai.memory.work import PruneWorkload, SweepWorkload
 from frugal_bonsai.model.family import ModelSpec
@@ -22,12 +22,6 @@ def plan_disk(spec: ModelSpec, work: SweepWorkload) -> DiskPlan:
     return DiskPlan(phases=(phase("the working store", [store]),))
 
 
-def written_text(work: PruneWorkload) -> DiskItem:
-    """Return the file of the windows that the dense model writes, as int32."""
-    size = file_bytes(4 * work.written * work.window, 1)
-    return DiskItem(name="text that is written", size_bytes=size, formula="windows*S*4")
-
-
 class _PruneFiles:
     """The files of a prune, in the order in which they come and go.
 
@@ -41,25 +35,23 @@ class _PruneFiles:
         assert work.weights is not None
         self._weights = work.weights
         self._dense = self._files.store(self._weights)
-        self._text = [written_text(work)] if work.written else []
         self._head = [self._files.head()] if work.int8_arithmetic and work.pairs else []
 
     def phases(self) -> list[DiskPhase]:
         """Return all phases."""
         work, last = self._work, self._work.rounds
-        phases = [phase("statistics", [*self._text, self._dense, *self._made(0)])]
+        phases = [phase("statistics", [self._dense, *self._made(0)])]
         for number in range(1, last + 1):
             phases += self._round(number)
         left = 1.0 if work.padded else work.remaining[last]
         output = self._files.output(left, companion_bytes=work.companion_bytes)
-        written = [*self._text, *self._finished(last), *output]
-        return [*phases, phase("writing the output", written, last + 1)]
+        return [*phases, phase("writing the output", [*self._finished(last), *output], last + 1)]
 
     def _round(self, number: int) -> list[DiskPhase]:
         """Return the phases of a round: masks, then reconstruction."""
         work, last = self._work, number == self._work.rounds
         replaced = self._files.layer(self._weights, work.remaining[number])
-        always = [*self._text, *self._head, *self._finished(number - 1)]
+        always = [*self._head, *self._finished(number - 1)]
         dense = [self._dense] if work.reconstruction else []
         # A working store is cut to this round's units layer by layer.
         before = [self._dense] if number == 1 else [*dense, self._working(number - 1), replaced]

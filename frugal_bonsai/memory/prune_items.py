@@ -43,7 +43,7 @@ class PruneItems(CommandItems):
         """Keys, values and logits of the texts that the dense model writes together."""
         each = cache_bytes(self.spec, text_tokens(self.work.window), self._compute)
         size = self.work.written_together * each
-        formula = "texts*(2*t*K*(L+1)*c + 12*V)"
+        formula = "texts*(2*t*(K*(L+1) + C_o)*c + 12*V)"
         return self._near("KV cache of the text that is written", size, formula)
 
     def masked_activations(self, choice: Choice, windows: int) -> PlanItem:

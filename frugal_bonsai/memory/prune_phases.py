@@ -20,15 +20,16 @@ class PrunePhases(CommandPhases):
         items, work = self._items, self._items.work
         self._kept = items.kept_head(choice)
         phases = self._sampling(choice)
-        if work.written:
-            held = [*items.stream(choice, None), items.writing(), *items.head_rows(choice)]
-            phases.append(self._held("writing text", held))
         if work.measured:
             phases += self._sweep("perplexity", choice, max(work.measured), weights=None)
         phases.append(self._held("building the store", items.building()))
         phases += self._statistics(choice)
         if work.pairs:
             phases += self._masked(choice)
+        if work.written:
+            stream = items.stream(choice, work.weights)
+            held = [*stream, items.writing(), *items.head_rows(choice)]
+            phases.append(self._held("writing text", held))
         if work.reconstruction:
             phases += self._reconstruction(choice)
         return phases + self._rewrite(choice)

@@ -92,29 +92,50 @@ def evaluate(
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         window = choose_window(opened.spec, window)
-        name, windows_NS = read_windows(opened, text, window, windows=windows, option="--text")
-        store = INT8 if weights == INT8 else None
-        work = SweepWorkload(window=window, measured=(len(windows_NS),), weights=store)
-        plan, engine = _plan(opened, work, find_device(device), caps, progress)
-        require_room(plan.disk, {RUN: Path(tempfile.gettempdir())}, "the int8 working store")
-        with _layers(engine, store) as stream:
-            measured = measure_perplexity(engine, stream, windows_NS)
-        return {
-            "model": model,
-            "text": name,
-            "window": window,
-            "windows": len(windows_NS),
-            "tokens": measured.tokens,
-            "perplexity": measured.value,
-            "perplexity_error": measured.error,
-            "nll": measured.nll,
-            "runtime": runtime,
-            "weights": weights,
-            "seconds": (seconds := time.monotonic() - started),
-            "tokens_per_second": windows_NS.numel() / seconds,
-            **describe_memory(plan, engine),
-            "notes": [*plan.budget.notes, *opened.notes],
-        }
+        texts = read_windows(opened, text, window, windows=windows, option="--text")
+        values = _measure(opened, texts, weights, find_device(device), caps, progress)
+    seconds = time.monotonic() - started
+    tokens = values["windows"] * window
+    return values | {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _measure(
+    model: Model,
+    text: tuple[str, torch.Tensor],
+    weights: str,
+    device: torch.device,
+    caps: Caps,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Measure the perplexity within a memory plan; return both as plain values.
+
+    Args:
+        model: The model.
+        text: Name and windows of the text.
+        weights: ``"int8"`` for a working copy. ``"native"`` streams the checkpoint.
+        device: Device that computes.
+        caps: Caps of the user.
+        progress: Told of each layer visit.
+    """
+    name, windows_NS = text
+    windows, window = windows_NS.shape
+    store = INT8 if weights == INT8 else None
+    work = SweepWorkload(window=window, measured=(windows,), weights=store)
+    plan, engine = _plan(model, work, device, caps, progress)
+    require_room(plan.disk, {RUN: Path(tempfile.gettempdir())}, "the int8 working store")
+    with _layers(engine, store) as stream:
+        measured = measure_perplexity(engine, stream, windows_NS)
+    return {
+        "model": model.name,
+        "text": name,
+        "window": window,
+        "windows": windows,
+        **measured.describe(),
+        "runtime": STREAMED,
+        "weights": weights,
+        **describe_memory(plan, engine),
+        "notes": [*plan.budget.notes, *model.notes],
+    }
 
 
 def _plan(

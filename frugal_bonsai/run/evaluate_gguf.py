@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.recognise_gguf import GGUF_SUFFIX
 from frugal_bonsai.errors import OptionError
@@ -19,6 +19,9 @@ from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.child import Child
 from frugal_bonsai.run.texts import CHARACTERS_PER_TOKEN, DEFAULT_WINDOW, require_window
 from frugal_bonsai.text.sources import load_text
+
+if TYPE_CHECKING:
+    import torch
 
 _WORKER = "frugal_bonsai.run.llama_cpp_worker"
 # Tokens whose hidden states the process holds: the head is dequantised once for them.
@@ -78,14 +81,8 @@ def evaluate_gguf(
         tokens_T = torch.tensor(child.ask({"text": source.text})["tokens"])
         what = f"--text {source.name}"
         windows_NS = cut_windows(tokens_T, window, limit=windows, what=what)
-        groups = windows_NS.split(max(1, _TOKENS_AT_A_TIME // window))
-        progress.sweep("perplexity", len(groups), groups[0].numel())
-        losses, running = [], time.monotonic()
-        for group_NS in groups:
-            answer = child.ask({"windows": group_NS.tolist()})
-            losses += answer["losses"]
-            progress.step()
-    measured = Perplexity.of(torch.tensor(losses))
+        running = time.monotonic()
+        losses, peak_bytes = _losses(child, windows_NS, progress)
     ended = time.monotonic()
     return {
         "model": model,
@@ -93,15 +90,27 @@ def evaluate_gguf(
         "text": source.name,
         "window": window,
         "windows": len(windows_NS),
-        "tokens": measured.tokens,
-        "perplexity": measured.value,
-        "perplexity_error": measured.error,
-        "nll": measured.nll,
+        **Perplexity.of(torch.tensor(losses)).describe(),
         **facts,
         "threads": threads,
         "seconds": ended - started,
         "tokens_per_second": windows_NS.numel() / (ended - running),
-        "host_peak_bytes": answer["host_peak_bytes"],
+        "host_peak_bytes": peak_bytes,
         "gpu_peak_bytes": None,
         "notes": [],
     }
+
+
+def _losses(
+    child: Child, windows_NS: torch.Tensor, progress: Progress
+) -> tuple[list[list[float]], int]:
+    """Return the loss of every token but a window's first, and the process's peak memory."""
+    groups = windows_NS.split(max(1, _TOKENS_AT_A_TIME // windows_NS.shape[1]))
+    progress.sweep("perplexity", len(groups), groups[0].numel())
+    losses, peak_bytes = [], 0
+    for group_NS in groups:
+        answer = child.ask({"windows": group_NS.tolist()})
+        losses += answer["losses"]
+        peak_bytes = answer["host_peak_bytes"]
+        progress.step()
+    return losses, peak_bytes

@@ -32,7 +32,7 @@ from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.engine import make_engine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
-from frugal_bonsai.run.plan import plan_fitting, predict, sampling_note
+from frugal_bonsai.run.plan import PlannedPrune, plan_fitting, predict, sampling_note
 from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.texts import read_windows
@@ -129,18 +129,7 @@ def prepare_run(
     for note in (*budget.notes, *resolved.notes):
         progress.note(note)
     texts = _read_texts(model, resolved, options)
-    planned = plan_fitting(
-        model,
-        resolved,
-        texts.windows,
-        lambda chosen: prune_workload(
-            model,
-            chosen,
-            texts.windows,
-            eval_windows=texts.eval_windows,
-            custom_utility=custom_utility,
-        ),
-    )
+    planned = _plan(model, resolved, texts, custom_utility=custom_utility)
     resolved, work, memory = planned.resolved, planned.work, planned.memory
     if on_plan is not None:
         on_plan(memory)
@@ -149,18 +138,7 @@ def prepare_run(
         progress.note(f"predicted: about {duration(predicted['seconds'])}")
     if texts.windows_nS is None:
         progress.note(sampling_note(model, resolved, work, memory))
-    require_room(
-        memory.disk.after(finished),
-        folders,
-        "this prune",
-        held=folders[RUN],
-        resumed=finished > 0,
-        advise=lambda fits: advise(
-            smaller_files(work),
-            lambda other: fits(plan_disk(model.spec, other)),
-            where="On this disk",
-        ),
-    )
+    _require_room(model, planned, folders, finished)
     engine = _make_engine(model, resolved, memory, progress)
     calibration = _calibrate(model, resolved, texts, work, engine)
     provenance = read_provenance(model)
@@ -176,6 +154,41 @@ def prepare_run(
         progress=progress,
         provenance=provenance,
         warnings=_warn(model, resolved, provenance, calibration, progress),
+    )
+
+
+def _plan(
+    model: Model, resolved: ResolvedPrune, texts: Texts, *, custom_utility: bool
+) -> PlannedPrune:
+    """Plan the prune, with the windows that the dense model writes."""
+
+    def workload(chosen: ResolvedPrune) -> PruneWorkload:
+        return prune_workload(
+            model,
+            chosen,
+            texts.windows,
+            eval_windows=texts.eval_windows,
+            custom_utility=custom_utility,
+        )
+
+    return plan_fitting(model, resolved, texts.windows, workload)
+
+
+def _require_room(
+    model: Model, planned: PlannedPrune, folders: Mapping[str, Path], finished: int
+) -> None:
+    """Raise if a disk has too little room for the rounds that are left and the output."""
+    require_room(
+        planned.memory.disk.after(finished),
+        folders,
+        "this prune",
+        held=folders[RUN],
+        resumed=finished > 0,
+        advise=lambda fits: advise(
+            smaller_files(planned.work),
+            lambda other: fits(plan_disk(model.spec, other)),
+            where="On this disk",
+        ),
     )
 
 

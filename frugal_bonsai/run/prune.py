@@ -36,8 +36,6 @@ from frugal_bonsai.run.prune_output import measure_dense, write_pruned
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.summary import describe_run, write_papers
 from frugal_bonsai.run.warnings import figure_warnings
-from frugal_bonsai.run.written import written_windows
-from frugal_bonsai.sizes import parse_bytes
 
 STORE = "store"
 WORSE = "train it with adapt, calibrate with more text, or remove less (--sparsity)"
@@ -74,7 +72,6 @@ def prune(
     started = time.monotonic()
     out, options, progress = Path(out), options or PruneOptions(), progress or Silent()
     check_prune(model, out, options, resume=resume)
-    shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
     folder = run_folder(out)
     with (
         locked(folder),
@@ -95,18 +92,34 @@ def prune(
                 progress=progress,
                 on_plan=on_plan,
             )
-            before = measure_dense(run)
-            found = _search(run, folder, resume=resume, utility=utility)
-            with staged_directory(out) as staged:
-                figures = {"before": before, **write_pruned(run, found, staged, shard_bytes)}
-                summary = _summarise(run, found, out, figures, utility)
-                summary["seconds"] = time.monotonic() - started
-                write_papers(staged, summary, opened.spec, found.mask)
+            summary = _search_and_write(
+                run, folder, out, resume=resume, utility=utility, started=started
+            )
         finally:
             remove_folder(folder / STORE)
             if not (folder / STATE_FILE).exists():
                 empty(folder)  # no round is finished
         empty(folder)
+    return summary
+
+
+def _search_and_write(
+    run: PruneRun,
+    folder: Path,
+    out: Path,
+    *,
+    resume: bool,
+    utility: Utility | None,
+    started: float,
+) -> dict[str, Any]:
+    """Search, write the pruned model with its papers to ``out``, and return the summary."""
+    before = measure_dense(run)
+    found = _search(run, folder, resume=resume, utility=utility)
+    with staged_directory(out) as staged:
+        figures = {"before": before, **write_pruned(run, found, staged)}
+        summary = _summarise(run, found, out, figures, utility)
+        summary["seconds"] = time.monotonic() - started
+        write_papers(staged, summary, run.model.spec, found.mask)
     return summary
 
 
@@ -142,8 +155,6 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
     state = StateFolder(folder, identity)
     if resume and not state.exists:
         run.progress.note(f"--resume: {folder} holds no finished round, starting with the first")
-    resume = resume and state.exists
-    written_NS = written_windows(run, folder, resumed=resume)
     run.engine.sweep.forward_tokens = 0  # count what the search spends, not the reports
     search = Search(
         run.engine,
@@ -154,8 +165,8 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
         work=folder / STORE,
         keep_inputs=run.memory.keep_inputs,
         keep_updates=run.memory.keep_updates,
-        written_NS=written_NS,
+        written_together=run.work.written_together,
         utility=utility,
         unit_milliseconds=None if resolved.latency is None else resolved.latency.unit,
     )
-    return search.run(resume=resume)
+    return search.run(resume=resume and state.exists)

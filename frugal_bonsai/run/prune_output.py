@@ -29,16 +29,13 @@ def measure_dense(run: PruneRun) -> dict[str, Any]:
     return {**run.model.sizes, **_perplexities(run, run.engine, "dense")}
 
 
-def write_pruned(
-    run: PruneRun, found: SearchResult, staged: Path, shard_bytes: int
-) -> dict[str, Any]:
+def write_pruned(run: PruneRun, found: SearchResult, staged: Path) -> dict[str, Any]:
     """Write the pruned model, verify it and measure it.
 
     Args:
         run: The prune.
         found: Result of its search.
         staged: Staging folder.
-        shard_bytes: Largest number of tensor bytes in a shard.
 
     Raises:
         VerifyError: The pruned model computes something else than the masked parent.
@@ -50,7 +47,7 @@ def write_pruned(
         staged,
         rules=run.resolved.rules,
         refit=found.refits,
-        max_shard_bytes=shard_bytes,
+        max_shard_bytes=run.resolved.shard_bytes,
     )
     write_companions(run.model.folder, staged, processor=run.model.spec.multimodal is not None)
     with open_output(staged, run.model) as output:

@@ -25,6 +25,7 @@ from frugal_bonsai.run.machine import Machine, choose_device, find_machine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.texts import choose_window
+from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.stream.engine import compute_dtype
 from frugal_bonsai.stream.operations import count_operations
 from frugal_bonsai.text.sources import SELF
@@ -47,6 +48,7 @@ class ResolvedPrune:
         source: Calibration source, as named.
         machine: Device, caps and rates.
         operations: Operations of the model's mean layer.
+        shard_bytes: Largest number of tensor bytes in a shard of the output.
         latency: Latency of the model on the profile's machine. None without a profile.
         notes: Notes about settings that have no effect on this model.
     """
@@ -59,6 +61,7 @@ class ResolvedPrune:
     source: str
     machine: Machine
     operations: LayerOperations
+    shard_bytes: int
     latency: LatencyModel | None = None
     notes: tuple[str, ...] = ()
 
@@ -113,6 +116,7 @@ def resolve(
         source=options.source_for(model.name),
         machine=machine,
         operations=operations,
+        shard_bytes=parse_bytes(options.max_shard_size, option="--max-shard-size"),
         latency=None if profile is None else LatencyModel(spec, operations, profile, *lengths),
         notes=notes,
     )

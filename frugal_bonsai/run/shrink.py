@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.checkpoint.commit import staged_directory, write_bytes
-from frugal_bonsai.model.layout import UNIFORM, layout_rules
+from frugal_bonsai.model.layout import UNIFORM, LayoutRules, layout_rules
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.card_parts import parent_name
@@ -81,32 +81,45 @@ def shrink(
         open_model(model, assume_family=assume_family, text_only=text_only) as opened,
     ):
         note_model(opened, progress)
-        spec = opened.spec
-        keep = read_mask(Path(mask), spec)
         # The mask has the FFN widths, so the layout's finest tile is used.
-        rules = layout_rules(spec, layout, tile=1, as_mistral=as_mistral)
-        progress.note(NO_REFITS)
-        provenance = read_provenance(opened)
-        warnings = _warn(opened.name, provenance, progress)
-        with staged_directory(out) as staged:
-            written = rewrite(
-                opened.checkpoint, spec, keep, staged, rules=rules, max_shard_bytes=shard_bytes
-            )
-            write_companions(opened.folder, staged, processor=spec.multimodal is not None)
-            write_mask(staged / MASK_FILE, parent_name(opened.name), spec, keep)
-            summary = _describe(opened, keep, staged) | {
-                "layout": layout,
-                "sparsity": written.sparsity,
-                "out": str(out),
-                "load": load_line(out, layout, whole=spec.multimodal is not None),
-                "multimodal": opened.whole,
-                "notes": [NO_REFITS, *opened.notes],
-                "warnings": warnings,
-                "seconds": time.monotonic() - started,
-            }
-            summary["provenance"] = with_step(provenance, "shrink", summary)
-            write_bytes(staged / "README.md", mask_card(summary).encode())
+        rules = layout_rules(opened.spec, layout, tile=1, as_mistral=as_mistral)
+        summary = _shrink(opened, Path(mask), out, rules, shard_bytes, progress)
+    return summary | {"seconds": time.monotonic() - started}
+
+
+def _shrink(
+    model: Model, mask: Path, out: Path, rules: LayoutRules, shard_bytes: int, progress: Progress
+) -> dict[str, Any]:
+    """Write the masked model with its card to ``out``, and return the summary."""
+    keep = read_mask(mask, model.spec)
+    progress.note(NO_REFITS)
+    provenance = read_provenance(model)
+    warnings = _warn(model.name, provenance, progress)
+    with staged_directory(out) as staged:
+        summary = _write(model, keep, rules, staged, shard_bytes) | {
+            "layout": rules.layout,
+            "out": str(out),
+            "load": load_line(out, rules.layout, whole=model.spec.multimodal is not None),
+            "notes": [NO_REFITS, *model.notes],
+            "warnings": warnings,
+        }
+        summary["provenance"] = with_step(provenance, "shrink", summary)
+        write_bytes(staged / "README.md", mask_card(summary).encode())
     return summary
+
+
+def _write(
+    model: Model, keep: KeepMask, rules: LayoutRules, staged: Path, shard_bytes: int
+) -> dict[str, Any]:
+    """Write the masked model, its companions and its mask; return its units and sizes."""
+    spec = model.spec
+    written = rewrite(
+        model.checkpoint, spec, keep, staged, rules=rules, max_shard_bytes=shard_bytes
+    )
+    write_companions(model.folder, staged, processor=spec.multimodal is not None)
+    write_mask(staged / MASK_FILE, parent_name(model.name), spec, keep)
+    values = {"sparsity": written.sparsity, "multimodal": model.whole}
+    return _describe(model, keep, staged) | values
 
 
 def _warn(name: str, provenance: dict[str, Any], progress: Progress) -> list[str]:

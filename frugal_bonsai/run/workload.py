@@ -39,8 +39,8 @@ from frugal_bonsai.run.resolve import ResolvedPrune
 from frugal_bonsai.stream.engine import compute_dtype
 from frugal_bonsai.text.sources import SELF
 
-# Share of the memory that the cache of written text may take: 1 / 8.
-_CACHE_SHARE = 8
+# Share of the memory that the cache of written text may take: 1 / 4.
+_CACHE_SHARE = 4
 
 
 def prune_workload(
@@ -101,7 +101,7 @@ def prune_workload(
 
 
 def _texts_together(spec: ModelSpec, resolved: ResolvedPrune, written: int) -> int:
-    """Return the number of texts written together: their cache takes an eighth of the memory."""
+    """Return the number of texts written together: their cache takes a quarter of the cap."""
     budget, dtype = resolved.machine.budget, compute_dtype(resolved.machine.device)
     near_bytes = budget.host_bytes if budget.gpu_bytes is None else budget.gpu_bytes
     tokens = text_tokens(resolved.window)

@@ -19,6 +19,7 @@ from frugal_bonsai.bonsai.calibration import (
 )
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import CalibrationError
+from frugal_bonsai.stream.engine import Engine
 
 
 def test_default_counts() -> None:
@@ -60,24 +61,29 @@ def test_sampling_follows_the_model(tmp_path: Path) -> None:
     assert abs(float(seen.mean() - entropy.mean())) < 4 * error
 
 
+def write(engine: Engine, windows_NS: torch.Tensor, count: int, **options: int) -> torch.Tensor:
+    with engine.native() as stream:
+        return write_windows(engine, stream, windows_NS, count, **options)  # type: ignore[arg-type]
+
+
 def test_written_text_continues_pieces_of_the_calibration_text(tmp_path: Path) -> None:
     engine = tiny_llama(tmp_path / "model", std=0.6).engine()
     windows_NS = torch.randint(0, engine.spec.vocabulary, (3, 40))
-    written_nS = write_windows(engine, windows_NS, 5, together=5, seed=0)
+    written_nS = write(engine, windows_NS, 5, together=5, seed=0)
     assert written_nS.shape == (5, 40)
     assert torch.equal(written_nS[:3, :PROMPT_TOKENS], windows_NS[:, :PROMPT_TOKENS])
     # The fourth and fifth text begin with other pieces of the first windows: 64 % (40 - 16).
     assert torch.equal(written_nS[3:, :PROMPT_TOKENS], windows_NS[:2, 16:32])
     assert not torch.equal(written_nS[:3, PROMPT_TOKENS:], windows_NS[:, PROMPT_TOKENS:])
-    assert torch.equal(written_nS, write_windows(engine, windows_NS, 5, together=2, seed=0))
-    assert not torch.equal(written_nS, write_windows(engine, windows_NS, 5, together=5, seed=1))
+    assert torch.equal(written_nS, write(engine, windows_NS, 5, together=2, seed=0))
+    assert not torch.equal(written_nS, write(engine, windows_NS, 5, together=5, seed=1))
 
 
 def test_a_long_window_holds_several_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("frugal_bonsai.memory.work._WRITTEN_TOKENS", 20)
     engine = tiny_llama(tmp_path / "model", std=0.6).engine()
     windows_NS = torch.randint(0, engine.spec.vocabulary, (2, 50))
-    written_nS = write_windows(engine, windows_NS, 1, together=8, seed=0)
+    written_nS = write(engine, windows_NS, 1, together=8, seed=0)
     assert written_nS.shape == (1, 50)
     # Texts of 20 tokens, each with a prompt of 10: from both windows, then from further inside.
     assert torch.equal(written_nS[0, :10], windows_NS[0, :10])
@@ -85,14 +91,13 @@ def test_a_long_window_holds_several_texts(tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(written_nS[0, 40:50], windows_NS[0, 64 % 40 : 64 % 40 + 10])
 
 
-def test_written_windows_are_mixed_into_the_last_round_alone() -> None:
+def test_written_windows_are_mixed_into_the_last_round() -> None:
     windows_NS, written_NS = torch.arange(8).view(4, 2), torch.arange(100, 112).view(6, 2)
     settings = PruneSettings()
-    rounds = RoundWindows(windows_NS, settings, 4, written_NS)
-    last_NS, places = rounds.of_last()
+    rounds = RoundWindows(windows_NS, settings, 4)
+    last_NS, places = rounds.of_last(written_NS)
     assert torch.equal(last_NS[places].sort(0).values, windows_NS)
     assert sorted(last_NS.flatten().tolist()) == [*range(8), *range(100, 112)]
-    assert rounds.written_tokens == 12 and not torch.equal(last_NS[:4], windows_NS)
-    assert rounds.of_round(1).max() < 100 and rounds.of_trial(1)[0].max() < 100
-    alone_NS, everywhere = RoundWindows(windows_NS, settings, 4).of_last()
+    assert not torch.equal(last_NS[:4], windows_NS)
+    alone_NS, everywhere = rounds.of_last(written_NS[:0])
     assert torch.equal(alone_NS, windows_NS) and everywhere.tolist() == [0, 1, 2, 3]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from export.test_llama_cpp import export
 from export.test_llama_cpp_families import FAMILIES, FULL
-from tiny_models import random_windows, save_pair_tokenizer, tiny_family
+from tiny_models import Tiny, random_windows, save_pair_tokenizer, tiny_family
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -31,15 +31,20 @@ ROUNDED = ("gemma2", "gemma3")
 SCALED = {"gemma2": "q_proj", "gemma3": "q_norm"}  # by another query_pre_attn_scalar
 
 
+def exported(folder: Path, family: str, changes: dict[str, Any]) -> tuple[Tiny, Path]:
+    """Make a tiny model and its GGUF file ``m.gguf``; return it and an empty folder."""
+    dense = tiny_family(folder / "dense", family, **{**FULL, **changes})
+    save_pair_tokenizer(folder / "dense")
+    export(folder / "dense", folder / "m.gguf")
+    (folder / "out").mkdir()
+    return dense, folder / "out"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_families_come_back(tmp_path: Path, family: str) -> None:
     changes, architecture = FAMILIES[family]
-    dense = tiny_family(tmp_path / "dense", family, **{**FULL, **changes})
-    save_pair_tokenizer(tmp_path / "dense")
-    export(tmp_path / "dense", tmp_path / "m.gguf")
-    out = tmp_path / "out"
-    out.mkdir()
+    dense, out = exported(tmp_path, family, changes)
     with open_gguf(tmp_path / "m.gguf") as read:
         assert read.header.metadata["general.architecture"] == architecture
         assert read.config["dtype"] == "float32" and read.notes == ()
@@ -105,11 +110,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @torch.no_grad()
 def test_variants_come_back(tmp_path: Path, variant: str) -> None:
     family, changes = VARIANTS[variant]
-    dense = tiny_family(tmp_path / "dense", family, **{**FULL, **changes})
-    save_pair_tokenizer(tmp_path / "dense")
-    export(tmp_path / "dense", tmp_path / "m.gguf")
-    out = tmp_path / "out"
-    out.mkdir()
+    dense, out = exported(tmp_path, family, changes)
     with open_gguf(tmp_path / "m.gguf") as read:
         write_dense(read, out)
     windows = random_windows(2, 24)

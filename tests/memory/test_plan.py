@@ -51,6 +51,17 @@ def test_parameters_of_the_shapes() -> None:
     assert LLAMA_70B.parameters == 70_553_706_496
 
 
+def test_the_cache_of_written_text_is_planned() -> None:
+    work = replace(WORK, written=64, written_together=10)
+    plan = plan_memory(LLAMA_8B, cuda(24), work, base_bytes=500 * MIB)
+    (phase,) = [phase for phase in plan.phases if phase.name == "writing text"]
+    (cache,) = [i for i in phase.items if i.name == "KV cache of the text that is written"]
+    # Texts of 256 tokens, whatever the window.
+    each = (33 + 4) * 2 * 256 * 8 * 128 * 2 + 128256 * 12
+    assert (cache.size_bytes, cache.where) == (10 * each, "gpu")
+    assert work.written_texts == 64 * 2048 // 256
+
+
 def test_the_cache_of_sampled_windows_is_planned_and_refused_by_its_name() -> None:
     work = replace(WORK, sampled=36)
     name = "KV cache of the text that is sampled"
@@ -58,7 +69,9 @@ def test_the_cache_of_sampled_windows_is_planned_and_refused_by_its_name() -> No
     cache_of_a_layer = 2 * 36 * 2048 * 8 * 128 * 2  # keys and values in bf16
     (cache,) = [i for i in plan.phases[0].items if i.name == name]
     assert plan.phases[0].name == "sampling"
-    assert (cache.size_bytes, cache.where) == (33 * cache_of_a_layer + 36 * 128256 * 12, "gpu")
+    # 32 layers and the old cache of one; attention repeats it for four query heads a KV head.
+    expected = (33 + 4) * cache_of_a_layer + 36 * 128256 * 12
+    assert (cache.size_bytes, cache.where) == (expected, "gpu")
     without = plan_memory(LLAMA_8B, cuda(24), WORK, base_bytes=500 * MIB)
     assert not any(name == i.name for phase in without.phases for i in phase.items)
     with pytest.raises(BudgetError, match=name):

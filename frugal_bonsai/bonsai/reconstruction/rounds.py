@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.calibration import RoundWindows
+from frugal_bonsai.bonsai.calibration import RoundWindows, write_windows
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.masks.evaluate import Utility, window_utilities
 from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
@@ -39,6 +39,7 @@ class RoundReconstruction:
         windows: Calibration windows of the rounds.
         keep_inputs: A layer's inputs may be held (from the plan).
         keep_updates: Targets and slopes of the channel updates may be held (from the plan).
+        written_together: Number of texts that the dense model writes at a time (from the plan).
         utility: The user's utility judges candidates; None judges them by mean NLL.
     """
 
@@ -51,11 +52,13 @@ class RoundReconstruction:
         *,
         keep_inputs: bool,
         keep_updates: bool,
+        written_together: int,
         utility: Utility | None,
     ) -> None:
         self._engine, self._settings, self._stores = engine, settings, stores
         self._windows, self._utility = windows, utility
         self._keep_inputs, self._keep_updates = keep_inputs, keep_updates
+        self._together = written_together
 
     def refit(
         self,
@@ -81,7 +84,7 @@ class RoundReconstruction:
         """
         engine, head, last = self._engine, self._engine.head, importance is None
         if last:
-            windows_NS, judged = self._windows.of_last()
+            windows_NS, judged = self._windows.of_last(self._write_text(dense))
         else:
             windows_NS = self._windows.of_round(number)
             judged = torch.arange(len(windows_NS))
@@ -112,6 +115,23 @@ class RoundReconstruction:
             "recovery_residual": sum(result.residual) / len(result.residual),
             "logit_scale": scale,
         }
+
+    def _write_text(self, dense: LayerStore) -> torch.Tensor:
+        """Let the dense model write the windows that join the calibration, int64 ``[n, S]``."""
+        windows_NS, count = self._windows.all_NS, self._settings.self_windows or 0
+        if not count:
+            return windows_NS[:0]
+        with self._engine.stream(dense) as stream:
+            written_nS = write_windows(
+                self._engine,
+                stream,
+                windows_NS,
+                count,
+                together=self._together,
+                seed=self._settings.seed,
+            )
+        self._engine.sweep.forward_tokens += written_nS.numel()
+        return written_nS
 
     def candidate_losses(
         self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
