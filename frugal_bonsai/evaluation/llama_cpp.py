@@ -221,6 +221,10 @@ class LlamaCppLosses:
                     )
                 self._checked = True
                 return
+        raise BenchError(
+            f"{self._path}: llama.cpp gives no log-probability behind any of its first tokens to "
+            "check the losses with; use another --text, or omit --runtime"
+        )
 
     def _post(self, path: str, asked: dict[str, Any]) -> Any:
         """Return the server's answer to a request."""

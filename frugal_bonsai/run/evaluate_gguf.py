@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frugal_bonsai.checkpoint.gguf_reader import part_files
 from frugal_bonsai.checkpoint.recognise_gguf import GGUF_SUFFIX
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.progress import Progress
@@ -32,10 +33,11 @@ def find_gguf(model: str) -> Path:
     """Return the path of a GGUF file, or of the only one in a folder.
 
     Raises:
-        OptionError: There is none, or more than one.
+        OptionError: There is none, or more than one, or it is a part of a split file.
     """
     path = Path(model)
     if path.is_file() and path.suffix == GGUF_SUFFIX:
+        _require_whole(path)
         return path
     found = sorted(path.glob(f"*{GGUF_SUFFIX}")) if path.is_dir() else []
     if len(found) != 1:
@@ -43,7 +45,19 @@ def find_gguf(model: str) -> Path:
             f"{model}: --runtime llama.cpp takes a GGUF file or a folder with one in it, found "
             f"{len(found)}; write one: frugal-bonsai export {model} --out {path.name}.gguf"
         )
+    _require_whole(found[0])
     return found[0]
+
+
+def _require_whole(path: Path) -> None:
+    """Raise for a part of a split file: the head may lie in another part."""
+    parts = part_files(path)
+    if len(parts) > 1:
+        whole = path.with_name("whole.gguf")
+        raise OptionError(
+            f"{path}: is a part of a split GGUF file, and --runtime llama.cpp takes whole ones; "
+            f"merge them: llama-gguf-split --merge {parts[0]} {whole}"
+        )
 
 
 def evaluate_gguf(

@@ -140,3 +140,12 @@ def test_llama_cpp_says_why_it_cannot_load_a_file(tmp_path: Path, stories260k: P
     (tmp_path / "m.gguf").write_bytes(data.replace(b"output_norm.weight", b"output_nine.weight"))
     text = fail("eval", tmp_path / "m.gguf", "--text", "stdlib", "--windows", "1", *LLAMA_CPP)
     assert "m.gguf: llama.cpp cannot load it" in text and "output_norm" in text
+
+
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    part = tmp_path / "m-00002-of-00002.gguf"
+    part.write_bytes(b"GGUF")
+    for model in (part, tmp_path):
+        said = fail("eval", model, "--text", "stdlib", *LLAMA_CPP)
+        assert "m-00002-of-00002.gguf: is a part of a split GGUF file" in said
+        assert "llama-gguf-split --merge" in said and "m-00001-of-00002.gguf" in said
