@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -150,19 +150,23 @@ def name_of(device: torch.device) -> str:
 
 # -- arithmetic --------------------------------------------------------------------------------
 @contextmanager
-def tensor_cores(device: torch.device) -> Iterator[None]:
-    """Let fp32 products round their factors to TF32 (10 bits) inside the block, on CUDA only.
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Let fp32 products round their factors inside the block: to TF32 on CUDA, to bf16 on a CPU.
 
-    Use it for iterations that correct their own errors, not for factorisations and solves, whose
-    errors grow with the condition number of the matrix.
+    Sums stay fp32. A CPU rounds where it has instructions for bf16 (AMX, AVX-512 BF16, Arm's
+    BF16); elsewhere nothing changes. Use it for passes over many tokens, whose rounding errors
+    average out, not for factorisations and solves, whose errors grow with the condition number of
+    the matrix.
     """
     import torch
 
-    if device.type != CUDA:
+    kinds = {CUDA: (torch.backends.cuda, "tf32"), CPU: (torch.backends.mkldnn, "bf16")}
+    if device.type not in kinds:
         yield
         return
-    products = torch.backends.cuda.matmul
-    before, products.fp32_precision = products.fp32_precision, "tf32"
+    backend, precision = kinds[device.type]
+    products: Any = backend.matmul
+    before, products.fp32_precision = products.fp32_precision, precision
     try:
         yield
     finally:

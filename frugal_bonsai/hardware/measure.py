@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from frugal_bonsai.accelerator import (
     CPU,
     CUDA,
+    fast_products,
     is_accelerator,
     name_of,
     shares_host_memory,
     synchronize,
-    tensor_cores,
 )
 from frugal_bonsai.hardware.profile import BF16, DEFAULT_ARITHMETIC, FP32, INT8, TF32
 from frugal_bonsai.sizes import MIB
@@ -35,7 +35,7 @@ SHAPES = ((2048, 8192), (4096, 14336))
 _QUICK_SHAPES = ((1024, 2048),)
 _CPU_TOKENS, _GPU_TOKENS = 256, 4096
 # Arithmetic of products that a prune may use.
-_KINDS = {CPU: (FP32, INT8), CUDA: (FP32, TF32, BF16, INT8)}
+_KINDS = {CPU: (FP32, BF16, INT8), CUDA: (FP32, TF32, BF16, INT8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def _product_rate(timer: Timer, kind: str, shapes: tuple[tuple[int, int], ...]) 
         def run(left: torch.Tensor = input_TH, right: torch.Tensor = weight_IH) -> torch.Tensor:
             if kind == INT8:
                 return torch._int_mm(left, right.T)
-            with tensor_cores(timer.device) if kind == TF32 else nullcontext():
+            with fast_products(timer.device) if kind != FP32 else nullcontext():
                 return torch.nn.functional.linear(left, right)
 
         try:
@@ -135,7 +135,8 @@ def _random(device: torch.device, kind: str, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     if kind == INT8:
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator).to(device)
-    dtype = torch.bfloat16 if kind == BF16 else torch.float32
+    half = kind == BF16 and is_accelerator(device)  # a CPU rounds factors that are fp32
+    dtype = torch.bfloat16 if half else torch.float32
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ class HardwareProfile:
         call_seconds: Time of one call of a layer beside its arithmetic.
         start_seconds: Start of a command: imports and the model's skeleton.
         products: Operations a second of matrix products in ``fp32``, ``tf32`` (fp32 with factors
-            of 10 bits, on CUDA), ``bf16`` and ``int8`` (int8 x int8 -> int32). Those that the
-            device lacks are absent.
+            of 10 bits, on CUDA), ``bf16`` (on a CPU fp32 with factors rounded to bf16) and ``int8``
+            (int8 x int8 -> int32). Those that the device lacks are absent.
     """
 
     name: str
@@ -130,6 +130,12 @@ class HardwareProfile:
     def gram_arithmetic(self) -> str:
         """Arithmetic of Gram matrices: CUDA sums products of 16-bit activations in fp32."""
         return BF16 if self.device == CUDA else FP32
+
+    def with_fast_products(self) -> HardwareProfile:
+        """Return the profile while a CPU's products round their factors to bf16."""
+        if self.device != CPU or BF16 not in self.products:
+            return self
+        return replace(self, products={**self.products, FP32: self.products[BF16]})
 
     @property
     def update_arithmetic(self) -> str:

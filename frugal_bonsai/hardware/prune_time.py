@@ -9,7 +9,7 @@ a few numbers.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache
@@ -27,8 +27,6 @@ from frugal_bonsai.memory.work import (
     UPDATE_ITERATIONS,
     PruneWorkload,
     text_tokens,
-    update_blocks,
-    update_passes,
 )
 from frugal_bonsai.model.family import ModelSpec
 
@@ -161,10 +159,12 @@ class PruneTime:
     def _reconstruction(self) -> TimePhase:
         """Return the time of reconstruction after each round, and of the candidates before it."""
         work, seconds = self.work, self._head(self.work.scale_windows) * _SCALES_TRIED
+        # The last round's passes over tokens round their factors.
+        fast = replace(self, profile=self.profile.with_fast_products())
         for number, share in enumerate(work.remaining[1:], start=1):
             last = number == work.rounds
             windows = work.last_windows if last else work.part_windows
-            seconds += self._refit_sweep(share, windows)
+            seconds += (fast if last else self)._refit_sweep(share, windows)
             if work.trial_windows:
                 seconds += self._refit_sweep(share, work.trial_windows) * work.candidates
             if not last:  # the factor of the refit serves the importance scores too
@@ -172,7 +172,7 @@ class PruneTime:
             # The dense model's losses, unless the first round has measured them on these windows.
             if number == 1 or work.part_windows < work.windows:
                 seconds += self._head(windows)
-        return seconds + (self._channel_updates() if work.channel_updates else TimePhase())
+        return seconds + (fast._channel_updates() if work.channel_updates else TimePhase())
 
     def _rewriting(self) -> TimePhase:
         """Return the time of the output: parent read, kept part written, both read to verify."""
@@ -310,10 +310,8 @@ class PruneTime:
         work, share = self.work, self.work.remaining[-1]
         layer, hidden = self.operations.kept(share), self.spec.hidden
         tokens, updates = work.last_windows * work.window, work.channel_updates
-        passes = tokens * update_passes(
-            update_blocks(round(layer.ffn)),
-            keep=self.plan.keep_updates,
-            iterations=UPDATE_ITERATIONS,
+        passes = tokens * work.update_passes(
+            round(layer.ffn), layer.ffn_inputs, keep=self.plan.keep_updates
         )
         rows = layer.ffn_inputs * layer.ffn
         products = 2 * passes * (rows + layer.ffn) * hidden

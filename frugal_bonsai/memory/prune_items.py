@@ -16,6 +16,7 @@ from frugal_bonsai.memory.work import (
     Choice,
     PlanItem,
     PruneWorkload,
+    curvature_windows,
     refit_rows,
     text_tokens,
     update_blocks,
@@ -171,11 +172,11 @@ class PruneItems(CommandItems):
         return self._near("activations of a micro-batch", size, formula)
 
     def slopes(self, windows: int) -> PlanItem:
-        """Slopes of a block of channels for the windows of one update, fp32."""
-        steps = min(self.work.channel_updates, windows)
-        part = -(-windows // steps)
-        size = 4 * part * self.work.window * self._ffn_inputs * self._block
-        return self._near("refinement's slopes", size, "n/r*S*J*R*4")
+        """Slopes of a block of channels for the windows of an update's curvature, fp32."""
+        steps, rows = min(self.work.channel_updates, windows), self._ffn_inputs * self._block
+        curved = curvature_windows(-(-windows // steps), self.work.window, rows)
+        size = 4 * curved * self.work.window * rows
+        return self._near("refinement's slopes", size, "min(n/r*S, 32*J*R)*J*R*4")
 
     def refits(self) -> PlanItem:
         """Refitted weights that are stored more precisely than they compute; others stay in place.

@@ -18,6 +18,9 @@ BASE = "Python and libraries"
 _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
 # Conjugate-gradient steps of one update of the FFN's channels.
 UPDATE_ITERATIONS = 4
+# Tokens that their curvature is measured on, for each row of the weights that are updated together.
+# Fewer are learnt by heart.
+_CURVATURE_TOKENS = 32
 # Longest text that the dense model writes at once. A longer window holds several: sampling sweeps
 # over all layers once for each token of a text.
 _WRITTEN_TOKENS = 256
@@ -48,7 +51,18 @@ def update_blocks(channels: int) -> int:
     return min(_MOST_BLOCKS, -(-channels // _LEAST_CHANNELS))
 
 
-def update_passes(blocks: int, *, keep: bool, iterations: int) -> int:
+def curvature_windows(windows: int, window: int, rows: int) -> int:
+    """Return the number of windows that the curvature of a channel update is measured on.
+
+    Args:
+        windows: Number of windows that the update learns from.
+        window: Tokens of a window.
+        rows: Rows of the weights that are updated together.
+    """
+    return min(windows, -(-_CURVATURE_TOKENS * rows // window))
+
+
+def update_passes(blocks: int, curved: float, *, keep: bool, iterations: int) -> float:
     """Return the number of passes of all tokens through the FFN in one channel update.
 
     One pass computes the slopes of all blocks, one the residual of each block, and every iteration
@@ -56,10 +70,11 @@ def update_passes(blocks: int, *, keep: bool, iterations: int) -> int:
 
     Args:
         blocks: Number of blocks of channels.
+        curved: Share of the windows that the curvature is measured on.
         keep: The slopes are held.
         iterations: Conjugate-gradient iterations.
     """
-    return blocks + 1 + (2 if keep else 3) * iterations
+    return blocks + 1 + (2 if keep else 3) * iterations * curved
 
 
 def text_tokens(window: int) -> int:
@@ -187,6 +202,21 @@ class PruneWorkload(SweepWorkload):
     def last_windows(self) -> int:
         """Number of windows of the last reconstruction."""
         return self.windows + self.written
+
+    def update_passes(self, channels: int, inputs: int, *, keep: bool) -> float:
+        """Return the passes of the last windows through the FFN in all channel updates.
+
+        Each update takes its share of the windows.
+
+        Args:
+            channels: Channels of the FFN.
+            inputs: Projections into it.
+            keep: The slopes are held.
+        """
+        blocks, steps = update_blocks(channels), min(self.channel_updates, self.last_windows)
+        windows, rows = -(-self.last_windows // steps), inputs * -(-channels // blocks)
+        curved = curvature_windows(windows, self.window, rows) / windows
+        return update_passes(blocks, curved, keep=keep, iterations=UPDATE_ITERATIONS)
 
     @property
     def written_texts(self) -> int:

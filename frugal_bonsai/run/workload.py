@@ -24,11 +24,8 @@ from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.memory.command_items import cache_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import (
-    UPDATE_ITERATIONS,
     PruneWorkload,
     text_tokens,
-    update_blocks,
-    update_passes,
 )
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PADDED
@@ -37,6 +34,7 @@ from frugal_bonsai.rewrite.companions import companion_bytes
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.resolve import ResolvedPrune
 from frugal_bonsai.stream.engine import compute_dtype
+from frugal_bonsai.stream.operations import ffn_inputs
 from frugal_bonsai.text.sources import SELF
 
 # Share of the memory that the cache of written text may take: 1 / 4.
@@ -160,9 +158,7 @@ def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> in
     updated = 0.0
     if work.channel_updates:
         channels = max(group.columns for group in spec.table.groups if group.kind == FFN)
-        passes = update_passes(
-            update_blocks(channels), keep=plan.keep_updates, iterations=UPDATE_ITERATIONS
-        )
+        passes = work.update_passes(channels, ffn_inputs(spec), keep=plan.keep_updates)
         updated = (passes + work.channel_updates + 1) * work.remaining[-1]
     head = spec.vocabulary * spec.hidden
     scaled = MOST_SCALES * work.scale_windows * work.window

@@ -111,7 +111,7 @@ def count_operations(spec: ModelSpec, window: int, dtype: torch.dtype) -> LayerO
         hidden=spec.hidden,
         query=_mean_columns(spec, ATTENTION),
         ffn=_mean_columns(spec, FFN) * (spec.experts_chosen / spec.experts if spec.experts else 1),
-        ffn_inputs=_ffn_inputs(spec),
+        ffn_inputs=ffn_inputs(spec),
     )
 
 
@@ -135,7 +135,7 @@ def _mean_columns(spec: ModelSpec, kind: str) -> float:
     return sum(group.columns for group in spec.table.groups if group.kind == kind) / spec.layers
 
 
-def _ffn_inputs(spec: ModelSpec) -> int:
+def ffn_inputs(spec: ModelSpec) -> int:
     """Return the number of projections into the FFN: a channel has a row of each of them."""
     channel = next(group for group in spec.table.groups if group.kind == FFN)
     return channel.unit_parameters // spec.hidden - 1

@@ -132,11 +132,12 @@ def test_a_profile_of_the_device(machine: Machine, tmp_path: Path) -> None:
     assert machine.order.races == []
 
 
-def test_tensor_cores_are_asked_for_and_left(machine: Machine) -> None:
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    with accelerator.tensor_cores(machine.device):
-        assert products.fp32_precision == "tf32"
-    assert products.fp32_precision == before
-    with accelerator.tensor_cores(torch.device("cpu")):
-        assert products.fp32_precision == before
+def test_fast_products_are_asked_for_and_left(machine: Machine) -> None:
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
+    with accelerator.fast_products(machine.device):
+        assert (cuda.fp32_precision, cpu.fp32_precision) == ("tf32", before[1])
+    assert (cuda.fp32_precision, cpu.fp32_precision) == before
+    with accelerator.fast_products(torch.device("cpu")):
+        assert (cuda.fp32_precision, cpu.fp32_precision) == (before[0], "bf16")
+    assert (cuda.fp32_precision, cpu.fp32_precision) == before

@@ -11,13 +11,15 @@ from reconstructions import RIDGE, Outcome, reconstruct
 from tiny_models import BIASES, Tiny, relative, sampled_windows, tiny_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from frugal_bonsai.bonsai.reconstruction.channels import DAMPING, ChannelUpdate
+from frugal_bonsai.bonsai.reconstruction import channels
+from frugal_bonsai.bonsai.reconstruction.channel_block import DAMPING
+from frugal_bonsai.bonsai.reconstruction.channels import ChannelUpdate
 from frugal_bonsai.bonsai.reconstruction.layer_pass import (
     LayerPass,
     PairedSweep,
     ReconstructionOptions,
 )
-from frugal_bonsai.bonsai.reconstruction.least_squares import conjugate_gradients
+from frugal_bonsai.bonsai.reconstruction.least_squares import LeastSquares, conjugate_gradients
 from frugal_bonsai.memory.work import UPDATE_ITERATIONS
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.store import build_store
@@ -35,7 +37,13 @@ def cut(tiny: Tiny) -> KeepMask:
 
 
 def run(
-    tiny: Tiny, tokens_NS: torch.Tensor, folder: Path, *, steps: int, keep: bool = True
+    tiny: Tiny,
+    tokens_NS: torch.Tensor,
+    folder: Path,
+    *,
+    steps: int,
+    keep: bool = True,
+    fast: bool = False,
 ) -> Outcome:
     engine, mask = tiny.engine(micro_batch=5), cut(tiny)
     return reconstruct(
@@ -48,6 +56,7 @@ def run(
         channel_updates=steps,
         keep_inputs=keep,
         keep_updates=keep,
+        fast=fast,
     )
 
 
@@ -111,8 +120,13 @@ def _problem(
     return ChannelUpdate(work, ffn, keep=keep, iterations=iterations), work
 
 
-def _oracle(problem: ChannelUpdate, work: Any, tiny: Tiny) -> dict[str, torch.Tensor]:
-    """(J^T J + mu S) d = J^T r by a dense solve, J from autograd."""
+def _oracle(
+    problem: ChannelUpdate, work: Any, tiny: Tiny, *, curved: int = WINDOWS
+) -> dict[str, torch.Tensor]:
+    """(J^T J + mu S) d = J^T r by a dense solve, J from autograd.
+
+    J^T J is that of the first windows, scaled to all of them.
+    """
     module = LlamaMLP(tiny.hugging_face().config).double()
     names = ["gate_proj.weight", "up_proj.weight"]
     parameters = {
@@ -144,19 +158,28 @@ def _oracle(problem: ChannelUpdate, work: Any, tiny: Tiny) -> dict[str, torch.Te
     down = parameters["down_proj.weight"].square().sum(0)
     weight = torch.cat([down * slope.square().mean(0) for slope in slopes])
     penalty = torch.block_diag(*(w * gram for w in weight)) * DAMPING * len(x)
-    change = torch.linalg.solve(jacobian.T @ jacobian + penalty, jacobian.T @ residual)
+    part = jacobian.unflatten(0, (WINDOWS, -1))[:curved].flatten(0, 1)
+    curvature = part.T @ part * (WINDOWS / curved)
+    change = torch.linalg.solve(curvature + penalty, jacobian.T @ residual)
     moved = change.view(2, *gate.shape)
     return {f"mlp.{name}": parameters[name] + moved[at] for at, name in enumerate(names)}
 
 
+@pytest.mark.parametrize(("curved", "keep"), [(WINDOWS, True), (16, True), (16, False)])
 def test_converged_update_is_the_damped_least_squares_solution(
-    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+    tiny: Tiny,
+    tokens: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    curved: int,
+    keep: bool,
 ) -> None:
+    monkeypatch.setattr(channels, "curvature_windows", lambda *_: curved)
     with torch.inference_mode():
-        problem, work = _problem(tiny, tokens, tmp_path / "s", iterations=400)
+        problem, work = _problem(tiny, tokens, tmp_path / "s", keep=keep, iterations=400)
         weights = problem.improve(work.pruned["mlp.down_proj.weight"], slice(0, WINDOWS))
     problem, work = _problem(tiny, tokens, tmp_path / "s")
-    for name, expected in _oracle(problem, work, tiny).items():
+    for name, expected in _oracle(problem, work, tiny, curved=curved).items():
         before = work.pruned[name].double()
         assert relative(weights[name].double() - before, expected - before) < 2e-2, name
 
@@ -171,6 +194,44 @@ def test_held_slopes_and_slopes_computed_again_give_the_same(
             found.append(problem.improve(work.pruned["mlp.down_proj.weight"], slice(0, WINDOWS)))
     for name, weight in found[0].items():
         assert torch.equal(weight, found[1][name])
+
+
+def test_passes_count_the_part_of_the_windows_that_the_curvature_is_measured_on(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.inference_mode():
+        problem, _ = _problem(tiny, tokens, tmp_path / "s")
+    assert problem.passes(slice(0, 12)) == 12 * (2 + 2 * UPDATE_ITERATIONS)
+    monkeypatch.setattr(channels, "curvature_windows", lambda *_: 3)
+    assert problem.passes(slice(0, 12)) == 12 * 2 + 3 * 2 * UPDATE_ITERATIONS
+
+
+def test_fast_products_change_the_refits_by_rounding_alone(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The passes round their factors where the CPU can; the solves never do."""
+    seen: dict[str, set[str]] = {"passes": set(), "solves": set()}
+    products = torch.backends.mkldnn.matmul
+    added, solved = LeastSquares.add_targets, LeastSquares.solve_
+
+    def add(self: Any, *args: Any) -> None:
+        seen["passes"].add(products.fp32_precision)
+        added(self, *args)
+
+    def solve(self: Any, *args: Any, **kwargs: Any) -> float:
+        seen["solves"].add(products.fp32_precision)
+        return solved(self, *args, **kwargs)
+
+    monkeypatch.setattr(LeastSquares, "add_targets", add)
+    monkeypatch.setattr(LeastSquares, "solve_", solve)
+    before = products.fp32_precision
+    exact = run(tiny, tokens, tmp_path / "exact", steps=1)
+    assert seen == {"passes": {before}, "solves": {before}}
+    fast = run(tiny, tokens, tmp_path / "fast", steps=1, fast=True)
+    assert seen == {"passes": {before, "bf16"}, "solves": {before}}
+    assert products.fp32_precision == before
+    assert relative(fast.losses_NS, exact.losses_NS) < 5e-2
+    assert relative(fast.losses_NS.mean(), exact.losses_NS.mean()) < 5e-3
 
 
 def test_updates_leave_less_of_the_residual_and_of_the_loss(

@@ -12,7 +12,7 @@ from tiny_models import Tiny, random_mask, random_windows, tiny_llama
 
 from frugal_bonsai.bonsai.importance.gram import Moments
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
-from frugal_bonsai.bonsai.reconstruction import channels, least_squares
+from frugal_bonsai.bonsai.reconstruction import channel_block, least_squares
 from frugal_bonsai.bonsai.reconstruction.least_squares import LeastSquares
 from frugal_bonsai.bonsai.reconstruction.sublayer import Sublayer
 from frugal_bonsai.errors import BudgetError
@@ -139,13 +139,13 @@ def test_channel_update_lacks_memory_there_and_back(
 ) -> None:
     engine = tiny.engine(micro_batch=4)
     expected = _reconstruct(engine, tiny, tmp_path / "s", keep=True, updates=1)
-    fail, held = FailAt(5), channels._BlockProblem._held_slopes
+    fail, held = FailAt(5), channel_block.BlockProblem._held_slopes
 
     def failing(self: Any, slopes: torch.Tensor, items: slice) -> torch.Tensor:
         fail()  # called once a micro-batch: three to hold the slopes, then to read them
         return held(self, slopes, items)
 
-    monkeypatch.setattr(channels._BlockProblem, "_held_slopes", failing)
+    monkeypatch.setattr(channel_block.BlockProblem, "_held_slopes", failing)
     engine = tiny.engine(micro_batch=4)
     result = _reconstruct(engine, tiny, tmp_path / "s", keep=True, updates=1)
     assert engine.sweep.batches.size == 2

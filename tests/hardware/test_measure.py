@@ -33,13 +33,13 @@ def test_the_fastest_run_counts_and_the_first_does_not() -> None:
 def test_rates_are_those_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "SHAPES", ((256, 512),))
     products = measure.measure_products(TIMER)
-    assert {"fp32"} <= set(products) <= {"fp32", "int8"}
+    assert {"fp32", "bf16"} <= set(products) <= {"fp32", "bf16", "int8"}
     rates = [*products.values(), measure.measure_attention(TIMER)]
     assert all(1e7 < rate < 1e15 for rate in rates)
     assert 1e7 < measure.measure_memory(TIMER) < 1e14
     assert 1e7 < (measure.measure_fresh(TIMER) or 0) < 1e14
     assert measure.measure_copy(TIMER) is None
-    assert set(measure.measure_products(TIMER, quick=True)) == {"fp32", "int8"}
+    assert set(measure.measure_products(TIMER, quick=True)) == {"fp32", "bf16", "int8"}
 
 
 def test_a_product_that_the_device_lacks_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +48,7 @@ def test_a_product_that_the_device_lacks_is_absent(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(measure, "SHAPES", ((64, 128),))
     monkeypatch.setattr(torch, "_int_mm", refuse)
-    assert set(measure.measure_products(TIMER)) == {"fp32"}
+    assert set(measure.measure_products(TIMER)) == {"fp32", "bf16"}
 
 
 def test_a_disk_is_measured_and_its_file_removed(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from frugal_bonsai.accelerator import tensor_cores
+from frugal_bonsai.accelerator import fast_products
 from frugal_bonsai.bonsai.importance.factor import DampedFactor
 from frugal_bonsai.bonsai.importance.gram import add_product_
 from gpu_checks.check import Check
@@ -55,7 +55,7 @@ def _products(check: Check, input_TC: torch.Tensor) -> None:
         ("bf16 inputs, bf16 results", False, narrow),
     ]
     for name, tensor_float, run in kinds:
-        with check.part(name), tensor_cores(check.device) if tensor_float else nullcontext():
+        with check.part(name), fast_products(check.device) if tensor_float else nullcontext():
             gram_CC.zero_()
             found_BB = run()[:_BLOCK, :_BLOCK].double()
             error = (found_BB - exact_BB).norm() / exact_BB.norm()

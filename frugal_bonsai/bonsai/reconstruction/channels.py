@@ -8,10 +8,9 @@ T the sublayer's target,
     argmin over dW of || T - (phi(p) + phi'(p) * x dW^T) D^T ||^2 + mu ||dW||^2 .
 
 This is a linear least-squares problem: exact in up, in which phi is linear, and linearised in gate.
-It is far too large for a Cholesky factor. A few conjugate-gradient iterations solve it in
-coordinates in which the inputs are white and all channels have the same weight. There is no
-backward pass through the model and no optimiser. Blocks of channels are updated in sequence, so
-that all values except the weights are those of one block.
+It is far too large for a Cholesky factor. A few conjugate-gradient iterations solve it
+(channel_block.py). There is no backward pass through the model and no optimiser. Blocks of channels
+are updated in sequence, so that all values except the weights are those of one block.
 
 Memory: the inputs of all windows, one micro-batch's activations, the new weights (in fp32 where the
 dense layer's were), and where the plan allows it the targets and a block's slopes phi'; otherwise
@@ -30,19 +29,21 @@ from itertools import pairwise
 
 import torch
 
-from frugal_bonsai.accelerator import tensor_cores
 from frugal_bonsai.bonsai.importance.factor import DampedFactor
 from frugal_bonsai.bonsai.importance.gram import add_product_
+from frugal_bonsai.bonsai.reconstruction.channel_block import BlockProblem, UpdateStep
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
-from frugal_bonsai.bonsai.reconstruction.least_squares import conjugate_gradients
 from frugal_bonsai.bonsai.reconstruction.outputs import OutputRefit, refit_output
 from frugal_bonsai.bonsai.reconstruction.sublayer import Sublayer
-from frugal_bonsai.memory.work import UPDATE_ITERATIONS, update_blocks, update_passes
+from frugal_bonsai.memory.work import (
+    UPDATE_ITERATIONS,
+    curvature_windows,
+    update_blocks,
+    update_passes,
+)
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.micro_batch import memory_for
 
-# mu as a share of the curvature of a channel of mean weight on white inputs.
-DAMPING = 1e-2
 _WHITENING = 1e-4
 
 
@@ -72,7 +73,7 @@ def update_channels(
             before = {name: work.pruned[name] for name in names}
             moved = update.improve(refit.weight_HC, part)
             tried = refit_output(work, group, update.target, keep=False, score_below=refit.residual)
-            passes += 1 + update.passes * (part.stop - part.start) / work.pair.fitted
+            passes += 1 + update.passes(part) / work.pair.fitted
             work.pruned.update(before)
             if tried.residual >= refit.residual:
                 break
@@ -140,10 +141,19 @@ class ChannelUpdate:
         channels = self.sublayer.channels
         return _split(channels, update_blocks(channels))
 
-    @property
-    def passes(self) -> int:
-        """Number of passes of :meth:`improve` over its tokens through the FFN, in any direction."""
-        return update_passes(len(self.blocks), keep=self.keep, iterations=self.iterations)
+    def passes(self, windows: slice) -> float:
+        """Return the windows that :meth:`improve` passes through the FFN, in any direction."""
+        count, blocks = windows.stop - windows.start, self.blocks
+        curved = self._curved(blocks[-1], windows)
+        share = (curved.stop - curved.start) / count
+        each = update_passes(len(blocks), share, keep=self.keep, iterations=self.iterations)
+        return float(count * each)
+
+    def _curved(self, block: slice, windows: slice) -> slice:
+        """Return the windows that the curvature of a block is measured on."""
+        rows = len(self.sublayer.rows) * (block.stop - block.start)
+        count = curvature_windows(windows.stop - windows.start, self.window, rows)
+        return slice(windows.start, windows.start + count)
 
     def target(self, items: slice) -> tuple[torch.Tensor, Callable[[], None]]:
         """Return the FFN's target, bias included, and a function that stores nothing."""
@@ -163,14 +173,38 @@ class ChannelUpdate:
         # The stream's own buffers stay as they are: the caller may return to them.
         pruned.update({name: self.work.borrow(name, pruned[name]) for name in names})
         moved_by_name = {name: pruned[name].float() for name in names}
+        step = self._step(output_HC, windows)
         for block in self.blocks:
-            with tensor_cores(output_HC.device):
-                moved_KRH = _BlockProblem(self, output_HC, block, windows).solve()
+            curved = self._curved(block, windows)
+            moved_KRH = BlockProblem(step, block, output_HC[:, block], curved).solve()
             for rows, moved_RH in zip(self.sublayer.rows, moved_KRH, strict=True):
                 name = f"{rows.projection}.weight"
                 rows.take(moved_by_name[name])[block] = moved_RH
                 rows.take(pruned[name])[block] = moved_RH.to(dtype)  # the same memory in fp32
         return moved_by_name
+
+    def _step(self, output_HC: torch.Tensor, windows: slice) -> UpdateStep:
+        sublayer, bias_H = self.sublayer, self.work.pruned.get(f"{self.group.output}.bias")
+
+        def residual(items: slice, input_TH: torch.Tensor) -> torch.Tensor:
+            left_TH = self.target(items)[0].flatten(0, 1).float()
+            if bias_H is not None:
+                left_TH = left_TH - bias_H.float()
+            for block in self.blocks:
+                before = sublayer.pre_activations(sublayer.weights(block), input_TH, block)
+                left_TH = left_TH - sublayer.activation(before) @ output_HC[:, block].T
+            return left_TH
+
+        return UpdateStep(
+            sublayer=sublayer,
+            inputs=self.inputs,
+            factor=self.factor,
+            windows=windows,
+            keep=self.keep,
+            iterations=self.iterations,
+            run=self.run,
+            residual=residual,
+        )
 
     def run(self, windows: slice, body: Callable[[slice], None]) -> None:
         """Call ``body`` with micro-batches of some windows.
@@ -183,108 +217,7 @@ class ChannelUpdate:
         def shifted(items: slice) -> None:
             body(slice(items.start + first, items.stop + first))
 
-        self.work.batches.run(windows.stop - first, shifted, weight=weight)
-
-
-class _BlockProblem:
-    """The linearised problem of one block of channels on some windows.
-
-    J is the derivative of the FFN's output with respect to the block's input weights.
-    """
-
-    def __init__(
-        self, update: ChannelUpdate, output_HC: torch.Tensor, block: slice, windows: slice
-    ) -> None:
-        self._update, self._sublayer, self._inputs = update, update.sublayer, update.inputs
-        self._block, self._windows = block, windows
-        self._output_HC, self._output_HR = output_HC, output_HC[:, block]
-        self._weight_KRH = torch.stack(update.sublayer.weights(block))
-        self._slopes_KNSR: torch.Tensor | None = None
-
-    def solve(self) -> torch.Tensor:
-        """Return the block's new weights ``[K, R, H]``."""
-        factor = self._update.factor
-        tokens = (self._windows.stop - self._windows.start) * self._update.window
-        gradient_KRH, square_KR = self._linearise()
-        scale_KR = (self._output_HR.square().sum(0) * square_KR / tokens).sqrt()
-        # A channel that is never active has no scale and no gradient: it does not change.
-        least = max(1e-6 * float(scale_KR.max()), 1e-30)
-        scale_KR1: torch.Tensor = scale_KR.clamp_min(least)[..., None]
-
-        def from_white(step_KRH: torch.Tensor) -> torch.Tensor:
-            return factor.times_inverse(step_KRH / scale_KR1)
-
-        def to_white(gradient_KRH: torch.Tensor) -> torch.Tensor:
-            return factor.times_inverse_transposed(gradient_KRH).div_(scale_KR1)
-
-        def operator(step_KRH: torch.Tensor) -> torch.Tensor:
-            """J^T J + mu in white coordinates."""
-            image_KRH = to_white(self._times_jtj(from_white(step_KRH)))
-            return image_KRH.add_(step_KRH, alpha=DAMPING * tokens)
-
-        right_KRH = to_white(gradient_KRH)
-        del gradient_KRH
-        step_KRH = conjugate_gradients(operator, right_KRH, self._update.iterations)
-        self._slopes_KNSR = None
-        return self._weight_KRH + from_white(step_KRH)
-
-    def _linearise(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return J^T times the residual ``[K, R, H]``, and the sum of phi'^2 ``[K, R]``."""
-        update, sublayer = self._update, self._sublayer
-        gradient_KRH = torch.zeros_like(self._weight_KRH)
-        square_KR = torch.zeros_like(gradient_KRH[..., 0])
-        bias_H = update.work.pruned.get(f"{update.group.output}.bias")
-        inputs, channels = gradient_KRH.shape[:2]
-        if update.keep:
-            windows = self._windows.stop - self._windows.start
-            self._slopes_KNSR = gradient_KRH.new_empty(inputs, windows, update.window, channels)
-
-        def add(items: slice) -> None:
-            left_TH = update.target(items)[0].flatten(0, 1).float()
-            if bias_H is not None:
-                left_TH = left_TH - bias_H.float()
-            input_TH = self._inputs.read(items).flatten(0, 1).float()
-            for block in update.blocks:
-                before = sublayer.pre_activations(sublayer.weights(block), input_TH, block)
-                left_TH = left_TH - sublayer.activation(before) @ self._output_HC[:, block].T
-            slope_KTR = self._compute_slopes(input_TH)
-            pull_KTR = slope_KTR * (left_TH @ self._output_HR)
-            own_KR = slope_KTR.square().sum(1)
-            gradient_KRH.baddbmm_(pull_KTR.transpose(1, 2), input_TH.expand(inputs, -1, -1))
-            square_KR.add_(own_KR)
-            if self._slopes_KNSR is not None:
-                own_KBSR = self._held_slopes(self._slopes_KNSR, items)
-                own_KBSR.copy_(slope_KTR.view_as(own_KBSR))
-
-        update.run(self._windows, add)
-        return gradient_KRH, square_KR
-
-    def _times_jtj(self, step_KRH: torch.Tensor) -> torch.Tensor:
-        """Return J^T J times a change of the block's weights."""
-        image_KRH = torch.zeros_like(self._weight_KRH)
-
-        def add(items: slice) -> None:
-            input_TH = self._inputs.read(items).flatten(0, 1).float()
-            if self._slopes_KNSR is None:
-                slope_KTR = self._compute_slopes(input_TH)
-            else:
-                slope_KTR = self._held_slopes(self._slopes_KNSR, items).flatten(1, 2)
-            moved_TR = (slope_KTR * (input_TH @ step_KRH.transpose(1, 2))).sum(0)
-            back_TR = moved_TR @ self._output_HR.T @ self._output_HR
-            back_KTR = slope_KTR * back_TR
-            image_KRH.baddbmm_(back_KTR.transpose(1, 2), input_TH.expand(len(step_KRH), -1, -1))
-
-        self._update.run(self._windows, add)
-        return image_KRH
-
-    def _compute_slopes(self, input_TH: torch.Tensor) -> torch.Tensor:
-        before = self._sublayer.pre_activations(self._weight_KRH, input_TH, self._block)
-        return self._sublayer.slopes(before)
-
-    def _held_slopes(self, slopes_KNSR: torch.Tensor, items: slice) -> torch.Tensor:
-        """Return the held slopes of some windows, a view ``[K, B, S, R]``."""
-        first = self._windows.start
-        return slopes_KNSR[:, items.start - first : items.stop - first]
+        self.work.run(windows.stop - first, shifted, weight=weight)
 
 
 def _nothing() -> None:

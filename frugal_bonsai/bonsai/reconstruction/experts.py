@@ -84,7 +84,7 @@ def _accumulate(work: LayerPass, outputs: Sequence[str]) -> dict[str, LeastSquar
                 problems[name].add_targets(input_1RC, target_RH[None])
 
         # One indivisible item: sums that have begun to change are not tried again.
-        work.batches.run(1, add_all)
+        work.run(1, add_all)
 
-    work.batches.run(work.pair.fitted, add)
+    work.run(work.pair.fitted, add)
     return problems

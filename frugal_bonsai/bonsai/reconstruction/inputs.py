@@ -39,7 +39,7 @@ def refit_inputs(work: LayerPass, group: UnitGroup, *, first: bool) -> None:
         group: units of the next sublayer.
         first: True for the layer's first sublayer; the dense inputs of the last one were stored.
     """
-    options, batches = work.pair.options, work.batches
+    options = work.pair.options
     assert options.mask is not None
     projections = input_projections(work.spec, group)
     hidden = work.pruned[f"{projections[0]}.weight"].shape[1]
@@ -49,15 +49,15 @@ def refit_inputs(work: LayerPass, group: UnitGroup, *, first: bool) -> None:
     def add(items: slice) -> None:
         input_BSH = work.inputs(projections[0], items)
         dense_BSH = _dense_input(work, projections[0], items, first=first)
-        batches.run(len(input_BSH), lambda part: moments.add(input_BSH[part]))
-        batches.run(
+        work.run(len(input_BSH), lambda part: moments.add(input_BSH[part]))
+        work.run(
             len(input_BSH),
             lambda part: add_product_(
                 cross_HH, dense_BSH[part].flatten(0, 1), input_BSH[part].flatten(0, 1)
             ),
         )
 
-    batches.run(work.pair.fitted, add)
+    work.run(work.pair.fitted, add)
     for projection in projections:
         name = f"{projection}.weight"
         full = work.spec.prefix(work.layer) + name

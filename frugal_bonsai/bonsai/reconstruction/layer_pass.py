@@ -12,7 +12,7 @@ Shape suffixes: B windows of a micro-batch, S tokens, H hidden, C columns of a p
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import linear
 
+from frugal_bonsai.accelerator import fast_products, is_accelerator
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.input_rows import input_projections
 from frugal_bonsai.model.units import KeepMask, UnitGroup
@@ -29,6 +30,8 @@ from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.layers import Parameters
 
 Batch = Callable[[slice], torch.Tensor]
+# Tokens of a micro-batch on a CPU, at most: the arrays of more tokens leave its cache.
+_CPU_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class ReconstructionOptions:
         channel_updates: maximum number of updates of each FFN's channels.
         keep_inputs: hold the inputs of one layer's output projections for all windows.
         keep_updates: hold the targets and slopes of the channel updates.
+        fast: round the factors of products over tokens (:func:`accelerator.fast_products`).
         saved_dtype: full name of a weight -> dtype in which its refit is saved.
     """
 
@@ -49,6 +53,7 @@ class ReconstructionOptions:
     channel_updates: int = 0
     keep_inputs: bool = True
     keep_updates: bool = True
+    fast: bool = False
     saved_dtype: Callable[[str], torch.dtype] = lambda _: torch.float32
 
 
@@ -111,8 +116,16 @@ class LayerPass:
 
     def __post_init__(self) -> None:
         skeleton = self.pair.sweep.skeleton
-        self.batches, self.spec = self.pair.sweep.batches, skeleton.spec
+        self.spec = skeleton.spec
         self.module, self.device = skeleton.layers[self.layer], skeleton.device
+
+    def run(self, count: int, body: Callable[[slice], None], *, weight: int = 1) -> None:
+        """Call ``body`` with micro-batches of windows (:meth:`MicroBatches.run`)."""
+        pair, most = self.pair, None
+        if not is_accelerator(self.device):
+            most = max(1, _CPU_TOKENS // pair.hidden_pruned.window)
+        with fast_products(self.device) if pair.options.fast else nullcontext():
+            pair.sweep.batches.run(count, body, weight=weight, most=most)
 
     # -- weights --------------------------------------------------------------------------------
     def adopt(self, name: str, weight: torch.Tensor) -> None:
@@ -185,7 +198,7 @@ class LayerPass:
                 output_BSH = call_layer(self.module, self.pruned, hidden_BSH, self.kwargs)
             hidden.write(items, output_BSH)
 
-        self.batches.run(self.pair.fitted + self.pair.held_out, body)
+        self.run(self.pair.fitted + self.pair.held_out, body)
         # Recomputed outputs refer to this pass, which holds them: a cycle of tensors.
         self.outputs.clear()
 

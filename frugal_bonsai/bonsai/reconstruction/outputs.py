@@ -61,7 +61,7 @@ def refit_output(
     """
     weight_HC = work.pruned[f"{group.output}.weight"]
     bias_H = work.pruned.get(f"{group.output}.bias")
-    where, batches = f"reconstruction of {group.output_weight}", work.batches
+    where = f"reconstruction of {group.output_weight}"
     with memory_for(where):
         problem = LeastSquares(weight_HC)
         moments = problem.moments
@@ -76,12 +76,10 @@ def refit_output(
             if kept is not None:
                 kept.write(items, input_BSC)
             windows = len(input_BSC)
-            batches.run(windows, lambda part: moments.add(input_BSC[part]))
-            batches.run(
-                windows, lambda part: problem.add_targets(input_BSC[part], target_BSH[part])
-            )
+            work.run(windows, lambda part: moments.add(input_BSC[part]))
+            work.run(windows, lambda part: problem.add_targets(input_BSC[part], target_BSH[part]))
 
-        batches.run(work.pair.fitted, add)
+        work.run(work.pair.fitted, add)
         if kept is not None:
             _keep_held_out(work, group, kept)
         residual = problem.solve_(work.pair.options.ridge, where=where)
@@ -99,4 +97,4 @@ def _keep_held_out(work: LayerPass, group: UnitGroup, kept: HiddenStates) -> Non
         shifted = slice(items.start + first, items.stop + first)
         kept.write(shifted, work.inputs(group.output, shifted))
 
-    work.batches.run(work.pair.held_out, body)
+    work.run(work.pair.held_out, body)

@@ -92,6 +92,7 @@ class RoundReconstruction:
             state.mask,
             save=lambda layer, weights: self._stores.save_refit(number, layer, weights),
             channel_updates=self._settings.refine if last else 0,
+            fast=last,
         )
         with engine.dense_stream(dense) as parent, engine.dense_stream(pruned) as mine:
             result = reconstruction.run(parent, mine, windows_NS, importance)
@@ -169,6 +170,7 @@ class RoundReconstruction:
         *,
         save: Callable[[int, dict[str, torch.Tensor]], None],
         channel_updates: int = 0,
+        fast: bool = False,
         name: str = "recovery",
     ) -> Reconstruction:
         options = ReconstructionOptions(
@@ -177,6 +179,7 @@ class RoundReconstruction:
             channel_updates=channel_updates,
             keep_inputs=self._keep_inputs,
             keep_updates=self._keep_updates,
+            fast=fast,
             saved_dtype=self._stores.saved_dtype,
         )
         return Reconstruction(self._engine.sweep, options, save=save, name=name)
