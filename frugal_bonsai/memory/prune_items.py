@@ -153,10 +153,11 @@ class PruneItems(CommandItems):
         return [self._near("refined weights of a layer", size, "4*(J+1)*C_down*H")]
 
     def updated_block(self) -> PlanItem:
-        """Weights, step and conjugate-gradient vectors of a block; the factor of the inputs."""
-        hidden = self.spec.hidden
-        size = 4 * (8 * self._ffn_inputs * self._block * hidden + hidden**2)
-        return self._near("refinement of a block of channels", size, "4*(8*J*R*H + H^2)")
+        """Weights, step and conjugate-gradient vectors of a block; factor, Gram matrix."""
+        hidden, block = self.spec.hidden, self._block
+        gram = block**2 if block < 2 * hidden else 0
+        size = 4 * (8 * self._ffn_inputs * block * hidden + hidden**2 + gram)
+        return self._near("refinement of a block of channels", size, "4*(8*J*R*H + H^2 + R^2)")
 
     def update_activations(self, choice: Choice) -> PlanItem:
         """Pre-activations, slopes and their products of a block in fp32, or a layer's activations.

@@ -187,9 +187,12 @@ def test_refinement() -> None:
     (weights,) = near(work).updated_weights()
     assert weights.size_bytes == 3 * FFN * H * 4
     assert far(work).updated_weights() == []
-    assert near(work).updated_block().size_bytes == 4 * (8 * 2 * block * H + H**2)
+    size = 4 * (8 * 2 * block * H + H**2 + block**2)
+    assert near(work).updated_block().size_bytes == size
     # 16 of 32 windows in a step, two projections, fp32.
     assert near(work).slopes(32).size_bytes == 16 * 2048 * 2 * block * 4
+    # The curvature takes 32 tokens a row: 112 of 200 windows.
+    assert near(work).slopes(400).size_bytes == 112 * 2048 * 2 * block * 4
     token = 3 * H + (3 * 2 + 4) * block
     own = 2 * H + 3 * FFN + 2 * H
     assert far(work).update_activations(CHOICE).size_bytes == 3 * 2048 * own * 4
@@ -198,7 +201,7 @@ def test_refinement() -> None:
     assert near(work).kept_inputs(32, ffn=False).size_bytes == 32 * 2048 * 4096 * 2
     # Blocks are a quarter of the channels, but at least 512.
     assert PruneItems(LLAMA_1B, CPU, work).updated_block().size_bytes == 4 * (
-        8 * 2 * 2048 * 2048 + 2048**2
+        8 * 2 * 2048 * 2048 + 2 * 2048**2
     )
 
 
