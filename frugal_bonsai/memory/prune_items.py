@@ -177,7 +177,7 @@ class PruneItems(CommandItems):
         steps, rows = min(self.work.channel_updates, windows), self._ffn_inputs * self._block
         curved = curvature_windows(-(-windows // steps), self.work.window, rows)
         size = 4 * curved * self.work.window * rows
-        return self._near("refinement's slopes", size, "min(n/r*S, 32*J*R)*J*R*4")
+        return self._near("refinement's slopes", size, "min(n/r*S, 64*J*R)*J*R*4")
 
     def refits(self) -> PlanItem:
         """Refitted weights that are stored more precisely than they compute; others stay in place.

@@ -20,7 +20,7 @@ _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
 UPDATE_ITERATIONS = 4
 # Tokens that their curvature is measured on, for each row of the weights that are updated together.
 # Fewer are learnt by heart.
-_CURVATURE_TOKENS = 32
+_CURVATURE_TOKENS = 64
 # Longest text that the dense model writes at once. A longer window holds several: sampling sweeps
 # over all layers once for each token of a text.
 _WRITTEN_TOKENS = 256

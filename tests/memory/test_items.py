@@ -191,8 +191,8 @@ def test_refinement() -> None:
     assert near(work).updated_block().size_bytes == size
     # 16 of 32 windows in a step, two projections, fp32.
     assert near(work).slopes(32).size_bytes == 16 * 2048 * 2 * block * 4
-    # The curvature takes 32 tokens a row: 112 of 200 windows.
-    assert near(work).slopes(400).size_bytes == 112 * 2048 * 2 * block * 4
+    # The curvature takes 64 tokens a row: 224 of 400 windows.
+    assert near(work).slopes(800).size_bytes == 224 * 2048 * 2 * block * 4
     token = 3 * H + (3 * 2 + 4) * block
     own = 2 * H + 3 * FFN + 2 * H
     assert far(work).update_activations(CHOICE).size_bytes == 3 * 2048 * own * 4

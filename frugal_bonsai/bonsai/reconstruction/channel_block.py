@@ -2,7 +2,7 @@
 
 In: a block of an FFN's channels, the FFN's inputs and what its target lacks. Out: the block's new
 input weights. The gradient sums over all windows of the step. The curvature J^T J is measured on a
-part of them, because it needs fewer tokens: about 32 for each row of the block's weights
+part of them, because it needs fewer tokens: about 64 for each row of the block's weights
 (memory/work.py). Conjugate gradients solve the problem in coordinates in which the inputs are white
 and all channels have the same weight.
 
