@@ -23,10 +23,7 @@ from frugal_bonsai.bonsai.settings import NONE, PruneSettings
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.memory.command_items import cache_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.memory.work import (
-    PruneWorkload,
-    text_tokens,
-)
+from frugal_bonsai.memory.work import PruneWorkload, text_tokens
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PADDED
 from frugal_bonsai.model.units import FFN
