@@ -25,9 +25,17 @@ def inspect_command(model: str, assume_family: str | None, as_json: bool) -> Non
 
 @click.command(name="eval")
 @click.argument("model")
-@click.option("--text", required=True, metavar="SOURCE", help="Text file, .jsonl, hub id, stdlib.")
 @click.option(
-    "--window", type=int, help="Tokens of a window.  [default: 2048, at most the model's positions]"
+    "--text",
+    metavar="SOURCE",
+    help="Measure perplexity on this text: a file, .jsonl, hub id, stdlib.",
+)
+@options.tasks
+@click.option(
+    "--window",
+    type=int,
+    help="Tokens of a window; requests of tasks are truncated to it.  [default: 2048, for tasks "
+    "the model's positions; never more than these]",
 )
 @click.option("--windows", type=click.IntRange(1), help="Evaluate only the first windows.")
 @click.option(
@@ -43,12 +51,13 @@ def inspect_command(model: str, assume_family: str | None, as_json: bool) -> Non
 @options.assume
 @options.caps
 @options.json_output
-def eval_command(model: str, text: str, as_json: bool, **given: Any) -> None:
-    """Measure MODEL's perplexity on a text, dense or pruned, streamed under the caps."""
-    from frugal_bonsai.report.tables import render_eval
+def eval_command(model: str, text: str | None, as_json: bool, **given: Any) -> None:
+    """Measure MODEL's perplexity on a text or its scores on tasks, streamed under the caps."""
+    from frugal_bonsai.evaluation.harness import split_names
+    from frugal_bonsai.report.eval_tables import render_eval
     from frugal_bonsai.run.early import check_eval
 
-    threads = given.pop("threads")
+    threads, given["tasks"] = given.pop("threads"), split_names(given["tasks"] or "")
     check_eval(model, text, **{key: value for key, value in given.items() if key != "windows"})
     with watched(threads) as progress:
         from frugal_bonsai.run.evaluate import evaluate

@@ -86,6 +86,24 @@ text_only = click.option(
     help="Of a vision-language model, write the text model alone; else its other parts are "
     "carried along unchanged.",
 )
+tasks = several(
+    click.option(
+        "--tasks",
+        metavar="NAME,...",
+        help="Score tasks of lm-evaluation-harness, such as lambada_openai,arc_easy,piqa,hellaswag "
+        "(pip install 'frugal-bonsai[eval]').",
+    ),
+    click.option(
+        "--task-data",
+        multiple=True,
+        metavar="DIR|TASK=FILE",
+        help="Local items, JSON lines: a folder with TASK.jsonl or TASK_*.jsonl, or one task's "
+        "file; repeatable.  [default: from the hub]",
+    ),
+    click.option(
+        "--limit", type=click.IntRange(1), help="Score the first items of each task only."
+    ),
+)
 json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 layout = several(
     click.option(

@@ -1,4 +1,4 @@
-"""The output of ``prune``, ``inspect`` and ``eval``.
+"""The output of ``prune`` and ``inspect``.
 
 In: the values that ``--json`` prints. Out: tables and a few lines of text on a rich console, at 80
 columns, on a terminal or a pipe. Computes only ratios and shares.
@@ -19,6 +19,7 @@ from frugal_bonsai.report.words import (
     latency_words,
     number,
     numbers_from_to,
+    peak_words,
     plural,
     ratio,
     runs,
@@ -141,9 +142,9 @@ def _say_rounds(summary: Values, sheet: Sheet) -> None:
 def _say_run(summary: Values, sheet: Sheet) -> None:
     """Print memory, tokens, texts and verification of the run."""
     memory, calibration, verify = summary["memory"], summary["calibration"], summary["verify"]
-    peaks = [f"{_peak(memory, 'host')} of host memory"]
+    peaks = [f"{peak_words(memory, 'host')} of host memory"]
     if memory["gpu_peak_bytes"] is not None:
-        peaks.append(f"{_peak(memory, 'gpu')} of GPU memory")
+        peaks.append(f"{peak_words(memory, 'gpu')} of GPU memory")
     sheet.heading("the run")
     sheet.say(f"memory: {', '.join(peaks)}")
     if memory["final_micro_batch"] < memory["planned_micro_batch"]:
@@ -249,46 +250,3 @@ def _model_rows(info: Values) -> list[tuple[str, str]]:
             ("their bytes", format_bytes(whole["bytes"])),
         ]
     return rows
-
-
-def render_eval(result: Values, console: Console) -> None:
-    """Print a perplexity with its window length.
-
-    Args:
-        result: Result of :func:`frugal_bonsai.evaluate`.
-        console: Console that is printed on.
-    """
-    result, sheet = all_printable(result, console.encoding), Sheet(console)
-    rows = [
-        (f"perplexity, window {result['window']}", number(result["perplexity"], 4)),
-        ("its standard error", number(result.get("perplexity_error"), 4)),
-        ("mean NLL, nats a token", number(result["nll"], 5)),
-        ("windows", f"{result['windows']:,}"),
-        ("tokens predicted", f"{result['tokens']:,}"),
-        ("time", f"{result['seconds']:,.1f} s"),
-        ("tokens/s", f"{result['tokens_per_second']:,.0f}"),
-    ]
-    if "file_bytes" in result:
-        formats = ", ".join(f"{count} {kind}" for kind, count in result["tensors"].items())
-        rows += [
-            ("tensors", formats),
-            ("bytes of the file", format_bytes(result["file_bytes"])),
-            ("peak host memory, of llama.cpp's process", format_bytes(result["host_peak_bytes"])),
-        ]
-    else:
-        rows += [("weights", result["weights"]), ("host memory", _peak(result, "host"))]
-    if result["gpu_peak_bytes"] is not None:
-        rows.append(("GPU memory", _peak(result, "gpu")))
-    sheet.heading(f"{result['model']} on {result['text']}")
-    sheet.table(("", ""), rows)
-    for note in result.get("notes", ()):
-        sheet.say(f"note: {note}")
-
-
-def _peak(memory: Values, where: str) -> str:
-    """Return ``peak 0.50 GiB (predicted 0.48 GiB) of 2.00 GiB``."""
-    cap, predicted = memory[f"{where}_cap_bytes"], memory[f"{where}_predicted_bytes"]
-    peak = (
-        f"peak {format_bytes(memory[f'{where}_peak_bytes'])} (predicted {format_bytes(predicted)})"
-    )
-    return peak if cap is None else f"{peak} of {format_bytes(cap)}"

@@ -119,3 +119,12 @@ def latency_words(latency: Mapping[str, Any]) -> str:
         f"{latency['pruned_milliseconds']:.3g} ms for a prompt of {latency['prompt_tokens']} "
         f"tokens and {latency['generated_tokens']} generated on {latency['profile']}"
     )
+
+
+def peak_words(memory: Mapping[str, Any], where: str) -> str:
+    """Return ``peak 0.50 GiB (predicted 0.48 GiB) of 2.00 GiB``."""
+    cap, predicted = memory[f"{where}_cap_bytes"], memory[f"{where}_predicted_bytes"]
+    peak = (
+        f"peak {format_bytes(memory[f'{where}_peak_bytes'])} (predicted {format_bytes(predicted)})"
+    )
+    return peak if cap is None else f"{peak} of {format_bytes(cap)}"

@@ -6,6 +6,7 @@ for its headers. Hub models, weights and texts are left to the command, which ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from frugal_bonsai.bonsai.methods import make_settings
@@ -13,6 +14,7 @@ from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import require_no_file, require_no_output, require_writable
 from frugal_bonsai.checkpoint.locate import local_model
 from frugal_bonsai.errors import OptionError, StateError
+from frugal_bonsai.evaluation.harness import find_task_data, require_harness
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP, require_llama_cpp
 from frugal_bonsai.hardware.profile import read_profile, require_replaceable
 from frugal_bonsai.memory.budget import parse_caps, require_device_name
@@ -116,8 +118,11 @@ def check_export(model: str, out: Path) -> None:
 
 def check_eval(
     model: str,
-    text: str,
+    text: str | None,
     *,
+    tasks: Sequence[str],
+    task_data: Sequence[str],
+    limit: int | None,
     window: int | None,
     weights: str,
     runtime: str,
@@ -125,16 +130,24 @@ def check_eval(
     max_cpu_mem: str | int | None,
     device: str | None,
     assume_family: str | None,
-) -> None:
-    """Check the options of ``eval``.
+) -> dict[str, Path]:
+    """Check the options of ``eval``; return the local file of each task that has one.
 
     Raises:
         FrugalBonsaiError: An option cannot work, or the text or the model's headers cannot be used.
     """
-    require_source(text, "--text")
+    if text is None and not tasks:
+        raise OptionError("eval needs --text SOURCE, --tasks NAME,... or both")
+    if text is not None:
+        require_source(text, "--text")
+    for option, value in {"--task-data": task_data, "--limit": limit}.items():
+        if value and not tasks:
+            raise OptionError(f"{option} is for --tasks; name tasks, or omit it")
+    files = find_task_data(tasks, task_data)
     _check_window(window)
     if runtime == LLAMA_CPP:
         given = {
+            "--tasks": tasks,
             "--weights": weights != "native",
             "--max-gpu-mem": max_gpu_mem,
             "--max-cpu-mem": max_cpu_mem,
@@ -144,12 +157,15 @@ def check_eval(
         _refuse_for_llama_cpp([option for option, value in given.items() if value])
         find_gguf(model)
         require_llama_cpp()
-        return
+        return files
+    if tasks:
+        require_harness()
     parse_caps(max_gpu_mem, max_cpu_mem)
     require_device_name(device)
     spec = _local_spec(model, assume_family)
     if spec is not None:
         choose_window(spec, window)
+    return files
 
 
 def _refuse_for_llama_cpp(options: list[str]) -> None:

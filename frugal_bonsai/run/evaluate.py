@@ -1,22 +1,24 @@
-"""``eval``: measure the perplexity of a dense or pruned model, streamed under the caps.
+"""``eval``: measure a dense or pruned model, streamed under the caps.
 
-With ``--runtime llama.cpp`` see :mod:`frugal_bonsai.run.evaluate_gguf`.
+The perplexity on a text is measured here. For scores on tasks see
+:mod:`frugal_bonsai.run.evaluate_tasks`, for ``--runtime llama.cpp``
+:mod:`frugal_bonsai.run.evaluate_gguf`.
 
-In: a model and a text. Out: the perplexity and what it took, as plain values. With int8 weights a
-working copy lies in a temporary folder meanwhile.
+In: a model, a text or tasks. Out: perplexity, scores and what they took, as plain values. With int8
+weights a working copy lies in a temporary folder meanwhile.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from frugal_bonsai.evaluation.harness import load_tasks, split_names
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.evaluation.perplexity import measure_perplexity
 from frugal_bonsai.memory.budget import Caps, find_device, make_budget, parse_caps
@@ -28,20 +30,24 @@ from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.early import check_eval
 from frugal_bonsai.run.engine import make_engine, measured_base_bytes
 from frugal_bonsai.run.evaluate_gguf import evaluate_gguf
+from frugal_bonsai.run.evaluate_tasks import evaluate_tasks
 from frugal_bonsai.run.open import Model, note_model, open_model
 from frugal_bonsai.run.summary import describe_memory
 from frugal_bonsai.run.texts import choose_window, read_windows
+from frugal_bonsai.run.weights import open_layers
 from frugal_bonsai.stream.engine import Engine
-from frugal_bonsai.stream.layers import LayerStream
-from frugal_bonsai.stream.store import INT8, build_store
+from frugal_bonsai.stream.store import INT8
 
 STREAMED = "streamed"
 
 
 def evaluate(
     model: str,
-    text: str,
+    text: str | None = None,
     *,
+    tasks: str | Sequence[str] = (),
+    task_data: Sequence[str] = (),
+    limit: int | None = None,
     window: int | None = None,
     windows: int | None = None,
     weights: str = "native",
@@ -52,12 +58,16 @@ def evaluate(
     assume_family: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure the perplexity of a model on a text.
+    """Measure the perplexity of a model on a text, its scores on tasks, or both.
 
     Args:
         model: Folder, GGUF file, hub id or ``example``; dense or pruned, any layout.
-        text: File, JSON lines, hub data set or ``stdlib``.
-        window: Tokens of a window. None takes 2,048 or the model's positions.
+        text: File, JSON lines, hub data set or ``stdlib``. None measures no perplexity.
+        tasks: Tasks of lm-evaluation-harness, as a list or separated by commas.
+        task_data: Local items of tasks: folders, or ``TASK=FILE``. None are read from the hub.
+        limit: Number of items of each task. None takes all.
+        window: Tokens of a window. None takes 2,048 or the model's positions. Requests of tasks
+            are truncated to it; None truncates them to the model's positions.
         windows: Largest number of windows. None takes the whole text.
         weights: ``native`` streams the checkpoint itself, ``int8`` a quantised working copy.
         runtime: ``streamed``, or ``llama.cpp`` for a GGUF file, which takes no caps.
@@ -74,9 +84,13 @@ def evaluate(
         FrugalBonsaiError: The user can mend it.
     """
     started, progress = time.monotonic(), progress or Silent()
-    check_eval(
+    names = split_names(tasks)
+    files = check_eval(
         model,
         text,
+        tasks=names,
+        task_data=task_data,
+        limit=limit,
         window=window,
         weights=weights,
         runtime=runtime,
@@ -86,16 +100,32 @@ def evaluate(
         assume_family=assume_family,
     )
     if runtime == LLAMA_CPP:
+        assert text is not None  # checked above
         return evaluate_gguf(model, text, window=window, windows=windows, progress=progress)
-    caps = parse_caps(max_gpu_mem, max_cpu_mem)
+    caps, device_ = parse_caps(max_gpu_mem, max_cpu_mem), find_device(device)
+    loaded = load_tasks(names, files) if names else None
+    values: dict[str, Any] = {"model": model, "runtime": STREAMED, "weights": weights}
     with open_model(model, assume_family=assume_family) as opened:
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
-        window = choose_window(opened.spec, window)
-        texts = read_windows(opened, text, window, windows=windows, option="--text")
-        values = _measure(opened, texts, weights, find_device(device), caps, progress)
+        if text is not None:
+            length = choose_window(opened.spec, window)
+            texts = read_windows(opened, text, length, windows=windows, option="--text")
+            values |= _measure(opened, texts, weights, device_, caps, progress)
+        if loaded is not None:
+            scored, _ = evaluate_tasks(
+                opened,
+                loaded,
+                limit=limit,
+                window=window,
+                weights=INT8 if weights == INT8 else None,
+                device=device_,
+                caps=caps,
+                progress=progress,
+            )
+            values |= scored
     seconds = time.monotonic() - started
-    tokens = values["windows"] * window
+    tokens = values.get("windows", 0) * values.get("window", 0) + values.get("task_tokens", 0)
     return values | {"seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
@@ -123,7 +153,7 @@ def _measure(
     work = SweepWorkload(window=window, measured=(windows,), weights=store)
     plan, engine = _plan(model, work, device, caps, progress)
     require_room(plan.disk, {RUN: Path(tempfile.gettempdir())}, "the int8 working store")
-    with _layers(engine, store) as stream:
+    with open_layers(engine, store) as stream:
         measured = measure_perplexity(engine, stream, windows_NS)
     return {
         "model": model.name,
@@ -147,23 +177,3 @@ def _plan(
     base_bytes = measured_base_bytes(model.spec)
     plan = plan_memory(model.spec, budget, work, base_bytes=base_bytes)
     return plan, make_engine(model, plan, device, progress)
-
-
-@contextmanager
-def _layers(engine: Engine, weights: str | None) -> Iterator[LayerStream]:
-    """Stream the layers of the checkpoint, or of a working copy that exists meanwhile."""
-    if weights is None:
-        with engine.native() as stream:
-            yield stream
-        return
-    with tempfile.TemporaryDirectory(prefix="frugal-bonsai-") as folder:
-        store = build_store(
-            Path(folder),
-            engine.checkpoint,
-            engine.spec,
-            weights=weights,
-            device=engine.device,
-            progress=engine.progress,
-        )
-        with engine.stream(store) as stream:
-            yield stream

@@ -1,12 +1,13 @@
 """The final norm and the output embedding (the head), streamed in chunks of the vocabulary.
 
 In: the last layer's hidden states. Out: the negative log-likelihood of every token but the first,
-logits, or the most likely tokens with their log-probabilities. The head is read in chunks of rows,
-and each chunk is multiplied with blocks of tokens; the next chunk is read in the background. Holds
-two chunks and the logits of one block for one chunk. A head that is one chunk is kept.
+the log-likelihood of chosen tokens, logits, or the most likely tokens with their log-probabilities.
+The head is read in chunks of rows, and each chunk is multiplied with blocks of tokens; the next
+chunk is read in the background. Holds two chunks and the logits of one block for one chunk. A head
+that is one chunk is kept.
 
 Shape suffixes: B windows, S tokens, H hidden channels, V vocabulary, v rows of a chunk, T tokens of
-a block, K most likely tokens.
+a block or chosen ones, K most likely tokens.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.skeleton import Skeleton
 from frugal_bonsai.stream.source import HEAD_WEIGHT, LayerSource
 from frugal_bonsai.stream.stored_weight import multiply_into
+from frugal_bonsai.stream.vocabulary_sums import RunningLosses, RunningScores, RunningTop
 
 
 class Head:
@@ -87,8 +89,8 @@ class Head:
         target_BS = torch.zeros(windows, window - 1, device=device)
         following_BS = to_device(tokens_BS[:, 1:].contiguous(), device)
 
-        def sums(here: slice, first: int) -> _Losses:
-            return _Losses(
+        def sums(here: slice, first: int) -> RunningLosses:
+            return RunningLosses(
                 following_BS[here].view(-1) - first,
                 target_BS[here].view(-1),
                 spread_BS[here].view(-1),
@@ -96,6 +98,47 @@ class Head:
 
         self._pass_chunks(hidden, sums, scale=scale, normed=normed)
         return (spread_BS - target_BS).cpu()
+
+    def score(
+        self,
+        hidden: HiddenStates,
+        places_T: tuple[torch.Tensor, torch.Tensor],
+        following_T: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-likelihood of chosen tokens, and whether each is the most likely one.
+
+        Args:
+            hidden: the last layer's hidden states; overwritten with the final norm's output.
+            places_T: window and position whose next token is meant, int64 ``[T]`` each, CPU; the
+                windows in ascending order.
+            following_T: the next tokens, int64 ``[T]``, CPU.
+
+        Returns:
+            fp32 ``[T]`` in nats and bool ``[T]``, on the CPU.
+        """
+        device, (window_T, position_T) = self._skeleton.device, places_T
+        target_T = torch.zeros(len(window_T), device=device)
+        spread_T, best_T = torch.full_like(target_T, -torch.inf), target_T - torch.inf
+        greedy_T = torch.zeros(len(window_T), dtype=torch.bool, device=device)
+        token_T = to_device(following_T, device)
+
+        def chosen(here: slice) -> slice:
+            bounds = torch.searchsorted(window_T, torch.tensor([here.start, here.stop]))
+            return slice(*bounds.tolist())
+
+        def pick(here: slice, states_BSH: torch.Tensor) -> torch.Tensor:
+            at = chosen(here)
+            rows_T, columns_T = window_T[at] - here.start, position_T[at]
+            return states_BSH[to_device(rows_T, device), to_device(columns_T, device)]
+
+        def sums(here: slice, first: int) -> RunningScores:
+            at = chosen(here)
+            return RunningScores(
+                token_T[at] - first, target_T[at], spread_T[at], best_T[at], greedy_T[at]
+            )
+
+        self._pass_chunks(hidden, sums, pick=pick)
+        return (target_T - spread_T).cpu(), greedy_T.cpu()
 
     def top(
         self, hidden: HiddenStates, count: int, temperature: float = 1.0
@@ -116,8 +159,8 @@ class Head:
         values_BSK = torch.full((*shape, count), -torch.inf, device=device)
         ids_BSK = torch.zeros(*shape, count, dtype=torch.int32, device=device)
 
-        def sums(here: slice, first: int) -> _Top:
-            return _Top(
+        def sums(here: slice, first: int) -> RunningTop:
+            return RunningTop(
                 values_BSK[here].flatten(0, 1),
                 ids_BSK[here].flatten(0, 1),
                 spread_BS[here].view(-1),
@@ -131,12 +174,17 @@ class Head:
     def _pass_chunks(
         self,
         hidden: HiddenStates,
-        sums: Callable[[slice, int], _Losses | _Top],
+        sums: Callable[[slice, int], RunningLosses | RunningTop],
         *,
         scale: float = 1.0,
         normed: bool = False,
+        pick: Callable[[slice, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        """Norm the hidden states, then add each chunk's logits to running sums, block by block."""
+        """Norm the hidden states, then add each chunk's logits to running sums, block by block.
+
+        ``pick`` returns the tokens ``[T, H]`` of a slice of windows; None takes all but the last of
+        each window.
+        """
         windows, window = hidden.windows, hidden.window
 
         def norm(here: slice) -> None:
@@ -149,7 +197,8 @@ class Head:
 
             def add(here: slice, first: int = first, weight_vH: torch.Tensor = weight_vH) -> None:
                 running, most = sums(here, first), tokens_at_once(weight_vH)
-                normed_TH = hidden.read(here)[:, :-1].flatten(0, 1)
+                states_BSH = hidden.read(here)
+                normed_TH = pick(here, states_BSH) if pick else states_BSH[:, :-1].flatten(0, 1)
                 if scale != 1.0:
                     normed_TH = normed_TH * scale
                 self.batches.run(
@@ -206,81 +255,3 @@ def scale_and_cap_(logits: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     capped = logits.div_(cap).tanh_()
     # The gradient of tanh needs its result, which must not be overwritten then.
     return capped * cap if capped.requires_grad else capped.mul_(cap)
-
-
-class _Losses:
-    """Running sums of the loss over chunks of the vocabulary; its tensors change in place.
-
-    Args:
-        following_T: next tokens, numbered from the chunk's first row.
-        target_T: logits of the next tokens; 0 before their chunk.
-        spread_T: log-sum-exp of the logits so far.
-    """
-
-    def __init__(
-        self, following_T: torch.Tensor, target_T: torch.Tensor, spread_T: torch.Tensor
-    ) -> None:
-        self._following_T, self._target_T, self._spread_T = following_T, target_T, spread_T
-
-    def add(self, block: slice, logits_Tv: torch.Tensor) -> None:
-        """Add a chunk's logits for a block of tokens; overwrites the logits."""
-        logits_Tv = logits_Tv.float()
-        target_T = _target_logits(logits_Tv, self._following_T[block])
-        spread_T = torch.logaddexp(self._spread_T[block], _log_sum_exp_(logits_Tv))
-        # Changed last: if memory runs out above, these tokens are computed again.
-        self._target_T[block] += target_T
-        self._spread_T[block] = spread_T
-
-
-class _Top:
-    """The most likely next tokens over chunks of the vocabulary; its tensors change in place.
-
-    Args:
-        values_TK: their logits divided by the temperature, in descending order.
-        ids_TK: their numbers.
-        spread_T: log-sum-exp of all logits so far.
-        first: first row of the chunk.
-        temperature: logits are divided by it.
-    """
-
-    def __init__(
-        self,
-        values_TK: torch.Tensor,
-        ids_TK: torch.Tensor,
-        spread_T: torch.Tensor,
-        first: int,
-        temperature: float,
-    ) -> None:
-        self._values_TK, self._ids_TK, self._spread_T = values_TK, ids_TK, spread_T
-        self._first, self._temperature = first, temperature
-
-    def add(self, block: slice, logits_Tv: torch.Tensor) -> None:
-        """Add a chunk's logits for a block of tokens; overwrites the logits."""
-        logits_Tv = logits_Tv.float()
-        if self._temperature != 1.0:
-            logits_Tv.div_(self._temperature)
-        count = self._values_TK.shape[1]
-        here_TK, at_TK = logits_Tv.topk(min(count, logits_Tv.shape[1]), dim=-1)
-        both_T = torch.cat([self._values_TK[block], here_TK], dim=-1)
-        ids_T = torch.cat([self._ids_TK[block], (at_TK + self._first).to(torch.int32)], dim=-1)
-        values_TK, chosen_TK = both_T.topk(count, dim=-1)
-        ids_TK = ids_T.gather(-1, chosen_TK)
-        spread_T = torch.logaddexp(self._spread_T[block], _log_sum_exp_(logits_Tv))
-        # Changed last: if memory runs out above, these tokens are computed again.
-        self._values_TK[block], self._ids_TK[block] = values_TK, ids_TK
-        self._spread_T[block] = spread_T
-
-
-def _target_logits(logits_Tv: torch.Tensor, following_T: torch.Tensor) -> torch.Tensor:
-    """Return the logit of each next token, and 0 if it is not in this chunk."""
-    inside_T = (following_T >= 0) & (following_T < logits_Tv.shape[1])
-    at_T = following_T.clamp(0, logits_Tv.shape[1] - 1)
-    found_T = logits_Tv.gather(-1, at_T[:, None])[:, 0]
-    return torch.where(inside_T, found_T, torch.zeros_like(found_T))
-
-
-def _log_sum_exp_(logits_Tv: torch.Tensor) -> torch.Tensor:
-    """Return the log-sum-exp over the vocabulary; overwrites the logits instead of copying them."""
-    largest_T1 = logits_Tv.amax(-1, keepdim=True)
-    sum_T = logits_Tv.sub_(largest_T1).exp_().sum(-1)
-    return sum_T.log_().add_(largest_T1[:, 0])

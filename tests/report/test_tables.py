@@ -12,8 +12,9 @@ from plans import PLAN, PROFILE
 from rich.console import Console
 from summaries import make_round, make_summary
 
+from frugal_bonsai.report.eval_tables import render_eval
 from frugal_bonsai.report.plan_tables import render_plan, render_profile
-from frugal_bonsai.report.tables import render_eval, render_inspect, render_prune
+from frugal_bonsai.report.tables import render_inspect, render_prune
 
 Render = Callable[[Mapping[str, Any], Console], None]
 

@@ -90,3 +90,19 @@ def test_head_in_one_chunk_is_read_once_and_else_once_a_call(
     for _ in range(2):
         chunked.nll(_hidden(6, 5), random_windows(6, 5))
     assert reads == 2 * [(0, 20), (20, 40), (40, 53)]
+
+
+@pytest.mark.parametrize(("rows", "tokens"), CHUNKS)
+@torch.no_grad()
+def test_scores_of_chosen_tokens(rows: int, tokens: int, tmp_path: Path) -> None:
+    tiny = tiny_llama(tmp_path / "m")
+    model, hidden = tiny.hugging_face(), _hidden(5, 9)
+    logits = model.lm_head(model.model.norm(hidden.read(slice(0, 5))))
+    # The last position counts too, a place may occur twice, and windows 0 and 3 have none.
+    places = torch.tensor([1, 1, 2, 2, 4]), torch.tensor([8, 8, 0, 5, 3])
+    best = logits[places].argmax(-1)
+    following = torch.where(torch.tensor([True, False, True, False, True]), best, best - 1) % 53
+    expected = logits.log_softmax(-1)[(*places, following)]
+    found, greedy = _head(tiny, rows, tokens).score(hidden, places, following)
+    assert relative(found, expected) < 1e-5
+    assert greedy.tolist() == [True, False, True, False, True]
