@@ -37,6 +37,12 @@ def inspect_command(model: str, assume_family: str | None, as_json: bool) -> Non
     help="Tokens of a window; requests of tasks are truncated to it.  [default: 2048, for tasks "
     "the model's positions; never more than these]",
 )
+@click.option(
+    "--stride",
+    type=int,
+    help="Tokens between the starts of two windows of the text, which overlap; each token counts "
+    "once.  [default: --window]",
+)
 @click.option("--windows", type=click.IntRange(1), help="Evaluate only the first windows.")
 @click.option(
     "--weights", type=click.Choice(["native", "int8"]), default="native", show_default=True

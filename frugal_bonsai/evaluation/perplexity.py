@@ -1,8 +1,9 @@
-"""Perplexity over windows without overlap.
+"""Perplexity over windows, without overlap or with a stride.
 
 In: a stream of a model's layers, and token windows. Out: exp(mean NLL of tokens 2..S of each
-window), without special tokens. A perplexity can only be compared with others of the same window
-length, so reports name the length. Holds what the sweep holds.
+window), without special tokens; of windows that overlap, each token counts in the first window that
+predicts it. A perplexity can only be compared with others of the same window length and stride, so
+reports name them. Holds what the sweep holds.
 
 Shape suffixes: N windows, S tokens.
 """
@@ -19,6 +20,9 @@ from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.layers import LayerStream
 
+# Standard errors on both sides of a mean within which it lies with 95% of a normal distribution.
+_INTERVAL_ERRORS = 1.96
+
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
@@ -27,7 +31,7 @@ class Perplexity:
     Attributes:
         nll: mean negative log-likelihood of a token, in nats.
         tokens: number of predicted tokens.
-        nll_error: standard error of ``nll``: of the means of windows, or of the tokens of one.
+        nll_error: standard error of ``nll``: of the sums of windows, or of the tokens of one.
     """
 
     nll: float
@@ -35,18 +39,25 @@ class Perplexity:
     nll_error: float
 
     @classmethod
-    def of(cls, losses_NS: torch.Tensor) -> Perplexity:
+    def of(cls, losses_NS: torch.Tensor, stride: int | None = None) -> Perplexity:
         """Return the perplexity of tokens' losses in nats; a mean of NaN counts as infinite.
 
         Args:
             losses_NS: one row per window.
+            stride: tokens between the starts of two windows; the first window counts whole, of the
+                others the last ``stride`` tokens. None counts all.
         """
-        samples = losses_NS.double()
-        nll = float(samples.mean())
+        samples = losses_NS.to(torch.float64, copy=True)
+        counts = torch.full((len(samples),), samples.shape[1])
+        if stride is not None:
+            samples[1:, :-stride], counts[1:] = 0.0, stride
+        tokens = int(counts.sum())
+        nll = float(samples.sum() / tokens)
         nll = math.inf if math.isnan(nll) else nll
-        samples = samples.mean(1) if len(samples) > 1 else samples.flatten()
-        error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.inf
-        return cls(nll=nll, tokens=losses_NS.numel(), nll_error=error)
+        sums, size = (samples.sum(1), counts) if len(samples) > 1 else (samples.flatten(), 1)
+        spread, many = float((sums - nll * size).square().sum()), len(sums)
+        error = math.sqrt(spread * many / (many - 1)) / tokens if many > 1 else math.inf
+        return cls(nll=nll, tokens=tokens, nll_error=error)
 
     @property
     def error(self) -> float:
@@ -58,13 +69,21 @@ class Perplexity:
         """exp(nll); infinite beyond 709 nats."""
         return perplexity_of(self.nll)
 
-    def describe(self) -> dict[str, float]:
-        """Return plain values, by the names that ``--json`` prints."""
+    def describe(self, bytes_per_token: float) -> dict[str, float]:
+        """Return plain values, by the names that ``--json`` prints.
+
+        Args:
+            bytes_per_token: mean number of UTF-8 bytes of a token of the text.
+        """
+        reach = _INTERVAL_ERRORS * self.nll_error
         return {
             "tokens": self.tokens,
             "perplexity": self.value,
             "perplexity_error": self.error,
+            "perplexity_low": perplexity_of(self.nll - reach),
+            "perplexity_high": perplexity_of(self.nll + reach),
             "nll": self.nll,
+            "bits_per_byte": self.nll / math.log(2) / bytes_per_token,
         }
 
 
@@ -121,6 +140,7 @@ def measure_perplexity(
     *,
     name: str = "perplexity",
     finite: bool = True,
+    stride: int | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a streamed model on token windows.
 
@@ -130,11 +150,12 @@ def measure_perplexity(
         windows_NS: the windows.
         name: name of the sweep for the progress.
         finite: refuse a mean loss that is not finite.
+        stride: tokens between the starts of two windows; None without overlap.
 
     Raises:
         CheckpointError: the mean loss is not finite; names the weights that cause it.
     """
-    measured = Perplexity.of(engine.losses(stream, windows_NS, name))
+    measured = Perplexity.of(engine.losses(stream, windows_NS, name), stride)
     if finite and not math.isfinite(measured.nll):
         require_finite(engine.checkpoint, engine.checkpoint.tensors)
         raise CheckpointError(

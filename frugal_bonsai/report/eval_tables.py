@@ -32,11 +32,15 @@ def render_eval(result: Values, console: Console) -> None:
         sheet.table(heads, task_rows(result["tasks"]), left=2)
     rows: list[tuple[str, str]] = []
     if "perplexity" in result:
+        low, high = (number(result.get(f"perplexity_{end}"), 4) for end in ("low", "high"))
         rows += [
             (f"perplexity, window {result['window']}", number(result["perplexity"], 4)),
             ("its standard error", number(result.get("perplexity_error"), 4)),
+            ("95% interval, over windows", f"{low} to {high}"),
             ("mean NLL, nats a token", number(result["nll"], 5)),
+            ("bits per byte of the text", number(result.get("bits_per_byte"), 4)),
             ("windows", f"{result['windows']:,}"),
+            ("stride", f"{result.get('stride') or result['window']:,}"),
             ("tokens predicted", f"{result['tokens']:,}"),
         ]
     rows += [

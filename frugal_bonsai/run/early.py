@@ -25,7 +25,7 @@ from frugal_bonsai.run.evaluate_gguf import find_gguf
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.options import AdaptOptions, BenchOptions, CommandOptions, PruneOptions
 from frugal_bonsai.run.run_folder import holds_files, require_unlocked, run_folder
-from frugal_bonsai.run.texts import choose_window
+from frugal_bonsai.run.texts import DEFAULT_WINDOW, choose_window, require_stride
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.text.sources import require_source
 
@@ -124,6 +124,7 @@ def check_eval(
     task_data: Sequence[str],
     limit: int | None,
     window: int | None,
+    stride: int | None,
     weights: str,
     runtime: str,
     max_gpu_mem: str | int | None,
@@ -145,6 +146,10 @@ def check_eval(
             raise OptionError(f"{option} is for --tasks; name tasks, or omit it")
     files = find_task_data(tasks, task_data)
     _check_window(window)
+    if stride is not None:
+        if text is None:
+            raise OptionError("--stride is for --text; name a text, or omit it")
+        require_stride(stride, window or DEFAULT_WINDOW)
     if runtime == LLAMA_CPP:
         given = {
             "--tasks": tasks,

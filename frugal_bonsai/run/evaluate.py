@@ -33,7 +33,12 @@ from frugal_bonsai.run.evaluate_gguf import evaluate_gguf
 from frugal_bonsai.run.evaluate_tasks import evaluate_tasks
 from frugal_bonsai.run.open import Model, note_model, open_model
 from frugal_bonsai.run.summary import describe_memory
-from frugal_bonsai.run.texts import choose_window, read_windows
+from frugal_bonsai.run.texts import (
+    bytes_per_token,
+    choose_window,
+    read_windows,
+    require_stride,
+)
 from frugal_bonsai.run.weights import open_layers
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.store import INT8
@@ -50,6 +55,7 @@ def evaluate(
     limit: int | None = None,
     window: int | None = None,
     windows: int | None = None,
+    stride: int | None = None,
     weights: str = "native",
     runtime: str = STREAMED,
     max_gpu_mem: str | int | None = None,
@@ -69,6 +75,8 @@ def evaluate(
         window: Tokens of a window. None takes 2,048 or the model's positions. Requests of tasks
             are truncated to it; None truncates them to the model's positions.
         windows: Largest number of windows. None takes the whole text.
+        stride: Tokens between the starts of two windows of the text, less than ``window``; each
+            token counts once. None is ``window``: without overlap.
         weights: ``native`` streams the checkpoint itself, ``int8`` a quantised working copy.
         runtime: ``streamed``, or ``llama.cpp`` for a GGUF file, which takes no caps.
         max_gpu_mem: Cap on device memory: bytes, or text such as ``"24GB"``.
@@ -92,6 +100,7 @@ def evaluate(
         task_data=task_data,
         limit=limit,
         window=window,
+        stride=stride,
         weights=weights,
         runtime=runtime,
         max_gpu_mem=max_gpu_mem,
@@ -101,7 +110,9 @@ def evaluate(
     )
     if runtime == LLAMA_CPP:
         assert text is not None  # checked above
-        return evaluate_gguf(model, text, window=window, windows=windows, progress=progress)
+        return evaluate_gguf(
+            model, text, window=window, windows=windows, stride=stride, progress=progress
+        )
     caps, device_ = parse_caps(max_gpu_mem, max_cpu_mem), find_device(device)
     loaded = load_tasks(names, files) if names else None
     values: dict[str, Any] = {"model": model, "runtime": STREAMED, "weights": weights}
@@ -110,8 +121,11 @@ def evaluate(
         require_tied_head(opened.checkpoint, opened.spec)
         if text is not None:
             length = choose_window(opened.spec, window)
-            texts = read_windows(opened, text, length, windows=windows, option="--text")
-            values |= _measure(opened, texts, weights, device_, caps, progress)
+            require_stride(stride, length)
+            texts = read_windows(
+                opened, text, length, windows=windows, option="--text", stride=stride
+            )
+            values |= _measure(opened, texts, stride, weights, device_, caps, progress)
         if loaded is not None:
             scored, _ = evaluate_tasks(
                 opened,
@@ -132,6 +146,7 @@ def evaluate(
 def _measure(
     model: Model,
     text: tuple[str, torch.Tensor],
+    stride: int | None,
     weights: str,
     device: torch.device,
     caps: Caps,
@@ -142,6 +157,7 @@ def _measure(
     Args:
         model: The model.
         text: Name and windows of the text.
+        stride: Tokens between the starts of two windows. None is their length.
         weights: ``"int8"`` for a working copy. ``"native"`` streams the checkpoint.
         device: Device that computes.
         caps: Caps of the user.
@@ -154,13 +170,14 @@ def _measure(
     plan, engine = _plan(model, work, device, caps, progress)
     require_room(plan.disk, {RUN: Path(tempfile.gettempdir())}, "the int8 working store")
     with open_layers(engine, store) as stream:
-        measured = measure_perplexity(engine, stream, windows_NS)
+        measured = measure_perplexity(engine, stream, windows_NS, stride=stride)
     return {
         "model": model.name,
         "text": name,
         "window": window,
         "windows": windows,
-        **measured.describe(),
+        "stride": stride,
+        **measured.describe(bytes_per_token(model, windows_NS, stride)),
         "runtime": STREAMED,
         "weights": weights,
         **describe_memory(plan, engine),

@@ -18,7 +18,12 @@ from frugal_bonsai.checkpoint.recognise_gguf import GGUF_SUFFIX
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.child import Child
-from frugal_bonsai.run.texts import CHARACTERS_PER_TOKEN, DEFAULT_WINDOW, require_window
+from frugal_bonsai.run.texts import (
+    CHARACTERS_PER_TOKEN,
+    DEFAULT_WINDOW,
+    require_stride,
+    require_window,
+)
 from frugal_bonsai.text.sources import load_text
 
 if TYPE_CHECKING:
@@ -61,7 +66,13 @@ def _require_whole(path: Path) -> None:
 
 
 def evaluate_gguf(
-    model: str, text: str, *, window: int | None, windows: int | None, progress: Progress
+    model: str,
+    text: str,
+    *,
+    window: int | None,
+    windows: int | None,
+    stride: int | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Measure the perplexity of a GGUF file in llama.cpp, with as many threads as torch has.
 
@@ -70,6 +81,7 @@ def evaluate_gguf(
         text: File, JSON lines, hub data set or ``stdlib``.
         window: Tokens of a window. None takes 2,048 or the model's positions.
         windows: Largest number of windows. None takes the whole text.
+        stride: Tokens between the starts of two windows. None is ``window``.
         progress: Told of each group of windows.
 
     Returns:
@@ -89,12 +101,13 @@ def evaluate_gguf(
         positions = facts.pop("positions")
         window = min(DEFAULT_WINDOW, positions) if window is None else window
         require_window(window, positions)
+        require_stride(stride, window)
         characters = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
         source = load_text(text, characters=characters)
         child.ask({"window": window, "threads": threads})
         tokens_T = torch.tensor(child.ask({"text": source.text})["tokens"])
         what = f"--text {source.name}"
-        windows_NS = cut_windows(tokens_T, window, limit=windows, what=what)
+        windows_NS = cut_windows(tokens_T, window, limit=windows, what=what, stride=stride)
         running = time.monotonic()
         losses, peak_bytes = _losses(child, windows_NS, progress)
     ended = time.monotonic()
@@ -104,7 +117,10 @@ def evaluate_gguf(
         "text": source.name,
         "window": window,
         "windows": len(windows_NS),
-        **Perplexity.of(torch.tensor(losses)).describe(),
+        "stride": stride,
+        **Perplexity.of(torch.tensor(losses), stride).describe(
+            len(source.text.encode("utf-8", "replace")) / len(tokens_T)
+        ),
         **facts,
         "threads": threads,
         "seconds": ended - started,

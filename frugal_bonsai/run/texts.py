@@ -56,6 +56,19 @@ def require_window(window: int, positions: int) -> None:
         )
 
 
+def require_stride(stride: int | None, window: int) -> None:
+    """Check that overlapping windows begin at least one token apart, and leave no token out.
+
+    Raises:
+        OptionError: They do not.
+    """
+    if stride is not None and not 1 <= stride < window:
+        raise OptionError(
+            f"--stride: {stride} tokens is outside 1..{window - 1} (less than the window of "
+            f"{window}); omit it for windows without overlap"
+        )
+
+
 def _sliding_window(spec: ModelSpec) -> int:
     """Return the longest window, a multiple of 64, that a sliding window does not truncate.
 
@@ -71,7 +84,13 @@ def _sliding_window(spec: ModelSpec) -> int:
 
 
 def read_windows(
-    model: Model, source: str, window: int, *, windows: int | None, option: str
+    model: Model,
+    source: str,
+    window: int,
+    *,
+    windows: int | None,
+    option: str,
+    stride: int | None = None,
 ) -> tuple[str, torch.Tensor]:
     """Read a text and cut it into windows.
 
@@ -81,6 +100,7 @@ def read_windows(
         window: Tokens of a window (S).
         windows: Largest number of windows. None takes all.
         option: Option that names the source, for error texts.
+        stride: Tokens between the starts of two windows. None is ``window``.
 
     Returns:
         The name of the text and its first windows, int64 ``[n, S]``.
@@ -92,6 +112,21 @@ def read_windows(
     characters = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
     text = load_text(source, characters=characters)
     tokenizer, what = load_tokenizer(model.folder), f"{option} {text.name}"
-    windows_nS = cut_windows(tokenise(text.text, tokenizer), window, limit=windows, what=what)
+    tokens_T = tokenise(text.text, tokenizer)
+    windows_nS = cut_windows(tokens_T, window, limit=windows, what=what, stride=stride)
     require_embedded(windows_nS, tokenizer, model.spec.vocabulary, what=what)
     return text.name, windows_nS
+
+
+def bytes_per_token(model: Model, windows_nS: torch.Tensor, stride: int | None) -> float:
+    """Return the mean number of UTF-8 bytes of a token in windows of text.
+
+    Args:
+        model: Model whose tokenizer made them.
+        windows_nS: The windows, int64 ``[n, S]``.
+        stride: Tokens between the starts of two windows. None is S.
+    """
+    new = windows_nS.shape[1] if stride is None else stride
+    tokens = [*windows_nS[0].tolist(), *windows_nS[1:, -new:].flatten().tolist()]
+    text = load_tokenizer(model.folder).decode(tokens, clean_up_tokenization_spaces=False)
+    return len(text.encode("utf-8", "replace")) / len(tokens)

@@ -1,9 +1,9 @@
 """Tokenise text and cut it into windows.
 
-In: text and a local tokenizer. Out: int64 tokens in windows without overlap. No special tokens are
-added and nothing is downloaded. The whole text is tokenised in one call, because some tokenizers
-merge across any boundary (SentencePiece). That call holds about 400 bytes per token, so callers
-limit the length of the text.
+In: text and a local tokenizer. Out: int64 tokens in windows, which overlap if asked. No special
+tokens are added and nothing is downloaded. The whole text is tokenised in one call, because some
+tokenizers merge across any boundary (SentencePiece). That call holds about 400 bytes per token, so
+callers limit the length of the text.
 
 Shape suffixes: T tokens, n windows, S tokens of a window.
 """
@@ -83,15 +83,21 @@ def tokenise(text: str, tokenizer: Any) -> torch.Tensor:
 
 
 def cut_windows(
-    tokens_T: torch.Tensor, window: int, *, limit: int | None = None, what: str
+    tokens_T: torch.Tensor,
+    window: int,
+    *,
+    limit: int | None = None,
+    what: str,
+    stride: int | None = None,
 ) -> torch.Tensor:
-    """Cut tokens into windows without overlap. Tokens after the last whole window are dropped.
+    """Cut tokens into windows. Tokens after the last whole window are dropped.
 
     Args:
         tokens_T: int64 [T].
         window: S, tokens of a window.
         limit: largest number of windows; None for all.
         what: name of the text, for the error text.
+        stride: tokens between the starts of two windows; None is ``window``, without overlap.
 
     Returns:
         int64 [n, S], a view of the tokens. n is at least 1.
@@ -102,14 +108,12 @@ def cut_windows(
     if window < 1 or (limit is not None and limit < 1):
         raise ValueError(f"window and limit must be positive, got {window} and {limit}")
     found_tokens = len(tokens_T)
-    count = found_tokens // window
-    if count == 0:
+    if found_tokens < window:
         raise CalibrationError(
             f"{what}: {found_tokens} tokens, shorter than one window of {window}; use a longer "
             f"text or a --window of at most {max(found_tokens, 1)} tokens"
         )
-    count = count if limit is None else min(count, limit)
-    return tokens_T[: count * window].view(count, window)
+    return tokens_T.unfold(0, window, stride or window)[:limit]
 
 
 def require_embedded(

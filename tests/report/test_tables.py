@@ -234,11 +234,25 @@ def test_inspect_of_a_model_of_images_and_text() -> None:
     assert "the text model of a gemma3" in words(text) and "--text-only" in words(text)
 
 
+def test_eval_states_each_metric_of_a_task() -> None:
+    scores = {"acc": 0.5, "acc_stderr": 0.125, "acc_norm": 0.25, "acc_norm_stderr": None}
+    tasks = {"piqa": {**scores, "items": 1838}}
+    memory = {key: EVAL[key] for key in EVAL if "bytes" in key or key in ("model", "weights")}
+    took = {"seconds": 1.0, "tokens_per_second": 10.0}
+    text = printed(render_eval, {**memory, **took, "tasks": tasks})
+    assert row(text, "piqa") == ["piqa", "acc", "0.5000", "0.1250", "1,838"]
+    second = text[text.index("acc_norm") :].splitlines()[0]
+    assert second.split() == ["acc_norm", "0.2500", "-", "1,838"]
+    assert "perplexity" not in text
+
+
 def test_eval_states_the_window_beside_the_perplexity() -> None:
     text = printed(render_eval, EVAL)
     assert row(text, "perplexity, window 256")[-1] == "44.9877"
     assert {"3.80639", "1,234", "314,670", "native", "5,157"} <= set(text.split())
     assert "peak 512.00 MiB (predicted 512.00 MiB) of 1.00 GiB" in text and "GPU" not in text
     gpu = {"gpu_peak_bytes": 2**30, "gpu_predicted_bytes": 2**29, "gpu_cap_bytes": 2**31}
-    both = printed(render_eval, {**EVAL, **gpu})
+    both = printed(render_eval, {**EVAL, **gpu, "stride": 64, "bits_per_byte": 0.91234})
+    assert row(both, "stride")[-1] == "64"
+    assert row(both, "bits per byte of the text")[-1] == "0.9123"
     assert "peak 1.00 GiB (predicted 512.00 MiB) of 2.00 GiB" in both
