@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from fresh_process import FreshProcesses, plain_transformers
 from stand_in_device import Machine, installed
+
+from frugal_bonsai.run import profile
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TESTS = Path(__file__).parent
@@ -47,6 +51,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """The machine is shared, and sums do not depend on the number of cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_disk() -> Iterator[None]:
+    """No test pulls the plug: files need not reach the disk, which takes milliseconds for each."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """A prune without a profile measures each rate twice, not for a tenth of a second."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(profile, "_QUICK", replace(profile._QUICK, seconds=0.0))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -27,9 +27,12 @@ with contextlib.suppress(ImportError):
     import bitsandbytes
 logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
 """
+# As in conftest.py, a prune without a profile measures each rate twice only.
 _MAIN = """
-import sys
+import dataclasses, sys
 from frugal_bonsai.cli import main
+from frugal_bonsai.run import profile
+profile._QUICK = dataclasses.replace(profile._QUICK, seconds=0.0)
 sys.argv[0] = "frugal-bonsai"
 main()
 """
