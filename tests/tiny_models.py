@@ -215,6 +215,28 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", _SIZES),
     "qwen3-biases": ("qwen3", {**_SIZES, "attention_bias": True, "tie_word_embeddings": True}),
     "smollm3": ("smollm3", {**_SIZES, "no_rope_layers": [1, 0]}),
+    # Positions 8 to 12 are beyond the original length, so their queries grow.
+    "ministral3": (
+        "ministral3",
+        {
+            **_SIZES,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
+    "ministral": (
+        "ministral",
+        {
+            **_SIZES,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "granite": (
         "granite",
         {
@@ -227,6 +249,45 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("olmo2", _SIZES),
+    "olmo3": (
+        "olmo3",
+        {
+            **_SIZES,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "glm": ("glm", _SIZES),
+    "glm4": ("glm4", {**_SIZES, "attention_bias": True}),
+    "exaone4": (
+        "exaone4",
+        {
+            **_SIZES,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "ernie4_5": ("ernie4_5", {**_SIZES, "tie_word_embeddings": True}),
+    "ernie4_5-biases": ("ernie4_5", {**_SIZES, "use_bias": True}),
+    "hunyuan": ("hunyuan_v1_dense", _SIZES),
+    "seed-oss": ("seed_oss", {**_SIZES, "attention_bias": True}),
+    "helium": ("helium", _SIZES),
+    "cohere": ("cohere", {**_SIZES, "logit_scale": 0.3}),
+    "cohere-norms": ("cohere", {**_SIZES, "use_qk_norm": True, "tie_word_embeddings": True}),
+    "cohere2": (
+        "cohere2",
+        {
+            **_SIZES,
+            "logit_scale": 0.3,
+            "attention_bias": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "arcee": ("arcee", {**_SIZES, "mlp_bias": True}),
+    "nemotron": ("nemotron", {**_SIZES, "partial_rotary_factor": 0.5}),
+    "starcoder2": ("starcoder2", {**_SIZES, "sliding_window": 5}),
+    "gemma": ("gemma", {**_SIZES, "tie_word_embeddings": True}),
     "stablelm": ("stablelm", {**_SIZES, "partial_rotary_factor": 0.5, "use_qkv_bias": True}),
     "stablelm-parallel": (
         "stablelm",
@@ -350,6 +411,20 @@ PRUNED = (
 )
 # Pruned end to end by test_experts_command.py.
 EXPERTS_PRUNED = ("mixtral", "qwen3-moe", "olmoe")
+
+
+def _first_of_each_other_family() -> tuple[str, ...]:
+    """Return a tiny model of each family without one in the lists above."""
+    pruned = {FAMILY_CONFIGS[name][0] for name in (*PRUNED, *EXPERTS_PRUNED)}
+    first: dict[str, str] = {}
+    for name, (model_type, _) in FAMILY_CONFIGS.items():
+        if model_type not in pruned:
+            first.setdefault(model_type, name)
+    return tuple(first.values())
+
+
+# Pruned end to end, too, in one round with few windows.
+PRUNED_BRIEFLY = _first_of_each_other_family()
 
 
 def tiny_family(folder: Path, name: str, **changes: Any) -> Tiny:

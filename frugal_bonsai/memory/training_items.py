@@ -103,7 +103,11 @@ def training_elements(spec: ModelSpec, window: int) -> int:
     of_hidden, of_ffn, of_attention, of_key = _GATED if gated else _PLAIN
     owner = attention.output.rpartition(".")[0] + "."
     shapes = spec.layer_tensors[0].items()
-    norms = [name for name, shape in shapes if len(shape) == 1 and name.endswith(".weight")]
+    norms = [
+        name
+        for name, shape in shapes
+        if (len(shape) == 1 and name.endswith(".weight")) or name.endswith(spec.family.unquantised)
+    ]
     own = sum(name.startswith(owner) for name in norms)
     of_hidden += _NORM * max(0, len(norms) - own - 2)
     of_attention, of_key = (n + _OWN_NORMS * (own > 0) for n in (of_attention, of_key))

@@ -109,8 +109,10 @@ class ModelSpec:
     @property
     def logits_divisor(self) -> float:
         """Number by which the logits are divided."""
-        key = self.family.logits_divisor_key
-        return 1.0 if key is None else float(self.config.get(key) or 1.0)
+        divisor, scale = self.family.logits_divisor_key, self.family.logits_scale_key
+        if scale is not None:
+            return 1 / float(self.config.get(scale) or self.family.defaults[scale])
+        return 1.0 if divisor is None else float(self.config.get(divisor) or 1.0)
 
     @property
     def logits_softcap(self) -> float | None:

@@ -67,6 +67,11 @@ class Condition:
         return bool((self.default if found is None else found) == self.value)
 
 
+def always(reason: str) -> Condition:
+    """Return a condition that holds for every model of a family."""
+    return Condition(key="model_type", other_than="", reason=reason)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Peak:
     """Elements per token that Hugging Face's layer holds at one of its memory peaks.
@@ -153,6 +158,7 @@ class Family:
     """Names and geometry of one architecture, keyed by ``config.model_type``."""
 
     model_type: str
+    models: str  # names of its models, for people
     # The family that lent this table, if the user assumes that the architecture is like it.
     assumed: str | None = None
     # -- names in the checkpoint ------------------------------------------------------------------
@@ -162,6 +168,8 @@ class Family:
     head: str
     # Endings of weights that are stored as [input, output].
     transposed: tuple[str, ...] = ()
+    # Endings of tensors of two dimensions that no matrix product reads, which are not quantised.
+    unquantised: tuple[str, ...] = ()
     # Endings of tensors that old checkpoints hold and no model reads.
     unread: tuple[str, ...] = ("rotary_emb.inv_freq",)
     # Tensor names that differ: the model's name -> the checkpoint's name.
@@ -205,6 +213,7 @@ class Family:
     norm_offset: float = 0.0  # constant that the final norm adds to its weight
     residual_scale_key: str | None = None  # factor of a sublayer's output
     logits_divisor_key: str | None = None
+    logits_scale_key: str | None = None
     logits_softcap_key: str | None = None
     # The layer returns a tuple with its output first, not a tensor.
     returns_tuple: bool = False

@@ -178,10 +178,11 @@ class _LayerBuilder:
 
     def _stored(self, name: str, full: str) -> dict[str, torch.Tensor]:
         """Return a tensor's entries: itself in its source's dtype, or int8 codes and scales."""
-        experts, value = self.spec.family.experts, self._value(full)
+        family, value = self.spec.family, self._value(full)
         # Small differences decide an expert's tokens: a router keeps its precision.
-        router = experts is not None and name == experts.router
-        if self.int8 and value.dim() == 2 and not router:
+        router = family.experts is not None and name == family.experts.router
+        exact = router or name.endswith(family.unquantised)
+        if self.int8 and value.dim() == 2 and not exact:
             codes, scales = _quantise(value, self.device)
             return {name: codes, name + _SCALES: scales}
         return {name: value.to(torch_dtype(self.checkpoint.tensors[full].dtype))}

@@ -56,6 +56,83 @@ class TestStableLmParallel(FamilyContract):
     attention = ()
 
 
+class TestMinistral3(FamilyContract):
+    name = "ministral3"
+
+
+class TestMinistral(FamilyContract):
+    name = "ministral"
+
+
+class TestOlmo3(FamilyContract):
+    name = "olmo3"
+    attention = ()
+
+
+class TestGlm(FamilyContract):
+    name = "glm"
+
+
+class TestGlm4(FamilyContract):
+    name = "glm4"
+
+
+class TestExaone4(FamilyContract):
+    name = "exaone4"
+
+
+class TestErnie45(FamilyContract):
+    name = "ernie4_5"
+
+
+class TestErnie45Biases(FamilyContract):
+    name = "ernie4_5-biases"
+
+
+class TestHunyuan(FamilyContract):
+    name = "hunyuan"
+
+
+class TestSeedOss(FamilyContract):
+    name = "seed-oss"
+
+
+class TestHelium(FamilyContract):
+    name = "helium"
+    attention = (PER_LAYER,)
+
+
+class TestCohere(FamilyContract):
+    name = "cohere"
+    attention = (PER_LAYER,)
+
+
+class TestCohereNorms(FamilyContract):
+    name = "cohere-norms"
+    attention = ()
+
+
+class TestCohere2(FamilyContract):
+    name = "cohere2"
+    attention = (PER_LAYER,)
+
+
+class TestArcee(FamilyContract):
+    name = "arcee"
+
+
+class TestNemotron(FamilyContract):
+    name = "nemotron"
+
+
+class TestStarcoder2(FamilyContract):
+    name = "starcoder2"
+
+
+class TestGemma(FamilyContract):
+    name = "gemma"
+
+
 class TestGemma2(FamilyContract):
     name = "gemma2"
 

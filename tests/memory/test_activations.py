@@ -6,6 +6,7 @@ dies is counted. Every family in the table without experts is traced.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -43,9 +44,13 @@ EXTRAS: dict[str, dict[str, Any]] = {
 TRACED = [name for name, family in FAMILIES.items() if family.experts is None]
 
 # Families whose layers hold most inside attention.
-ATTENTION_PEAKS = {"gemma2", "olmo2", "gpt_neo", "gpt_neox", "falcon"}
+ATTENTION_PEAKS = {
+    *("gemma2", "olmo2", "olmo3", "gpt_neo", "gpt_neox", "falcon"),
+    *("ernie4_5", "cohere", "cohere2", "starcoder2"),
+}
 
 
+@functools.cache
 def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -62,8 +67,8 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
         "vocab_size": 64,
         "pad_token_id": 0,
     }
-    if family.head_dim_key is not None:
-        sizes[family.head_dim_key] = head_dim
+    if family.head_dim_key is not None or model_type == "helium":
+        sizes["head_dim"] = head_dim
     config = AutoConfig.for_model(model_type, **sizes, **EXTRAS.get(model_type, {}))
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)

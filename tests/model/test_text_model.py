@@ -197,10 +197,10 @@ def test_the_vision_tower_of_the_hub(tmp_path: Path) -> None:
 
 
 def test_a_text_model_of_an_assumed_family(tmp_path: Path) -> None:
-    text = {**WHOLES["llava"]["text_config"], "model_type": "seed_oss"}
+    text = {**WHOLES["llava"]["text_config"], "model_type": "cwm"}
     save_whole(tmp_path, "llava", text_config=text)
     tokens_NS = random_windows(2, 13, vocabulary=280)
-    with pytest.raises(UnsupportedModelError, match="'seed_oss'"), open_model(str(tmp_path)):
+    with pytest.raises(UnsupportedModelError, match="'cwm'"), open_model(str(tmp_path)):
         pass
     with open_model(str(tmp_path), assume_family="llama", text_only=False) as opened:
         assert (

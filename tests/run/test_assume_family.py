@@ -11,7 +11,7 @@ from commands import fail, frugal_bonsai, python
 from safetensors.torch import load_file, save_file
 from tiny_models import logits_like, save_byte_tokenizer, save_tiny
 
-# Llama's tensors and arithmetic, another name: seed_oss has biases at q, k, v, head_dim of its own.
+# Llama's tensors and arithmetic, another name: cwm has sliding windows and head_dim of its own.
 CONFIG = {
     "vocab_size": 256,
     "hidden_size": 24,
@@ -24,6 +24,7 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    "sliding_window": 5,
 }
 
 
@@ -37,8 +38,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("assumed") / "seed"
-    save_tiny(folder, "seed_oss", **CONFIG)
+    folder = tmp_path_factory.mktemp("assumed") / "cwm"
+    save_tiny(folder, "cwm", **CONFIG)
     save_byte_tokenizer(folder)
     return folder
 
@@ -51,11 +52,11 @@ def test_it_runs_as_the_family_and_says_so_loudly(model: Path, text: Path, tmp_p
         "--step", "0.2", "--masks", "2", "--mask-windows", "2", "--device", "cpu", *words, "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "ASSUMED: model_type 'seed_oss' has no table of its own" in done.stderr
+    assert "ASSUMED: model_type 'cwm' has no table of its own" in done.stderr
     summary = json.loads(done.stdout)
-    assert summary["family"] == "seed_oss, assumed to be like llama"
-    assert "seed_oss, assumed to be like llama" in (out / "README.md").read_text()
-    assert json.loads((out / "config.json").read_text())["model_type"] == "seed_oss"
+    assert summary["family"] == "cwm, assumed to be like llama"
+    assert "cwm, assumed to be like llama" in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["model_type"] == "cwm"
     shown = python(
         "import sys; from transformers import AutoModelForCausalLM as A; "
         "m = A.from_pretrained(sys.argv[1]); print(sum(p.numel() for p in m.parameters()))",
@@ -70,14 +71,14 @@ def test_streamed_logits_are_hugging_faces(model: Path) -> None:
 
 def test_without_it_the_list_and_the_way_out_are_shown(model: Path) -> None:
     message = fail("inspect", model)
-    assert "model_type 'seed_oss' is not supported; supported: falcon, gemma2," in message
+    assert "model_type 'cwm' is not supported; supported: arcee, cohere," in message
     assert "--assume-family (llama fits most)" in message
     assert "docs/adding-a-family.md" in message
 
 
 def test_a_family_that_does_not_exist(model: Path) -> None:
     message = fail("inspect", model, "--assume-family", "lama")
-    assert "--assume-family: 'lama' is not one of falcon, gemma2," in message
+    assert "--assume-family: 'lama' is not one of arcee, cohere," in message
 
 
 def test_tensors_of_other_names_are_refused(model: Path, tmp_path: Path) -> None:

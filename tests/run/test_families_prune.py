@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from commands import succeed
 from fresh_process import FreshProcesses
-from tiny_models import PRUNED as KINDS
-from tiny_models import save_byte_tokenizer, tiny_family
+from tiny_models import PRUNED, PRUNED_BRIEFLY, save_byte_tokenizer, tiny_family
 
 LOAD = """
 import json, sys, torch
@@ -76,17 +75,20 @@ def pruned(
     from frugal_bonsai.run.options import PruneOptions
 
     folder, results = tmp_path_factory.mktemp("families"), {}
-    for name in KINDS:
+    two_rounds = {"sparsity": 0.25, "step": 0.15, "masks": 4, "mask_windows": 4}
+    one_round = {**two_rounds, "step": 0.25, "masks": 2, "mask_windows": 2, "self_windows": 0}
+    for name in (*PRUNED, *PRUNED_BRIEFLY):
+        brief = name in PRUNED_BRIEFLY
         tiny_family(folder / name, name, vocab_size=256).checkpoint.close()
         save_byte_tokenizer(folder / name)
         out = folder / f"{name}-pruned"
         options = PruneOptions(
-            settings={"sparsity": 0.25, "step": 0.15, "masks": 4, "mask_windows": 4},
+            settings=one_round if brief else two_rounds,
             tile=1,
             calibration=str(text),
             eval_text=str(text),
             window=32,
-            windows=24,
+            windows=12 if brief else 24,
             device="cpu",
         )
         results[name] = (out, frugal_bonsai.prune(str(folder / name), out, options))
@@ -102,7 +104,7 @@ def loaded(
     return {name: found[str(out)] for name, out in outs.items()}
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", (*PRUNED, *PRUNED_BRIEFLY))
 def test_pruned_end_to_end(
     name: str, pruned: dict[str, tuple[Path, dict[str, Any]]], loaded: dict[str, Any]
 ) -> None:

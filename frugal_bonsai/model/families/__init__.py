@@ -4,38 +4,70 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.families.arcee import ARCEE
+from frugal_bonsai.model.families.cohere import COHERE
+from frugal_bonsai.model.families.cohere2 import COHERE2
+from frugal_bonsai.model.families.ernie4_5 import ERNIE4_5
+from frugal_bonsai.model.families.exaone4 import EXAONE4
 from frugal_bonsai.model.families.falcon import FALCON
+from frugal_bonsai.model.families.gemma import GEMMA
 from frugal_bonsai.model.families.gemma2 import GEMMA2
 from frugal_bonsai.model.families.gemma3 import GEMMA3
+from frugal_bonsai.model.families.glm import GLM
+from frugal_bonsai.model.families.glm4 import GLM4
 from frugal_bonsai.model.families.gpt2 import GPT2
 from frugal_bonsai.model.families.gpt_neo import GPT_NEO
 from frugal_bonsai.model.families.gpt_neox import GPT_NEOX
 from frugal_bonsai.model.families.granite import GRANITE
+from frugal_bonsai.model.families.helium import HELIUM
+from frugal_bonsai.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from frugal_bonsai.model.families.llama import LLAMA
+from frugal_bonsai.model.families.ministral import MINISTRAL
+from frugal_bonsai.model.families.ministral3 import MINISTRAL3
 from frugal_bonsai.model.families.mistral import MISTRAL
 from frugal_bonsai.model.families.mixtral import MIXTRAL
+from frugal_bonsai.model.families.nemotron import NEMOTRON
 from frugal_bonsai.model.families.olmo2 import OLMO2
+from frugal_bonsai.model.families.olmo3 import OLMO3
 from frugal_bonsai.model.families.olmoe import OLMOE
 from frugal_bonsai.model.families.opt import OPT
 from frugal_bonsai.model.families.phi3 import PHI3
 from frugal_bonsai.model.families.qwen2 import QWEN2
 from frugal_bonsai.model.families.qwen3 import QWEN3
 from frugal_bonsai.model.families.qwen3_moe import QWEN3_MOE
+from frugal_bonsai.model.families.seed_oss import SEED_OSS
 from frugal_bonsai.model.families.smollm3 import SMOLLM3
 from frugal_bonsai.model.families.stablelm import STABLELM
+from frugal_bonsai.model.families.starcoder2 import STARCODER2
 
 _TABLES = (
     LLAMA,
     MISTRAL,
+    MINISTRAL,
+    MINISTRAL3,
     QWEN2,
     QWEN3,
     SMOLLM3,
     GRANITE,
     OLMO2,
+    OLMO3,
     STABLELM,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     PHI3,
+    GLM,
+    GLM4,
+    EXAONE4,
+    ERNIE4_5,
+    HUNYUAN_V1_DENSE,
+    SEED_OSS,
+    HELIUM,
+    COHERE,
+    COHERE2,
+    ARCEE,
+    NEMOTRON,
+    STARCODER2,
     GPT2,
     GPT_NEO,
     GPT_NEOX,

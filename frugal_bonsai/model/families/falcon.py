@@ -6,6 +6,7 @@ from frugal_bonsai.model.family_schema import Condition, Family, Part, Peak
 
 FALCON = Family(
     model_type="falcon",
+    models="Falcon",
     layer_prefix="transformer.h.{layer}.",
     embedding="transformer.word_embeddings.weight",
     final_norm="transformer.ln_f.",

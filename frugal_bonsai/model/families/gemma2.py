@@ -11,6 +11,7 @@ from frugal_bonsai.model.units import ATTENTION
 GEMMA2 = replace(
     LLAMA,
     model_type="gemma2",
+    models="Gemma 2",
     defaults={"head_dim": 256, "final_logit_softcapping": 30.0},
     bias_keys={ATTENTION: "attention_bias"},
     attention_norm="post_attention_layernorm",

@@ -6,6 +6,7 @@ from frugal_bonsai.model.family_schema import Condition, Family, Part, Peak
 
 GPT2 = Family(
     model_type="gpt2",
+    models="GPT-2",
     layer_prefix="transformer.h.{layer}.",
     embedding="transformer.wte.weight",
     final_norm="transformer.ln_f.",

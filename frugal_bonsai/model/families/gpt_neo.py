@@ -6,6 +6,7 @@ from frugal_bonsai.model.family_schema import Family, Part, Peak
 
 GPT_NEO = Family(
     model_type="gpt_neo",
+    models="GPT-Neo",
     layer_prefix="transformer.h.{layer}.",
     embedding="transformer.wte.weight",
     final_norm="transformer.ln_f.",

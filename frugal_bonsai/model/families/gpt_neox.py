@@ -6,6 +6,7 @@ from frugal_bonsai.model.family_schema import Family, Part, Peak
 
 GPT_NEOX = Family(
     model_type="gpt_neox",
+    models="GPT-NeoX, Pythia",
     layer_prefix="gpt_neox.layers.{layer}.",
     embedding="gpt_neox.embed_in.weight",
     final_norm="gpt_neox.final_layer_norm.",

@@ -9,6 +9,7 @@ from frugal_bonsai.model.families.llama import LLAMA
 GRANITE = replace(
     LLAMA,
     model_type="granite",
+    models="Granite",
     heads_divide_hidden=False,
     residual_scale_key="residual_multiplier",
     logits_divisor_key="logits_scaling",

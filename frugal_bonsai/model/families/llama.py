@@ -7,6 +7,7 @@ from frugal_bonsai.model.units import ATTENTION, FFN
 
 LLAMA = Family(
     model_type="llama",
+    models="Llama 1 to 3.x",
     layer_prefix="model.layers.{layer}.",
     embedding="model.embed_tokens.weight",
     final_norm="model.norm.",

@@ -6,4 +6,6 @@ from dataclasses import replace
 
 from frugal_bonsai.model.families.llama import LLAMA
 
-MISTRAL = replace(LLAMA, model_type="mistral", heads_divide_hidden=False, bias_keys={}, masks=1)
+MISTRAL = replace(
+    LLAMA, model_type="mistral", models="Mistral", heads_divide_hidden=False, bias_keys={}, masks=1
+)

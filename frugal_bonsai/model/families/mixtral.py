@@ -28,6 +28,7 @@ EXPERT_PEAKS = (Peak(hidden=5, ffn=3), Peak(hidden=6, ffn=2), *GATED_PEAKS[1:])
 MIXTRAL = replace(
     MISTRAL,
     model_type="mixtral",
+    models="Mixtral",
     stored_parts=_STORED,
     ffn_parts=EXPERT_PARTS,
     ffn_output=EXPERT_OUTPUT,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.llama import LLAMA
-from frugal_bonsai.model.family_schema import Condition, Peak
+from frugal_bonsai.model.family_schema import Peak, always
 
 OLMO2 = replace(
     LLAMA,
     model_type="olmo2",
+    models="OLMo 2",
     heads_divide_hidden=False,
     bias_keys={},
     attention_norm="post_attention_layernorm",
@@ -20,11 +21,5 @@ OLMO2 = replace(
         Peak(attention=7, key=2),
         Peak(attention=3, key=8),
     ),
-    whole_attention=(
-        Condition(
-            key="model_type",
-            value="olmo2",
-            reason="its q_norm and k_norm run over all heads at once",
-        ),
-    ),
+    whole_attention=(always("its q_norm and k_norm run over all heads at once"),),
 )

@@ -6,6 +6,7 @@ from frugal_bonsai.model.family_schema import Condition, Family, Part, Peak
 
 OPT = Family(
     model_type="opt",
+    models="OPT",
     layer_prefix="model.decoder.layers.{layer}.",
     embedding="model.decoder.embed_tokens.weight",
     final_norm="model.decoder.final_layer_norm.",

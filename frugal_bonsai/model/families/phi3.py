@@ -12,6 +12,7 @@ _FACTORS = "its config checks the number of rotary factors against the number of
 PHI3 = replace(
     LLAMA,
     model_type="phi3",
+    models="Phi-3, Phi-4-mini",
     attention_parts=(
         Part(tensor="self_attn.qkv_proj.weight", width="query"),
         Part(tensor="self_attn.qkv_proj.weight", width="head", after=("query",)),

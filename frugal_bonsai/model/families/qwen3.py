@@ -11,6 +11,7 @@ from frugal_bonsai.model.units import ATTENTION
 QWEN3 = replace(
     LLAMA,
     model_type="qwen3",
+    models="Qwen3",
     defaults={"head_dim": 128},
     heads_divide_hidden=False,
     bias_keys={ATTENTION: "attention_bias"},

@@ -11,6 +11,7 @@ from frugal_bonsai.model.family_schema import Condition, Experts, Peak
 QWEN3_MOE = replace(
     QWEN3,
     model_type="qwen3_moe",
+    models="Qwen3-MoE",
     defaults={},
     ffn_parts=EXPERT_PARTS,
     ffn_output=EXPERT_OUTPUT,

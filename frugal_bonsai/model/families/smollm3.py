@@ -6,4 +6,4 @@ from dataclasses import replace
 
 from frugal_bonsai.model.families.llama import LLAMA
 
-SMOLLM3 = replace(LLAMA, model_type="smollm3", heads_divide_hidden=False, masks=1)
+SMOLLM3 = replace(LLAMA, model_type="smollm3", models="SmolLM3", heads_divide_hidden=False, masks=1)

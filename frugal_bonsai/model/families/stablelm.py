@@ -10,6 +10,7 @@ from frugal_bonsai.model.family_schema import Condition, Peak
 STABLELM = replace(
     LLAMA,
     model_type="stablelm",
+    models="StableLM",
     head_dim_key=None,
     heads_divide_hidden=False,
     bias_keys={},
