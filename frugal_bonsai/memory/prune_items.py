@@ -22,7 +22,6 @@ from frugal_bonsai.memory.work import (
     update_blocks,
 )
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.units import FFN, UnitGroup
 
 # Columns of a block of a factor (bonsai/importance/factor.py).
 _FACTOR_BLOCK = 256
@@ -35,9 +34,6 @@ class PruneItems(CommandItems):
 
     def __init__(self, spec: ModelSpec, budget: Budget, work: PruneWorkload) -> None:
         super().__init__(spec, budget, work)
-        self._ffn_inputs = max(
-            _input_projections(spec, group) for group in spec.table.groups if group.kind == FFN
-        )
         self._block = -(-self._ffn // update_blocks(self._ffn))
 
     def writing(self) -> PlanItem:
@@ -149,14 +145,14 @@ class PruneItems(CommandItems):
         """
         if self._compute == 4:
             return []
-        size = 4 * (self._ffn_inputs + 1) * self._ffn * self.spec.hidden
+        size = 4 * (self.spec.ffn_inputs + 1) * self._ffn * self.spec.hidden
         return [self._near("refined weights of a layer", size, "4*(J+1)*C_down*H")]
 
     def updated_block(self) -> PlanItem:
         """Weights, step and conjugate-gradient vectors of a block; factor, Gram matrix."""
         hidden, block = self.spec.hidden, self._block
         gram = block**2 if block < 2 * hidden else 0
-        size = 4 * (8 * self._ffn_inputs * block * hidden + hidden**2 + gram)
+        size = 4 * (8 * self.spec.ffn_inputs * block * hidden + hidden**2 + gram)
         return self._near("refinement of a block of channels", size, "4*(8*J*R*H + H^2 + R^2)")
 
     def update_activations(self, choice: Choice) -> PlanItem:
@@ -165,7 +161,7 @@ class PruneItems(CommandItems):
         In bf16 half as many windows are taken at a time.
         """
         windows, window = self.work.windows, self.work.window
-        block = 3 * self.spec.hidden + (3 * self._ffn_inputs + 4) * self._block
+        block = 3 * self.spec.hidden + (3 * self.spec.ffn_inputs + 4) * self._block
         batch = min(choice.micro_batch, windows)
         own = batch * window * (self._per_token() + 2 * self.spec.hidden) * self._compute
         size = max(own, max(1, batch * self._compute // 4) * window * block * 4)
@@ -174,7 +170,7 @@ class PruneItems(CommandItems):
 
     def slopes(self, windows: int) -> PlanItem:
         """Slopes of a block of channels for the windows of an update's curvature, fp32."""
-        steps, rows = min(self.work.channel_updates, windows), self._ffn_inputs * self._block
+        steps, rows = min(self.work.channel_updates, windows), self.spec.ffn_inputs * self._block
         curved = curvature_windows(-(-windows // steps), self.work.window, rows)
         size = 4 * curved * self.work.window * rows
         return self._near("refinement's slopes", size, "min(n/r*S, 64*J*R)*J*R*4")
@@ -192,12 +188,3 @@ class PruneItems(CommandItems):
             converted = self._source != self._compute
             whole, formula = int(converted) * self._largest, "largest projection * source"
         return self._host("refit weights", whole * self._source, formula)
-
-
-def _input_projections(spec: ModelSpec, group: UnitGroup) -> int:
-    """Return the number of projections whose output rows belong to the group's units."""
-    prefix, shapes = spec.prefix(group.layer), spec.layer_tensors[group.layer]
-    return sum(
-        piece.axis == 0 and not piece.joint and len(shapes[piece.tensor.removeprefix(prefix)]) == 2
-        for piece in group.slices
-    )

@@ -99,8 +99,7 @@ def training_elements(spec: ModelSpec, window: int) -> int:
     """Return the peak number of elements per token of a layer's forward and backward pass."""
     ffn = max(spec.table.groups, key=lambda g: g.columns if g.kind == FFN else 0)
     attention = max((g for g in spec.table.groups if g.kind == ATTENTION), key=lambda g: g.columns)
-    gated = sum(piece.axis == 0 for piece in ffn.slices if "bias" not in piece.tensor) > 1
-    of_hidden, of_ffn, of_attention, of_key = _GATED if gated else _PLAIN
+    of_hidden, of_ffn, of_attention, of_key = _GATED if spec.ffn_inputs > 1 else _PLAIN
     owner = attention.output.rpartition(".")[0] + "."
     shapes = spec.layer_tensors[0].items()
     norms = [
@@ -156,22 +155,17 @@ class TrainingItems(CommandItems):
         return items
 
     def _largest_of_model(self) -> int:
-        shapes = (s for tensors in self.spec.layer_tensors for s in tensors.values())
-        return max(math.prod(shape) for shape in shapes)
+        return max(map(math.prod, self.spec.matrices.values()))
 
     def _weights(self, choice: TrainingChoice) -> list[PlanItem]:
-        spec, small, matrices, rows = self.spec, 0, 0, 0
-        for tensors in spec.layer_tensors:
-            for shape in tensors.values():
-                size = math.prod(shape)
-                matrices += size if len(shape) == 2 else 0
-                rows += shape[0] if len(shape) == 2 else 0
-                small += size if len(shape) != 2 else 0
+        shapes = self.spec.matrices.values()
+        matrices = sum(map(math.prod, shapes))
+        beside = self._compute * (self.spec.block_parameters - matrices)
         if not self.training.lora:
-            return [self._near("weights", 4 * matrices + self._compute * small, "4*P*L")]
-        beside = self._compute * small
+            return [self._near("weights", 4 * matrices + beside, "4*P*L")]
         if choice.weights == INT8:
-            return [self._near("frozen weights", matrices + 4 * rows + beside, "(P + 4*rows)*L")]
+            size = matrices + 4 * sum(rows for rows, _ in shapes) + beside
+            return [self._near("frozen weights", size, "(P + 4*rows)*L")]
         if choice.weights == STREAMED:
             size = self.layer_parameters * self._source
             if self.near == HOST:
@@ -278,11 +272,10 @@ def trained_sizes(spec: ModelSpec, rank: int) -> list[int]:
         spec: Shapes of the model.
         rank: Rank of the adapters. 0 trains the block projections themselves.
     """
-    shapes = (s for tensors in spec.layer_tensors for s in tensors.values())
-    matrices = [shape for shape in shapes if len(shape) == 2]
+    shapes = spec.matrices.values()
     if rank:
-        return [rank * side for shape in matrices for side in shape]
-    return [math.prod(shape) for shape in matrices]
+        return [rank * side for shape in shapes for side in shape]
+    return [math.prod(shape) for shape in shapes]
 
 
 def moment_bytes(sizes: Sequence[int], optimiser: str) -> int:

@@ -18,7 +18,7 @@ from frugal_bonsai.model.family_lookup import find_family
 from frugal_bonsai.model.family_schema import ACTIVATION_COPIES, Family
 from frugal_bonsai.model.groups import GroupBuilder, Shapes, split_by_layer
 from frugal_bonsai.model.multimodal import Multimodal
-from frugal_bonsai.model.units import ATTENTION, UnitTable
+from frugal_bonsai.model.units import ATTENTION, FFN, UnitTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,22 @@ class ModelSpec:
         """Names of the final norm's tensors."""
         prefix = f"{self.family.base_module}.{self.family.norm_module}."
         return tuple(name for name in self.other_tensors if name.startswith(prefix))
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, ...]]:
+        """Full name and shape of every matrix inside the layers."""
+        return {
+            self.prefix(layer) + name: shape
+            for layer, tensors in enumerate(self.layer_tensors)
+            for name, shape in tensors.items()
+            if len(shape) == 2
+        }
+
+    @property
+    def ffn_inputs(self) -> int:
+        """Number of projections into an FFN: 2 where it is gated, else 1."""
+        channel = next(group for group in self.table.groups if group.kind == FFN)
+        return channel.unit_parameters // self.hidden - 1
 
     @property
     def block_parameters(self) -> int:

@@ -31,7 +31,6 @@ from frugal_bonsai.rewrite.companions import companion_bytes
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.resolve import ResolvedPrune
 from frugal_bonsai.stream.engine import compute_dtype
-from frugal_bonsai.stream.operations import ffn_inputs
 from frugal_bonsai.text.sources import SELF
 
 # Share of the memory that the cache of written text may take: 1 / 4.
@@ -155,7 +154,7 @@ def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> in
     updated = 0.0
     if work.channel_updates:
         channels = max(group.columns for group in spec.table.groups if group.kind == FFN)
-        passes = work.update_passes(channels, ffn_inputs(spec), keep=plan.keep_updates)
+        passes = work.update_passes(channels, spec.ffn_inputs, keep=plan.keep_updates)
         updated = (passes + work.channel_updates + 1) * work.remaining[-1]
     head = spec.vocabulary * spec.hidden
     scaled = MOST_SCALES * work.scale_windows * work.window

@@ -111,7 +111,7 @@ def count_operations(spec: ModelSpec, window: int, dtype: torch.dtype) -> LayerO
         hidden=spec.hidden,
         query=_mean_columns(spec, ATTENTION),
         ffn=_mean_columns(spec, FFN) * (spec.experts_chosen / spec.experts if spec.experts else 1),
-        ffn_inputs=ffn_inputs(spec),
+        ffn_inputs=spec.ffn_inputs,
     )
 
 
@@ -133,9 +133,3 @@ def _choose_first(experts: nn.Module, chosen: int) -> None:
 def _mean_columns(spec: ModelSpec, kind: str) -> float:
     """Return the input columns of the output projections of one kind, a layer."""
     return sum(group.columns for group in spec.table.groups if group.kind == kind) / spec.layers
-
-
-def ffn_inputs(spec: ModelSpec) -> int:
-    """Return the number of projections into the FFN: a channel has a row of each of them."""
-    channel = next(group for group in spec.table.groups if group.kind == FFN)
-    return channel.unit_parameters // spec.hidden - 1
