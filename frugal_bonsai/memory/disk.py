@@ -86,13 +86,7 @@ class DiskPlan:
 
 
 def phase(name: str, items: Iterable[DiskItem], number: int = 0) -> DiskPhase:
-    """Return a phase of those items that have bytes.
-
-    Args:
-        name: Name of the phase.
-        items: Its files.
-        number: Its round.
-    """
+    """Return a phase of a round, with those items that have bytes."""
     held = tuple(item for item in items if item.size_bytes > 0)
     return DiskPhase(name=name, items=held, round=number)
 
@@ -109,6 +103,23 @@ def file_bytes(data_bytes: float, tensors: int, *, files: int = 1) -> int:
     return files * -(-each // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
+def tensor_files(
+    name: str, data_bytes: float, tensors: int, formula: str, *, files: int = 1, folder: str = RUN
+) -> DiskItem:
+    """Return the item of some safetensors files; it has 0 bytes if there is no data.
+
+    Args:
+        name: Name of the files.
+        data_bytes: Bytes of all tensors.
+        tensors: Number of tensors in all files.
+        formula: Formula of the size, for the user.
+        files: Number of files.
+        folder: Folder that they lie in.
+    """
+    size = file_bytes(data_bytes, tensors, files=files) if data_bytes else 0
+    return DiskItem(name=name, size_bytes=size, formula=formula, folder=folder)
+
+
 class ModelFiles:
     """Sizes of files that hold a part of a model.
 
@@ -120,18 +131,6 @@ class ModelFiles:
     def __init__(self, spec: ModelSpec, source_bytes: int) -> None:
         self._spec, self._source = spec, source_bytes
         self._tensors = sum(len(tensors) for tensors in spec.layer_tensors)
-        self._rows = {
-            spec.prefix(layer) + name: shape[0]
-            for layer, tensors in enumerate(spec.layer_tensors)
-            for name, shape in tensors.items()
-            if len(shape) == 2
-        }
-        self._matrices = sum(
-            math.prod(shape)
-            for tensors in spec.layer_tensors
-            for shape in tensors.values()
-            if len(shape) == 2
-        )
 
     def store(self, weights: str, left: float = 1.0, *, name: str = "dense store") -> DiskItem:
         """Layers as stored, one file each.
@@ -146,14 +145,13 @@ class ModelFiles:
         size, tensors = self._source * (blocks - removed), self._tensors
         formula = "r*P*L*source"
         if weights == _INT8:
-            small = (self._source - 1) * (blocks - self._matrices)
-            cut = sum(self._rows.get(n, 0) for n in self._cut_rows())
-            rows = sum(self._rows.values()) - cut * self.cut_share(left)
-            size, tensors = blocks - removed + small + 4 * rows, tensors + len(self._rows)
+            matrices = self._spec.matrices
+            small = (self._source - 1) * (blocks - sum(map(math.prod, matrices.values())))
+            cut = sum(matrices[name][0] for name in self._cut_rows() if name in matrices)
+            rows = sum(shape[0] for shape in matrices.values()) - cut * self.cut_share(left)
+            size, tensors = blocks - removed + small + 4 * rows, tensors + len(matrices)
             formula = "(r*P + 4*rows)*L"
-        return DiskItem(
-            name=name, size_bytes=file_bytes(size, tensors, files=layers), formula=formula
-        )
+        return tensor_files(name, size, tensors, formula, files=layers)
 
     def layer(self, weights: str, left: float) -> DiskItem:
         """A layer that is written beside the file that it replaces."""
@@ -162,8 +160,8 @@ class ModelFiles:
 
     def head(self) -> DiskItem:
         """The head as int8."""
-        size = file_bytes(self._spec.vocabulary * (self._spec.hidden + 4), 2)
-        return DiskItem(name="int8 head", size_bytes=size, formula="V*(H+4)")
+        size = self._spec.vocabulary * (self._spec.hidden + 4)
+        return tensor_files("int8 head", size, 2, "V*(H+4)")
 
     def refits(self, left: float, inputs: Collection[str], *, name: str) -> DiskItem:
         """Refitted projections of a round, one file a layer.
@@ -175,29 +173,23 @@ class ModelFiles:
         """
         elements = self._refitted(inputs)
         size = self._source * sum(elements) * (1 - self.cut_share(left))
-        size = file_bytes(size, len(elements), files=self._spec.layers)
-        return DiskItem(name=name, size_bytes=size, formula="r*(refitted of P)*L*source")
+        formula = "r*(refitted of P)*L*source"
+        return tensor_files(name, size, len(elements), formula, files=self._spec.layers)
 
     def _refitted(self, inputs: Collection[str]) -> list[int]:
         """Return the number of elements of each projection that a round refits."""
-        found: dict[str, int] = {}
+        names = set[str]()
         for group in self._spec.table.groups:
-            prefix, shapes = self._spec.prefix(group.layer), self._spec.layer_tensors[group.layer]
-            names = {group.output_weight}
+            names.add(group.output_weight)
             if group.kind in inputs and group.expert is None:
-                names |= {piece.tensor for piece in group.slices}
-            for name in names:
-                shape = shapes[name.removeprefix(prefix)]
-                if len(shape) > 1:
-                    found[name] = math.prod(shape)
-        return list(found.values())
+                names.update(piece.tensor for piece in group.slices)
+        return [math.prod(shape) for name, shape in self._spec.matrices.items() if name in names]
 
     def biases(self, name: str) -> DiskItem:
         """Biases of the output projections, one file a layer."""
-        groups = self._spec.table.groups
-        size = self._source * self._spec.hidden * len(groups)
-        size = file_bytes(size, len(groups), files=self._spec.layers)
-        return DiskItem(name=name, size_bytes=size, formula="2*H*L*source")
+        count = len(self._spec.table.groups)
+        size = self._source * self._spec.hidden * count
+        return tensor_files(name, size, count, "2*H*L*source", files=self._spec.layers)
 
     def cut_share(self, left: float) -> float:
         """Return the removed share of the tensors that pruning cuts."""
@@ -239,18 +231,13 @@ class ModelFiles:
             left: Share of the blocks' parameters in the files; 1 with a layout that keeps zeros.
             companion_bytes: Bytes of tokenizer files and the like, and of carried tensors.
         """
-        outer = sum(math.prod(shape) for shape in self._spec.other_tensors.values())
-        size = self._source * (outer + left * self._spec.block_parameters)
-        size = file_bytes(size, self._tensors + len(self._spec.other_tensors))
+        outer = self._spec.other_tensors.values()
+        size = sum(map(math.prod, outer)) + left * self._spec.block_parameters
+        tensors, formula = self._tensors + len(outer), "(outside the layers + r*P*L)*source"
         papers = companion_bytes + _PAPERS_BYTES + _UNIT_BYTES * self._spec.table.units
         carried = "" if self._spec.multimodal is None else "parts carried along, "
-        formula = f"{carried}tokenizer, card, report, mask"
+        what = f"{carried}tokenizer, card, report, mask"
         return [
-            DiskItem(
-                name="pruned model",
-                size_bytes=size,
-                formula="(outside the layers + r*P*L)*source",
-                folder=OUT,
-            ),
-            DiskItem(name="its other files", size_bytes=papers, formula=formula, folder=OUT),
+            tensor_files("pruned model", self._source * size, tensors, formula, folder=OUT),
+            DiskItem(name="its other files", size_bytes=papers, formula=what, folder=OUT),
         ]

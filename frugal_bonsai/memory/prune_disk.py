@@ -30,7 +30,7 @@ class _PruneFiles:
     """
 
     def __init__(self, spec: ModelSpec, work: PruneWorkload) -> None:
-        self._spec, self._work = spec, work
+        self._work = work
         self._files = ModelFiles(spec, work.source_bytes)
         assert work.weights is not None
         self._weights = work.weights

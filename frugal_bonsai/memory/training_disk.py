@@ -7,14 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from frugal_bonsai.memory.disk import (
-    CACHE,
-    DiskItem,
-    DiskPlan,
-    ModelFiles,
-    file_bytes,
-    phase,
-)
+from frugal_bonsai.memory.disk import CACHE, DiskPlan, ModelFiles, phase, tensor_files
 from frugal_bonsai.memory.items import source_element_bytes
 from frugal_bonsai.memory.training_items import moment_bytes
 from frugal_bonsai.model.family import ModelSpec
@@ -40,34 +33,19 @@ def plan_training_disk(
         companion_bytes: Bytes of the files that are copied beside the weights.
     """
     files = ModelFiles(spec, source_element_bytes(spec))
-    best, state = 4 * sum(sizes), 4 * sum(sizes) + moment_bytes(sizes, optimiser)
-    formula = "4 bytes a trained parameter"
+    best, count = 4 * sum(sizes), len(sizes)
+    state = best + moment_bytes(sizes, optimiser)
+    answers, formula = "tokens*(6*k + 4 + 2*H*layers)", "4 bytes a trained parameter"
+    moments = f"{formula}, moments of {optimiser}"
     held = [
-        DiskItem(
-            name="teacher's answers",
-            size_bytes=cache_bytes and file_bytes(cache_bytes, 4),
-            formula="tokens*(6*k + 4 + 2*H*layers)",
-            folder=CACHE,
-        ),
-        DiskItem(
-            name="sampled text",
-            size_bytes=sampled_tokens and file_bytes(8 * sampled_tokens, 1),
-            formula="8*tokens",
-            folder=CACHE,
-        ),
-        DiskItem(name="best parameters", size_bytes=file_bytes(best, len(sizes)), formula=formula),
-        DiskItem(
-            name="training state",
-            size_bytes=file_bytes(state, 3 * len(sizes)),
-            formula=f"{formula}, moments of {optimiser}",
-        ),
+        tensor_files("teacher's answers", cache_bytes, 4, answers, folder=CACHE),
+        tensor_files("sampled text", 8 * sampled_tokens, 1, "8*tokens", folder=CACHE),
+        tensor_files("best parameters", best, count, formula),
+        tensor_files("training state", state, 3 * count, moments),
     ]
     # The state is written beside the one that it replaces.
-    replaced = DiskItem(
-        name="training state that is replaced",
-        size_bytes=file_bytes(state, 3 * len(sizes)),
-        formula="as the training state",
-    )
+    name, formula = "training state that is replaced", "as the training state"
+    replaced = tensor_files(name, state, 3 * count, formula)
     output = files.output(1.0, companion_bytes=companion_bytes)
     return DiskPlan(
         phases=(phase("training", [*held, replaced]), phase("writing the output", [*held, *output]))
