@@ -48,7 +48,7 @@ class SweepItems:
     """
 
     def __init__(self, spec: ModelSpec, budget: Budget, work: SweepWorkload) -> None:
-        self.spec, self.work = spec, work
+        self.spec, self.budget, self.work = spec, budget, work
         self._device, self._gpu = budget.device, is_accelerator(budget.device)
         self.near = HOST if budget.gpu_bytes is None else GPU
         self._compute = 2 if self._gpu else 4

@@ -8,9 +8,8 @@ solve, the head) are phases of their own. Pure.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
@@ -21,7 +20,6 @@ from frugal_bonsai.sizes import MIB, format_bytes
 
 # Rounding and fragmentation. On the host large blocks are mapped one by one: there is little.
 _SLACK = {HOST: (0.03, 10 * MIB), GPU: (0.08, 16 * MIB)}
-_Choice = TypeVar("_Choice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,61 +69,73 @@ class PlannedPhases:
         """Return the predicted peak in bytes on ``host`` or ``gpu``."""
         return self.peak_phase(where).total_bytes(where)
 
+    def _caps(self) -> list[tuple[str, int, str]]:
+        """Return (place, cap in bytes, option) of each cap, the device first."""
+        caps = [(HOST, self.budget.host_bytes, "--max-cpu-mem")]
+        if self.budget.gpu_bytes is not None:
+            caps.insert(0, (GPU, self.budget.gpu_bytes, "--max-gpu-mem"))
+        return caps
 
-class PhaseBuilder(ABC, Generic[_Choice]):
-    """Builds the phases of a command for a choice of sizes.
+    @property
+    def excess(self) -> float:
+        """Largest ratio of a peak to its cap."""
+        return max(self.total_bytes(where) / max(cap, 1) for where, cap, _ in self._caps())
+
+    @property
+    def fits(self) -> bool:
+        """Whether all caps hold in all phases."""
+        return all(self.total_bytes(where) <= cap for where, cap, _ in self._caps())
+
+    def require_fit(self, hint: Callable[[], str]) -> None:
+        """Raise if a cap does not hold.
+
+        Args:
+            hint: Returns further advice for the error text.
+
+        Raises:
+            BudgetError: Names the largest item and the smallest cap that works.
+        """
+        for where, cap, option in self._caps():
+            phase, needed = self.peak_phase(where), self.total_bytes(where)
+            if needed <= cap:
+                continue
+            items = [item for item in phase.items if item.where == where]
+            largest = max(items, key=lambda item: item.size_bytes)
+            raise BudgetError(
+                f"{option} {format_bytes(cap)} is too small: at least {format_bytes(needed)} are "
+                f"needed ({phase.name}), of which {largest.name} is the largest item "
+                f"({format_bytes(largest.size_bytes)}: {largest.formula}). The smallest {option} "
+                f"that works is {math.ceil(needed / MIB)}MiB{hint()}",
+                option=option,
+                needed_bytes=needed,
+            )
+
+
+class CommandPhases:
+    """Builds the phases of a command that streams a model and prunes nothing.
 
     Args:
-        items: Items of the command's sweeps.
-        budget: The caps.
+        items: Items of the command.
         base_bytes: Bytes that the process holds before the model.
     """
 
-    def __init__(self, items: CommandItems, budget: Budget, base_bytes: int) -> None:
-        self._budget = budget
+    def __init__(self, items: CommandItems, base_bytes: int) -> None:
+        self._items = items
+        self._kept: PlanItem | None = None
         self._always = [
             PlanItem(name=BASE, where=HOST, size_bytes=base_bytes, formula="measured"),
             items.outer(),
             items.masks(),
         ]
-        if budget.gpu_bytes is not None:
-            context = budget.context_bytes
+        if items.budget.gpu_bytes is not None:
+            context = items.budget.context_bytes
             self._always.append(
                 PlanItem(name="device context", where=GPU, size_bytes=context, formula="measured")
             )
 
-    @abstractmethod
-    def of(self, choice: _Choice) -> list[MemoryPhase]:
-        """Return all phases in the order in which they come first."""
-
-    def caps(self) -> list[tuple[str, int, str]]:
-        """Return (place, cap in bytes, option) of each cap, the device first."""
-        caps = [(HOST, self._budget.host_bytes, "--max-cpu-mem")]
-        if self._budget.gpu_bytes is not None:
-            caps.insert(0, (GPU, self._budget.gpu_bytes, "--max-gpu-mem"))
-        return caps
-
-    def fits(self, choice: _Choice) -> bool:
-        """Return whether all caps hold in all phases."""
-        phases = self.of(choice)
-        return all(
-            phase.total_bytes(where) <= cap for phase in phases for where, cap, _ in self.caps()
-        )
-
-    def refuse(self, choice: _Choice, hint: str = "") -> None:
-        """Raise if a cap does not hold for a choice.
-
-        Args:
-            choice: The choice that needs least.
-            hint: Further advice for the error text.
-
-        Raises:
-            BudgetError: Names the largest item and the smallest cap that works.
-        """
-        for where, cap, option in self.caps():
-            phase = max(self.of(choice), key=lambda phase: phase.total_bytes(where))
-            if phase.total_bytes(where) > cap:
-                raise _refusal(phase, where, cap, option, hint)
+    def planned(self, choice: Choice) -> PlannedPhases:
+        """Return the phases for a choice, with their caps."""
+        return PlannedPhases(phases=tuple(self.of(choice)), budget=self._items.budget)
 
     def phase(self, name: str, own: list[PlanItem]) -> MemoryPhase:
         """Return a phase: the items always held, its own, and the allocators' slack for its own."""
@@ -143,15 +153,6 @@ class PhaseBuilder(ABC, Generic[_Choice]):
                 )
         always = (item for item in self._always if item.size_bytes)
         return MemoryPhase(name=name, items=(*always, *own, *slack))
-
-
-class CommandPhases(PhaseBuilder[Choice]):
-    """Builds the phases of a command that streams a model and prunes nothing."""
-
-    def __init__(self, items: CommandItems, budget: Budget, base_bytes: int) -> None:
-        super().__init__(items, budget, base_bytes)
-        self._items = items
-        self._kept: PlanItem | None = None
 
     def limits(self, choice: Choice) -> SweepLimits:
         """Return the limits of the sweeps for a choice."""
@@ -238,18 +239,3 @@ class CommandPhases(PhaseBuilder[Choice]):
         if self._kept is not None and not any(item.name == HEAD_CHUNKS for item in own):
             own.append(self._kept)
         return self.phase(name, own)
-
-
-def _refusal(phase: MemoryPhase, where: str, cap: int, option: str, hint: str) -> BudgetError:
-    """Return the error of a cap that is too small for a phase."""
-    needed = phase.total_bytes(where)
-    items = [item for item in phase.items if item.where == where]
-    largest = max(items, key=lambda item: item.size_bytes)
-    return BudgetError(
-        f"{option} {format_bytes(cap)} is too small: at least {format_bytes(needed)} are needed "
-        f"({phase.name}), of which {largest.name} is the largest item "
-        f"({format_bytes(largest.size_bytes)}: {largest.formula}). The smallest {option} that "
-        f"works is {math.ceil(needed / MIB)}MiB{hint}",
-        option=option,
-        needed_bytes=needed,
-    )

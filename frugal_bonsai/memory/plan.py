@@ -117,8 +117,8 @@ def plan_memory(
 
 def _phases(spec: ModelSpec, budget: Budget, work: SweepWorkload, base_bytes: int) -> CommandPhases:
     if isinstance(work, PruneWorkload):
-        return PrunePhases(PruneItems(spec, budget, work), budget, base_bytes)
-    return CommandPhases(CommandItems(spec, budget, work), budget, base_bytes)
+        return PrunePhases(PruneItems(spec, budget, work), base_bytes)
+    return CommandPhases(CommandItems(spec, budget, work), base_bytes)
 
 
 def _choose(
@@ -129,14 +129,13 @@ def _choose(
     Each is as large as fits with the ones before it.
     """
     choice = Choice(micro_batch=1, in_flight=1, resident=0, keep_inputs=False)
-    if not build.fits(choice):
+    if not build.planned(choice).fits:
         choice = least = replace(choice, buffers=1)  # no reading ahead
-        if not build.fits(least):
 
-            def fits(smaller: SweepWorkload) -> bool:
-                return _phases(spec, budget, smaller, base_bytes).fits(least)
+        def fits(smaller: SweepWorkload) -> bool:
+            return _phases(spec, budget, smaller, base_bytes).planned(least).fits
 
-            build.refuse(least, advise(smaller_sweeps(work), fits))
+        build.planned(least).require_fit(lambda: advise(smaller_sweeps(work), fits))
     most = max(1, min(work.most_windows, step_tokens(spec, budget) // work.window))
     choice = _largest(build, choice, "micro_batch", most)
     most = min(work.most_windows, most_windows_in_flight(budget, work))
@@ -151,7 +150,7 @@ def _keep(build: CommandPhases, choice: Choice, work: PruneWorkload) -> Choice:
     wishes = ((work.reconstruction, "keep_inputs"), (work.channel_updates, "keep_updates"))
     for wanted, name in wishes:
         kept = replace(choice, **{name: True})
-        if wanted and build.fits(kept):
+        if wanted and build.planned(kept).fits:
             choice = kept
     return choice
 
@@ -161,7 +160,7 @@ def _largest(build: CommandPhases, choice: Choice, name: str, most: int) -> Choi
     least = getattr(choice, name)
     while least < most:
         middle = (least + most + 1) // 2
-        if build.fits(replace(choice, **{name: middle})):
+        if build.planned(replace(choice, **{name: middle})).fits:
             least = middle
         else:
             most = middle - 1
@@ -180,11 +179,11 @@ def most_windows_in_flight(budget: Budget, work: SweepWorkload) -> int:
 
 
 def step_tokens(spec: ModelSpec, budget: Budget) -> int:
-    """Return the number of tokens of a micro-batch beyond which a sweep gets no faster."""
-    return _GPU_TOKENS if is_accelerator(budget.device) else _cpu_tokens(spec)
+    """Return the number of tokens of a micro-batch beyond which a sweep gets no faster.
 
-
-def _cpu_tokens(spec: ModelSpec) -> int:
-    """Return the number of tokens whose FFN activations, the widest of a layer, fit in a cache."""
+    On a CPU, the FFN's activations, the widest of a layer, must fit in a cache.
+    """
+    if is_accelerator(budget.device):
+        return _GPU_TOKENS
     widest_bytes = 4 * 3 * max(group.columns for group in spec.table.groups)
     return max(_CPU_LEAST_TOKENS, min(_CPU_TOKENS, _CPU_MICRO_BATCH_BYTES // widest_bytes))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.hints import advise, smaller_trainings
-from frugal_bonsai.memory.phases import MemoryPhase, PhaseBuilder, PlannedPhases
+from frugal_bonsai.memory.phases import CommandPhases, PlannedPhases
 from frugal_bonsai.memory.plan import step_tokens
 from frugal_bonsai.memory.training_items import (
     GPU_HEAD_CHUNKS,
@@ -32,21 +32,13 @@ _RANK_SHARE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPlan(PlannedPhases):
-    """Predicted memory of a training, and the form chosen for it.
+class TrainingPlan(PlannedPhases, TrainingChoice):
+    """Predicted memory of a training, and the sizes chosen for it.
 
     Attributes:
-        weights: Form of the frozen weights.
-        rank: Rank of the adapters. 0 without.
-        optimiser: ``"adamw"`` or ``"adamw8bit"``.
-        micro_batch: Windows computed together.
         head_tokens: Tokens whose logits are held.
     """
 
-    weights: str
-    rank: int
-    optimiser: str
-    micro_batch: int
     head_tokens: int
 
     @property
@@ -57,24 +49,6 @@ class TrainingPlan(PlannedPhases):
             for item in phase.items:
                 held.setdefault(item, []).append(phase.name)
         return tuple((item, tuple(phases)) for item, phases in held.items())
-
-
-class _TrainingPhases(PhaseBuilder[TrainingChoice]):
-    def __init__(self, items: TrainingItems, budget: Budget, base_bytes: int) -> None:
-        super().__init__(items, budget, base_bytes)
-        self._items = items
-
-    def of(self, choice: TrainingChoice) -> list[MemoryPhase]:
-        items, held = self._items, self._items.held(choice)
-        return [
-            self.phase("training: layers", [*held, *items.layers(choice)]),
-            self.phase("training: head", [*held, *items.head(choice)]),
-        ]
-
-    def excess(self, choice: TrainingChoice) -> float:
-        """Return the largest ratio of a phase's bytes to their cap."""
-        phases, caps = self.of(choice), self.caps()
-        return max(p.total_bytes(where) / max(cap, 1) for p in phases for where, cap, _ in caps)
 
 
 def plan_training(
@@ -95,34 +69,45 @@ def plan_training(
         BudgetError: Nothing fits; names the largest item and the smallest cap that works.
     """
     items = TrainingItems(spec, budget, work)
-    build = _TrainingPhases(items, budget, base_bytes)
     choices = _choices(spec, work)
-    choice = next((choice for choice in choices if build.fits(choice)), None)
+    choice = _first_that_fits(items, base_bytes, choices)
     if choice is None:
         # Streamed weights do not always need least: they keep the boundaries of all windows of a
         # step. So the error names the choice that comes closest to the caps.
-        choice = min(choices, key=build.excess)
+        choice = min(choices, key=lambda choice: _planned(items, base_bytes, choice).excess)
 
         def fits(smaller: TrainingWork) -> bool:
-            other = _TrainingPhases(TrainingItems(spec, budget, smaller), budget, base_bytes)
-            return any(other.fits(choice) for choice in _choices(spec, smaller))
+            other = TrainingItems(spec, budget, smaller)
+            return _first_that_fits(other, base_bytes, _choices(spec, smaller)) is not None
 
-        build.refuse(choice, advise(smaller_trainings(work), fits))
+        _planned(items, base_bytes, choice).require_fit(
+            lambda: advise(smaller_trainings(work), fits)
+        )
     if budget.gpu_bytes is not None:
         larger = [replace(choice, head_chunks=chunks) for chunks in GPU_HEAD_CHUNKS]
-        choice = next((c for c in larger if build.fits(c)), choice)
+        choice = _first_that_fits(items, base_bytes, larger) or choice
     divisors = _divisors(work.batch, max(1, step_tokens(spec, budget) // work.window))
     larger = [replace(choice, micro_batch=size) for size in divisors]
-    choice = next((c for c in larger if build.fits(c)), choice)
+    choice = _first_that_fits(items, base_bytes, larger) or choice
     return TrainingPlan(
-        phases=tuple(build.of(choice)),
+        phases=_planned(items, base_bytes, choice).phases,
         budget=budget,
-        weights=choice.weights,
-        rank=choice.rank,
-        optimiser=choice.optimiser,
-        micro_batch=choice.micro_batch,
         head_tokens=items.head_tokens(choice),
+        **vars(choice),
     )
+
+
+def _planned(items: TrainingItems, base_bytes: int, choice: TrainingChoice) -> PlannedPhases:
+    build, held = CommandPhases(items, base_bytes), items.held(choice)
+    layers = build.phase("training: layers", [*held, *items.layers(choice)])
+    head = build.phase("training: head", [*held, *items.head(choice)])
+    return PlannedPhases(phases=(layers, head), budget=items.budget)
+
+
+def _first_that_fits(
+    items: TrainingItems, base_bytes: int, choices: list[TrainingChoice]
+) -> TrainingChoice | None:
+    return next((c for c in choices if _planned(items, base_bytes, c).fits), None)
 
 
 def _choices(spec: ModelSpec, work: TrainingWork) -> list[TrainingChoice]:
