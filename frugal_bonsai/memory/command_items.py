@@ -1,4 +1,4 @@
-"""The items of every command beside its sweeps: sampling, a teacher's cache, stores, rewriting.
+"""The items of a command beside its layers: head, sampling, a teacher's cache, stores, rewriting.
 
 In: shapes, the device, a workload, a choice of sizes. Out: itemised bytes. Pure. docs/memory.md
 explains the formulas and compares them with measurements; items.py has the legend.
@@ -6,7 +6,7 @@ explains the formulas and compares them with measurements; items.py has the lege
 
 from __future__ import annotations
 
-from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES
+from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES, product_tokens
 from frugal_bonsai.memory.items import SweepItems
 from frugal_bonsai.memory.work import (
     SHARD_BYTES,
@@ -16,7 +16,11 @@ from frugal_bonsai.memory.work import (
     PlanItem,
 )
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.sizes import MIB
 
+HEAD_CHUNKS = "head chunks"
+# Larger head chunks, or blocks of logits, are not faster.
+HEAD_CHUNK_BYTES = 32 * MIB
 # Four pieces of a tensor, see rewrite/cut_stream.py: two that are read, a cut along each dimension.
 _REWRITE_PIECES_BYTES = 4 * 2**21
 
@@ -38,6 +42,58 @@ def cache_bytes(spec: ModelSpec, tokens: int, element: int) -> int:
 
 class CommandItems(SweepItems):
     """The items of a command for one model, device and workload."""
+
+    def head_sizes(self, choice: Choice) -> tuple[int, int]:
+        """Return the number of rows and of tokens of a head chunk."""
+        spec, window = self.spec, self.work.window
+        if self.work.full_logits:
+            return spec.vocabulary, window
+        rows = max(1, HEAD_CHUNK_BYTES // (spec.hidden * self._chunk_element))
+        rows = min(spec.vocabulary, rows)
+        tokens = max(1, HEAD_CHUNK_BYTES // (rows * 4))
+        if tokens >= window:
+            tokens = min(tokens // window, choice.micro_batch) * window
+        return rows, tokens
+
+    def head_rows(self, choice: Choice, *, products: bool = False) -> list[PlanItem]:
+        """Buffers of the head's rows, which are streamed as layers are."""
+        rows, _ = self.head_sizes(choice)
+        hidden = self.spec.hidden
+        slots = 1 if rows >= self.spec.vocabulary else choice.buffers
+        stored = rows * (hidden + 4) if products else rows * hidden * self._source
+        items = self._buffers(HEAD_CHUNKS, slots, stored, "v rows as stored")
+        if products:
+            items.append(self._products(choice, rows, hidden, rows * hidden))
+        elif self._source != self._compute:
+            size, formula = rows * hidden * self._compute, "v*H*c"
+            if self._in_blocks((rows, hidden)):
+                size, formula = self._block_bytes((rows, hidden)), "4 MiB of rows, their products"
+            items.append(self._near("head chunk in the compute dtype", size, formula))
+        return items
+
+    def kept_head(self, choice: Choice) -> PlanItem | None:
+        """The head, if it is one chunk: it stays once it has been read."""
+        rows, _ = self.head_sizes(choice)
+        if rows < self.spec.vocabulary:
+            return None
+        if self._in_blocks((rows, self.spec.hidden)):
+            return self._near("head", rows * self.spec.hidden * self._source, "V*H*source")
+        return self._near("head", rows * self.spec.hidden * self._compute, "V*H*c")
+
+    def logits(self, choice: Choice, *, products: bool = False) -> PlanItem:
+        """Logits of a block of tokens for a chunk of rows, and the tokens' hidden states."""
+        rows, tokens = self.head_sizes(choice)
+        wide = 4 if self._compute == 4 else 4 + self._compute
+        normed = max(tokens, self.work.window) * self.spec.hidden * self._compute
+        if products and not self._gpu:
+            tokens = min(tokens, product_tokens(rows))
+        formula = f"tokens*v*{wide} + tokens*H*c"
+        return self._near("logits", tokens * rows * wide + normed, formula)
+
+    def all_logits(self) -> PlanItem:
+        """All logits of a window for a custom utility, in parts and joined."""
+        size = 2 * self.work.window * self.spec.vocabulary * 4
+        return self._near("all logits of a window", size, "2 x S*V*4")
 
     def sampling(self) -> PlanItem:
         """Keys, values and logits of the windows that are sampled."""

@@ -1,4 +1,4 @@
-"""The items of a sweep and its head in a memory plan, each with its formula.
+"""The items of a sweep over layers in a memory plan, each with its formula.
 
 In: shapes, the device, a workload, a choice of sizes. Out: itemised bytes. Pure. docs/memory.md
 explains the formulas and compares them with measurements.
@@ -26,14 +26,11 @@ from frugal_bonsai.memory.work import GPU, HOST, Choice, PlanItem, SweepWorkload
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.row_blocks import block_bytes, block_rows, multiplied_in_blocks
-from frugal_bonsai.sizes import MIB, format_bytes
+from frugal_bonsai.sizes import format_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-HEAD_CHUNKS = "head chunks"
-# Larger head chunks, or blocks of logits, are not faster.
-HEAD_CHUNK_BYTES = 32 * MIB
 # Tokens that a block of rows is multiplied with at a time, into a buffer.
 _BLOCK_TOKENS = 256
 
@@ -77,11 +74,6 @@ class SweepItems:
         exact = copy.copy(self)
         exact._compute = 4
         return exact
-
-    @property
-    def source_element_bytes(self) -> int:
-        """Bytes of an element of the checkpoint."""
-        return self._source
 
     def stored_bytes(self, weights: str | None) -> int:
         """Return the bytes of one layer as stored; None is the checkpoint itself."""
@@ -256,58 +248,6 @@ class SweepItems:
             )
             for peak in self._peaks
         )
-
-    def head_sizes(self, choice: Choice) -> tuple[int, int]:
-        """Return the number of rows and of tokens of a head chunk."""
-        spec, window = self.spec, self.work.window
-        if self.work.full_logits:
-            return spec.vocabulary, window
-        rows = max(1, HEAD_CHUNK_BYTES // (spec.hidden * self._chunk_element))
-        rows = min(spec.vocabulary, rows)
-        tokens = max(1, HEAD_CHUNK_BYTES // (rows * 4))
-        if tokens >= window:
-            tokens = min(tokens // window, choice.micro_batch) * window
-        return rows, tokens
-
-    def head_rows(self, choice: Choice, *, products: bool = False) -> list[PlanItem]:
-        """Buffers of the head's rows, which are streamed as layers are."""
-        rows, _ = self.head_sizes(choice)
-        hidden = self.spec.hidden
-        slots = 1 if rows >= self.spec.vocabulary else choice.buffers
-        stored = rows * (hidden + 4) if products else rows * hidden * self._source
-        items = self._buffers(HEAD_CHUNKS, slots, stored, "v rows as stored")
-        if products:
-            items.append(self._products(choice, rows, hidden, rows * hidden))
-        elif self._source != self._compute:
-            size, formula = rows * hidden * self._compute, "v*H*c"
-            if self._in_blocks((rows, hidden)):
-                size, formula = self._block_bytes((rows, hidden)), "4 MiB of rows, their products"
-            items.append(self._near("head chunk in the compute dtype", size, formula))
-        return items
-
-    def kept_head(self, choice: Choice) -> PlanItem | None:
-        """The head, if it is one chunk: it stays once it has been read."""
-        rows, _ = self.head_sizes(choice)
-        if rows < self.spec.vocabulary:
-            return None
-        if self._in_blocks((rows, self.spec.hidden)):
-            return self._near("head", rows * self.spec.hidden * self._source, "V*H*source")
-        return self._near("head", rows * self.spec.hidden * self._compute, "V*H*c")
-
-    def logits(self, choice: Choice, *, products: bool = False) -> PlanItem:
-        """Logits of a block of tokens for a chunk of rows, and the tokens' hidden states."""
-        rows, tokens = self.head_sizes(choice)
-        wide = 4 if self._compute == 4 else 4 + self._compute
-        normed = max(tokens, self.work.window) * self.spec.hidden * self._compute
-        if products and not self._gpu:
-            tokens = min(tokens, product_tokens(rows))
-        formula = f"tokens*v*{wide} + tokens*H*c"
-        return self._near("logits", tokens * rows * wide + normed, formula)
-
-    def all_logits(self) -> PlanItem:
-        """All logits of a window for a custom utility, in parts and joined."""
-        size = 2 * self.work.window * self.spec.vocabulary * 4
-        return self._near("all logits of a window", size, "2 x S*V*4")
 
 
 def pinned_bytes(size: int) -> int:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.command_items import CommandItems
-from frugal_bonsai.memory.items import HEAD_CHUNKS
+from frugal_bonsai.memory.command_items import HEAD_CHUNKS, CommandItems
 from frugal_bonsai.memory.work import BASE, GPU, HOST, Choice, PlanItem, SweepLimits
 from frugal_bonsai.sizes import MIB, format_bytes
 
@@ -203,15 +202,10 @@ class CommandPhases:
             *items.stream(choice, weights, products=products),
             *items.hidden(choice, windows),
         ]
-        head = [
-            *items.head_rows(choice, products=products),
-            items.logits(choice, products=products),
-        ]
+        head = self._head(choice, products=products)
         if work.top:
             held.append(items.teacher_shard())
             head.append(items.top_tokens(choice))
-        if work.full_logits:
-            head.append(items.all_logits())
         if called is None:
             within = items.with_products(choice) if products else choice
             called = [items.activations(within, windows)]
@@ -220,19 +214,24 @@ class CommandPhases:
             self._held(f"{name}: head", [*held, *head]),
         ]
 
-    def _rewrite(self, choice: Choice) -> list[MemoryPhase]:
+    def _head(self, choice: Choice, *, products: bool = False) -> list[PlanItem]:
+        """Return the head's items; a user's utility takes all logits of a window."""
+        items = self._items
+        logits = [items.logits(choice, products=products)]
+        if items.work.full_logits:
+            logits.append(items.all_logits())
+        return [*items.head_rows(choice, products=products), *logits]
+
+    def _rewrite(self, choice: Choice, *, refitted: bool = False) -> list[MemoryPhase]:
         items = self._items.in_fp32()
         layers = [*items.stream(choice, None), items.verified_activations()]
         head = [*items.head_rows(choice), items.verified_logits()]
         head += items.heads_in_fp32(choice)
         return [
-            self._held("rewriting", [self._rewriting()]),
+            self._held("rewriting", [self._items.rewriting(refitted=refitted)]),
             self._held("verifying: layers", layers),
             self._held("verifying: head", head),
         ]
-
-    def _rewriting(self) -> PlanItem:
-        return self._items.rewriting()
 
     def _held(self, name: str, own: list[PlanItem]) -> MemoryPhase:
         """Return a phase; a head that is one chunk stays in phases without chunks of their own."""

@@ -32,7 +32,7 @@ class PrunePhases(CommandPhases):
             phases.append(self._held("writing text", held))
         if work.reconstruction:
             phases += self._reconstruction(choice)
-        return phases + self._rewrite(choice)
+        return phases + self._rewrite(choice, refitted=work.reconstruction)
 
     def _masked(self, choice: Choice) -> list[MemoryPhase]:
         items, work, called = self._items, self._items.work, None
@@ -86,13 +86,7 @@ class PrunePhases(CommandPhases):
         ]
         if work.channel_updates:
             phases += self._channel_updates(choice, held)
-        head = [*items.head_rows(choice), items.logits(choice)]
-        if work.full_logits:  # candidates are judged by the user's utility
-            head.append(items.all_logits())
-        return [
-            *phases,
-            self._held("recovery: head", [*held, *head]),
-        ]
+        return [*phases, self._held("recovery: head", [*held, *self._head(choice)])]
 
     def _channel_updates(self, choice: Choice, held: list[PlanItem]) -> list[MemoryPhase]:
         """Return the phases of channel updates: an update, then the refit of down_proj.
@@ -112,6 +106,3 @@ class PrunePhases(CommandPhases):
             self._held("refinement: layers", [*again, items.paired_activations(choice)]),
             self._held("refinement: solve", [*again, items.solve()]),
         ]
-
-    def _rewriting(self) -> PlanItem:
-        return self._items.rewriting(refitted=self._items.work.reconstruction)

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.command_items import CommandItems
-from frugal_bonsai.memory.items import HEAD_CHUNK_BYTES, pinned_bytes
+from frugal_bonsai.memory.command_items import HEAD_CHUNK_BYTES, CommandItems
+from frugal_bonsai.memory.items import pinned_bytes
 from frugal_bonsai.memory.work import DENSE_BLOCK_BYTES, HOST, PlanItem, SweepWorkload
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
