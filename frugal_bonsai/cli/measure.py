@@ -63,7 +63,7 @@ def eval_command(model: str, text: str | None, as_json: bool, **given: Any) -> N
     from frugal_bonsai.report.eval_tables import render_eval
     from frugal_bonsai.run.early import check_eval
 
-    threads, given["tasks"] = given.pop("threads"), split_names(given["tasks"] or "")
+    threads, given["tasks"] = given.pop("threads"), split_names(given["tasks"])
     check_eval(model, text, **{key: value for key, value in given.items() if key != "windows"})
     with watched(threads) as progress:
         from frugal_bonsai.run.evaluate import evaluate

@@ -86,6 +86,14 @@ text_only = click.option(
     help="Of a vision-language model, write the text model alone; else its other parts are "
     "carried along unchanged.",
 )
+_task_data = click.option(
+    "--task-data",
+    multiple=True,
+    metavar="DIR|TASK=FILE",
+    help="Local items of tasks, JSON lines: a folder with TASK.jsonl or TASK_*.jsonl, or the file "
+    "of one task; repeatable.  [default: from the hub]",
+)
+_FIRST_ITEMS = "Score the first items of each task only."
 tasks = several(
     click.option(
         "--tasks",
@@ -93,16 +101,17 @@ tasks = several(
         help="Score tasks of lm-evaluation-harness, such as lambada_openai,arc_easy,piqa,hellaswag "
         "(pip install 'frugal-bonsai[eval]').",
     ),
+    _task_data,
+    click.option("--limit", type=click.IntRange(1), help=_FIRST_ITEMS),
+)
+eval_tasks = several(
     click.option(
-        "--task-data",
-        multiple=True,
-        metavar="DIR|TASK=FILE",
-        help="Local items, JSON lines: a folder with TASK.jsonl or TASK_*.jsonl, or one task's "
-        "file; repeatable.  [default: from the hub]",
+        "--eval-tasks",
+        metavar="NAME,...",
+        help="Score both models at the end on tasks of lm-evaluation-harness, as eval --tasks.",
     ),
-    click.option(
-        "--limit", type=click.IntRange(1), help="Score the first items of each task only."
-    ),
+    _task_data,
+    click.option("--eval-limit", type=click.IntRange(1), help=_FIRST_ITEMS),
 )
 json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 layout = several(

@@ -17,6 +17,7 @@ from frugal_bonsai.run.options import PruneOptions
 @click.argument("model")
 @click.option("--out", required=True, metavar="DIR", help="Output folder; appears when complete.")
 @options.search
+@options.eval_tasks
 @options.text_only
 @options.assume
 @options.caps

@@ -38,22 +38,25 @@ _PREPARED = {
 _DATA_FORMS = "a folder that holds TASK.jsonl or TASK_*.jsonl for every task, or TASK=FILE"
 
 
-def require_harness() -> None:
+def require_harness(option: str = "--tasks") -> None:
     """Check that lm-evaluation-harness is installed, without importing it.
+
+    Args:
+        option: Option that needs it, for the error text.
 
     Raises:
         OptionError: It is not.
     """
     if find_spec("lm_eval") is None:
         raise OptionError(
-            "--tasks needs lm-evaluation-harness: run pip install 'frugal-bonsai[eval]', or "
+            f"{option} needs lm-evaluation-harness: run pip install 'frugal-bonsai[eval]', or "
             "pip install -e '.[eval]' in the clone"
         )
 
 
-def split_names(tasks: str | Sequence[str]) -> list[str]:
+def split_names(tasks: str | Sequence[str] | None) -> list[str]:
     """Return the names of tasks, each once; a string has commas between them."""
-    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = tasks.split(",") if isinstance(tasks, str) else tasks or ()
     return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
@@ -80,7 +83,7 @@ def find_task_data(names: Sequence[str], sources: Sequence[str]) -> dict[str, Pa
             )
         if name not in names:
             raise OptionError(
-                f"--task-data {source}: {name!r} is not in --tasks ({', '.join(names)})"
+                f"--task-data {source}: {name!r} is none of the tasks ({', '.join(names)})"
             )
         files[name] = Path(path)
     for name in names if folders else ():
@@ -142,7 +145,7 @@ def load_tasks(names: Sequence[str], files: Mapping[str, Path]) -> dict[str, Any
         if name not in manager.all_tasks and not Path(name).is_file():
             near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
             known = f"; near it: {', '.join(near)}" if near else ""
-            raise OptionError(f"--tasks: lm-evaluation-harness has no task {name!r}{known}")
+            raise OptionError(f"lm-evaluation-harness has no task {name!r}{known}")
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         part = _load(manager, name, files.get(name))
@@ -151,7 +154,7 @@ def load_tasks(names: Sequence[str], files: Mapping[str, Path]) -> dict[str, Any
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE == _GENERATES:
             raise OptionError(
-                f"--tasks: {name} lets the model write text ({_GENERATES}), which eval does not; "
+                f"task {name} lets the model write text ({_GENERATES}), which is not supported; "
                 "take tasks that are scored by log-likelihoods, such as multiple choice"
             )
     return loaded
@@ -189,7 +192,7 @@ def _load(manager: Any, name: str, file: Path | None) -> Mapping[str, Any]:
         lines = str(error).strip().splitlines() or ["no details"]
         where = f"the items of {name}" if file is None else f"{file}: the items of {name}"
         raise OptionError(
-            f"--tasks: {where} could not be read ({type(error).__name__}: {lines[0][:200]}); "
+            f"{where} could not be read ({type(error).__name__}: {lines[0][:200]}); "
             f"local items are named with --task-data: {_DATA_FORMS}"
         ) from error
 

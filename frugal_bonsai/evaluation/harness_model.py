@@ -85,8 +85,8 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]  # the harness has no typ
         for text, _context, continuation in requests:
             if not 1 <= len(continuation) <= most:
                 raise OptionError(
-                    f"--tasks: a continuation has {len(continuation)} tokens, outside 1..{most} "
-                    f"(--window): {str(text)[-200:]!r}"
+                    f"tasks: a continuation has {len(continuation)} tokens, outside 1..{most} "
+                    f"(the model's positions, or --window): {str(text)[-200:]!r}"
                 )
         return self._score(
             [
@@ -127,6 +127,6 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]  # the harness has no typ
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """Refuse: the streamed model writes no answers."""
         raise OptionError(
-            f"--tasks: {requests[0].task_name} lets the model write text, which `eval` does not; "
-            "take tasks of log-likelihoods, such as multiple choice"
+            f"task {requests[0].task_name} lets the model write text (generate_until), which is "
+            "not supported; take tasks that are scored by log-likelihoods, such as multiple choice"
         )

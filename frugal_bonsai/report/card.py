@@ -29,6 +29,7 @@ from frugal_bonsai.report.words import (
     plural,
     ratio,
     size_rows,
+    task_figure_rows,
 )
 from frugal_bonsai.sizes import format_bytes
 
@@ -103,6 +104,7 @@ def _figures(summary: Values) -> str:
     for key, name in names.items():
         dense, pruned = before[key], after[key]
         rows.append((name, number(dense, 3), number(pruned, 3), ratio(dense, pruned)))
+    rows += task_figure_rows(before, after)
     lines = [
         markdown_table(("", "before", "after", "ratio"), rows),
         f"Perplexity is exp(mean NLL of tokens 2..S) over windows of S tokens (S is the window "

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.report.sheet import Sheet
-from frugal_bonsai.report.words import all_printable, number, peak_words
+from frugal_bonsai.report.words import all_printable, number, peak_words, task_metrics
 from frugal_bonsai.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -67,9 +67,13 @@ def render_eval(result: Values, console: Console) -> None:
 def task_rows(tasks: Values) -> list[tuple[str, str, str, str, str]]:
     """Return task, metric, value, standard error and number of items of each metric."""
     return [
-        (name, metric, number(value, 4), number(scores.get(f"{metric}_stderr"), 4), items)
+        (
+            name,
+            metric,
+            number(value, 4),
+            number(scores.get(f"{metric}_stderr"), 4),
+            f"{scores['items']:,}",
+        )
         for name, scores in tasks.items()
-        for items in [f"{scores['items']:,}"]
-        for metric, value in scores.items()
-        if metric != "items" and not metric.endswith("_stderr")
+        for metric, value in task_metrics(scores)
     ]

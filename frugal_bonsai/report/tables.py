@@ -25,6 +25,7 @@ from frugal_bonsai.report.words import (
     runs,
     size_rows,
     span,
+    task_figure_rows,
 )
 from frugal_bonsai.sizes import format_bytes
 
@@ -66,6 +67,7 @@ def _say_before_after(summary: Values, sheet: Sheet) -> None:
     for key, name in names.items():
         dense, pruned = before[key], after[key]
         rows.append((name, number(dense, 3), number(pruned, 3), ratio(dense, pruned)))
+    rows += task_figure_rows(before, after)
     sheet.heading(f"{summary['model']}: {summary['sparsity']:.1%} of the block weights removed")
     sheet.table(("", "before", "after", "ratio"), rows)
     counted = [f"{plural(calibration['held_out_windows'], 'window')} of held-out calibration text"]

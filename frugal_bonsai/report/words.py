@@ -78,6 +78,23 @@ def size_rows(before: Mapping[str, Any], after: Mapping[str, Any], where: str) -
     return [*rows, (f"bytes {where}{of_all}", *sizes, ratio(dense, pruned))]
 
 
+def task_figure_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
+    """Return rows of the scores on tasks, if there are any: before, after, and the ratio."""
+    rows = []
+    for task, scores in before.get("tasks", {}).items():
+        for metric, dense in task_metrics(scores):
+            pruned = after["tasks"][task][metric]
+            name = f"{task}, {metric}, {plural(scores['items'], 'item')}"
+            rows.append((name, number(dense, 4), number(pruned, 4), ratio(dense, pruned)))
+    return rows
+
+
+def task_metrics(scores: Mapping[str, Any]) -> list[tuple[str, float | None]]:
+    """Return the metrics of a task and their values, without standard errors."""
+    left_out = ("items", "_stderr")
+    return [(name, value) for name, value in scores.items() if not name.endswith(left_out)]
+
+
 def duration(seconds: float) -> str:
     """Return ``12 s``, ``4 min``, ``2.5 h`` or ``3.1 days``."""
     if seconds < 100:

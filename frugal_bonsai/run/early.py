@@ -14,7 +14,7 @@ from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import require_no_file, require_no_output, require_writable
 from frugal_bonsai.checkpoint.locate import local_model
 from frugal_bonsai.errors import OptionError, StateError
-from frugal_bonsai.evaluation.harness import find_task_data, require_harness
+from frugal_bonsai.evaluation.harness import find_task_data, require_harness, split_names
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP, require_llama_cpp
 from frugal_bonsai.hardware.profile import read_profile, require_replaceable
 from frugal_bonsai.memory.budget import parse_caps, require_device_name
@@ -46,6 +46,9 @@ def check_prune(model: str, out: Path | None, options: PruneOptions, *, resume: 
         require_source(options.source_for(model), "--calibration", sampled=True)
         if options.eval_text is not None:
             require_source(options.eval_text, "--eval-text")
+        if options.eval_tasks:
+            find_task_data(split_names(options.eval_tasks), options.task_data)
+            require_harness("--eval-tasks")
     spec = _local_spec(model, options.assume_family, text_only=options.text_only)
     if spec is not None:
         choose_window(spec, options.window)

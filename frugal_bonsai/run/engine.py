@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from frugal_bonsai.int8 import has_bitsandbytes
-from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap
+from frugal_bonsai.memory.budget import enforce_gpu_cap, enforce_host_cap, return_freed_memory
 from frugal_bonsai.memory.meter import peak_resident_bytes, resident_bytes
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.training import TrainingPlan
@@ -77,7 +77,7 @@ def in_fp32(engine: Engine, plan: MemoryPlan) -> Engine:
     )
 
 
-def measured_base_bytes(spec: ModelSpec, *, training: bool = False) -> int:
+def measured_base_bytes(spec: ModelSpec, *, training: bool = False, first: bool = True) -> int:
     """Return the bytes that this process holds before the model, with everything imported.
 
     What is resident now stays, and the late imports are added to it. The peak so far counts too,
@@ -87,9 +87,14 @@ def measured_base_bytes(spec: ModelSpec, *, training: bool = False) -> int:
     Args:
         spec: The model.
         training: bitsandbytes is used, or imported by peft.
+        first: The command has planned nothing before. Later, the peak so far is that of other work
+            under the same caps, and does not count.
     """
     build_empty_model(spec)
     if training:
         has_bitsandbytes()
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+    if not first:
+        return_freed_memory()
+        return resident_bytes() + LATE_BYTES
     return max(resident_bytes() + LATE_BYTES, peak_resident_bytes())

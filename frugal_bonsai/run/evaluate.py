@@ -137,10 +137,18 @@ def evaluate(
                 caps=caps,
                 progress=progress,
             )
-            values |= scored
+            values |= _with_larger_plan(scored, values)
     seconds = time.monotonic() - started
     tokens = values.get("windows", 0) * values.get("window", 0) + values.get("task_tokens", 0)
     return values | {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _with_larger_plan(later: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Return the later values, with the earlier prediction of memory if that is larger."""
+    key = "host_predicted_bytes"
+    if earlier.get(key, 0) <= later[key]:
+        return later
+    return later | {name: earlier[name] for name in (key, "gpu_predicted_bytes", "plan")}
 
 
 def _measure(

@@ -128,7 +128,7 @@ class _Scorer:
 
     def _plan(self, batches: Sequence[Batch], budget: Budget) -> list[MemoryPlan]:
         """Plan the memory of each batch."""
-        spec, base_bytes = self._model.spec, measured_base_bytes(self._model.spec)
+        spec, base_bytes = self._model.spec, measured_base_bytes(self._model.spec, first=False)
         works = (
             SweepWorkload(window=batch.window, measured=(len(batch.inputs),), weights=self._weights)
             for batch in batches
@@ -143,5 +143,5 @@ class _Scorer:
                     torch.tensor(request.tokens),
                     self._tokenizer,
                     self._model.spec.vocabulary,
-                    what="--tasks: an item",
+                    what="tasks: an item",
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ class PruneOptions(CommandOptions):
         calibration: Text source. None takes wikitext2, or stdlib for ``example``.
         profile: Hardware profile (TOML). ``plan`` plans for its machine; ``prune`` predicts its
             time with its rates.
+        eval_tasks: Tasks of lm-evaluation-harness, as a list or separated by commas, that both
+            models are scored on at the end.
+        task_data: Local items of these tasks: folders, or ``TASK=FILE``. None are read from the
+            hub.
+        eval_limit: Number of items of each task. None takes all.
     """
 
     method: str = "default"
@@ -82,10 +87,16 @@ class PruneOptions(CommandOptions):
     tile: int | None = None
     calibration: str | None = None
     profile: str | Path | None = None
+    eval_tasks: str | Sequence[str] | None = None
+    task_data: Sequence[str] = ()
+    eval_limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.windows is not None and self.windows < 1:
             raise OptionError(f"--windows: {self.windows} is not at least 1")
+        for option, value in (("--task-data", self.task_data), ("--eval-limit", self.eval_limit)):
+            if value and not self.eval_tasks:
+                raise OptionError(f"{option} is for --eval-tasks; name tasks, or omit it")
 
     def source_for(self, model: str) -> str:
         """Return the calibration source of a model, as named or by default."""

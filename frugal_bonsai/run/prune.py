@@ -33,6 +33,7 @@ from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
 from frugal_bonsai.run.provenance import with_step
 from frugal_bonsai.run.prune_output import measure_dense, write_pruned
+from frugal_bonsai.run.prune_tasks import add_task_scores, check_tasks
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.summary import describe_run, write_papers
 from frugal_bonsai.run.warnings import figure_warnings
@@ -72,6 +73,7 @@ def prune(
     started = time.monotonic()
     out, options, progress = Path(out), options or PruneOptions(), progress or Silent()
     check_prune(model, out, options, resume=resume)
+    check_tasks(options)
     folder = run_folder(out)
     with (
         locked(folder),
@@ -93,7 +95,7 @@ def prune(
                 on_plan=on_plan,
             )
             summary = _search_and_write(
-                run, folder, out, resume=resume, utility=utility, started=started
+                run, options, folder, out, resume=resume, utility=utility, started=started
             )
         finally:
             remove_folder(folder / STORE)
@@ -105,6 +107,7 @@ def prune(
 
 def _search_and_write(
     run: PruneRun,
+    options: PruneOptions,
     folder: Path,
     out: Path,
     *,
@@ -118,6 +121,7 @@ def _search_and_write(
     with staged_directory(out) as staged:
         figures = {"before": before, **write_pruned(run, found, staged)}
         summary = _summarise(run, found, out, figures, utility)
+        add_task_scores(summary, run, options, staged)
         summary["seconds"] = time.monotonic() - started
         write_papers(staged, summary, run.model.spec, found.mask)
     return summary

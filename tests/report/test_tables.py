@@ -234,6 +234,15 @@ def test_inspect_of_a_model_of_images_and_text() -> None:
     assert "the text model of a gemma3" in words(text) and "--text-only" in words(text)
 
 
+def test_prune_states_the_scores_of_tasks() -> None:
+    scores = {"acc": 0.5, "acc_stderr": 0.125, "items": 1838}
+    summary = make_summary()
+    for when, acc in (("before", 0.5), ("after", 0.25)):
+        summary[when] = {**summary[when], "tasks": {"piqa": {**scores, "acc": acc}}}
+    found = row(printed(render_prune, summary), "piqa, acc, 1,838 items")
+    assert found[-3:] == ["0.5000", "0.2500", "0.500"]
+
+
 def test_eval_states_each_metric_of_a_task() -> None:
     scores = {"acc": 0.5, "acc_stderr": 0.125, "acc_norm": 0.25, "acc_norm_stderr": None}
     tasks = {"piqa": {**scores, "items": 1838}}

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from commands import fail, succeed
 
 import frugal_bonsai as package
-from frugal_bonsai.errors import OptionError
+from frugal_bonsai.errors import BudgetError, OptionError
 from frugal_bonsai.evaluation import harness
 from frugal_bonsai.memory.budget import parse_caps
 from frugal_bonsai.progress import Silent
@@ -133,31 +134,58 @@ def test_scores_are_those_of_the_harness_own_model(
 
 
 @needs_harness
-def test_a_command_scores_a_pruned_model(tmp_path: Path, data: Path) -> None:
-    """With a text beside the tasks, int8 weights, a cap and --limit."""
-    out, words = tmp_path / "out", ("--calibration", "stdlib", "--window", "64", "--windows", "4")
-    succeed(
-        "prune", "example", "--out", out, *words, "--method", "fluctuation", "--layout", "per-layer"
-    )
-    words = ("--tasks", "piqa,hellaswag", "--task-data", data, "--limit", "1")
-    text = ("--text", "stdlib", "--window", "64", "--windows", "2")
-    found = succeed("eval", out, *words, *text, "--weights", "int8", "--max-cpu-mem", "2GB")
-    assert found["tasks"]["piqa"].keys() == {
-        "acc",
-        "acc_stderr",
-        "acc_norm",
-        "acc_norm_stderr",
-        "items",
-    }
-    assert found["tasks"]["hellaswag"]["items"] == 1 and found["tasks"]["piqa"]["acc"] in (0, 1)
+def test_commands_score_both_models_of_a_prune(tmp_path: Path, data: Path) -> None:
+    out, names = tmp_path / "out", "piqa,hellaswag"
+    words = ("--calibration", "stdlib", "--window", "64", "--windows", "4")
+    words += ("--method", "fluctuation", "--layout", "per-layer", "--max-cpu-mem", "2GB")
+    tasks = ("--eval-tasks", names, "--task-data", str(data), "--eval-limit", "1")
+    summary = succeed("prune", "example", "--out", out, *words, *tasks)
+    before, after = (summary[when]["tasks"] for when in ("before", "after"))
+    assert before.keys() == after.keys() == {"piqa", "hellaswag"}
+    for scores in (*before.values(), *after.values()):
+        assert scores.keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "items"}
+        assert scores["items"] == 1 and scores["acc"] in (0, 1)
+    assert summary["memory"]["host_peak_bytes"] < summary["memory"]["host_cap_bytes"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"| piqa, acc_norm, 1 item | {before['piqa']['acc_norm']:.4f} |" in card
+
+    text = ("--text", "stdlib", "--window", "64", "--windows", "2", "--max-cpu-mem", "2GB")
+    found = succeed("eval", out, "--tasks", names, *tasks[2:4], "--limit", "1", *text)
+    assert found["tasks"] == after and 0 < found["task_tokens"] < 200
     assert found["perplexity"] > 1 and found["window"] == 64
-    assert 0 < found["task_tokens"] < 200
     assert found["host_peak_bytes"] < found["host_cap_bytes"]
+    dense = package.evaluate("example", tasks=names, task_data=[str(data)], limit=1, weights="int8")
+    assert dense["tasks"] == before
+
+
+@needs_harness
+def test_a_failure_at_the_end_costs_the_scores_and_not_the_prune(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise BudgetError("too small")
+
+    monkeypatch.setattr("frugal_bonsai.run.prune_tasks.evaluate_tasks", fails)
+    options = package.PruneOptions(
+        method="fluctuation",
+        calibration="stdlib",
+        window=64,
+        windows=4,
+        eval_tasks=["piqa"],
+        task_data=[str(data)],
+    )
+    summary = package.prune("example", tmp_path / "out", options)
+    assert "no scores of tasks: too small" in summary["warnings"]
+    assert "tasks" not in summary["before"] and (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_without_the_package(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "find_spec", lambda _: None)
     assert "pip install 'frugal-bonsai[eval]'" in fail("eval", "example", "--tasks", "piqa")
+    said = fail("prune", "example", "--out", data / "out", "--eval-tasks", "piqa")
+    assert "--eval-tasks needs lm-evaluation-harness" in said
+    said = fail("prune", "example", "--out", data / "out", "--eval-limit", "3")
+    assert "--eval-limit is for --eval-tasks" in said
 
 
 @pytest.mark.parametrize(
@@ -170,7 +198,7 @@ def test_without_the_package(data: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (("--tasks", "sciq", "--task-data", "{data}"), "looked for sciq.json* and sciq_*.json*"),
         (
             ("--tasks", "piqa", "--task-data", "sciq={data}/piqa_some.jsonl"),
-            "'sciq' is not in --tasks (piqa)",
+            "'sciq' is none of the tasks (piqa)",
         ),
         (("--tasks", "piqa", "--task-data", "piqa={data}/bad.txt"), "first line is not JSON"),
     ],
@@ -182,7 +210,11 @@ def test_refused_options(words: tuple[str, ...], expected: str, data: Path) -> N
 
 @needs_harness
 def test_tasks_that_cannot_be_scored(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "near it: hellaswag" in fail("eval", "example", "--tasks", "helaswag")
+    with monkeypatch.context() as patch:  # to index all tasks takes the harness seconds
+        index = SimpleNamespace(all_tasks=["hellaswag", "piqa"])
+        patch.setattr("lm_eval.tasks.TaskManager", lambda: index)
+        said = fail("eval", "example", "--tasks", "helaswag")
+    assert "has no task 'helaswag'; near it: hellaswag" in said
     writes = _yaml(data, "generate_until", "exact_match")
     said = fail("eval", "example", "--tasks", writes)
     assert "wiki_lines lets the model write text (generate_until)" in said
