@@ -69,6 +69,24 @@ WHOLES: dict[str, dict[str, Any]] = {
         },
         **_QWEN_TOKENS,
     },
+    "qwen3_5": {
+        "text_config": {
+            **_TEXT,
+            "head_dim": 8,
+            "rope_parameters": {**_MROPE, "partial_rotary_factor": 1.0},
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 7,
+        },
+        "vision_config": {
+            **_QWEN_VISION,
+            "out_hidden_size": 24,
+            "num_position_embeddings": 16,
+        },
+        **_QWEN_TOKENS,
+    },
     "qwen2_vl": {
         "text_config": {**_QWEN_TEXT, "rope_parameters": _MROPE},
         "vision_config": dict(depth=1, embed_dim=16, num_heads=2, hidden_size=32, mlp_ratio=1),

@@ -213,6 +213,18 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SIZES, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen3": ("qwen3", _SIZES),
+    "qwen3_5": (
+        "qwen3_5_text",
+        {
+            **_SIZES,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 7,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "qwen3-biases": ("qwen3", {**_SIZES, "attention_bias": True, "tie_word_embeddings": True}),
     "smollm3": ("smollm3", {**_SIZES, "no_rope_layers": [1, 0]}),
     # Positions 8 to 12 are beyond the original length, so their queries grow.

@@ -151,13 +151,11 @@ def _continue(
     A token is drawn by inverting the cumulative distribution at a number of its own in [0, 1). So
     a text does not depend on those that are written beside it.
     """
-    from transformers import DynamicCache
-
     count, window = draws_nS.shape
     given = prompts_nP.shape[1]
     tokens_nS = torch.zeros(count, window, dtype=torch.int64)
     tokens_nS[:, :given] = prompts_nP
-    cache = DynamicCache()
+    cache = engine.skeleton.new_cache()
     with torch.inference_mode():
         for position in range(window - 1):
             hidden_nSH, kwargs = engine.skeleton.step(

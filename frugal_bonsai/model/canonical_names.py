@@ -58,7 +58,7 @@ def canonical_tensors(
     canonical = {stored: own for own, stored in family.stored_as.items()}
     renamed = {}
     for stored, entry in tensors.items():
-        if stored.endswith(family.unread):
+        if not family.is_read(stored):
             continue
         name = canonical.get(stored, family.own_name(stored))
         if bare and name != family.head:

@@ -127,6 +127,19 @@ ACTIVATION_COPIES = {"gelu_new": 2, "gelu_fast": 2, "gelu_python": 1, "quick_gel
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """The module that mixes tokens in some layers: attention, linear attention, a convolution.
+
+    Attributes:
+        output: its output projection, a module inside the layer.
+        returns_tuple: it returns a tuple, as attention of transformers does.
+    """
+
+    output: str
+    returns_tuple: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experts:
     """The experts of a family's layers. Each expert is an FFN.
 
@@ -170,7 +183,7 @@ class Family:
     transposed: tuple[str, ...] = ()
     # Endings of tensors of two dimensions that no matrix product reads, which are not quantised.
     unquantised: tuple[str, ...] = ()
-    # Endings of tensors that old checkpoints hold and no model reads.
+    # Endings of tensors that checkpoints hold and no model reads; beginnings, if they end in a dot.
     unread: tuple[str, ...] = ("rotary_emb.inv_freq",)
     # Tensor names that differ: the model's name -> the checkpoint's name.
     stored_as: Mapping[str, str] = field(default_factory=dict)
@@ -182,8 +195,12 @@ class Family:
     embedding_module: str  # the token embedding, inside the base module
     norm_module: str  # the final norm, inside the base module
     # -- units ------------------------------------------------------------------------------------
+    # Empty if attention has a form that units do not describe: it is one unit, which stays. Only
+    # the input columns of its output projection are known. ``whole_attention`` says why.
     attention_parts: tuple[Part, ...]
     attention_output: str
+    # What mixes tokens in layers without attention. Each layer has one of these, or attention.
+    other_mixers: tuple[Mixer, ...] = ()
     ffn_parts: tuple[Part, ...]
     ffn_output: str
     # Experts of the layers; ``ffn_parts`` and ``ffn_output`` then contain ``{expert}``.
@@ -236,6 +253,11 @@ class Family:
     # If all of these hold, a layer has one KV head, whatever ``kv_heads_key`` states.
     one_kv_head: tuple[Condition, ...] = ()
 
+    def is_read(self, name: str) -> bool:
+        """Return whether a model reads a checkpoint's tensor of this name."""
+        beginnings = tuple(part for part in self.unread if part.endswith("."))
+        return not (name.endswith(self.unread) or name.startswith(beginnings))
+
     @property
     def title(self) -> str:
         """Name for reports."""
@@ -255,6 +277,12 @@ class Family:
             stored = stored.replace(part, own)
         return stored
 
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """Attention and what takes its place in other layers."""
+        return (Mixer(output=self.attention_output, returns_tuple=True), *self.other_mixers)
+
     def norm_behind(self, projection: str) -> str | None:
         """Return the module of the norm between an output projection and the residual stream."""
-        return self.attention_norm if projection == self.attention_output else self.ffn_norm
+        mixes = any(mixer.output == projection for mixer in self.mixers)
+        return self.attention_norm if mixes else self.ffn_norm

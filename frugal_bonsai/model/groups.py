@@ -36,7 +36,7 @@ def split_by_layer(
             {
                 name.removeprefix(prefix): shape
                 for name, shape in taken.items()
-                if not name.endswith(family.unread)
+                if family.is_read(name)
             }
         )
     return tuple(by_layer), {name: tuple(shape) for name, shape in others.items()}
@@ -76,7 +76,10 @@ class GroupBuilder:
         Raises:
             CheckpointError: a tensor is missing, or its shape contradicts the config.
         """
-        groups = [self._group(layer, ATTENTION, self._sizes.kv_heads(layer))]
+        if self._family.attention_parts:
+            groups = [self._group(layer, ATTENTION, self._sizes.kv_heads(layer))]
+        else:
+            groups = [self._whole_mixer(layer)]
         channels = self._sizes.ffn_channels(layer)
         if self._family.experts is None:
             return [*groups, self._group(layer, FFN, channels)]
@@ -89,6 +92,24 @@ class GroupBuilder:
             slices = (*group.slices, row)
             groups.append(replace(group, slices=slices, joint_parameters=self._hidden))
         return groups
+
+    def _whole_mixer(self, layer: int) -> UnitGroup:
+        """Return the group of one unit, which stays, of a layer's attention or what replaces it."""
+        prefix = self._family.layer_prefix.format(layer=layer)
+        weights = {f"{prefix}{mixer.output}.weight": mixer for mixer in self._family.mixers}
+        weight = next((name for name in weights if name in self._shapes), next(iter(weights)))
+        hidden, columns = self.shape_of(weight)
+        return UnitGroup(
+            layer=layer,
+            kind=ATTENTION,
+            count=1,
+            unit_parameters=hidden * columns,
+            slices=(UnitSlice(tensor=weight, axis=1, width=columns),),
+            output=weights[weight].output,
+            output_weight=weight,
+            columns_per_unit=columns,
+            removable=False,
+        )
 
     def _group(self, layer: int, kind: str, count: int, expert: int | None = None) -> UnitGroup:
         """Return the group of one kind in one layer, or of one expert."""

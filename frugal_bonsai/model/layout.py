@@ -153,6 +153,8 @@ def _attention_counts(spec: ModelSpec, layout: str, *, free: bool) -> tuple[int,
 
 def heads_fit(spec: ModelSpec, heads: int) -> bool:
     """Return whether the architecture's own config class accepts this number of query heads."""
+    if spec.whole_attention is not None:
+        return True  # those of the source
     if spec.family.head_dim_key is None:  # the class divides hidden_size by the number of heads
         return heads * spec.head_dim == spec.hidden
     return not spec.family.heads_divide_hidden or spec.hidden % heads == 0

@@ -151,8 +151,10 @@ def _find_prefixes(family: Family, names: Collection[str], source: str) -> dict[
         CheckpointError: no prefix or several lead to the family's names.
     """
     base = family.embedding.partition(".")[0] + "."
-    layer = family.file_name(family.layer_prefix.format(layer=0) + family.attention_output)
-    ending = layer.removeprefix(base) + ".weight"
+    first = family.layer_prefix.format(layer=0)
+    layers = [family.file_name(first + mixer.output) for mixer in family.mixers]
+    endings = [layer.removeprefix(base) + ".weight" for layer in layers]
+    ending = next((e for e in endings if any(n.endswith("." + e) for n in names)), endings[0])
     found = [name.removesuffix(ending) for name in names if name.endswith("." + ending)]
     # A layer of another part may have the same names, but it has no token embedding.
     embedding = family.embedding.removeprefix(base)

@@ -180,12 +180,18 @@ def _open_teacher(
 
 
 def _require_trainable(student: Model) -> None:
-    """Raise for a mixture of experts: neither the plan nor the adapters support a router."""
+    """Raise for layers that neither the plan nor the adapters support."""
     if student.spec.experts:
         raise UnsupportedModelError(
             f"{student.name}: adapt does not train a {student.spec.family.model_type}, whose "
             "layers have experts; prune with recovery, which refits every expert, and do without "
             "adapt"
+        )
+    if not student.spec.family.attention_parts:
+        raise UnsupportedModelError(
+            f"{student.name}: adapt does not train a {student.spec.family.model_type}: "
+            f"{student.spec.whole_attention}; prune with recovery, which refits the output "
+            "projections, and do without adapt"
         )
 
 

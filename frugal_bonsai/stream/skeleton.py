@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -29,6 +29,9 @@ from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.default_config import config_errors, default_config
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.stream.experts import split_experts
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 class LayerProxy(nn.Module):
@@ -202,15 +205,22 @@ class Skeleton:
             self._kwargs = {window: [dict(proxy.kwargs) for proxy in self._proxies]}
         return self._kwargs[window]
 
+    def new_cache(self) -> Cache:
+        """Return an empty KV cache for :meth:`step`."""
+        from transformers import DynamicCache
+
+        # Layers without attention have states of other kinds, which the config tells.
+        return DynamicCache(config=self._base.config if self.spec.family.other_mixers else None)
+
     def step(
-        self, tokens_BS: torch.Tensor, position: int, cache: object
+        self, tokens_BS: torch.Tensor, position: int, cache: Cache
     ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
         """Return the first layer's input and the layers' arguments for one token of each window.
 
         Args:
             tokens_BS: int64 ``[B, 1]``.
             position: position of these tokens.
-            cache: a KV cache of transformers that holds the tokens before them.
+            cache: a cache of :meth:`new_cache` that holds the tokens before them.
         """
         position_BS = torch.full((len(tokens_BS), 1), position, device=self.device)
         hidden_BSH = self._run_base(

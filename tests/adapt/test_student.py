@@ -37,6 +37,7 @@ from frugal_bonsai.adapt.teacher_cache import Targets
 from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.int8 import quantise_rows
 from frugal_bonsai.memory.training_items import INT8, NATIVE
+from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.stream.scratch import Scratch
 from frugal_bonsai.stream.stored_weight import RowsWeight, dense_weight
 
@@ -101,7 +102,11 @@ def test_logits_are_those_of_the_merged_model(changes: dict[str, Any], tmp_path:
     assert relative(student.logits(windows), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", sorted(FAMILY_CONFIGS))
+# run/adaptation.py refuses families whose attention is known by its output alone.
+KNOWN = sorted(n for n, (kind, _) in FAMILY_CONFIGS.items() if FAMILIES[kind].attention_parts)
+
+
+@pytest.mark.parametrize("name", KNOWN)
 def test_every_family_is_computed_as_hugging_face_does(name: str, tmp_path: Path) -> None:
     tiny, windows = tiny_family(tmp_path / "m", name), random_windows(2, 9)
     student, adapters = lora(tiny)

@@ -24,6 +24,7 @@ from frugal_bonsai.model.cut import Refit
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
 from frugal_bonsai.rewrite.shrink import shrink
+from frugal_bonsai.stream.call import call_layer
 from frugal_bonsai.stream.layers import CODES, DENSE, ROWS, LayerStream
 from frugal_bonsai.stream.store import INT8, build_store
 
@@ -176,6 +177,22 @@ class FamilyContract:
         self, tiny: Tiny, tokens_NS: torch.Tensor, dense_logits: torch.Tensor
     ) -> None:
         assert relative(streamed_logits(tiny, tokens_NS), dense_logits) < 1e-5
+
+    def test_token_by_token_with_a_cache(
+        self, tiny: Tiny, tokens_NS: torch.Tensor, dense_logits: torch.Tensor
+    ) -> None:
+        """Text is written one token at a time."""
+        engine, found = tiny.engine(), []
+        cache = engine.skeleton.new_cache()
+        with engine.stream(tiny.source()) as stream, torch.inference_mode():
+            for at in range(WINDOW):
+                hidden, kwargs = engine.skeleton.step(tokens_NS[:, at : at + 1], at, cache)
+                for layer, parameters in stream.visit():
+                    hidden = call_layer(
+                        engine.skeleton.layers[layer], parameters, hidden, kwargs[layer]
+                    )
+                found.append(engine.head.logits(hidden)[:, 0].clone())
+        assert relative(torch.stack(found, dim=1), dense_logits) < 1e-5
 
     def test_weights_as_stored_give_what_dense_ones_do(
         self,

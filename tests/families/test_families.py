@@ -33,6 +33,11 @@ class TestQwen3Biases(FamilyContract):
     name = "qwen3-biases"
 
 
+class TestQwen35(FamilyContract):
+    name = "qwen3_5"
+    attention = ()
+
+
 class TestSmolLM3(FamilyContract):
     name = "smollm3"
 

@@ -46,7 +46,7 @@ TRACED = [name for name, family in FAMILIES.items() if family.experts is None]
 # Families whose layers hold most inside attention.
 ATTENTION_PEAKS = {
     *("gemma2", "olmo2", "olmo3", "gpt_neo", "gpt_neox", "falcon"),
-    *("ernie4_5", "cohere", "cohere2", "starcoder2"),
+    *("qwen3_5_text", "ernie4_5", "cohere", "cohere2", "starcoder2"),
 }
 
 

@@ -47,6 +47,7 @@ FAMILY_OF = {
     "mistral3": "mistral",
     "llava": "llama",
     "qwen2_5_vl": "qwen2",
+    "qwen3_5": "qwen3_5_text",
     "qwen3_vl": "qwen3",
     "qwen2_vl": "qwen2",
     "llava_next": "mistral",

@@ -371,10 +371,10 @@ def test_refused_early_and_what_to_do(dense: Path, text: Path, tmp_path: Path) -
     assert "--layout per-layer: no gemma3 can have" in error and "--text-only" in error
     assert "uniform or padded" in error and not out.exists()
     save_whole(tmp_path / "other", "llava")
-    config = {**WHOLES["llava"]["text_config"], "model_type": "cohere2"}
+    config = {**WHOLES["llava"]["text_config"], "model_type": "cwm"}
     change_config(tmp_path / "other", text_config=config)
     error = fail("prune", tmp_path / "other", "--out", out, "--calibration", text)
-    assert "its text model is a 'cohere2'" in error and "docs/families.md" in error
+    assert "its text model is a 'cwm'" in error and "docs/families.md" in error
     change_config(
         tmp_path / "other", text_config={**config, "model_type": "llama"}, audio_config={}
     )

@@ -42,6 +42,8 @@ def refit_inputs(work: LayerPass, group: UnitGroup, *, first: bool) -> None:
     options = work.pair.options
     assert options.mask is not None
     projections = input_projections(work.spec, group)
+    if not projections:
+        return  # of attention that is one unit, the output projection alone is known
     hidden = work.pruned[f"{projections[0]}.weight"].shape[1]
     moments = Moments(hidden, device=work.device, gram=True)
     cross_HH = torch.zeros(hidden, hidden, device=work.device)  # N^T X

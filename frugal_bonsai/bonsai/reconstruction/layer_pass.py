@@ -182,10 +182,9 @@ class LayerPass:
         outputs = {projection: output(items) for projection, output in self.outputs.items()}
         stack = ExitStack()
         for projection, output_BSH in outputs.items():
-            attention = projection == self.spec.family.attention_output
-            stack.enter_context(
-                replaced(self.module, projection, output_BSH, returns_tuple=attention)
-            )
+            mixers = {mixer.output: mixer for mixer in self.spec.family.mixers}
+            tupled = projection in mixers and mixers[projection].returns_tuple
+            stack.enter_context(replaced(self.module, projection, output_BSH, returns_tuple=tupled))
         return stack
 
     def advance(self) -> None:

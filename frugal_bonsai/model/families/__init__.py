@@ -34,6 +34,7 @@ from frugal_bonsai.model.families.opt import OPT
 from frugal_bonsai.model.families.phi3 import PHI3
 from frugal_bonsai.model.families.qwen2 import QWEN2
 from frugal_bonsai.model.families.qwen3 import QWEN3
+from frugal_bonsai.model.families.qwen3_5 import QWEN3_5
 from frugal_bonsai.model.families.qwen3_moe import QWEN3_MOE
 from frugal_bonsai.model.families.seed_oss import SEED_OSS
 from frugal_bonsai.model.families.smollm3 import SMOLLM3
@@ -47,6 +48,7 @@ _TABLES = (
     MINISTRAL3,
     QWEN2,
     QWEN3,
+    QWEN3_5,
     SMOLLM3,
     GRANITE,
     OLMO2,
@@ -89,5 +91,5 @@ TEXT_MODELS = {
 # text. Others may attend differently: PaliGemma's prompts attend in both directions.
 WHOLES = (
     *("gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
-    *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"),
+    *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
 )

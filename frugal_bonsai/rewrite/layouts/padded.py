@@ -35,6 +35,8 @@ def padded_counts(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> dict[s
     widest = {kind: max(mask.kept(g) for g in groups if g.kind == kind) for kind in kinds}
     if spec.experts:
         widest[FFN] = min(-(-widest[FFN] // EXPERT_TILE) * EXPERT_TILE, spec.intermediate)
+    if spec.whole_attention is not None:
+        return widest
     per_group, kept = spec.query_heads_per_group, widest[ATTENTION]
     for count in range(kept, max(kept, spec.hidden // per_group) + 1):
         if rules.heads_fit(spec, count * per_group):

@@ -40,9 +40,9 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
         for index, layer in enumerate(widths)
         if layer != widest
     }
-    if overrides or not heads_fit(spec, widest[spec.family.heads_key]):
+    if overrides or not heads_fit(spec, widest.get(spec.family.heads_key, spec.heads)):
         bundled = find_bundled(spec.family.model_type)
-        if spec.family.head_dim_key is None:
+        if spec.family.head_dim_key is None and spec.whole_attention is None:
             config[HEAD_DIM] = spec.head_dim
         config["architectures"] = [bundled.model_class]
         config["auto_map"] = bundled.auto_map

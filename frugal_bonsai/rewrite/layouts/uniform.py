@@ -27,7 +27,7 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     """
     widths = layer_widths(spec, mask)[0]
     _require_equal(spec, mask)
-    heads = widths[spec.family.heads_key]
+    heads = widths.get(spec.family.heads_key, spec.heads)
     if not rules.heads_fit(spec, heads):
         kept = widths[spec.family.kv_heads_key]
         raise OptionError(

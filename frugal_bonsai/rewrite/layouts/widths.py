@@ -53,11 +53,11 @@ def count_widths(spec: ModelSpec, counts: Mapping[str, int], experts: int = 0) -
             if they are fewer.
     """
     family = spec.family
-    widths = {
-        family.heads_key: counts[ATTENTION] * spec.query_heads_per_group,
-        family.kv_heads_key: counts[ATTENTION],
-        family.ffn_key: counts[FFN],
-    }
+    widths = {family.ffn_key: counts[FFN]}
+    if spec.whole_attention is None:
+        widths[family.kv_heads_key] = counts[ATTENTION]
+        # The query heads last: some families have one key for both.
+        widths[family.heads_key] = counts[ATTENTION] * spec.query_heads_per_group
     if family.experts is None:
         return widths
     own = [key for key in family.experts.count_keys if spec.config.get(key) is not None]
@@ -72,7 +72,7 @@ def equal_layers_config(spec: ModelSpec, widths: Mapping[str, int]) -> dict[str,
     rules have checked before that this is allowed.
     """
     config = {**shared_config(spec), **widths}
-    if heads_fit(spec, widths[spec.family.heads_key]):
+    if heads_fit(spec, widths.get(spec.family.heads_key, spec.heads)):
         return config
     return as_mistral(spec, config)
 
