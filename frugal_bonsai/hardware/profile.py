@@ -14,7 +14,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from frugal_bonsai.accelerator import ACCELERATORS, CPU, CUDA, shares_host_memory
 from frugal_bonsai.checkpoint.commit import write_bytes
@@ -34,7 +33,6 @@ DEFAULT_ARITHMETIC = {CPU: FP32, **dict.fromkeys(ACCELERATORS, BF16)}
 # transformers; with a GPU also its libraries and the host side of its context.
 NOMINAL_BASE_BYTES = {CPU: 600 * MIB, **dict.fromkeys(ACCELERATORS, 2 * GIB)}
 _TEXTS = ("name", "source")
-_OPTIONAL = ("gpu_bytes", "copy_bytes_per_second", "fresh_bytes_per_second")
 _OF_OWN_MEMORY = ("gpu_bytes", "copy_bytes_per_second")
 
 
@@ -94,7 +92,7 @@ class HardwareProfile:
                 raise OptionError(f"{name} is {value!r}, expected a text")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            absent = value is None and field.name in _OPTIONAL
+            absent = value is None and field.default is None
             if field.name not in (*_TEXTS, "device", "products") and not absent:
                 _require_positive(field.name, value)
         own = not shares_host_memory(self.device)
@@ -159,7 +157,15 @@ def read_profile(path: Path) -> HardwareProfile:
     Raises:
         OptionError: The file cannot be read, is not TOML, or is not a profile.
     """
-    values = _read(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(
+            f"--profile {path}: cannot be read ({error.strerror or error}); `frugal-bonsai profile "
+            f"--out FILE` measures this machine, profiles/ of the repository holds others"
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise OptionError(f"--profile {path}: is no TOML file: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(HardwareProfile)}
     for key in values:
         if key not in fields:
@@ -172,18 +178,6 @@ def read_profile(path: Path) -> HardwareProfile:
         return HardwareProfile(**values)
     except OptionError as error:
         raise OptionError(f"--profile {path}: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OptionError(
-            f"--profile {path}: cannot be read ({error.strerror or error}); `frugal-bonsai profile "
-            f"--out FILE` measures this machine, profiles/ of the repository holds others"
-        ) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise OptionError(f"--profile {path}: is no TOML file: {error}") from error
 
 
 def write_profile(profile: HardwareProfile, path: Path) -> None:

@@ -8,9 +8,7 @@ a few numbers.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache
 from frugal_bonsai.hardware.profile import FP32, HardwareProfile
@@ -22,12 +20,7 @@ from frugal_bonsai.hardware.throughput import (
     TimePhase,
 )
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.memory.work import (
-    HOST,
-    UPDATE_ITERATIONS,
-    PruneWorkload,
-    text_tokens,
-)
+from frugal_bonsai.memory.work import HOST, UPDATE_ITERATIONS, PruneWorkload, text_tokens
 from frugal_bonsai.model.family import ModelSpec
 
 # Bytes that quantisation reads and writes for an element, beside the element itself: conversion to
@@ -64,7 +57,8 @@ class PruneTime:
         work = self.work
         phases = [TimePhase(name="starting", compute=self.profile.start_seconds)]
         if work.sampled:
-            phases.append(self._phase(SAMPLING, self._sampling()))
+            sampling = self._drawing(work.sampled, work.window, native=True)
+            phases.append(self._phase(SAMPLING, sampling))
         phases += [
             self._phase("perplexity", self._perplexity()),
             self._phase("building stores", self._stores(), overlaps=False),
@@ -83,11 +77,6 @@ class PruneTime:
         # With one layer buffer the next layer is read when this one has been computed.
         overlaps = overlaps and self.plan.limits.layer_buffers > 1
         return TimePhase(name=name, overlaps=overlaps) + seconds
-
-    # -- phases --------------------------------------------------------------------------------
-    def _sampling(self) -> TimePhase:
-        """Return the time of calibration text that the model draws from the checkpoint."""
-        return self._drawing(self.work.sampled, self.work.window, native=True)
 
     def _writing(self) -> TimePhase:
         """Return the time of the text for the last reconstruction."""
@@ -133,8 +122,7 @@ class PruneTime:
         work, seconds = self.work, TimePhase()
         tokens = work.part_windows * work.window
         for number in range(1 if work.reconstruction else work.rounds):
-            share = work.remaining[number]
-            seconds += self._sweep(share, work.part_windows)
+            seconds += self._sweep(work.remaining[number], work.part_windows)
             seconds += self._importance(number, factors=2, gram_tokens=tokens)
         return seconds
 
@@ -184,8 +172,7 @@ class PruneTime:
             seconds += self._sweep(left, 1, tokens=1, native=True)
         return seconds
 
-    # -- parts of phases -----------------------------------------------------------------------
-    @cached_property
+    @property
     def _rates(self) -> Rates:
         return Rates(self.profile)
 
@@ -233,19 +220,17 @@ class PruneTime:
         layer, micro_batch = self.operations.kept(share), limits.micro_batch
         one = self._rates.forward(layer, tokens, windows, micro_batch=micro_batch, int8=int8)
         seconds = one * (passes * self.spec.layers)
-        waves = math.ceil(windows / limits.windows_in_flight)
+        waves = -(-windows // limits.windows_in_flight)
         elements = waves * share * self.spec.block_parameters
         stored_bytes = self.work.source_bytes if native else self._stored_bytes
         seconds += self._disk(elements * stored_bytes, cold=native)
-        if stored_bytes != self.profile.element_bytes and not int8:
+        element_bytes = self.profile.element_bytes
+        if stored_bytes != element_bytes and not int8:
             # int8 is converted, then scaled in place.
-            made = 3 if stored_bytes == 1 else 1
-            seconds += self._rates.traffic(
-                elements * (stored_bytes + made * self.profile.element_bytes)
-            )
+            made_bytes = (3 if stored_bytes == 1 else 1) * element_bytes
+            seconds += self._rates.traffic(elements * (stored_bytes + made_bytes))
         spilled = max(0, min(windows, limits.windows_in_flight) - limits.resident_windows) * waves
-        hidden_bytes = tokens * self.spec.hidden * self.profile.element_bytes
-        spilled_bytes = 2 * self.spec.layers * spilled * hidden_bytes
+        spilled_bytes = 2 * self.spec.layers * spilled * tokens * self.spec.hidden * element_bytes
         return seconds + self._rates.copy(elements * stored_bytes + spilled_bytes)
 
     def _head(self, windows: int, *, int8: bool = False) -> TimePhase:
@@ -256,12 +241,9 @@ class PruneTime:
         return seconds + self._rates.traffic(_LOGIT_BYTES * logits, 4 * logits)
 
     def _importance(self, number: int, *, factors: int, gram_tokens: int = 0) -> TimePhase:
-        """Return the time of a round's importance scores and imputation, from Gram matrices.
+        """Return the time of a round's importance scores and imputation; the first round is 0.
 
-        Args:
-            number: The round, from 0.
-            factors: Cholesky factors and inverses of each Gram matrix, C^3 / 3 operations each.
-            gram_tokens: Tokens that the Gram matrices are summed over; 0 where they are at hand.
+        Gram matrices that are at hand are summed over no tokens.
         """
         work, rates, seconds = self.work, self._rates, TimePhase()
         if not work.exact_importance and not work.imputation_pool:
@@ -281,25 +263,20 @@ class PruneTime:
         The pruned model's layer runs once where its inputs are held and about three times where
         they are not. Its o_proj is refitted first and multiplies again wherever it is needed.
         """
-        work, layer = self.work, self.operations.kept(share)
-        tokens, hidden = windows * work.window, layer.hidden
-        again = 2 + work.refit_inputs
-        refits = self._rates.products(2 * layer.query * hidden * tokens * again)
-        refits += self._refit(layer.query, hidden, tokens) + self._refit(layer.ffn, hidden, tokens)
+        work, rates, layer = self.work, self._rates, self.operations.kept(share)
+        tokens, hidden = windows * work.window, self.spec.hidden
+        refits = rates.products(2 * layer.query * hidden * tokens * (2 + work.refit_inputs))
+        output = rates.refit(layer.query, hidden, hidden, tokens)
+        refits += output + rates.refit(layer.ffn, hidden, hidden, tokens)
         if work.refit_inputs:
             rows = layer.projections / 2 / hidden - layer.query - layer.ffn
             # Attention's inputs and the FFN's; the weights are multiplied with two moments.
-            refits += self._refit(hidden, rows, tokens) + self._refit(hidden, 0, tokens)
-            refits += self._rates.products(2 * hidden**2 * rows, FP32)
+            inputs = rates.refit(hidden, rows, hidden, tokens)
+            refits += inputs + rates.refit(hidden, 0, hidden, tokens)
+            refits += rates.products(2 * hidden**2 * rows, FP32)
         dense, passes = self._sweep(1.0, windows), 1 if self.plan.keep_inputs else 3
         sweeps = dense + self._sweep(share, windows, passes=passes) + self._head(windows)
         return sweeps + refits * self.spec.layers
-
-    def _refit(self, columns: float, rows: float, tokens: float) -> TimePhase:
-        """Return the time of a ridge regression of a projection's rows on its input columns."""
-        moments = self._rates.gram(columns, self.operations.hidden, tokens)
-        product = self._rates.products(2 * columns**2 * rows, FP32)
-        return moments + product + self._rates.cholesky(columns, rows)
 
     def _channel_updates(self) -> TimePhase:
         """Return the time of the last reconstruction's channel updates.
@@ -310,16 +287,14 @@ class PruneTime:
         work, share = self.work, self.work.remaining[-1]
         layer, hidden = self.operations.kept(share), self.spec.hidden
         tokens, updates = work.last_windows * work.window, work.channel_updates
-        passes = tokens * work.update_passes(
-            round(layer.ffn), layer.ffn_inputs, keep=self.plan.keep_updates
-        )
-        rows = layer.ffn_inputs * layer.ffn
+        channels, inputs = round(layer.ffn), self.spec.ffn_inputs
+        passes = tokens * work.update_passes(channels, inputs, keep=self.plan.keep_updates)
+        rows = inputs * layer.ffn
         products = 2 * passes * (rows + layer.ffn) * hidden
         seconds = self._rates.products(products, self.profile.update_arithmetic)
         seconds += self._rates.traffic(_UPDATE_BYTES * passes * rows)
-        solves = (
-            updates * (2 * UPDATE_ITERATIONS + 3) / 2
-        )  # one triangular solve is half of a solve
+        # One triangular solve is half of a solve.
+        solves = updates * (2 * UPDATE_ITERATIONS + 3) / 2
         seconds += self._rates.gram(hidden, 0, tokens) + self._rates.cholesky(hidden, solves * rows)
-        seconds += self._refit(layer.ffn, hidden, tokens) * updates
+        seconds += self._rates.refit(layer.ffn, hidden, hidden, tokens) * updates
         return seconds * self.spec.layers + self._sweep(share, work.last_windows) * (updates + 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from frugal_bonsai.hardware.profile import INT8, HardwareProfile
+from frugal_bonsai.hardware.profile import FP32, INT8, HardwareProfile
 from frugal_bonsai.sizes import MIB
 
 # Name of the phase in which `self` draws its text.
@@ -22,6 +22,7 @@ _FRESH_BLOCK_BYTES = 32 * MIB
 # element of the input (absolute value, maximum, quotient, rounding, remainder, digits) and of the
 # result (scaling by token, by digit and by row, sum).
 _DIGIT_BYTES, _JOIN_BYTES = 66, 36
+_RESOURCES = ("compute", "elementwise", "disk", "copy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +62,11 @@ class TimePhase:
         return max(self.by_resource.items(), key=lambda item: item[1])[0]
 
     def __add__(self, other: TimePhase) -> TimePhase:
-        names = ("compute", "elementwise", "disk", "copy")
-        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _RESOURCES}
+        return replace(self, **sums)
 
     def __mul__(self, times: float) -> TimePhase:
-        names = ("compute", "elementwise", "disk", "copy")
-        return replace(self, **{name: getattr(self, name) * times for name in names})
+        return replace(self, **{name: getattr(self, name) * times for name in _RESOURCES})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,8 @@ class LayerOperations:
         array_bytes: Bytes of each array that is allocated.
         inputs: Elements that enter the projections.
         outputs: Elements that leave the projections.
-        hidden: H, width of the residual stream.
         query: Input columns of the attention's output projection.
         ffn: Input columns of the FFN's output projection; of the chosen experts together.
-        ffn_inputs: Number of projections into the FFN: 2 where it is gated, else 1.
     """
 
     projections: float
@@ -112,10 +110,8 @@ class LayerOperations:
     array_bytes: tuple[float, ...]
     inputs: float
     outputs: float
-    hidden: float
     query: float
     ffn: float
-    ffn_inputs: int
 
     def kept(self, share: float) -> LayerOperations:
         """Return the operations of the layer with this share of its units.
@@ -177,6 +173,11 @@ class Rates:
         """
         operations = columns**3 / 3 + 2 * columns**2 * rows
         return TimePhase(compute=operations / self.profile.solve_flops_per_second)
+
+    def refit(self, columns: float, rows: float, hidden: float, tokens: float) -> TimePhase:
+        """Return the time of a ridge regression of a projection's rows on its input columns."""
+        product = self.products(2 * columns**2 * rows, FP32)
+        return self.gram(columns, hidden, tokens) + product + self.cholesky(columns, rows)
 
     def traffic(self, size_bytes: float, fresh_bytes: float = 0.0) -> TimePhase:
         """Return the time of elementwise work: bytes read and written, bytes allocated anew."""

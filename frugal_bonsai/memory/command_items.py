@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES, product_tokens
 from frugal_bonsai.memory.items import SweepItems
-from frugal_bonsai.memory.work import (
-    SHARD_BYTES,
-    VERIFY_TOKENS,
-    VERIFY_WINDOWS,
-    Choice,
-    PlanItem,
-)
+from frugal_bonsai.memory.work import SHARD_BYTES, VERIFY_TOKENS, VERIFY_WINDOWS, Choice, PlanItem
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import MIB
 

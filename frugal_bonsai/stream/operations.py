@@ -108,10 +108,8 @@ def count_operations(spec: ModelSpec, window: int, dtype: torch.dtype) -> LayerO
         array_bytes=tuple(size * share for size in traffic.arrays),
         inputs=traffic.inputs * share,
         outputs=traffic.outputs * share,
-        hidden=spec.hidden,
         query=_mean_columns(spec, ATTENTION),
         ffn=_mean_columns(spec, FFN) * (spec.experts_chosen / spec.experts if spec.experts else 1),
-        ffn_inputs=spec.ffn_inputs,
     )
 
 

@@ -15,10 +15,8 @@ LAYER = LayerOperations(
     array_bytes=(8000.0, 12000.0),
     inputs=5 * 4 + 4 + 6,
     outputs=4 + 2 * 2 + 2 * 4 + 2 * 6,
-    hidden=4,
     query=4,
     ffn=6,
-    ffn_inputs=2,
 )
 RATES = Rates(profiles.cpu())
 
@@ -26,7 +24,7 @@ RATES = Rates(profiles.cpu())
 def test_a_share_of_the_units() -> None:
     half = LAYER.kept(0.5)
     assert (half.projections, half.attention) == (LAYER.projections / 2, 4)
-    assert (half.hidden, half.query, half.ffn) == (4, 2, 3)
+    assert (half.query, half.ffn) == (2, 3)
     # The residual stream keeps its width.
     assert (half.traffic_bytes, half.inputs) == (600, LAYER.inputs * 0.75)
     assert LAYER.kept(1.0) == LAYER

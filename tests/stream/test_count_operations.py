@@ -32,7 +32,7 @@ def test_every_family_is_counted_by_its_weights(name: str, tmp_path: Path) -> No
     assert found.projections == pytest.approx(2 * (dense + chosen))
     # Each of S tokens sees S / 2 others, in two products.
     assert found.attention == pytest.approx(2 * spec.heads * spec.head_dim)
-    assert found.ffn_inputs == 1 + any("gate" in tensor for tensor in weights)
+    assert spec.ffn_inputs == 1 + any("gate" in tensor for tensor in weights)
     assert found.query == spec.heads * spec.head_dim
     assert found.ffn == spec.intermediate * max(1, spec.experts_chosen)
 
