@@ -2,7 +2,8 @@
 
 In: a model's folder. Out: keys of a GGUF file, or an error that names the feature that llama.cpp
 lacks. transformers loads the tokenizer, so the result follows what transformers does with
-the files of the folder. Two kinds are supported: BPE over characters with byte fallback, as
+the files of the folder. ``gguf.SpecialVocab``, which llama.cpp's own conversion uses, reads fewer
+of them. Two kinds are supported: BPE over characters with byte fallback, as
 SentencePiece makes it (llama.cpp's ``llama``), and BPE over bytes (llama.cpp's ``gpt2``). Holds the
 vocabulary.
 """
@@ -15,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frugal_bonsai.checkpoint.folder import read_json_object
 from frugal_bonsai.errors import UnsupportedModelError
-from frugal_bonsai.export.special_tokens import special_ids
 from frugal_bonsai.text.windows import load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _NEVER = -1e9
 # Token at which llama.cpp stops if the file names none.
 _DEFAULT_END = {"llama": 2, "gpt2": 11}
+
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+# llama.cpp stops at these too. transformers allows any number of tokens to stop at.
+_FURTHER_ENDS = ("eot", "eom")
 
 # Regular expressions by which byte-level tokenizers split a text before BPE.
 _DIGIT = r"\p{N}"
@@ -74,7 +79,7 @@ def read_tokenizer(folder: Path, vocabulary: int, config: Mapping[str, Any]) -> 
     texts = tokenizer.convert_ids_to_tokens(list(range(vocabulary)))
     tokens = [f"[PAD{at}]" if text is None else text for at, text in enumerate(texts)]
     pre, space_prefix = _splitting(values)
-    special = special_ids(folder, tokenizer, vocabulary, config)
+    special = _special_ids(folder, tokenizer, vocabulary, config)
     add_bos, add_eos = _surrounding_tokens(tokenizer, special)
     kind = "llama" if model["byte_fallback"] else "gpt2"
     keys: dict[str, Any] = {
@@ -118,6 +123,35 @@ def _unsupported(why: str) -> UnsupportedModelError:
         "export knows BPE with byte fallback (SentencePiece's) and byte-level BPE with the "
         "patterns of GPT-2, Llama 3 and Qwen 2"
     )
+
+
+def _special_ids(
+    folder: Path, tokenizer: Any, vocabulary: int, config: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the ids of special tokens that have a row.
+
+    The tokenizer's own come first, then those of ``generation_config.json`` or else of
+    ``config.json``. Further tokens that end a generation become ``eot`` and ``eom``.
+    """
+    path = Path(folder) / "generation_config.json"
+    generation = read_json_object(path) if path.is_file() else {}
+    found: dict[str, int] = {}
+    for kind in _SPECIAL:
+        key = f"{kind}_token_id"
+        named = config.get(key) if generation.get(key) is None else generation[key]
+        ids = [*_ids(getattr(tokenizer, key, None)), *_ids(named)]
+        ids = list(dict.fromkeys(at for at in ids if 0 <= at < vocabulary))
+        if ids:
+            found[kind] = ids[0]
+        if kind == "eos":
+            found |= zip(_FURTHER_ENDS, ids[1:], strict=False)
+    return found
+
+
+def _ids(value: Any) -> list[int]:
+    """Return an id, or a list of ids, as a list."""
+    values = value if isinstance(value, list) else [value]
+    return [at for at in values if isinstance(at, int)]
 
 
 def _surrounding_tokens(tokenizer: Any, special: Mapping[str, int]) -> tuple[bool, bool]:
