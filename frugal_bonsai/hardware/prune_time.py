@@ -36,15 +36,7 @@ _SCALES_TRIED = 7
 
 @dataclass(frozen=True, kw_only=True)
 class PruneTime:
-    """The time of a prune.
-
-    Attributes:
-        spec: The model.
-        operations: Operations of its mean layer.
-        work: The workload.
-        plan: Its memory plan.
-        profile: The machine.
-    """
+    """The time of a prune on the profile's machine, from the operations of the mean layer."""
 
     spec: ModelSpec
     operations: LayerOperations

@@ -36,13 +36,7 @@ _BLOCK_TOKENS = 256
 
 
 class SweepItems:
-    """Items of the memory plan, in predicted bytes, of sweeps over one model on one device.
-
-    Args:
-        spec: Shapes of the model.
-        budget: The device and its caps.
-        work: The workload.
-    """
+    """Items of the memory plan, in predicted bytes, of sweeps over one model on one device."""
 
     def __init__(self, spec: ModelSpec, budget: Budget, work: SweepWorkload) -> None:
         self.spec, self.budget, self.work = spec, budget, work

@@ -23,12 +23,7 @@ _SLACK = {HOST: (0.03, 10 * MIB), GPU: (0.08, 16 * MIB)}
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPhase:
-    """Items that are held at the same time.
-
-    Attributes:
-        name: Name of the phase.
-        items: The items.
-    """
+    """Items that are held at the same time."""
 
     name: str
     items: tuple[PlanItem, ...]

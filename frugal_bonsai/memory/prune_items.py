@@ -170,9 +170,9 @@ class PruneItems(CommandItems):
 
     def slopes(self, windows: int) -> PlanItem:
         """Slopes of a block of channels for the windows of an update's curvature, fp32."""
-        steps, rows = min(self.work.channel_updates, windows), self.spec.ffn_inputs * self._block
-        curved = curvature_windows(-(-windows // steps), self.work.window, rows)
-        size = 4 * curved * self.work.window * rows
+        work, rows = self.work, self.spec.ffn_inputs * self._block
+        curved = curvature_windows(work.windows_of_update(windows), work.window, rows)
+        size = 4 * curved * work.window * rows
         return self._near("refinement's slopes", size, "min(n/r*S, 64*J*R)*J*R*4")
 
     def refits(self) -> PlanItem:

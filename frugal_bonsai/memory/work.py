@@ -39,9 +39,6 @@ def refit_rows(device: str) -> int:
     """Return the number of rows of a projection that are refitted together.
 
     More rows take more memory (six copies are held) and fewer calls.
-
-    Args:
-        device: Kind of device.
     """
     return _GPU_REFIT_ROWS if is_accelerator(device) else _CPU_REFIT_ROWS
 
@@ -203,18 +200,20 @@ class PruneWorkload(SweepWorkload):
         """Number of windows of the last reconstruction."""
         return self.windows + self.written
 
+    def windows_of_update(self, windows: int) -> int:
+        """Return the number of windows of one channel update: each takes its share of them."""
+        return -(-windows // min(self.channel_updates, windows))
+
     def update_passes(self, channels: int, inputs: int, *, keep: bool) -> float:
         """Return the passes of the last windows through the FFN in all channel updates.
-
-        Each update takes its share of the windows.
 
         Args:
             channels: Channels of the FFN.
             inputs: Projections into it.
             keep: The slopes are held.
         """
-        blocks, steps = update_blocks(channels), min(self.channel_updates, self.last_windows)
-        windows, rows = -(-self.last_windows // steps), inputs * -(-channels // blocks)
+        blocks, windows = update_blocks(channels), self.windows_of_update(self.last_windows)
+        rows = inputs * -(-channels // blocks)
         curved = curvature_windows(windows, self.window, rows) / windows
         return update_passes(blocks, curved, keep=keep, iterations=UPDATE_ITERATIONS)
 
@@ -226,8 +225,6 @@ class PruneWorkload(SweepWorkload):
     @property
     def pair_batches(self) -> tuple[int, ...]:
         """Number of (mask, window) pairs in each batch; the first has the unmasked windows too."""
-        if not self.mask_batches:
-            return ()
         ends = (-1, *self.mask_batches)
         return tuple(self.mask_windows * (end - start) for start, end in pairwise(ends))
 
@@ -236,14 +233,10 @@ class PruneWorkload(SweepWorkload):
         """Number of (mask, window) pairs of a round, unmasked windows included; 0 without masks."""
         return sum(self.pair_batches)
 
-    @property
-    def windows_per_mask(self) -> int:
-        """Number of windows that one mask is evaluated on."""
-        return self.mask_windows if self.shared_masks else 1
-
     def concurrent_masks(self, windows_in_flight: int) -> int:
         """Return the number of masks evaluated in one wave of a sweep."""
-        return min(max(1, windows_in_flight // self.windows_per_mask), max(1, self.pairs))
+        windows_per_mask = self.mask_windows if self.shared_masks else 1
+        return min(max(1, windows_in_flight // windows_per_mask), max(1, self.pairs))
 
     @property
     def gram(self) -> bool:
