@@ -21,6 +21,7 @@ from typing import Any, cast
 from unittest import mock
 
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.text.sources import hub_errors
 
 # Resamples for the standard error of metrics that are no means, such as lambada's perplexity.
 _RESAMPLES = 1000
@@ -181,6 +182,7 @@ def _find_tasks(names: Sequence[str]) -> Any:
 
 def _load(manager: Any, name: str, file: Path | None) -> Mapping[str, Any]:
     """Load one task, group or tag; ``file`` has the items of a task."""
+    unreadable: tuple[type[Exception], ...] = (*hub_errors(), KeyError, ImportError)
     try:
         with _quiet():
             if file is None:
@@ -188,12 +190,18 @@ def _load(manager: Any, name: str, file: Path | None) -> Mapping[str, Any]:
             # A group is the harness' way to change a task's settings.
             group = {"group": f"{name} of {file.name}", "task": [_local_task(name, file)]}
             return {"tasks": manager.load([group])["tasks"]}
-    except _data_errors() as error:
+    except unreadable as error:
         lines = str(error).strip().splitlines() or ["no details"]
-        where = f"the items of {name}" if file is None else f"{file}: the items of {name}"
+        cause = f"({type(error).__name__}: {lines[0][:200]})"
+        if file is None:
+            raise OptionError(
+                f"the items of task {name} could not be read {cause}; check the connection, or "
+                f"name local items with --task-data: {_DATA_FORMS}"
+            ) from error
         raise OptionError(
-            f"{where} could not be read ({type(error).__name__}: {lines[0][:200]}); "
-            f"local items are named with --task-data: {_DATA_FORMS}"
+            f"--task-data {file}: the items of task {name} could not be read {cause}; each line "
+            "must be an object with the columns of the task's data set on the hub, found "
+            f"{', '.join(_first_item(file))}"
         ) from error
 
 
@@ -212,17 +220,6 @@ def _local_task(name: str, file: Path) -> dict[str, Any]:
         "fewshot_split": _SPLIT,
         **changes,
     }
-
-
-def _data_errors() -> tuple[type[Exception], ...]:
-    """Return the errors by which items that cannot be read are reported."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # The transport's error class (requests, httpx) is a base class of the hub's error.
-    transport = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
-    damaged = (OSError, ValueError, RuntimeError, KeyError, ImportError)
-    return (*damaged, datasets.exceptions.DatasetsError, *transport)
 
 
 def run_tasks(

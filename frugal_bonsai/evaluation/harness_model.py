@@ -97,13 +97,6 @@ class StreamedModel(TemplateLM):  # type: ignore[misc]  # the harness has no typ
             ]
         )
 
-    def loglikelihood(
-        self, requests: list[Any], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        """Return log-likelihood and greedy match of each request's continuation."""
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return scores
-
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Return the log-likelihood of each text; long ones are read in windows, once per token."""
         windows, owners = [], []

@@ -68,14 +68,22 @@ def evaluate_tasks(
     from frugal_bonsai.evaluation.harness_model import StreamedModel
 
     tokenizer = load_tokenizer(model.folder)
-    scorer = _Scorer(model, tokenizer, weights, device, caps, progress)
+    scorer = RequestScorer(model, tokenizer, weights, device, caps, progress)
     streamed = StreamedModel(tokenizer, window or model.spec.positions, scorer)
     scores, records = run_tasks(streamed, loaded, limit=limit)
     return {"tasks": scores, **scorer.describe()}, records
 
 
-class _Scorer:
+class RequestScorer:
     """Scores requests in as many sweeps as they need, within one memory plan for each batch.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        weights: Working store, ``"int8"``. None streams the checkpoint.
+        device: Device that computes.
+        caps: Caps of the user.
+        progress: Told of each layer visit.
 
     Attributes:
         tokens: Tokens that the model has read, with padding.

@@ -228,28 +228,28 @@ def _json_texts(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
 def _read_hub(source: str, dataset: str, config: str | None, characters: int) -> str:
     """Stream the training split of a hub data set."""
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # The transport's error class (requests, httpx) is a base class of the hub's error. The datasets
-    # package raises RuntimeError for data sets that are scripts.
-    transport = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
-    expected: tuple[type[Exception], ...] = (
-        OSError,
-        ValueError,
-        RuntimeError,
-        datasets.exceptions.DatasetsError,
-        *transport,
-    )
     try:
         rows = datasets.load_dataset(dataset, config, split="train", streaming=True)
         return _join(_hub_texts(source, rows), characters)
-    except expected as error:
+    except hub_errors() as error:
         lines = str(error).strip().splitlines() or ["no details"]
         raise CalibrationError(
             f"source {source!r}: is no file here, and the hub data set {dataset} could not be read "
             f"({type(error).__name__}: {lines[0][:200]}); check the name and the connection, or "
             f"use one of: {SOURCES}"
         ) from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return the errors by which a data set of the hub that cannot be read is reported."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The transport's error class (requests, httpx) is a base class of the hub's error. The datasets
+    # package raises RuntimeError for data sets that are scripts.
+    transport = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+    return (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *transport)
 
 
 def _hub_texts(source: str, rows: Iterable[Any]) -> Iterator[str]:

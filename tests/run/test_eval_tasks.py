@@ -222,9 +222,12 @@ def test_tasks_that_cannot_be_scored(data: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     said = fail("eval", "example", "--tasks", "sciq")
-    assert "the items of sciq could not be read" in said and "--task-data" in said
+    assert "the items of task sciq could not be read" in said and "--task-data" in said
     bad = data / "piqa_bad.jsonl"
     bad.write_text('{"goal": 1}\n{"goal"\n', encoding="utf-8")
-    with pytest.raises(OptionError, match=r"piqa_bad\.jsonl: the items of piqa could not be read"):
+    with pytest.raises(OptionError, match=r"piqa_bad\.jsonl: the items of task piqa could not"):
+        harness.load_tasks(["piqa"], {"piqa": bad})
+    bad.write_text('{"goal": "open", "sol1": "call open()"}\n', encoding="utf-8")
+    with pytest.raises(OptionError, match="columns of the task's data set on the hub, found goal"):
         harness.load_tasks(["piqa"], {"piqa": bad})
     bad.unlink()
