@@ -14,8 +14,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from functools import partialmethod
 from importlib.util import find_spec
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -182,7 +182,7 @@ def _find_tasks(names: Sequence[str]) -> Any:
 
 def _load(manager: Any, name: str, file: Path | None) -> Mapping[str, Any]:
     """Load one task, group or tag; ``file`` has the items of a task."""
-    unreadable: tuple[type[Exception], ...] = (*hub_errors(), KeyError, ImportError)
+    unreadable: tuple[type[Exception], ...] = (*hub_errors(), KeyError, TypeError, ImportError)
     try:
         with _quiet():
             if file is None:
@@ -255,7 +255,7 @@ def run_tasks(
 def _metrics(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the numbers of a task by the names of their metrics; a filter none is not named."""
     return {
-        key.removesuffix(",none"): value if isinstance(value, int | float) else None
+        key.removesuffix(",none"): float(value) if isinstance(value, Real) else None
         for key, value in found.items()
         if "," in key
     }
@@ -272,15 +272,12 @@ def _items(results: Mapping[str, Any], name: str) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Discard what the harness prints, and its progress bars: the commands have their own."""
-    import datasets
     from tqdm.std import tqdm
 
-    shown = datasets.are_progress_bars_disabled() is False
-    datasets.disable_progress_bars()
-    hidden = partialmethod(tqdm.__init__, disable=True)
-    try:
-        with redirect_stdout(io.StringIO()), mock.patch.object(tqdm, "__init__", hidden):
-            yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    begin = tqdm.__init__
+
+    def hidden(bar: Any, *args: Any, **given: Any) -> None:
+        begin(bar, *args, **{**given, "disable": True})
+
+    with redirect_stdout(io.StringIO()), mock.patch.object(tqdm, "__init__", hidden):
+        yield

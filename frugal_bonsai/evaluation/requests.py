@@ -21,7 +21,7 @@ from frugal_bonsai.stream.layers import LayerStream
 
 # A batch with fewer tokens is not ended: reading the layers again would take longer than to compute
 # the padding. On a GPU, computing is faster against reading.
-ENOUGH_TOKENS, ENOUGH_GPU_TOKENS = 8192, 2**17
+ENOUGH_TOKENS, ENOUGH_GPU_TOKENS = 4096, 2**17
 # The shortest window of a batch with enough tokens, as a share of the longest.
 _LEAST_SHARE = 0.875
 
@@ -99,7 +99,13 @@ def _batch(inputs: list[tuple[int, ...]], sharing: dict[tuple[int, ...], list[in
 
 
 def score_batch(
-    sweep: Sweep, stream: LayerStream, head: Head, batch: Batch, requests: Sequence[Request]
+    sweep: Sweep,
+    stream: LayerStream,
+    head: Head,
+    batch: Batch,
+    requests: Sequence[Request],
+    *,
+    name: str,
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
     """Run a batch through a streamed model; yield the score of each request.
 
@@ -111,10 +117,10 @@ def score_batch(
         head: Head of the model.
         batch: Windows.
         requests: All requests; the batch has their numbers.
+        name: Name of the sweep for the progress.
     """
-    waves = sweep.hidden_waves(
-        stream, batch.windows_NS(), masker=None, name="log-likelihoods", then=head.to_read
-    )
+    windows_NS = batch.windows_NS()
+    waves = sweep.hidden_waves(stream, windows_NS, masker=None, name=name, then=head.to_read)
     for wave, hidden in waves:
         numbers, counts = [], []
         windows: list[int] = []

@@ -116,9 +116,12 @@ class RequestScorer:
         engine = make_engine(self._model, largest, self._device, self._progress)
         scores = [(0.0, False)] * len(requests)
         with open_layers(engine, self._weights) as stream:
-            for batch, plan in zip(batches, plans, strict=True):
+            for place, (batch, plan) in enumerate(zip(batches, plans, strict=True), start=1):
                 sweep = Sweep(engine.skeleton, plan.limits, progress=self._progress)
-                for number, score in score_batch(sweep, stream, engine.head, batch, requests):
+                name = f"log-likelihoods, batch {place} of {len(batches)}"
+                for number, score in score_batch(
+                    sweep, stream, engine.head, batch, requests, name=name
+                ):
                     scores[number] = score
                 self.tokens += sweep.forward_tokens
         self._plans.append(largest)

@@ -134,7 +134,9 @@ def test_scores_are_those_of_the_harness_own_model(
 
 
 @needs_harness
-def test_commands_score_both_models_of_a_prune(tmp_path: Path, data: Path) -> None:
+def test_commands_score_both_models_of_a_prune(
+    tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out, names = tmp_path / "out", "piqa,hellaswag"
     words = ("--calibration", "stdlib", "--window", "64", "--windows", "4")
     words += ("--method", "fluctuation", "--layout", "per-layer", "--max-cpu-mem", "2GB")
@@ -154,8 +156,10 @@ def test_commands_score_both_models_of_a_prune(tmp_path: Path, data: Path) -> No
     assert found["tasks"] == after and 0 < found["task_tokens"] < 200
     assert found["perplexity"] > 1 and found["window"] == 64
     assert found["host_peak_bytes"] < found["host_cap_bytes"]
+    capfd.readouterr()
     dense = package.evaluate("example", tasks=names, task_data=[str(data)], limit=1, weights="int8")
     assert dense["tasks"] == before
+    assert "it/s" not in capfd.readouterr().err, "progress bars of the harness"
 
 
 @needs_harness
