@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,29 +113,20 @@ def evaluate(
         return evaluate_gguf(
             model, text, window=window, windows=windows, stride=stride, progress=progress
         )
-    caps, device_ = parse_caps(max_gpu_mem, max_cpu_mem), find_device(device)
+    caps = parse_caps(max_gpu_mem, max_cpu_mem)
     loaded = load_tasks(names, files) if names else None
     values: dict[str, Any] = {"model": model, "runtime": STREAMED, "weights": weights}
+    place: dict[str, Any] = {"device": find_device(device), "caps": caps, "progress": progress}
     with open_model(model, assume_family=assume_family) as opened:
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         if text is not None:
-            length = choose_window(opened.spec, window)
-            require_stride(stride, length)
-            texts = read_windows(
-                opened, text, length, windows=windows, option="--text", stride=stride
-            )
-            values |= _measure(opened, texts, stride, weights, device_, caps, progress)
+            cut = {"window": window, "windows": windows, "stride": stride}
+            values |= _measure(opened, text, cut, weights=weights, **place)
         if loaded is not None:
+            store = INT8 if weights == INT8 else None
             scored, _ = evaluate_tasks(
-                opened,
-                loaded,
-                limit=limit,
-                window=window,
-                weights=INT8 if weights == INT8 else None,
-                device=device_,
-                caps=caps,
-                progress=progress,
+                opened, loaded, limit=limit, window=window, weights=store, **place
             )
             values |= _with_larger_plan(scored, values)
     seconds = time.monotonic() - started
@@ -153,8 +144,9 @@ def _with_larger_plan(later: dict[str, Any], earlier: dict[str, Any]) -> dict[st
 
 def _measure(
     model: Model,
-    text: tuple[str, torch.Tensor],
-    stride: int | None,
+    text: str,
+    cut: Mapping[str, int | None],
+    *,
     weights: str,
     device: torch.device,
     caps: Caps,
@@ -164,15 +156,19 @@ def _measure(
 
     Args:
         model: The model.
-        text: Name and windows of the text.
-        stride: Tokens between the starts of two windows. None is their length.
+        text: Source of the text.
+        cut: ``window``, ``windows`` and ``stride`` as the user names them.
         weights: ``"int8"`` for a working copy. ``"native"`` streams the checkpoint.
         device: Device that computes.
         caps: Caps of the user.
         progress: Told of each layer visit.
     """
-    name, windows_NS = text
-    windows, window = windows_NS.shape
+    window, stride = choose_window(model.spec, cut["window"]), cut["stride"]
+    require_stride(stride, window)
+    name, windows_NS = read_windows(
+        model, text, window, windows=cut["windows"], option="--text", stride=stride
+    )
+    windows = len(windows_NS)
     store = INT8 if weights == INT8 else None
     work = SweepWorkload(window=window, measured=(windows,), weights=store)
     plan, engine = _plan(model, work, device, caps, progress)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from frugal_bonsai.accelerator import is_accelerator
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.harness import run_tasks
 from frugal_bonsai.evaluation.requests import (
     ENOUGH_GPU_TOKENS,
@@ -105,6 +106,8 @@ class RequestScorer:
 
     def __call__(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Return log-likelihood and greedy match of each request."""
+        if not requests:
+            return []
         self._require_embedded(requests)
         enough = ENOUGH_GPU_TOKENS if is_accelerator(self._device) else ENOUGH_TOKENS
         batches = list(make_batches(requests, enough))
@@ -128,7 +131,13 @@ class RequestScorer:
         return scores
 
     def describe(self) -> dict[str, Any]:
-        """Return the caps, predicted and measured memory of all calls as plain values."""
+        """Return the caps, predicted and measured memory of all calls as plain values.
+
+        Raises:
+            OptionError: No request was scored.
+        """
+        if not self._plans:
+            raise OptionError("tasks: no item has a token to score; look at the items")
         largest = max(self._plans, key=lambda plan: plan.total_bytes("host"))
         return {
             "task_tokens": self.tokens,
