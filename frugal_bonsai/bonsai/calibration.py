@@ -73,22 +73,21 @@ def split_windows(windows_nS: torch.Tensor, windows: int, what: str) -> Calibrat
     return Calibration(windows_NS=windows_nS[:most], held_out_NS=windows_nS[-held_out:])
 
 
-def sample_windows(
-    engine: Engine, count: int, window: int, *, first_token: int | None, seed: int
-) -> torch.Tensor:
+def sample_windows(engine: Engine, count: int, window: int, *, seed: int) -> torch.Tensor:
     """Sample windows from the model at temperature 1, int64 ``[n, S]``.
+
+    Every window begins with the BOS token of the model's config. Without one, or if it has no
+    embedding row, the first token is drawn at random.
 
     Args:
         engine: The model; its checkpoint is streamed in its own precision.
         count: Number of windows.
         window: Tokens of a window.
-        first_token: First token of every window (BOS). None, or a token without an embedding row,
-            draws one at random.
         seed: Seed of the draws.
     """
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = engine.spec.vocabulary
-    if first_token is None or first_token >= vocabulary:
+    vocabulary, first_token = engine.spec.vocabulary, engine.spec.config.get("bos_token_id")
+    if not isinstance(first_token, int) or first_token >= vocabulary:
         first_n = torch.randint(vocabulary, (count,), generator=generator)
     else:
         first_n = torch.full((count,), first_token)

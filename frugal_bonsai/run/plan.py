@@ -6,7 +6,6 @@ config and tensor headers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -50,14 +49,7 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
         text_only=options.text_only,
     ) as opened:
         resolved = resolve(opened, options, elsewhere=options.profile is not None)
-        planned = plan_fitting(
-            opened,
-            resolved,
-            resolved.windows,
-            lambda chosen: prune_workload(opened, chosen, chosen.windows),
-        )
-        resolved, work, memory = planned.resolved, planned.work, planned.memory
-        values = describe_plan(opened, resolved, work, memory)
+        values = describe_plan(plan_fitting(opened, resolved, resolved.windows))
         return {"advice": no_gpu_advice(options, resolved.machine.device), **values}
 
 
@@ -66,21 +58,35 @@ class PlannedPrune:
     """A prune whose work fits into the caps.
 
     Attributes:
+        model: The dense model.
         resolved: Resolved options with the number of windows that the model writes.
         work: The workload.
         memory: Its memory plan.
     """
 
+    model: Model
     resolved: ResolvedPrune
     work: PruneWorkload
     memory: MemoryPlan
+
+    def estimate(self) -> TimeEstimate:
+        """Return the predicted time, with the rates of the machine."""
+        return PruneTime(
+            spec=self.model.spec,
+            operations=self.resolved.operations,
+            work=self.work,
+            plan=self.memory,
+            profile=self.resolved.machine.rates,
+        ).estimate()
 
 
 def plan_fitting(
     model: Model,
     resolved: ResolvedPrune,
     windows: int,
-    workload: Callable[[ResolvedPrune], PruneWorkload],
+    *,
+    eval_windows: int = 0,
+    custom_utility: bool = False,
 ) -> PlannedPrune:
     """Plan a prune; decide how many windows the dense model writes, if the user did not.
 
@@ -91,7 +97,8 @@ def plan_fitting(
         model: Model that is pruned.
         resolved: Its resolved options.
         windows: Number of calibration windows.
-        workload: Makes the workload of resolved options.
+        eval_windows: Number of windows of the text that ``--eval-text`` names.
+        custom_utility: A utility of the user's needs all logits of a window.
 
     Raises:
         BudgetError: The prune does not fit into the caps.
@@ -102,9 +109,12 @@ def plan_fitting(
     for count in counts:
         settings = replace(resolved.settings, self_windows=count)
         chosen = replace(resolved, settings=settings)
-        work = workload(chosen)
+        work = prune_workload(
+            model, chosen, windows, eval_windows=eval_windows, custom_utility=custom_utility
+        )
         try:
-            return PlannedPrune(resolved=chosen, work=work, memory=plan_prune(model, chosen, work))
+            memory = plan_prune(model, chosen, work)
+            return PlannedPrune(model=model, resolved=chosen, work=work, memory=memory)
         except BudgetError:
             if count == counts[-1]:
                 raise
@@ -125,37 +135,18 @@ def plan_prune(model: Model, resolved: ResolvedPrune, work: PruneWorkload) -> Me
     return plan_memory(model.spec, machine.budget, work, base_bytes=base_bytes)
 
 
-def predict(
-    model: Model, resolved: ResolvedPrune, work: PruneWorkload, memory: MemoryPlan
-) -> dict[str, Any] | None:
+def predict(planned: PlannedPrune) -> dict[str, Any] | None:
     """Return the predicted time as plain values; None if the user names no profile."""
-    if not resolved.machine.profiled:
+    machine = planned.resolved.machine
+    if not machine.profiled:
         return None
-    estimate = _estimate(model, resolved, work, memory)
-    return {**_describe_time(estimate), "profile": resolved.machine.rates.source}
+    return {**_describe_time(planned.estimate()), "profile": machine.rates.source}
 
 
-def sampling_note(
-    model: Model, resolved: ResolvedPrune, work: PruneWorkload, memory: MemoryPlan
-) -> str:
+def sampling_note(planned: PlannedPrune) -> str:
     """Return a note on how long it takes to sample the text of ``--calibration self``."""
-    return _sampling_note(work, _estimate(model, resolved, work, memory))
-
-
-def _estimate(
-    model: Model, resolved: ResolvedPrune, work: PruneWorkload, memory: MemoryPlan
-) -> TimeEstimate:
-    return PruneTime(
-        spec=model.spec,
-        operations=resolved.operations,
-        work=work,
-        plan=memory,
-        profile=resolved.machine.rates,
-    ).estimate()
-
-
-def _sampling_note(work: PruneWorkload, estimate: TimeEstimate) -> str:
-    [phase] = [phase for phase in estimate.phases if phase.name == SAMPLING]
+    work = planned.work
+    [phase] = [phase for phase in planned.estimate().phases if phase.name == SAMPLING]
     return (
         f"{work.sampled} windows of {work.window} tokens are sampled from the model "
         f"first: {work.window - 1} sweeps over all its layers, one a token, "
@@ -163,15 +154,13 @@ def _sampling_note(work: PruneWorkload, estimate: TimeEstimate) -> str:
     )
 
 
-def describe_plan(
-    model: Model, resolved: ResolvedPrune, work: PruneWorkload, memory: MemoryPlan
-) -> dict[str, Any]:
+def describe_plan(planned: PlannedPrune) -> dict[str, Any]:
     """Return a memory plan and the predicted time as plain values."""
+    model, resolved, work, memory = planned.model, planned.resolved, planned.work, planned.memory
     machine, limits = resolved.machine, memory.limits
-    estimate = _estimate(model, resolved, work, memory)
     notes = [*machine.budget.notes, *resolved.notes, *model.notes]
     if work.sampled:
-        notes.append(_sampling_note(work, estimate))
+        notes.append(sampling_note(planned))
     return {
         "model": model.name,
         "family": model.spec.family.title,
@@ -186,7 +175,7 @@ def describe_plan(
         "concurrent_masks": work.concurrent_masks(limits.windows_in_flight),
         "rounds": work.rounds,
         "forward_tokens": forward_tokens(model.spec, work, memory),
-        **_describe_time(estimate),
+        **_describe_time(planned.estimate()),
         **_describe_memory(memory, nominal_base=machine.elsewhere),
         "notes": notes,
         "profile": machine.rates.source,

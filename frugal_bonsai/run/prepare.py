@@ -24,7 +24,7 @@ from frugal_bonsai.bonsai.calibration import (
 from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.memory.disk import RUN
 from frugal_bonsai.memory.hints import advise, smaller_files
-from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload
+from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.prune_disk import plan_disk
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.words import duration
@@ -37,7 +37,6 @@ from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.texts import read_windows
 from frugal_bonsai.run.warnings import calibration_warning, pruned_before_warning
-from frugal_bonsai.run.workload import prune_workload
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.text.sources import SELF
 
@@ -67,32 +66,22 @@ class Texts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneRun:
-    """A prune that is ready to search.
+class PruneRun(PlannedPrune):
+    """A planned prune that is ready to search.
 
     Attributes:
-        model: The dense model.
-        resolved: Its resolved options.
-        work: Its workload.
         texts: The texts, as read.
-        memory: The memory plan.
         predicted: The predicted time as plain values. None without a profile.
         engine: Engine of the dense model, within the plan's limits.
         calibration: Windows to search on and windows that are held out.
-        progress: Told of rounds, sweeps and layers.
         provenance: Origin of the dense model, as plain values.
         warnings: Warnings about the model and the calibration.
     """
 
-    model: Model
-    resolved: ResolvedPrune
-    work: PruneWorkload
     texts: Texts
-    memory: MemoryPlan
     predicted: dict[str, Any] | None
     engine: Engine
     calibration: Calibration
-    progress: Progress
     provenance: dict[str, Any]
     warnings: tuple[str, ...]
 
@@ -129,54 +118,36 @@ def prepare_run(
     for note in (*budget.notes, *resolved.notes):
         progress.note(note)
     texts = _read_texts(model, resolved, options)
-    planned = _plan(model, resolved, texts, custom_utility=custom_utility)
-    resolved, work, memory = planned.resolved, planned.work, planned.memory
+    planned = plan_fitting(
+        model,
+        resolved,
+        texts.windows,
+        eval_windows=texts.eval_windows,
+        custom_utility=custom_utility,
+    )
     if on_plan is not None:
-        on_plan(memory)
-    predicted = predict(model, resolved, work, memory)
+        on_plan(planned.memory)
+    predicted = predict(planned)
     if predicted is not None:
         progress.note(f"predicted: about {duration(predicted['seconds'])}")
     if texts.windows_nS is None:
-        progress.note(sampling_note(model, resolved, work, memory))
-    _require_room(model, planned, folders, finished)
-    engine = _make_engine(model, resolved, memory, progress)
-    calibration = _calibrate(model, resolved, texts, work, engine)
+        progress.note(sampling_note(planned))
+    _require_room(planned, folders, finished)
+    engine = _make_engine(planned, progress)
+    calibration = _calibrate(planned, texts, engine)
     provenance = read_provenance(model)
     return PruneRun(
-        model=model,
-        resolved=resolved,
-        work=work,
+        **vars(planned),
         texts=texts,
-        memory=memory,
         predicted=predicted,
         engine=engine,
         calibration=calibration,
-        progress=progress,
         provenance=provenance,
-        warnings=_warn(model, resolved, provenance, calibration, progress),
+        warnings=_warn(planned, provenance, calibration, progress),
     )
 
 
-def _plan(
-    model: Model, resolved: ResolvedPrune, texts: Texts, *, custom_utility: bool
-) -> PlannedPrune:
-    """Plan the prune, with the windows that the dense model writes."""
-
-    def workload(chosen: ResolvedPrune) -> PruneWorkload:
-        return prune_workload(
-            model,
-            chosen,
-            texts.windows,
-            eval_windows=texts.eval_windows,
-            custom_utility=custom_utility,
-        )
-
-    return plan_fitting(model, resolved, texts.windows, workload)
-
-
-def _require_room(
-    model: Model, planned: PlannedPrune, folders: Mapping[str, Path], finished: int
-) -> None:
+def _require_room(planned: PlannedPrune, folders: Mapping[str, Path], finished: int) -> None:
     """Raise if a disk has too little room for the rounds that are left and the output."""
     require_room(
         planned.memory.disk.after(finished),
@@ -186,24 +157,24 @@ def _require_room(
         resumed=finished > 0,
         advise=lambda fits: advise(
             smaller_files(planned.work),
-            lambda other: fits(plan_disk(model.spec, other)),
+            lambda other: fits(plan_disk(planned.model.spec, other)),
             where="On this disk",
         ),
     )
 
 
 def _warn(
-    model: Model,
-    resolved: ResolvedPrune,
+    planned: PlannedPrune,
     provenance: dict[str, Any],
     calibration: Calibration,
     progress: Progress,
 ) -> tuple[str, ...]:
     """Return the warnings about the model and the calibration, and tell the user."""
-    windows = len(calibration.windows_NS)
+    model, windows = planned.model, len(calibration.windows_NS)
+    settings, window = planned.resolved.settings, planned.resolved.window
     found = (
         pruned_before_warning(model.name, provenance),
-        calibration_warning(model.spec, resolved.settings, windows, resolved.window),
+        calibration_warning(model.spec, settings, windows, window),
     )
     warnings = tuple(warning for warning in found if warning is not None)
     for warning in warnings:
@@ -211,14 +182,13 @@ def _warn(
     return warnings
 
 
-def _make_engine(
-    model: Model, resolved: ResolvedPrune, memory: MemoryPlan, progress: Progress
-) -> Engine:
+def _make_engine(planned: PlannedPrune, progress: Progress) -> Engine:
     """Return the dense model's engine, once the weights outside the layers are checked."""
+    model, resolved = planned.model, planned.resolved
     # The layers' weights are checked as the working store is written.
     require_finite(model.checkpoint, model.spec.other_tensors)
     device, arithmetic = resolved.machine.device, resolved.settings.arithmetic
-    return make_engine(model, memory, device, progress, arithmetic=arithmetic)
+    return make_engine(model, planned.memory, device, progress, arithmetic=arithmetic)
 
 
 def _read_texts(model: Model, resolved: ResolvedPrune, options: PruneOptions) -> Texts:
@@ -244,20 +214,12 @@ def _read_texts(model: Model, resolved: ResolvedPrune, options: PruneOptions) ->
     )
 
 
-def _calibrate(
-    model: Model, resolved: ResolvedPrune, texts: Texts, work: PruneWorkload, engine: Engine
-) -> Calibration:
+def _calibrate(planned: PlannedPrune, texts: Texts, engine: Engine) -> Calibration:
     """Sample the calibration windows if they are not read, and hold some of them out."""
-    windows_nS = texts.windows_nS
+    resolved, work, windows_nS = planned.resolved, planned.work, texts.windows_nS
     if windows_nS is None:
-        first = model.spec.config.get("bos_token_id")
-        windows_nS = sample_windows(
-            engine,
-            work.sampled,
-            work.window,
-            first_token=first if isinstance(first, int) else None,
-            seed=resolved.settings.seed,
-        )
+        seed = resolved.settings.seed
+        windows_nS = sample_windows(engine, work.sampled, work.window, seed=seed)
     calibration = split_windows(windows_nS, resolved.windows, f"--calibration {texts.source}")
     engine.progress.note(
         f"calibration: {texts.source}, {len(calibration.windows_NS)} windows of {work.window} "

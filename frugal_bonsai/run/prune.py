@@ -158,7 +158,9 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
     }
     state = StateFolder(folder, identity)
     if resume and not state.exists:
-        run.progress.note(f"--resume: {folder} holds no finished round, starting with the first")
+        run.engine.progress.note(
+            f"--resume: {folder} holds no finished round, starting with the first"
+        )
     run.engine.sweep.forward_tokens = 0  # count what the search spends, not the reports
     search = Search(
         run.engine,

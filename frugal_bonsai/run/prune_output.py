@@ -51,7 +51,7 @@ def write_pruned(run: PruneRun, found: SearchResult, staged: Path) -> dict[str, 
     )
     write_companions(run.model.folder, staged, processor=run.model.spec.multimodal is not None)
     with open_output(staged, run.model) as output:
-        engine = make_engine(output, run.memory, run.engine.device, run.progress)
+        engine = make_engine(output, run.memory, run.engine.device, run.engine.progress)
         windows_NS = run.calibration.held_out_NS[:VERIFY_WINDOWS]
         difference = _verify(run, found, engine, windows_NS)
         return {

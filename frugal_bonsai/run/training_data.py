@@ -75,17 +75,10 @@ def _sampled_windows(job: Adaptation, engine: Engine) -> torch.Tensor:
 
 def _sample(engine: Engine, count: int, window: int, seed: int) -> torch.Tensor:
     """Sample windows from a model, some of them together."""
-    first = engine.spec.config.get("bos_token_id")
-    parts = [
-        sample_windows(
-            engine,
-            min(SAMPLED_TOGETHER, count - start),
-            window,
-            first_token=first if isinstance(first, int) else None,
-            seed=seed * 1_000_003 + at,
-        )
-        for at, start in enumerate(range(0, count, SAMPLED_TOGETHER))
-    ]
+    parts = []
+    for at, start in enumerate(range(0, count, SAMPLED_TOGETHER)):
+        together = min(SAMPLED_TOGETHER, count - start)
+        parts.append(sample_windows(engine, together, window, seed=seed * 1_000_003 + at))
     return torch.cat(parts)
 
 

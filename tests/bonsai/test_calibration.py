@@ -47,10 +47,10 @@ def test_sampling_follows_the_model(tmp_path: Path) -> None:
     """Sampled with the cache, windows are as likely as the model without a cache says."""
     tiny = tiny_llama(tmp_path / "model", std=0.6)
     engine = tiny.engine()
-    tokens_nS = sample_windows(engine, 48, 12, first_token=1, seed=0)
+    tokens_nS = sample_windows(engine, 48, 12, seed=0)
     assert tokens_nS.shape == (48, 12) and (tokens_nS[:, 0] == 1).all()
-    assert torch.equal(tokens_nS, sample_windows(engine, 48, 12, first_token=1, seed=0))
-    assert not torch.equal(tokens_nS, sample_windows(engine, 48, 12, first_token=1, seed=1))
+    assert torch.equal(tokens_nS, sample_windows(engine, 48, 12, seed=0))
+    assert not torch.equal(tokens_nS, sample_windows(engine, 48, 12, seed=1))
     model = tiny.hugging_face()
     with torch.inference_mode():
         chance_nSV = model(tokens_nS).logits[:, :-1].log_softmax(-1)

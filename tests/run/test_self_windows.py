@@ -15,7 +15,6 @@ from frugal_bonsai.run import plan as planning
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.plan import plan_fitting
 from frugal_bonsai.run.resolve import resolve
-from frugal_bonsai.run.workload import prune_workload
 
 QUICK = ("--windows", "12", "--window", "64", "--masks", "4", "--mask-windows", "4")
 
@@ -54,12 +53,7 @@ def test_as_many_windows_as_fit(
     monkeypatch.setattr(planning, "plan_prune", plan_prune)
     options = PruneOptions(windows=12, window=64)
     with open_model("example", headers_only=True) as example:
-        planned = plan_fitting(
-            example,
-            resolve(example, options),
-            12,
-            lambda chosen: prune_workload(example, chosen, 12),
-        )
+        planned = plan_fitting(example, resolve(example, options), 12)
     assert planned.work.written == planned.resolved.settings.self_windows == expected
 
 
