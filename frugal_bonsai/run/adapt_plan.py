@@ -91,7 +91,7 @@ def plan_adaptation(job: Adaptation) -> AdaptPlans:
     training = _training_work(job)
     bitsandbytes = training.lora or training.optimisers != (ADAMW,)  # peft imports it, too
     base = measured_base_bytes(spec, training=bitsandbytes)
-    measured = max(_LEAST_MEASURED, 0 if job.eval_text is None else len(job.eval_text[1]))
+    measured = max(_LEAST_MEASURED, 0 if job.eval_text is None else len(job.eval_text.windows_nS))
     writing = SweepWorkload(window=job.window, measured=(measured,), rewrite=True)
     makers: dict[str, Callable[[], MemoryPlan | TrainingPlan]] = {
         "training": partial(plan_training, spec, budget, training, base_bytes=base),

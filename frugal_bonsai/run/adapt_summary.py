@@ -52,11 +52,7 @@ def describe_adaptation(
         written: layout, verification and figures of the adapted model.
         out: folder of the output.
     """
-    parts = plans.named()
-    eval_text, bounds = None, ("kl", "kl_upper")
-    if job.eval_text is not None:
-        name, windows_NS = job.eval_text
-        eval_text = {"name": name, "window": job.window, "windows": len(windows_NS)}
+    parts, bounds = plans.named(), ("kl", "kl_upper")
     summary = {
         "version": package_version(),
         "model": job.pruned.name,
@@ -71,7 +67,7 @@ def describe_adaptation(
         },
         "cache": _describe_cache(job, data),
         "training": _describe_training(trained, plans),
-        "eval_text": eval_text,
+        "eval_text": None if job.eval_text is None else job.eval_text.describe(),
         # The training has measured the pruned model's held-out windows, and both divergences.
         "before": {**before, **{key: trained.before[key] for key in ("perplexity", *bounds)}},
         "after": {**written["after"], **{key: trained.after[key] for key in bounds}},

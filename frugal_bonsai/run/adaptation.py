@@ -21,7 +21,7 @@ from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.run.options import AdaptOptions
-from frugal_bonsai.run.texts import choose_window, read_windows
+from frugal_bonsai.run.texts import Text, choose_window, read_eval_text, read_windows
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.text.sources import SELF
 
@@ -58,7 +58,7 @@ class Adaptation:
         teacher_settings: what is kept of its answers; None if the loss does not need them.
         texts: token windows of the training texts.
         window: S, tokens of a window.
-        eval_text: name and windows of the text of ``--eval-text``, or None.
+        eval_text: the text of ``--eval-text``, or None.
         device: device to compute on.
         budget: caps on memory.
         shard_bytes: largest shard of the output.
@@ -74,7 +74,7 @@ class Adaptation:
     teacher_settings: TeacherSettings | None
     texts: Texts
     window: int
-    eval_text: tuple[str, torch.Tensor] | None
+    eval_text: Text | None
     device: torch.device
     budget: Budget
     shard_bytes: int
@@ -120,11 +120,7 @@ def prepare_adaptation(
     _require_trainable(student)
     teacher = _open_teacher(student, options, settings, stack, headers_only=headers_only)
     window = choose_window((teacher or student).spec, options.window)
-    eval_text = None
-    if options.eval_text is not None:
-        eval_text = read_windows(
-            student, options.eval_text, window, windows=None, option="--eval-text"
-        )
+    eval_text = read_eval_text(student, options.eval_text, window)
     device = find_device(options.device)
     budget = make_budget(device, options.caps)
     progress.caps(budget.host_bytes, budget.gpu_bytes)

@@ -7,12 +7,14 @@ planned for the machine of a profile, no device of this machine is asked. Holds 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from frugal_bonsai.accelerator import CPU
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.hardware.profile import HardwareProfile
+from frugal_bonsai.hardware.profile import HardwareProfile, read_profile
 from frugal_bonsai.memory.budget import Budget, Caps, find_device, make_budget
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.profile import quick_profile
@@ -32,44 +34,45 @@ class Machine:
     Attributes:
         device: Device that computes.
         budget: Caps on its memory.
-        rates: Rates of the profile that the user names, else of a second of measuring here.
-        profiled: The user names a profile.
+        profile: Profile that the user names.
         elsewhere: The profile is of another machine, which is only planned for.
     """
 
     device: torch.device
     budget: Budget
-    rates: HardwareProfile
-    profiled: bool = False
+    profile: HardwareProfile | None = None
     elsewhere: bool = False
 
+    @cached_property
+    def rates(self) -> HardwareProfile:
+        """Rates of the profile, else of a second of measuring here."""
+        return self.profile or quick_profile(self.device)
 
-def find_machine(
-    options: PruneOptions,
-    device: torch.device,
-    profile: HardwareProfile | None,
-    *,
-    elsewhere: bool,
-) -> Machine:
-    """Return the machine of a prune on this device, with the caps of the options.
+
+def find_machine(options: PruneOptions, *, elsewhere: bool) -> Machine:
+    """Return the machine that computes, with the caps of the options.
 
     Args:
         options: The user's options.
-        device: Device of :func:`choose_device`.
-        profile: Profile that the user names. None measures this machine for a second.
         elsewhere: The prune is planned for the profile's machine.
+
+    Raises:
+        BudgetError: This machine has no such device.
+        OptionError: The profile cannot be read, or is of another kind of device.
     """
+    profile = None if options.profile is None else read_profile(Path(options.profile))
+    wanted = options.device
     if elsewhere and profile is not None:
-        budget = profile_budget(profile, options.caps)
+        if wanted is not None and wanted.partition(":")[0] != profile.device:
+            raise OptionError(_other_device(f"--device {wanted}", options, profile))
+        device, budget = torch.device(profile.device), profile_budget(profile, options.caps)
     else:
+        device = find_device(wanted)
+        if profile is not None and device.type != profile.device:
+            found = f"this run's device is {device.type}"
+            raise OptionError(_other_device(found, options, profile))
         budget = make_budget(device, options.caps)
-    return Machine(
-        device=device,
-        budget=budget,
-        rates=profile or quick_profile(device),
-        profiled=profile is not None,
-        elsewhere=elsewhere,
-    )
+    return Machine(device=device, budget=budget, profile=profile, elsewhere=elsewhere)
 
 
 def profile_budget(profile: HardwareProfile, caps: Caps) -> Budget:
@@ -96,26 +99,6 @@ def _more_than(option: str, cap_bytes: int, own_bytes: int) -> str:
     return (
         f"{option} {format_bytes(cap_bytes)} is more than the profile's {format_bytes(own_bytes)}"
     )
-
-
-def choose_device(
-    options: PruneOptions, profile: HardwareProfile | None, *, elsewhere: bool
-) -> torch.device:
-    """Return the device that computes, on this machine or on the profile's.
-
-    Raises:
-        BudgetError: This machine has no such device.
-        OptionError: The profile is of another kind of device.
-    """
-    wanted = options.device
-    if elsewhere and profile is not None:
-        if wanted is not None and wanted.partition(":")[0] != profile.device:
-            raise OptionError(_other_device(f"--device {wanted}", options, profile))
-        return torch.device(profile.device)
-    device = find_device(wanted)
-    if profile is not None and device.type != profile.device:
-        raise OptionError(_other_device(f"this run's device is {device.type}", options, profile))
-    return device
 
 
 def _other_device(found: str, options: PruneOptions, profile: HardwareProfile) -> str:

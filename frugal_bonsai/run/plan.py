@@ -138,9 +138,9 @@ def plan_prune(model: Model, resolved: ResolvedPrune, work: PruneWorkload) -> Me
 def predict(planned: PlannedPrune) -> dict[str, Any] | None:
     """Return the predicted time as plain values; None if the user names no profile."""
     machine = planned.resolved.machine
-    if not machine.profiled:
+    if machine.profile is None:
         return None
-    return {**_describe_time(planned.estimate()), "profile": machine.rates.source}
+    return {**_describe_time(planned.estimate()), "profile": machine.profile.source}
 
 
 def sampling_note(planned: PlannedPrune) -> str:

@@ -35,7 +35,7 @@ from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.plan import PlannedPrune, plan_fitting, predict, sampling_note
 from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
-from frugal_bonsai.run.texts import read_windows
+from frugal_bonsai.run.texts import Text, read_eval_text, read_windows
 from frugal_bonsai.run.warnings import calibration_warning, pruned_before_warning
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.text.sources import SELF
@@ -49,20 +49,13 @@ class Texts:
         source: Name of the calibration text.
         windows_nS: Its windows, int64. None for ``self``: sampled when the engine exists.
         windows: Number of calibration windows that are planned for.
-        eval_name: Name of the text of ``--eval-text``. None without one.
-        eval_NS: Its windows, int64.
+        eval_text: The text of ``--eval-text``. None without one.
     """
 
     source: str
     windows_nS: torch.Tensor | None
     windows: int
-    eval_name: str | None = None
-    eval_NS: torch.Tensor | None = None
-
-    @property
-    def eval_windows(self) -> int:
-        """Number of windows of the text of ``--eval-text``."""
-        return 0 if self.eval_NS is None else len(self.eval_NS)
+    eval_text: Text | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +115,7 @@ def prepare_run(
         model,
         resolved,
         texts.windows,
-        eval_windows=texts.eval_windows,
+        eval_windows=0 if texts.eval_text is None else len(texts.eval_text.windows_nS),
         custom_utility=custom_utility,
     )
     if on_plan is not None:
@@ -194,11 +187,7 @@ def _make_engine(planned: PlannedPrune, progress: Progress) -> Engine:
 def _read_texts(model: Model, resolved: ResolvedPrune, options: PruneOptions) -> Texts:
     """Read the calibration text, unless it is sampled, and the text of ``--eval-text``."""
     window, windows = resolved.window, resolved.windows
-    eval_name, eval_NS = None, None
-    if options.eval_text is not None:
-        eval_name, eval_NS = read_windows(
-            model, options.eval_text, window, windows=None, option="--eval-text"
-        )
+    eval_text = read_eval_text(model, options.eval_text, window)
     source, windows_nS = "self (sampled from the model)", None
     if resolved.source != SELF:
         wanted = windows + held_out_count(windows)
@@ -209,8 +198,7 @@ def _read_texts(model: Model, resolved: ResolvedPrune, options: PruneOptions) ->
         source=source,
         windows_nS=windows_nS,
         windows=windows if windows_nS is None else min(windows, len(windows_nS)),
-        eval_name=eval_name,
-        eval_NS=eval_NS,
+        eval_text=eval_text,
     )
 
 

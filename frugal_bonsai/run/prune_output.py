@@ -26,7 +26,9 @@ from frugal_bonsai.stream.source import CheckpointSource
 
 def measure_dense(run: PruneRun) -> dict[str, Any]:
     """Return the sizes and perplexities of the dense model."""
-    return {**run.model.sizes, **_perplexities(run, run.engine, "dense")}
+    text = run.texts.eval_text
+    found = measure_texts(run.engine, run.calibration.held_out_NS, text, "dense")
+    return {**run.model.sizes, **found}
 
 
 def write_pruned(run: PruneRun, found: SearchResult, staged: Path) -> dict[str, Any]:
@@ -52,10 +54,12 @@ def write_pruned(run: PruneRun, found: SearchResult, staged: Path) -> dict[str, 
     write_companions(run.model.folder, staged, processor=run.model.spec.multimodal is not None)
     with open_output(staged, run.model) as output:
         engine = make_engine(output, run.memory, run.engine.device, run.engine.progress)
-        windows_NS = run.calibration.held_out_NS[:VERIFY_WINDOWS]
+        held_out_NS, text = run.calibration.held_out_NS, run.texts.eval_text
+        windows_NS = held_out_NS[:VERIFY_WINDOWS]
         difference = _verify(run, found, engine, windows_NS)
+        after = measure_texts(engine, held_out_NS, text, "pruned", written=True)
         return {
-            "after": {**output.sizes, **_perplexities(run, engine, "pruned", written=True)},
+            "after": {**output.sizes, **after},
             "written_as": output.spec.family.title,
             "sparsity": rewritten.sparsity,
             "verify": {"max_relative_difference": difference, "windows": len(windows_NS)},
@@ -74,13 +78,3 @@ def _verify(
     parent.skeleton.replace_norm(norm)
     masked = CheckpointSource(run.model.checkpoint, spec, mask=found.mask, refit=found.refits)
     return compare_logits(parent, masked, in_fp32(rewritten, run.memory), windows_NS)
-
-
-def _perplexities(
-    run: PruneRun, engine: Engine, what: str, *, written: bool = False
-) -> dict[str, float | None]:
-    """Return the perplexities on the held-out windows and on the text of ``--eval-text``."""
-    texts, text = run.texts, None
-    if texts.eval_name is not None and texts.eval_NS is not None:
-        text = texts.eval_name, texts.eval_NS
-    return measure_texts(engine, run.calibration.held_out_NS, text, what, written=written)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.accelerator import is_accelerator
@@ -17,11 +16,11 @@ from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.latency import LatencyModel
-from frugal_bonsai.hardware.profile import INT8, HardwareProfile, read_profile
+from frugal_bonsai.hardware.profile import INT8, HardwareProfile
 from frugal_bonsai.hardware.throughput import LayerOperations, int8_wins
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
 from frugal_bonsai.run.compatibility import check_layout, check_method
-from frugal_bonsai.run.machine import Machine, choose_device, find_machine
+from frugal_bonsai.run.machine import Machine, find_machine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.texts import choose_window
@@ -86,27 +85,26 @@ def resolve(
     """
     spec = model.spec
     settings = make_settings(options.method, options.settings)
-    profile = None if options.profile is None else read_profile(Path(options.profile))
-    notes = check_method(settings, options.settings, spec, profiled=profile is not None)
+    profiled = options.profile is not None
+    notes = check_method(settings, options.settings, spec, profiled=profiled)
     window = choose_window(spec, options.window)
-    device = choose_device(options, profile, elsewhere=elsewhere)
+    machine = find_machine(options, elsewhere=elsewhere)
     rules = layout_rules(
         spec,
         options.layout,
         tile=options.tile,
-        default_tile=GPU_TILE if is_accelerator(device) else CPU_TILE,
+        default_tile=GPU_TILE if is_accelerator(machine.device) else CPU_TILE,
         as_mistral=options.as_mistral,
     )
     check_layout(settings, rules, spec)
-    machine = find_machine(options, device, profile, elsewhere=elsewhere)
-    operations = count_operations(spec, window, compute_dtype(device))
+    operations = count_operations(spec, window, compute_dtype(machine.device))
     settings = replace(
         settings,
         refine=0 if spec.experts else settings.refine,
         self_windows=_self_windows(settings, options.source_for(model.name), begun or {}),
         arithmetic=_arithmetic(settings, operations, machine.rates, begun or {}),
     )
-    lengths = settings.prompt_tokens, settings.generated_tokens
+    profile, lengths = machine.profile, (settings.prompt_tokens, settings.generated_tokens)
     return ResolvedPrune(
         method=options.method,
         settings=settings,

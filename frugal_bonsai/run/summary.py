@@ -43,9 +43,6 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
     """
     model, resolved, texts = run.model, run.resolved, run.texts
     latency, window = resolved.latency, resolved.window
-    eval_text = None
-    if texts.eval_NS is not None:
-        eval_text = {"name": texts.eval_name, "window": window, "windows": texts.eval_windows}
     return {
         "version": package_version(),
         "model": model.name,
@@ -60,7 +57,7 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
             "written_windows": run.work.written,
             "held_out_windows": len(run.calibration.held_out_NS),
         },
-        "eval_text": eval_text,
+        "eval_text": None if texts.eval_text is None else texts.eval_text.describe(),
         "kept": found.mask.counts_with_experts(),
         "dense": KeepMask(model.spec.table).counts_with_experts(),
         "layer_sparsity": _layer_sparsity(model, found.mask),

@@ -8,7 +8,7 @@ Shape suffixes: n and N windows, S tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
@@ -83,6 +83,25 @@ def _sliding_window(spec: ModelSpec) -> int:
     return (sliding - 1) // 64 * 64
 
 
+class Text(NamedTuple):
+    """A text as token windows, int64 ``[n, S]``, with its name in reports."""
+
+    name: str
+    windows_nS: torch.Tensor
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and size as plain values."""
+        windows, window = self.windows_nS.shape
+        return {"name": self.name, "window": window, "windows": windows}
+
+
+def read_eval_text(model: Model, source: str | None, window: int) -> Text | None:
+    """Read all windows of the text that ``--eval-text`` names, if it names one."""
+    if source is None:
+        return None
+    return read_windows(model, source, window, windows=None, option="--eval-text")
+
+
 def read_windows(
     model: Model,
     source: str,
@@ -91,7 +110,7 @@ def read_windows(
     windows: int | None,
     option: str,
     stride: int | None = None,
-) -> tuple[str, torch.Tensor]:
+) -> Text:
     """Read a text and cut it into windows.
 
     Args:
@@ -103,7 +122,7 @@ def read_windows(
         stride: Tokens between the starts of two windows. None is ``window``.
 
     Returns:
-        The name of the text and its first windows, int64 ``[n, S]``.
+        The first windows of the text.
 
     Raises:
         CalibrationError: The text cannot be read, or is shorter than a window.
@@ -115,7 +134,7 @@ def read_windows(
     tokens_T = tokenise(text.text, tokenizer)
     windows_nS = cut_windows(tokens_T, window, limit=windows, what=what, stride=stride)
     require_embedded(windows_nS, tokenizer, model.spec.vocabulary, what=what)
-    return text.name, windows_nS
+    return Text(text.name, windows_nS)
 
 
 def bytes_per_token(model: Model, windows_nS: torch.Tensor, stride: int | None) -> float:
