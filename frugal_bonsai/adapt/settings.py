@@ -7,8 +7,7 @@ the memory plan complete (:meth:`AdaptSettings.resolve`). Imports no torch. Hold
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.memory.training_items import ADAMW, ADAMW_8BIT
@@ -166,7 +165,3 @@ class AdaptSettings:
             return self.learning_rate * share / self.warm_up
         left = (share - self.warm_up) / (1.0 - self.warm_up)
         return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(left, 1.0)))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
-        return asdict(self)

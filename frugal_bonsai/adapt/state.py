@@ -34,7 +34,7 @@ class TrainingState:
 
     Attributes:
         step: number of finished steps.
-        seconds: time spent.
+        seconds: time spent, with held-out measurements.
         best_step: step of the best held-out perplexity; 0 is the untrained model.
         best_perplexity: best held-out perplexity; None before the first measurement.
         history: one entry for each measurement.

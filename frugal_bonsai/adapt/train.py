@@ -30,31 +30,29 @@ from frugal_bonsai.progress import Progress
 from frugal_bonsai.stream.micro_batch import is_out_of_memory
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """Report of a training.
+@dataclass(kw_only=True)
+class Trained(TrainingState):
+    """State of a training that has ended; the parameters of its best step are in the student.
 
     Attributes:
-        steps: number of finished steps.
         tokens: number of tokens trained on.
-        seconds: time spent, with held-out measurements.
-        earlier_seconds: part of it that was spent before this resume.
-        best_step: step whose parameters are in the student now; 0 is the untrained model.
-        before: held-out measurement of the untrained model.
-        after: held-out measurement of the best step.
-        history: all measurements.
+        earlier_seconds: part of the time that was spent before this resume.
         stopped: why the training ended early, or None.
     """
 
-    steps: int
     tokens: int
-    seconds: float
     earlier_seconds: float
-    best_step: int
-    before: dict[str, Any]
-    after: dict[str, Any]
-    history: list[dict[str, Any]]
     stopped: str | None
+
+    @property
+    def before(self) -> dict[str, Any]:
+        """Held-out measurement of the untrained model."""
+        return self.history[0]
+
+    @property
+    def after(self) -> dict[str, Any]:
+        """Held-out measurement of the best step."""
+        return next(row for row in self.history if row["step"] == self.best_step)
 
 
 class Trainer:
@@ -276,17 +274,11 @@ class Trainer:
         self._progress.sweep(name, steps, steps * self._step_tokens)
 
     def _finish(self) -> Trained:
-        state = self._state
         self._folder.load_best(self._parameters)
-        by_step = {row["step"]: row for row in state.history}
+        self._state.seconds = self._schedule.seconds
         return Trained(
-            steps=state.step,
-            tokens=state.step * self._step_tokens,
-            seconds=self._schedule.seconds,
+            **vars(self._state),
+            tokens=self._state.step * self._step_tokens,
             earlier_seconds=self._earlier_seconds,
-            best_step=state.best_step,
-            before=state.history[0],
-            after=by_step[state.best_step],
-            history=state.history,
             stopped=self._stopped,
         )

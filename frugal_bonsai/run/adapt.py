@@ -12,6 +12,7 @@ import gc
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from frugal_bonsai.adapt.adapters import add_adapters, trained_projections
-from frugal_bonsai.adapt.settings import FULL, AdaptSettings
+from frugal_bonsai.adapt.settings import FULL
 from frugal_bonsai.adapt.state import TrainingFolder
 from frugal_bonsai.adapt.streamed import StreamedStudent
 from frugal_bonsai.adapt.student import TRAINED, Student
@@ -78,23 +79,23 @@ def adapt_pruned(
             pruned, options, folder, stack=stack, progress=progress, resume=resume
         )
         plans = _plan(job, out, on_plan)
-        settings = job.settings.resolve(hidden=job.pruned.spec.hidden, rank=plans.training.rank)
+        resolved = job.settings.resolve(hidden=job.pruned.spec.hidden, rank=plans.training.rank)
+        job = replace(job, settings=resolved)
         data = make_training_data(job, plans.teacher)
         gc.collect()  # the teacher
         before = measure(job.pruned, plans.writing, job, None, what="pruned")
-        trained = _train(job, settings, plans.training, data)
-        student_NSV = _student_logits(job, settings, plans.training, data.held_out_NS)
+        trained = _train(job, plans.training, data)
+        student_NSV = _student_logits(job, plans.training, data.held_out_NS)
         gc.collect()  # the student
         staged = stack.enter_context(staged_directory(out))
         written = write_adapted(
             job,
             plans.writing,
             staged,
-            scaling=settings.scaling,
             held_out_NS=data.held_out_NS,
             student_NSV=student_NSV,
         )
-        summary = describe_adaptation(job, settings, plans, data, trained, before, written, out)
+        summary = describe_adaptation(job, plans, data, trained, before, written, out)
         summary["seconds"] = time.monotonic() - started + trained.earlier_seconds
         write_papers(staged, summary)
         stack.close()  # the output appears
@@ -118,29 +119,32 @@ def _plan(job: Adaptation, out: Path, on_plan: Callable[[TrainingPlan], None] | 
     return plans
 
 
-def _train(
-    job: Adaptation, settings: AdaptSettings, plan: TrainingPlan, data: TrainingData
-) -> Trained:
+def _train(job: Adaptation, plan: TrainingPlan, data: TrainingData) -> Trained:
     """Train the student; its best parameters are in the run directory then."""
     enforce_caps(plan, job.device)
-    folder = TrainingFolder(job.folder, _identity(job, settings, plan, data))
+    identity = {
+        "settings": asdict(job.settings),
+        "weights": plan.weights,
+        "optimiser": plan.optimiser,
+        "model": hash_weights(job.pruned.checkpoint),
+        "windows": hash_windows(data.windows_NS),
+        "teacher": None if data.cache is None else data.cache.identity,
+    }
+    folder = TrainingFolder(job.folder, identity)
     if job.resume and not folder.exists:
         job.progress.note(
             f"--resume: {job.folder} holds no training yet, starting with the first step"
         )
-    student, parameters = _make_student(
-        job, settings, plan.weights, plan.head_tokens, compute_dtype(job.device)
-    )
-    temperature = 1.0 if job.teacher_settings is None else job.teacher_settings.temperature
+    student, parameters = _make_student(job, plan, plan.weights, compute_dtype(job.device))
     with closing(student):
         trainer = Trainer(
             student,
             parameters,
             data,
-            settings,
-            settings.objective(temperature),
+            job.settings,
+            job.options.objective(),
             micro_batch=plan.micro_batch,
-            together=settings.batch // plan.micro_batch if plan.weights == STREAMED else 1,
+            together=job.settings.batch // plan.micro_batch if plan.weights == STREAMED else 1,
             optimiser=plan.optimiser,
             folder=folder,
             progress=job.progress,
@@ -148,43 +152,31 @@ def _train(
         return trainer.run(resume=job.resume and folder.exists)
 
 
-def _student_logits(
-    job: Adaptation, settings: AdaptSettings, plan: TrainingPlan, windows_NS: torch.Tensor
-) -> torch.Tensor:
-    """Return the trained student's logits in fp32 for the first tokens of some windows.
+def _student_logits(job: Adaptation, plan: TrainingPlan, windows_NS: torch.Tensor) -> torch.Tensor:
+    """Return the trained student's fp32 logits for the first tokens of some windows, on the CPU.
 
     The best parameters are loaded into a new student of the checkpoint's own weights, so that
     neither a GPU's bf16 nor int8 weights show in the logits.
-
-    Returns:
-        fp32 ``[N, S, V]``, on the CPU.
     """
     gc.collect()  # the student that was trained, and its optimiser
-    student, parameters = _make_student(job, settings, STREAMED, plan.head_tokens, torch.float32)
+    student, parameters = _make_student(job, plan, STREAMED, torch.float32)
     with closing(student):
         TrainingFolder(job.folder, {}).load_best(parameters)
         return student.logits(windows_NS[:VERIFY_WINDOWS, :VERIFY_TOKENS]).cpu()
 
 
 def _make_student(
-    job: Adaptation, settings: AdaptSettings, weights: str, head_tokens: int, dtype: torch.dtype
+    job: Adaptation, plan: TrainingPlan, weights: str, dtype: torch.dtype
 ) -> tuple[Student, dict[str, nn.Parameter]]:
-    """Return a student with its weights loaded, and its trained parameters.
-
-    Args:
-        job: the adaptation.
-        settings: resolved settings.
-        weights: form of frozen projections; without adapters there are none.
-        head_tokens: number of tokens whose logits are held at a time.
-        dtype: compute dtype.
-    """
+    """Return a student with its weights loaded in this form, and its trained parameters."""
+    settings = job.settings
     form = TRAINED if settings.method == FULL else weights
     student = (StreamedStudent if form == STREAMED else Student)(
         job.pruned.checkpoint,
         job.pruned.spec,
         device=job.device,
         dtype=dtype,
-        head_tokens=head_tokens,
+        head_tokens=plan.head_tokens,
     )
     student.load(form)
     if form == TRAINED:
@@ -193,17 +185,3 @@ def _make_student(
     return student, add_adapters(
         student, rank=settings.rank, alpha=settings.alpha, seed=settings.seed
     )
-
-
-def _identity(
-    job: Adaptation, settings: AdaptSettings, plan: TrainingPlan, data: TrainingData
-) -> dict[str, Any]:
-    """Return the plain values that must be equal for a resume."""
-    return {
-        "settings": settings.to_json(),
-        "weights": plan.weights,
-        "optimiser": plan.optimiser,
-        "model": hash_weights(job.pruned.checkpoint),
-        "windows": hash_windows(data.windows_NS),
-        "teacher": None if data.cache is None else data.cache.identity,
-    }

@@ -63,7 +63,6 @@ def write_adapted(
     plan: MemoryPlan,
     staged: Path,
     *,
-    scaling: float,
     held_out_NS: torch.Tensor,
     student_NSV: torch.Tensor,
 ) -> dict[str, Any]:
@@ -73,7 +72,6 @@ def write_adapted(
         job: the adaptation.
         plan: memory of this part.
         staged: an empty folder.
-        scaling: factor of the adapters' product.
         held_out_NS: held-out windows.
         student_NSV: the student's fp32 logits for the first tokens of the first held-out windows.
 
@@ -84,7 +82,8 @@ def write_adapted(
         VerifyError: the output computes something else than the student.
     """
     model, layout = job.pruned, _layout_of(job.pruned)
-    with merged_weights(model.checkpoint, job.folder / BEST_FILE, scaling=scaling) as merged:
+    best, scaling = job.folder / BEST_FILE, job.settings.scaling
+    with merged_weights(model.checkpoint, best, scaling=scaling) as merged:
         shrink(
             model.checkpoint,
             model.spec,

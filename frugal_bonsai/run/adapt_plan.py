@@ -189,16 +189,7 @@ def _describe(job: Adaptation, plans: AdaptPlans) -> dict[str, Any]:
         "cache_bytes": _cache_bytes(job),
         "files": [asdict(item) for item in plans.disk.peak().items],
         "parts": parts,
-        "items": [
-            {
-                "name": item.name,
-                "where": item.where,
-                "size_bytes": item.size_bytes,
-                "formula": item.formula,
-                "phases": list(phases),
-            }
-            for item, phases in training.all_items
-        ],
+        "items": [{**asdict(item), "phases": list(phases)} for item, phases in training.all_items],
         "notes": list(budget.notes),
     }
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.adapt.settings import AdaptSettings
 from frugal_bonsai.adapt.train import Trained
 from frugal_bonsai.adapt.training_data import TrainingData
 from frugal_bonsai.checkpoint.commit import write_bytes
@@ -32,7 +32,6 @@ from frugal_bonsai.version import package_version
 
 def describe_adaptation(
     job: Adaptation,
-    settings: AdaptSettings,
     plans: AdaptPlans,
     data: TrainingData,
     trained: Trained,
@@ -44,7 +43,6 @@ def describe_adaptation(
 
     Args:
         job: the adaptation.
-        settings: resolved settings.
         plans: memory plans.
         data: windows and the teacher's cache.
         trained: report of the training.
@@ -58,7 +56,7 @@ def describe_adaptation(
         "model": job.pruned.name,
         "teacher": None if job.teacher is None else job.teacher.name,
         "family": job.pruned.spec.family.model_type,
-        "settings": settings.to_json(),
+        "settings": asdict(job.settings),
         "data": {
             "sources": list(job.texts.names),
             "window": job.window,
@@ -134,7 +132,7 @@ def _describe_training(trained: Trained, plans: AdaptPlans) -> dict[str, Any]:
         "rank": plan.rank or None,
         "optimiser": plan.optimiser,
         "micro_batch": plan.micro_batch,
-        "steps": trained.steps,
+        "steps": trained.step,
         "tokens": trained.tokens,
         "seconds": trained.seconds,
         "best_step": trained.best_step,

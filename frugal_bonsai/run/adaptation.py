@@ -52,7 +52,7 @@ class Adaptation:
 
     Attributes:
         options: the user's.
-        settings: of the training.
+        settings: of the training; resolved once the memory is planned.
         pruned: the pruned model.
         teacher: the dense model; None if neither loss nor data need it.
         teacher_settings: what is kept of its answers; None if the loss does not need them.
@@ -115,10 +115,9 @@ def prepare_adaptation(
             read.
     """
     shard_bytes = parse_bytes(options.max_shard_size, option="--max-shard-size")
-    settings = options.training()
     student = _open(pruned, stack, headers_only=headers_only, text_only=options.text_only)
     _require_trainable(student)
-    teacher = _open_teacher(student, options, settings, stack, headers_only=headers_only)
+    teacher = _open_teacher(student, options, stack, headers_only=headers_only)
     window = choose_window((teacher or student).spec, options.window)
     eval_text = read_eval_text(student, options.eval_text, window)
     device = find_device(options.device)
@@ -126,10 +125,10 @@ def prepare_adaptation(
     progress.caps(budget.host_bytes, budget.gpu_bytes)
     return Adaptation(
         options=options,
-        settings=settings,
+        settings=options.training(),
         pruned=student,
         teacher=teacher,
-        teacher_settings=_teacher_settings(settings, options, student, teacher),
+        teacher_settings=_teacher_settings(options, student, teacher),
         texts=_read_texts(student, options, window),
         window=window,
         eval_text=eval_text,
@@ -149,26 +148,11 @@ def _open(name: str, stack: ExitStack, *, headers_only: bool, text_only: bool = 
 
 
 def _open_teacher(
-    student: Model,
-    options: AdaptOptions,
-    settings: AdaptSettings,
-    stack: ExitStack,
-    *,
-    headers_only: bool,
+    student: Model, options: AdaptOptions, stack: ExitStack, *, headers_only: bool
 ) -> Model | None:
-    """Open the dense model, if the loss or the data need it.
-
-    Raises:
-        OptionError: the loss needs a teacher, and none is named; or the models do not match.
-    """
-    needed = settings.objective(options.temperature).needs_teacher
-    if options.teacher is None:
-        if needed:
-            raise OptionError(
-                f"--loss {settings.loss}: needs the dense model; add --teacher, or choose --loss lm"
-            )
-        return None
-    if not needed and SELF not in options.data:
+    """Open the dense model, if the loss or the data need it; raise if it does not match."""
+    needed = options.objective().needs_teacher or SELF in options.data
+    if options.teacher is None or not needed:
         return None
     teacher = _open(options.teacher, stack, headers_only=headers_only)
     _require_pair(student, teacher)
@@ -205,7 +189,7 @@ def _require_pair(student: Model, teacher: Model) -> None:
 
 
 def _teacher_settings(
-    settings: AdaptSettings, options: AdaptOptions, student: Model, teacher: Model | None
+    options: AdaptOptions, student: Model, teacher: Model | None
 ) -> TeacherSettings | None:
     """Return what the loss needs of the teacher's answers.
 
@@ -213,7 +197,7 @@ def _teacher_settings(
         OptionError: hidden states are compared, and the models differ in their number of layers; or
             more tokens or layers are named than there are.
     """
-    objective = settings.objective(options.temperature)
+    objective = options.objective()
     if not objective.needs_teacher:
         return None
     count, layers = student.spec.layers, tuple[int, ...]()
@@ -233,18 +217,7 @@ def _teacher_settings(
 
 
 def _read_texts(student: Model, options: AdaptOptions, window: int) -> Texts:
-    """Read and tokenise the texts.
-
-    Raises:
-        OptionError: ``self`` is named twice, or without a teacher.
-        CalibrationError: a text cannot be read or is too short.
-    """
-    if options.data.count(SELF) > 1:
-        raise OptionError(
-            "--data self: is named twice; name it once and set the number of windows with --windows"
-        )
-    if SELF in options.data and options.teacher is None:
-        raise OptionError("--data self: windows are sampled from the teacher; add --teacher")
+    """Read and tokenise the texts, and count the windows of ``self``."""
     texts: list[tuple[str, torch.Tensor | None]] = [
         ("self (sampled from the teacher)", None)
         if source == SELF

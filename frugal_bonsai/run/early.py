@@ -61,7 +61,7 @@ def check_adapt(pruned: str, out: Path | None, options: AdaptOptions, *, resume:
     Raises:
         FrugalBonsaiError: The adaptation cannot work.
     """
-    settings = options.training()
+    options.training()
     _check_common(options, out)
     if out is not None and not resume and holds_files(run_folder(out)):
         raise _unfinished(run_folder(out))
@@ -69,10 +69,7 @@ def check_adapt(pruned: str, out: Path | None, options: AdaptOptions, *, resume:
         require_source(options.eval_text, "--eval-text")
     for source in options.data:
         require_source(source, "--data", sampled=True)
-    if settings.objective(options.temperature).needs_teacher and options.teacher is None:
-        raise OptionError(
-            f"--loss {settings.loss}: needs the dense model; add --teacher, or choose --loss lm"
-        )
+    options.objective()
     if options.teacher_cache is not None:
         require_writable(Path(options.teacher_cache))
     spec = _local_spec(pruned, text_only=options.text_only)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.adapt.settings import AdaptSettings
+from frugal_bonsai.adapt.settings import AdaptSettings, Objective
 from frugal_bonsai.checkpoint.locate import EXAMPLE
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.memory.budget import Caps, parse_caps
 from frugal_bonsai.model.layout import UNIFORM
-from frugal_bonsai.text.sources import STDLIB, WIKITEXT
+from frugal_bonsai.text.sources import SELF, STDLIB, WIKITEXT
 
 TRANSFORMERS = "transformers"
 RUNTIMES = (TRANSFORMERS, LLAMA_CPP)
@@ -141,6 +141,13 @@ class AdaptOptions(CommandOptions):
             raise OptionError(f"--windows: {self.windows} is not at least 2 (one is held out)")
         if self.weights not in (None, "int8", "native", "streamed"):
             raise OptionError(f"--weights: {self.weights!r} is not one of int8, native, streamed")
+        if self.data.count(SELF) > 1:
+            raise OptionError(
+                "--data self: is named twice; name it once and set the number of windows with "
+                "--windows"
+            )
+        if SELF in self.data and self.teacher is None:
+            raise OptionError("--data self: windows are sampled from the teacher; add --teacher")
 
     def training(self) -> AdaptSettings:
         """Return the settings of the training.
@@ -150,6 +157,20 @@ class AdaptOptions(CommandOptions):
         """
         given = {name: value for name, value in self.settings.items() if value is not None}
         return AdaptSettings(**given)
+
+    def objective(self) -> Objective:
+        """Return the terms of the loss.
+
+        Raises:
+            OptionError: They need the dense model, and none is named.
+        """
+        settings = self.training()
+        objective = settings.objective(self.temperature)
+        if objective.needs_teacher and self.teacher is None:
+            raise OptionError(
+                f"--loss {settings.loss}: needs the dense model; add --teacher, or choose --loss lm"
+            )
+        return objective
 
 
 @dataclass(frozen=True, kw_only=True)

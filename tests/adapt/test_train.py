@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def trainer(
         data,
         settings,
         settings.objective(1.0),
-        folder=TrainingFolder(folder, {"settings": settings.to_json()}),
+        folder=TrainingFolder(folder, {"settings": asdict(settings)}),
         **{**values, **options},
     )
     return made, parameters
@@ -95,7 +95,7 @@ def test_training_comes_nearer_to_the_teacher(
 ) -> None:
     made, parameters = trainer(tiny, data, tmp_path / "run")
     done = made.run()
-    assert done.steps == 20 and done.tokens == 20 * 4 * WINDOW and done.stopped is None
+    assert done.step == 20 and done.tokens == 20 * 4 * WINDOW and done.stopped is None
     assert [row["step"] for row in done.history] == [0, 5, 10, 15, 20]
     assert done.after["kl"] < 0.8 * done.before["kl"]
     assert done.after["perplexity"] < 0.8 * done.before["perplexity"]
@@ -147,7 +147,7 @@ def test_a_resumed_training_ends_in_the_same_numbers(
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
     assert [replace_loss(row) for row in second.history] == [replace_loss(r) for r in first.history]
-    assert second.best_step == first.best_step and second.steps == 20
+    assert second.best_step == first.best_step and second.step == 20
 
 
 def test_eight_bit_moments_learn_as_much_and_resume_to_the_same_numbers(
@@ -223,7 +223,7 @@ def test_a_loss_that_is_no_number_stops_with_the_best_so_far(
 
     monkeypatch.setattr(Student, "gradients", broken)
     done = made.run()
-    assert done.steps == 7 and done.stopped is not None
+    assert done.step == 7 and done.stopped is not None
     assert done.stopped.startswith("step 8: the gradient's norm is nan")
     assert done.best_step == 5 and done.after["perplexity"] < done.before["perplexity"]
     assert all(bool(value.isfinite().all()) for value in parameters.values())
@@ -302,7 +302,7 @@ def test_minutes_end_by_the_clock_and_its_schedule(
         tiny, data, tmp_path / "run", timed, progress=Ticks(), clock=lambda: now["seconds"]
     )
     done = made.run()
-    assert done.steps == 12 and done.seconds == pytest.approx(24.0)
+    assert done.step == 12 and done.seconds == pytest.approx(24.0)
     assert [row["step"] for row in done.history] == [0, 3, 6, 9, 12]
 
 

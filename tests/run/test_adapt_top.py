@@ -30,4 +30,4 @@ def test_more_than_the_vocabulary_is_refused_before_any_work() -> None:
 def arguments(vocabulary: int, top: int | None) -> Any:
     options = AdaptOptions(data=("self",), teacher="dense", top=top)
     model = SimpleNamespace(name="m", spec=SimpleNamespace(vocabulary=vocabulary, layers=2))
-    return options.training(), options, model, model
+    return options, model, model
