@@ -1,25 +1,35 @@
 """The trained parameters: LoRA adapters beside every block projection, or the projections.
 
-In: a student whose weights are loaded. Out: its trained parameters by name, in a fixed order. The
+In: a student whose weights are loaded, or the pruned checkpoint and the file of the best
+parameters. Out: the trained parameters by name, in a fixed order; or for each trained projection a
+function that returns its new weight, which the rewriter takes as a refitted projection. The
 adapters are peft's (LoRA, Hu et al. 2021, section 4.1: W + (alpha / R) B A, with B = 0 at the
-start). Their initial values come from a seeded generator, not from torch's global one. merge.py
-adds the adapters to the weights. Holds the adapters in fp32.
+start). Their initial values come from a seeded generator, not from torch's global one. They are
+added to the checkpoint's own weights, in whatever form the student held them. Holds the adapters,
+or one weight, in fp32.
 
-Shape suffixes: I input columns of a projection, R rank.
+Shape suffixes: O output rows and I input columns of a projection, R rank.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from frugal_bonsai.adapt.student import Student
+from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.checkpoint.tensor_file import open_tensors
 from frugal_bonsai.int8 import has_bitsandbytes
 
+Merged = dict[str, Callable[[], torch.Tensor]]
 # Suffixes of the adapters' names, after the projection's name: A and B.
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _NAME = "default"  # peft's name of the adapter
 
 
@@ -54,10 +64,48 @@ def add_adapters(
         down.weight = nn.Parameter(values_RI.to(student.device))
         up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=student.device))
         bare = name.removesuffix(".weight")
-        parameters |= {bare + DOWN: down.weight, bare + UP: up.weight}
+        parameters |= {bare + _DOWN: down.weight, bare + _UP: up.weight}
     return parameters
 
 
 def trained_projections(student: Student) -> dict[str, nn.Parameter]:
     """Return the weights of all block projections of a student, fp32 ``[O, I]``."""
     return {name: module.weight for name, module in student.projection_modules()}
+
+
+@contextmanager
+def merged_weights(checkpoint: Checkpoint, file: Path, *, scaling: float) -> Iterator[Merged]:
+    """Open the best parameters and yield the new weights.
+
+    Args:
+        checkpoint: the pruned model.
+        file: parameters as ``TrainingFolder.save_best`` writes them.
+        scaling: alpha / R; unused if the projections themselves were trained.
+
+    Yields:
+        Name of a weight -> a function that returns W + scaling * B A, or the trained weight, fp32
+        ``[O, I]``. The functions work until the context ends.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    with open_tensors(file) as best:
+        names = dict.fromkeys(_weight_of(name) for name in best.tensors)
+        yield {name: partial(_merge, checkpoint, best, name, scaling) for name in names}
+
+
+def _weight_of(parameter: str) -> str:
+    """Return the name of the weight that a trained parameter changes."""
+    for suffix in (_DOWN, _UP):
+        if parameter.endswith(suffix):
+            return parameter.removesuffix(suffix) + ".weight"
+    return parameter
+
+
+def _merge(checkpoint: Checkpoint, best: Checkpoint, name: str, scaling: float) -> torch.Tensor:
+    """Return a projection's new weight, fp32 ``[O, I]``."""
+    if name in best.tensors:
+        return best.read(name)
+    bare = name.removesuffix(".weight")
+    up_OR, down_RI = best.read(bare + _UP), best.read(bare + _DOWN)
+    return (up_OR @ down_RI).mul_(scaling).add_(checkpoint.read(name))

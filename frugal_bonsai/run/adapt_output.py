@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.adapt.merge import Merged, merged_weights
+from frugal_bonsai.adapt.adapters import Merged, merged_weights
 from frugal_bonsai.adapt.state import BEST_FILE
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.evaluation.perplexity import measure_texts
@@ -21,12 +21,10 @@ from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import VERIFY_WINDOWS
 from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.rewrite.companions import write_companions
-from frugal_bonsai.rewrite.shrink import shrink
 from frugal_bonsai.rewrite.verify import compare_logits, compare_student
 from frugal_bonsai.run.adaptation import Adaptation
 from frugal_bonsai.run.engine import make_engine
-from frugal_bonsai.run.open import Model, open_output
+from frugal_bonsai.run.open import Model, write_output
 from frugal_bonsai.run.provenance import MASK_FILE, REPORT_FILE
 from frugal_bonsai.stream.source import CheckpointSource
 
@@ -83,21 +81,20 @@ def write_adapted(
     """
     model, layout = job.pruned, _layout_of(job.pruned)
     best, scaling = job.folder / BEST_FILE, job.settings.scaling
-    with merged_weights(model.checkpoint, best, scaling=scaling) as merged:
-        shrink(
-            model.checkpoint,
-            model.spec,
-            KeepMask(model.spec.table),
+    with (
+        merged_weights(model.checkpoint, best, scaling=scaling) as merged,
+        write_output(
             staged,
-            rules=layout_rules(model.spec, layout, tile=1),
+            model,
+            KeepMask(model.spec.table),
+            layout_rules(model.spec, layout, tile=1),
             refit=merged,
             max_shard_bytes=job.shard_bytes,
-        )
-        write_companions(model.folder, staged, processor=model.spec.multimodal is not None)
+        ) as (adapted, _),
+    ):
         _copy_reports(model.folder, staged)
-        with open_output(staged, model) as adapted:
-            verify = _verify(job, plan, adapted, merged, held_out_NS, student_NSV)
-            after = measure(adapted, plan, job, held_out_NS, what="adapted")
+        verify = _verify(job, plan, adapted, merged, held_out_NS, student_NSV)
+        after = measure(adapted, plan, job, held_out_NS, what="adapted")
     return {"layout": layout, "verify": verify, "after": after}
 
 

@@ -77,7 +77,7 @@ def describe_adaptation(
         },
         "notes": [*job.budget.notes, *job.pruned.notes, *_padding_note(job.pruned.folder)],
         "out": str(out),
-        "load": load_line(out, written["layout"], whole=job.pruned.spec.multimodal is not None),
+        "load": load_line(out, written["layout"], job.pruned.spec),
         "multimodal": job.pruned.whole,
     }
     summary["warnings"] = _warnings(summary["before"], summary["after"])

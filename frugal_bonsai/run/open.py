@@ -28,12 +28,17 @@ from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.from_gguf.open import open_gguf
 from frugal_bonsai.from_gguf.summary import gguf_note
 from frugal_bonsai.model.canonical_names import describe_checkpoint
+from frugal_bonsai.model.cut import Refit
 from frugal_bonsai.model.default_config import require_accepted_config
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.layout import LayoutRules
 from frugal_bonsai.model.loadable import require_loadable
 from frugal_bonsai.model.multimodal import Multimodal
 from frugal_bonsai.model.text_model import split_text_model, text_family
+from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
+from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.rewrite.shrink import RewriteSummary, shrink
 
 _CARRIED = (
     "carried along bit for bit; how well it works with the changed text model is not measured"
@@ -208,6 +213,34 @@ def open_output(folder: Path, parent: Model) -> Iterator[Model]:
         if whole is not None:
             spec = _carry_along(checkpoint, spec, whole, source)
         yield Model(name=str(folder), checkpoint=checkpoint, spec=spec, multimodal=whole)
+
+
+@contextmanager
+def write_output(
+    folder: Path,
+    parent: Model,
+    mask: KeepMask,
+    rules: LayoutRules,
+    *,
+    refit: Refit | None = None,
+    max_shard_bytes: int,
+) -> Iterator[tuple[Model, RewriteSummary]]:
+    """Write a pruned model with its companions to a staging folder, and open it.
+
+    The arguments are those of :func:`frugal_bonsai.rewrite.shrink.shrink`.
+    """
+    written = shrink(
+        parent.checkpoint,
+        parent.spec,
+        mask,
+        folder,
+        rules=rules,
+        refit=refit,
+        max_shard_bytes=max_shard_bytes,
+    )
+    write_companions(parent.folder, folder, processor=parent.spec.multimodal is not None)
+    with open_output(folder, parent) as output:
+        yield output, written
 
 
 def note_model(model: Model, progress: Progress) -> None:

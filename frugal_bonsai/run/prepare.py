@@ -33,10 +33,8 @@ from frugal_bonsai.run.engine import make_engine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.plan import PlannedPrune, plan_fitting, predict, sampling_note
-from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.texts import Text, read_eval_text, read_windows
-from frugal_bonsai.run.warnings import calibration_warning, pruned_before_warning
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.text.sources import SELF
 
@@ -67,16 +65,12 @@ class PruneRun(PlannedPrune):
         predicted: The predicted time as plain values. None without a profile.
         engine: Engine of the dense model, within the plan's limits.
         calibration: Windows to search on and windows that are held out.
-        provenance: Origin of the dense model, as plain values.
-        warnings: Warnings about the model and the calibration.
     """
 
     texts: Texts
     predicted: dict[str, Any] | None
     engine: Engine
     calibration: Calibration
-    provenance: dict[str, Any]
-    warnings: tuple[str, ...]
 
 
 def prepare_run(
@@ -127,16 +121,12 @@ def prepare_run(
         progress.note(sampling_note(planned))
     _require_room(planned, folders, finished)
     engine = _make_engine(planned, progress)
-    calibration = _calibrate(planned, texts, engine)
-    provenance = read_provenance(model)
     return PruneRun(
         **vars(planned),
         texts=texts,
         predicted=predicted,
         engine=engine,
-        calibration=calibration,
-        provenance=provenance,
-        warnings=_warn(planned, provenance, calibration, progress),
+        calibration=_calibrate(planned, texts, engine),
     )
 
 
@@ -154,25 +144,6 @@ def _require_room(planned: PlannedPrune, folders: Mapping[str, Path], finished: 
             where="On this disk",
         ),
     )
-
-
-def _warn(
-    planned: PlannedPrune,
-    provenance: dict[str, Any],
-    calibration: Calibration,
-    progress: Progress,
-) -> tuple[str, ...]:
-    """Return the warnings about the model and the calibration, and tell the user."""
-    model, windows = planned.model, len(calibration.windows_NS)
-    settings, window = planned.resolved.settings, planned.resolved.window
-    found = (
-        pruned_before_warning(model.name, provenance),
-        calibration_warning(model.spec, settings, windows, window),
-    )
-    warnings = tuple(warning for warning in found if warning is not None)
-    for warning in warnings:
-        progress.note(f"warning: {warning}")
-    return warnings
 
 
 def _make_engine(planned: PlannedPrune, progress: Progress) -> Engine:

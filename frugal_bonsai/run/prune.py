@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from frugal_bonsai.bonsai.masks.evaluate import Utility, utility_name
 from frugal_bonsai.bonsai.search import Search, SearchResult
 from frugal_bonsai.bonsai.settings import STATE_FILE
@@ -23,20 +25,30 @@ from frugal_bonsai.bonsai.state import (
     saved_settings,
 )
 from frugal_bonsai.checkpoint.commit import remove_folder, staged_directory
+from frugal_bonsai.evaluation.perplexity import measure_texts
 from frugal_bonsai.memory.disk import OUT, RUN
 from frugal_bonsai.memory.plan import MemoryPlan
+from frugal_bonsai.memory.work import VERIFY_WINDOWS
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.rewrite.verify import compare_logits
 from frugal_bonsai.run.early import check_prune
-from frugal_bonsai.run.open import note_model, open_model
+from frugal_bonsai.run.engine import in_fp32, make_engine
+from frugal_bonsai.run.open import Model, note_model, open_model, write_output
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
-from frugal_bonsai.run.provenance import with_step
-from frugal_bonsai.run.prune_output import measure_dense, write_pruned
+from frugal_bonsai.run.provenance import read_provenance, with_step
 from frugal_bonsai.run.prune_tasks import add_task_scores, check_tasks
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.summary import describe_run, write_papers
-from frugal_bonsai.run.warnings import figure_warnings
+from frugal_bonsai.run.warnings import (
+    calibration_warning,
+    figure_warnings,
+    note_warnings,
+    pruned_before_warning,
+)
+from frugal_bonsai.stream.engine import Engine
+from frugal_bonsai.stream.source import CheckpointSource
 
 STORE = "store"
 WORSE = "train it with adapt, calibrate with more text, or remove less (--sparsity)"
@@ -116,31 +128,25 @@ def _search_and_write(
     started: float,
 ) -> dict[str, Any]:
     """Search, write the pruned model with its papers to ``out``, and return the summary."""
-    before = measure_dense(run)
+    provenance, settings = read_provenance(run.model), run.resolved.settings
+    warned = (
+        pruned_before_warning(run.model.name, provenance),
+        calibration_warning(run.model.spec, settings, *run.calibration.windows_NS.shape),
+    )
+    warnings = note_warnings(run.engine.progress, warned)
+    before = _measure(run, run.model, run.engine, "dense")
     found = _search(run, folder, resume=resume, utility=utility)
     with staged_directory(out) as staged:
-        figures = {"before": before, **write_pruned(run, found, staged)}
-        summary = _summarise(run, found, out, figures, utility)
+        summary = describe_run(run, found, out) | {"before": before}
+        summary |= _write(run, found, staged)
+        if utility is not None:
+            summary["settings"]["utility"] = utility_name(utility)
+        worse = figure_warnings(before, summary["after"], advice=WORSE)
+        summary["warnings"] = [*warnings, *worse]
+        summary["provenance"] = with_step(provenance, "prune", summary)
         add_task_scores(summary, run, options, staged)
         summary["seconds"] = time.monotonic() - started
         write_papers(staged, summary, run.model.spec, found.mask)
-    return summary
-
-
-def _summarise(
-    run: PruneRun,
-    found: SearchResult,
-    out: Path,
-    figures: dict[str, Any],
-    utility: Utility | None,
-) -> dict[str, Any]:
-    """Return the summary of a prune, with its warnings and its provenance."""
-    summary = describe_run(run, found, out) | figures
-    if utility is not None:
-        summary["settings"]["utility"] = utility_name(utility)
-    worse = figure_warnings(figures["before"], figures["after"], advice=WORSE)
-    summary["warnings"] = [*run.warnings, *worse]
-    summary["provenance"] = with_step(run.provenance, "prune", summary)
     return summary
 
 
@@ -176,3 +182,42 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
         unit_milliseconds=None if resolved.latency is None else resolved.latency.unit,
     )
     return search.run(resume=resume and state.exists)
+
+
+def _write(run: PruneRun, found: SearchResult, staged: Path) -> dict[str, Any]:
+    """Write the pruned model to the staging folder, verify it, and return its figures."""
+    rules, shard_bytes = run.resolved.rules, run.resolved.shard_bytes
+    with write_output(
+        staged, run.model, found.mask, rules, refit=found.refits, max_shard_bytes=shard_bytes
+    ) as (output, rewritten):
+        engine = make_engine(output, run.memory, run.engine.device, run.engine.progress)
+        windows_NS = run.calibration.held_out_NS[:VERIFY_WINDOWS]
+        difference = _verify(run, found, engine, windows_NS)
+        return {
+            "after": _measure(run, output, engine, "pruned", written=True),
+            "written_as": output.spec.family.title,
+            "sparsity": rewritten.sparsity,
+            "verify": {"max_relative_difference": difference, "windows": len(windows_NS)},
+        }
+
+
+def _verify(
+    run: PruneRun, found: SearchResult, rewritten: Engine, windows_NS: torch.Tensor
+) -> float:
+    """Compare the rewritten model with the masked parent, both in fp32.
+
+    In bf16 the rounding of 32 layers is as large as the change that a defect makes.
+    """
+    spec, parent = run.model.spec, in_fp32(run.engine, run.memory)
+    norm = {name: found.refits[name]() for name in spec.norm_tensors if name in found.refits}
+    parent.skeleton.replace_norm(norm)
+    masked = CheckpointSource(run.model.checkpoint, spec, mask=found.mask, refit=found.refits)
+    return compare_logits(parent, masked, in_fp32(rewritten, run.memory), windows_NS)
+
+
+def _measure(
+    run: PruneRun, model: Model, engine: Engine, what: str, *, written: bool = False
+) -> dict[str, Any]:
+    """Return the sizes and perplexities of the dense or the pruned model."""
+    held_out_NS, text = run.calibration.held_out_NS, run.texts.eval_text
+    return {**model.sizes, **measure_texts(engine, held_out_NS, text, what, written=written)}

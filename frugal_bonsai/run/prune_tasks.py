@@ -48,7 +48,7 @@ def add_task_scores(
             after = _score(output, run, options)
     except FrugalBonsaiError as error:
         warning = f"no scores of tasks: {error}"
-        run.progress.note(warning)
+        run.engine.progress.note(warning)
         summary["warnings"].append(warning)
         return
     summary["before"]["tasks"], summary["after"]["tasks"] = before, after
@@ -69,7 +69,7 @@ def _score(model: Model, run: PruneRun, options: PruneOptions) -> dict[str, Any]
         weights=None,
         device=run.engine.device,
         caps=options.caps,
-        progress=run.progress,
+        progress=run.engine.progress,
     )
     scores: dict[str, Any] = values["tasks"]
     return scores

@@ -17,15 +17,13 @@ from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.report.mask_card import mask_card
-from frugal_bonsai.rewrite.companions import write_companions
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
-from frugal_bonsai.rewrite.shrink import shrink as rewrite
 from frugal_bonsai.run.early import check_shrink
-from frugal_bonsai.run.open import Model, note_model, open_model, open_output
+from frugal_bonsai.run.open import Model, note_model, open_model, write_output
 from frugal_bonsai.run.provenance import MASK_FILE, read_provenance, with_step
 from frugal_bonsai.run.run_folder import locked, run_folder
 from frugal_bonsai.run.summary import load_line
-from frugal_bonsai.run.warnings import pruned_before_warning
+from frugal_bonsai.run.warnings import note_warnings, pruned_before_warning
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.version import package_version
 
@@ -90,58 +88,33 @@ def shrink(
 def _shrink(
     model: Model, mask: Path, out: Path, rules: LayoutRules, shard_bytes: int, progress: Progress
 ) -> dict[str, Any]:
-    """Write the masked model with its card to ``out``, and return the summary."""
-    keep = read_mask(mask, model.spec)
+    """Write the masked model with its mask and card to ``out``, and return the summary."""
+    spec, keep = model.spec, read_mask(mask, model.spec)
     progress.note(NO_REFITS)
     provenance = read_provenance(model)
-    warnings = _warn(model.name, provenance, progress)
-    with staged_directory(out) as staged:
-        summary = _write(model, keep, rules, staged, shard_bytes) | {
+    warnings = note_warnings(progress, [pruned_before_warning(model.name, provenance)])
+    with (
+        staged_directory(out) as staged,
+        write_output(staged, model, keep, rules, max_shard_bytes=shard_bytes) as (output, written),
+    ):
+        write_mask(staged / MASK_FILE, parent_name(model.name), spec, keep)
+        summary = {
+            "version": package_version(),
+            "model": model.name,
+            "family": spec.family.title,
+            "written_as": output.spec.family.title,
+            "kept": keep.counts_with_experts(),
+            "dense": KeepMask(spec.table).counts_with_experts(),
+            "before": model.sizes,
+            "after": output.sizes,
+            "sparsity": written.sparsity,
+            "multimodal": model.whole,
             "layout": rules.layout,
             "out": str(out),
-            "load": load_line(out, rules.layout, whole=model.spec.multimodal is not None),
+            "load": load_line(out, rules.layout, spec),
             "notes": [NO_REFITS, *model.notes],
             "warnings": warnings,
         }
         summary["provenance"] = with_step(provenance, "shrink", summary)
         write_bytes(staged / "README.md", mask_card(summary).encode())
     return summary
-
-
-def _write(
-    model: Model, keep: KeepMask, rules: LayoutRules, staged: Path, shard_bytes: int
-) -> dict[str, Any]:
-    """Write the masked model, its companions and its mask; return its units and sizes."""
-    spec = model.spec
-    written = rewrite(
-        model.checkpoint, spec, keep, staged, rules=rules, max_shard_bytes=shard_bytes
-    )
-    write_companions(model.folder, staged, processor=spec.multimodal is not None)
-    write_mask(staged / MASK_FILE, parent_name(model.name), spec, keep)
-    values = {"sparsity": written.sparsity, "multimodal": model.whole}
-    return _describe(model, keep, staged) | values
-
-
-def _warn(name: str, provenance: dict[str, Any], progress: Progress) -> list[str]:
-    """Return the warning about a model that was pruned before, if it was, and tell the user."""
-    warning = pruned_before_warning(name, provenance)
-    if warning is None:
-        return []
-    progress.note(f"warning: {warning}")
-    return [warning]
-
-
-def _describe(model: Model, mask: KeepMask, staged: Path) -> dict[str, Any]:
-    """Return units and sizes before and after, the latter read back from the output."""
-    spec = model.spec
-    with open_output(staged, model) as output:
-        return {
-            "version": package_version(),
-            "model": model.name,
-            "family": spec.family.title,
-            "written_as": output.spec.family.title,
-            "kept": mask.counts_with_experts(),
-            "dense": KeepMask(spec.table).counts_with_experts(),
-            "before": model.sizes,
-            "after": output.sizes,
-        }

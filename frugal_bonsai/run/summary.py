@@ -72,7 +72,7 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
             *(r["note"] for r in found.rounds if "note" in r),
         ],
         "out": str(out),
-        "load": load_line(out, resolved.rules.layout, whole=model.spec.multimodal is not None),
+        "load": load_line(out, resolved.rules.layout, model.spec),
         "multimodal": model.whole,
         "method": resolved.method,
         "predicted": run.predicted,
@@ -131,15 +131,9 @@ def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
     return shares
 
 
-def load_line(out: Path, layout: str, *, whole: bool) -> str:
-    """Return the line of Python that loads the output.
-
-    Args:
-        out: Folder of the output.
-        layout: Its layout.
-        whole: It has parts for images beside its text model.
-    """
-    if whole:
+def load_line(out: Path, layout: str, spec: ModelSpec) -> str:
+    """Return the line of Python that loads the output of this model in this layout."""
+    if spec.multimodal is not None:
         return f"AutoModelForImageTextToText.from_pretrained({str(out)!r})"
     if layout == PER_LAYER:
         return f"frugal_bonsai.load_pruned({str(out)!r})"

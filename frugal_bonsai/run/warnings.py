@@ -6,17 +6,26 @@ In: sizes and figures of a run. Out: sentences for the terminal, the card and ``
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.progress import Progress
 
 Values = Mapping[str, Any]
 # A perplexity that rose by more than this factor is a warning.
 _MOST_RISE = 5.0
 # A standard error of more than this share of the perplexity is a warning.
 _MOST_ERROR = 0.05
+
+
+def note_warnings(progress: Progress, found: Iterable[str | None]) -> list[str]:
+    """Tell the user of those warnings that there are, and return them."""
+    warnings = [warning for warning in found if warning is not None]
+    for warning in warnings:
+        progress.note(f"warning: {warning}")
+    return warnings
 
 
 def calibration_warning(

@@ -21,8 +21,7 @@ from tiny_models import (
 )
 
 from frugal_bonsai.adapt import stored_linear
-from frugal_bonsai.adapt.adapters import add_adapters, trained_projections
-from frugal_bonsai.adapt.merge import merged_weights
+from frugal_bonsai.adapt.adapters import add_adapters, merged_weights, trained_projections
 from frugal_bonsai.adapt.objective import (
     TopTokens,
     divergence,

@@ -237,7 +237,7 @@ def test_a_resume_needs_room_for_what_is_left_alone(
     plans: list[MemoryPlan] = []
     out, run = tmp_path / "out", tmp_path / "out.run"
     with monkeypatch.context() as patched:
-        fill_at(patched, sys.modules["frugal_bonsai.run.prune_output"], "shrink", run)
+        fill_at(patched, sys.modules["frugal_bonsai.run.open"], "shrink", run)
         with pytest.raises(OutputError, match="the disk is full"):
             prune(model, out, options(), on_plan=plans.append)
     assert not (run / "store").exists()
@@ -267,7 +267,7 @@ def reference(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (StateFolder, "save_imputation", 0),
         (StateFolder, "save_refit", 1),
         (StateFolder, "save", 1),
-        ("frugal_bonsai.run.prune_output", "shrink", 2),
+        ("frugal_bonsai.run.open", "shrink", 2),
         ("frugal_bonsai.run.prune", "write_papers", 2),
     ],
     ids=["store", "imputation", "refits", "state", "output", "papers"],
