@@ -6,8 +6,9 @@ activations are computed again in the backward pass (gradient checkpointing), so
 activations are held at a time. head.py computes the loss. Dropout is off, so a forward pass draws
 no random numbers.
 
-Holds the weights of all layers, the head, the trained parameters and their gradients. streamed.py
-holds one layer's weights instead.
+Holds the weights of all layers, the head, the trained parameters and their gradients. For models
+that do not fit, :class:`StreamedStudent` holds the largest layer and the head as they are stored,
+and the inputs of all layers for all windows of a step.
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden channels, V vocabulary, O
 output rows and I input columns of a projection.
@@ -23,15 +24,20 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from frugal_bonsai.adapt.head import DENSE, INT8, StudentHead
+from frugal_bonsai.accelerator import has_streams
+from frugal_bonsai.adapt.head import DENSE, INT8, STORED, StudentHead
 from frugal_bonsai.adapt.objective import Sums, hidden_error
 from frugal_bonsai.adapt.settings import Objective
 from frugal_bonsai.adapt.stored_linear import StoredLinear
 from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.int8 import quantise_rows
+from frugal_bonsai.memory.training_items import STREAMED
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.stream.layers import LayerStream
 from frugal_bonsai.stream.skeleton import Skeleton
+from frugal_bonsai.stream.source import CheckpointSource
 
 # Form of projections that are trained themselves; frozen ones are native, int8 or streamed.
 TRAINED = "trained"
@@ -174,13 +180,9 @@ class Student:
         keep: bool,
         sums: Sums | None = None,
     ) -> list[Activations]:
-        """Run micro-batches through all layers.
+        """Run micro-batches through all layers; keep every layer's input, or the last output alone.
 
-        Args:
-            batches: the micro-batches.
-            objective: names the layers whose hidden states are compared.
-            keep: whether every layer's input is kept, or the last output alone.
-            sums: gets the error of the hidden states.
+        The error of the hidden states that the objective compares is added to ``sums``.
         """
         kept = [Activations(one, [self.skeleton.embed(one.tokens_BS).clone()]) for one in batches]
         with torch.no_grad():
@@ -242,6 +244,47 @@ class Student:
             kwargs = self.skeleton.layer_kwargs(window)
             self._kwargs = (window, tree_map_only(torch.Tensor, copy, kwargs))
         return self._kwargs[1]
+
+
+class StreamedStudent(Student):
+    """A :class:`Student` that reads its frozen projections layer by layer; trains adapters only.
+
+    Each step reads every layer twice: in order for the forward pass, and in reverse for the
+    backward pass. All micro-batches of a step pass a layer while it is there. An accelerator holds
+    two layers, and pinned host buffers for them: the next layer is read and copied while one is
+    computed.
+    """
+
+    def load(self, form: str = STREAMED) -> None:
+        """Read everything but the projections, and open the stream that reads these."""
+        self.head.load(STORED)
+        self._place_layers()
+        weight = f"{self.spec.prefix(0)}{self.projections[0]}.weight"
+        self._stream = LayerStream(
+            CheckpointSource(self.checkpoint, self.spec),
+            device=self.device,
+            dtype=torch_dtype(self.checkpoint.tensors[weight].dtype),  # as stored: used in place
+            buffers=2 if has_streams(self.device) else 1,
+        )
+
+    def close(self) -> None:
+        """Stop reading and release the buffers."""
+        self._stream.close()
+
+    def _visit(self, *, reverse: bool = False) -> Iterator[int]:
+        for layer, parameters in self._stream.visit(reverse=reverse):
+            for path in self.projections:
+                self._stored_linear(layer, path).load(parameters[f"{path}.weight"])
+            yield layer
+            for path in self.projections:
+                empty = torch.empty(0, dtype=self.dtype, device=self.device)
+                self._stored_linear(layer, path).load(empty)
+
+    def _stored_linear(self, layer: int, path: str) -> StoredLinear:
+        module = self.layers[layer].get_submodule(path)
+        base = getattr(module, "base_layer", module)  # peft's adapter wraps the projection
+        assert isinstance(base, StoredLinear)
+        return base
 
 
 def projection_paths(spec: ModelSpec, layers: Sequence[nn.Module] | nn.ModuleList) -> list[str]:

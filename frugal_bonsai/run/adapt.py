@@ -22,8 +22,7 @@ from torch import nn
 from frugal_bonsai.adapt.adapters import add_adapters, trained_projections
 from frugal_bonsai.adapt.settings import FULL
 from frugal_bonsai.adapt.state import TrainingFolder
-from frugal_bonsai.adapt.streamed import StreamedStudent
-from frugal_bonsai.adapt.student import TRAINED, Student
+from frugal_bonsai.adapt.student import TRAINED, StreamedStudent, Student
 from frugal_bonsai.adapt.teacher_cache import hash_weights, hash_windows
 from frugal_bonsai.adapt.train import Trained, Trainer
 from frugal_bonsai.adapt.training_data import TrainingData

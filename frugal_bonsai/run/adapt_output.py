@@ -37,14 +37,9 @@ def measure(
     *,
     what: str,
 ) -> dict[str, Any]:
-    """Return a model's sizes and its perplexities, as plain values.
+    """Return the sizes of the pruned or the adapted model and its perplexities, as plain values.
 
-    Args:
-        model: the pruned or the adapted model.
-        plan: memory of the sweeps.
-        job: the adaptation; has the text of ``--eval-text``.
-        held_out_NS: held-out windows; None leaves their perplexity out.
-        what: name of the model for the progress.
+    These are of the text of ``--eval-text``, and of the held-out windows unless they are None.
     """
     keys = ("perplexity", "eval_perplexity")
     found: dict[str, float | None] = dict.fromkeys([*keys, *(f"{key}_error" for key in keys)])

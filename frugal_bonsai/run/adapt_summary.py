@@ -6,7 +6,6 @@ prints and the card and the tables are made of, and the files with it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from frugal_bonsai.adapt.train import Trained
 from frugal_bonsai.adapt.training_data import TrainingData
 from frugal_bonsai.checkpoint.commit import write_bytes
+from frugal_bonsai.model.layout import PADDED
 from frugal_bonsai.report.adapt_card import adapt_card
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.run.adapt_plan import AdaptPlans, describe_part
@@ -23,6 +23,7 @@ from frugal_bonsai.run.provenance import (
     ADAPT_REPORT_FILE,
     REPORT_FILE,
     read_provenance,
+    read_report,
     with_step,
 )
 from frugal_bonsai.run.summary import describe_peaks, load_line, write_report
@@ -41,14 +42,7 @@ def describe_adaptation(
 ) -> dict[str, Any]:
     """Return the summary without the time of the whole run.
 
-    Args:
-        job: the adaptation.
-        plans: memory plans.
-        data: windows and the teacher's cache.
-        trained: report of the training.
-        before: figures of the pruned model.
-        written: layout, verification and figures of the adapted model.
-        out: folder of the output.
+    ``before`` has the figures of the pruned model; ``written`` is what ``write_adapted`` returns.
     """
     parts, bounds = plans.named(), ("kl", "kl_upper")
     summary = {
@@ -117,9 +111,7 @@ def _describe_cache(job: Adaptation, data: TrainingData) -> dict[str, Any] | Non
     if data.cache is None or settings is None:
         return None
     return {
-        "top": settings.top,
-        "temperature": settings.temperature,
-        "layers": list(settings.layers),
+        **asdict(settings),
         "size_bytes": data.cache.size_bytes,
         "rest_mass": data.cache.rest_mass(),
     }
@@ -143,10 +135,6 @@ def _describe_training(trained: Trained, plans: AdaptPlans) -> dict[str, Any]:
 
 def _padding_note(folder: Path) -> list[str]:
     """Return a note for a padded model, whose padding is trained like all other weights."""
-    try:
-        layout = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["layout"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    if layout != "padded":
+    if read_report(folder / REPORT_FILE).get("layout") != PADDED:
         return []
     return ["padded layout: the zeros that filled layers up were trained and are units now"]

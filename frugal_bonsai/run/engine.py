@@ -34,15 +34,10 @@ def make_engine(
     arithmetic: str = FLOAT,
     dtype: torch.dtype | None = None,
 ) -> Engine:
-    """Return an engine that works within a plan's limits.
+    """Return a model's engine within the limits of its plan.
 
-    Args:
-        model: The model.
-        plan: Its memory plan.
-        device: Device that computes.
-        progress: Told of each layer visit.
-        arithmetic: Arithmetic of masked evaluation, ``"float"`` or ``"int8"``.
-        dtype: Compute dtype. None takes the device's default.
+    ``arithmetic`` is that of masked evaluation, ``"float"`` or ``"int8"``. A compute dtype of None
+    is the device's default.
     """
     enforce_caps(plan, device)
     return Engine(

@@ -76,16 +76,8 @@ def evaluate_gguf(
 ) -> dict[str, Any]:
     """Measure the perplexity of a GGUF file in llama.cpp, with as many threads as torch has.
 
-    Args:
-        model: The file, or a folder with one in it.
-        text: File, JSON lines, hub data set or ``stdlib``.
-        window: Tokens of a window. None takes 2,048 or the model's positions.
-        windows: Largest number of windows. None takes the whole text.
-        stride: Tokens between the starts of two windows. None is ``window``.
-        progress: Told of each group of windows.
-
-    Returns:
-        Plain values (what ``eval --json`` prints).
+    ``model`` is the file or a folder with one in it. The other arguments and the result are those
+    of :func:`frugal_bonsai.run.evaluate.evaluate`.
 
     Raises:
         FrugalBonsaiError: The user can mend it.

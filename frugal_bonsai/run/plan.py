@@ -91,14 +91,7 @@ def plan_fitting(
     """Plan a prune; decide how many windows the dense model writes, if the user did not.
 
     It writes :data:`WRITTEN_SHARE` times as many as the calibration has, or the largest half,
-    quarter and so on of this that fits.
-
-    Args:
-        model: Model that is pruned.
-        resolved: Its resolved options.
-        windows: Number of calibration windows.
-        eval_windows: Number of windows of the text that ``--eval-text`` names.
-        custom_utility: A utility of the user's needs all logits of a window.
+    quarter and so on of this that fits. The arguments are those of :func:`prune_workload`.
 
     Raises:
         BudgetError: The prune does not fit into the caps.
@@ -203,12 +196,7 @@ def _describe_time(estimate: TimeEstimate) -> dict[str, Any]:
 
 
 def _describe_memory(memory: MemoryPlan, *, nominal_base: bool) -> dict[str, Any]:
-    """Return a memory plan as plain values.
-
-    Args:
-        memory: The plan.
-        nominal_base: The process's own size is nominal: it belongs to another machine.
-    """
+    """Return a memory plan as plain values; the process of another machine has a nominal size."""
     items = plan_items(memory)
     for item in items:
         if nominal_base and item["name"] == BASE:

@@ -95,24 +95,17 @@ def profile(
         FrugalBonsaiError: There is no such device, the disk is full, or ``out`` is another file.
     """
     check_profile(None if out is None else Path(out), Path(folder), device)
-    where = find_device(device)
-    measured = measure_machine(where, Path(folder), quick=quick, progress=progress or Silent())
+    where, effort = find_device(device), _QUICK if quick else _THOROUGH
+    progress = progress or Silent()
+    progress.note(f"measuring the disk at {Path(folder)}")
+    disk = measure_disk(Path(folder), effort.disk_bytes)
+    progress.note("measuring a command's start")
+    start = _measure_start(where)
+    measured = _measured(where, disk, effort, start=start, progress=progress)
     if out is not None:
         write_profile(measured, Path(out))
     values = dataclasses.asdict(measured)
     return {**values, "out": None if out is None else str(out)}
-
-
-def measure_machine(
-    device: torch.device, folder: Path, *, quick: bool, progress: Progress
-) -> HardwareProfile:
-    """Return the profile of this machine."""
-    effort = _QUICK if quick else _THOROUGH
-    progress.note(f"measuring the disk at {folder}")
-    disk = measure_disk(folder, effort.disk_bytes)
-    progress.note("measuring a command's start")
-    start = _measure_start(device)
-    return _measured(device, disk, effort, start=start, progress=progress)
 
 
 def quick_profile(device: torch.device) -> HardwareProfile:
@@ -167,9 +160,8 @@ def _measure_start(device: torch.device) -> float:
 def _measure_solves(timer: Timer, columns: int) -> float:
     """Return the operations per second of a Cholesky factor, its solves and its inverse."""
     identity_CC = torch.eye(columns, device=timer.device)
-    rows = min(
-        refit_rows(timer.device.type), columns // 2
-    )  # rows that reconstruction refits together
+    # The rows that reconstruction refits together.
+    rows = min(refit_rows(timer.device.type), columns // 2)
     right_RC = torch.ones(rows, columns, device=timer.device)
 
     def run() -> None:

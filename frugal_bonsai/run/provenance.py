@@ -56,21 +56,22 @@ def with_step(provenance: Mapping[str, Any], command: str, summary: Mapping[str,
 def _earlier(folder: Path) -> Mapping[str, Any]:
     """Return the provenance that the run which wrote a model has recorded."""
     for name, command in ((ADAPT_REPORT_FILE, "adapt"), (REPORT_FILE, "prune")):
-        report = _read_object(folder / name)
+        report = read_report(folder / name)
         if isinstance(report.get("provenance"), dict):
             return dict(report["provenance"])
         if {"model", "before", "after"} <= report.keys():  # of a version that recorded none
             dense = report.get("teacher") or report["model"]
             start = {"dense": parent_name(dense), "steps": []}
             return dict(with_step(start, command, report))
-    mask = _read_object(folder / MASK_FILE).get("model")
+    mask = read_report(folder / MASK_FILE).get("model")
     if isinstance(mask, dict) and isinstance(mask.get("name"), str):
         step = {"command": "shrink", "model": mask["name"]}
         return {"dense": mask["name"], "steps": [step]}
     return {}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if there is none that can be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -34,13 +34,7 @@ from frugal_bonsai.version import package_version
 
 
 def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any]:
-    """Return the options of a prune and the result of its search, without figures of the models.
-
-    Args:
-        run: The prune.
-        found: The result of its search.
-        out: The output folder.
-    """
+    """Return the options of a prune and the result of its search, without figures of the models."""
     model, resolved, texts = run.model, run.resolved, run.texts
     latency, window = resolved.latency, resolved.window
     return {
@@ -80,12 +74,7 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
 
 
 def describe_memory(memory: MemoryPlan, engine: Engine) -> dict[str, Any]:
-    """Return caps, predicted and measured bytes, and micro-batches as planned and at the end.
-
-    Args:
-        memory: The plan.
-        engine: Engine that has done the work.
-    """
+    """Return caps, predicted and measured bytes, and micro-batches as planned and at the end."""
     return {
         **describe_peaks([memory], engine.device),
         "planned_micro_batch": engine.sweep.batches.planned,
@@ -99,9 +88,7 @@ def describe_peaks(
 ) -> dict[str, int | None]:
     """Return caps, predicted and measured bytes of a command.
 
-    Args:
-        plans: Plans of its parts, which run one after the other under the same caps.
-        device: Device that has done the work.
+    Its parts have a plan each, and run one after the other under the same caps.
     """
     budget = plans[0].budget
     predicted = {where: max(p.total_bytes(where) for p in plans) for where in ("host", "gpu")}

@@ -31,9 +31,7 @@ SAMPLED_TOGETHER = 128
 def make_training_data(job: Adaptation, plan: MemoryPlan | None) -> TrainingData:
     """Sample windows, hold some out, and cache the teacher's answers.
 
-    Args:
-        job: the adaptation.
-        plan: memory of the teacher; None if nothing needs it.
+    The plan is the teacher's, and None if nothing needs it.
     """
     engine: Engine | None = None
     if job.teacher is not None and plan is not None:

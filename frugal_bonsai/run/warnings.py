@@ -33,13 +33,8 @@ def calibration_warning(
 ) -> str | None:
     """Return a warning if the calibration has fewer tokens than a Gram matrix has columns.
 
-    The rank of the Gram matrix of T tokens is at most T. A layer's experts share the tokens.
-
-    Args:
-        spec: The dense model.
-        settings: Settings of the prune.
-        windows: Number of calibration windows.
-        window: Tokens of a window.
+    The rank of the Gram matrix of T tokens is at most T. A layer's experts share the tokens of all
+    windows.
     """
     if not settings.recovery and settings.prior != "exact":
         return None
@@ -59,12 +54,7 @@ def calibration_warning(
 
 
 def pruned_before_warning(name: str, provenance: Values) -> str | None:
-    """Return a warning if the model is itself the output of a prune.
-
-    Args:
-        name: Name of the model, as typed.
-        provenance: Result of :func:`frugal_bonsai.run.provenance.read_provenance`.
-    """
+    """Return a warning if the model is itself the output of a prune."""
     if not provenance["steps"]:
         return None
     return (
@@ -75,13 +65,7 @@ def pruned_before_warning(name: str, provenance: Values) -> str | None:
 
 
 def figure_warnings(before: Values, after: Values, *, advice: str) -> Iterator[str]:
-    """Yield warnings about perplexities that rose or whose error is large.
-
-    Args:
-        before: Figures of the model before.
-        after: Figures of the model after.
-        advice: What to do about a perplexity that rose.
-    """
+    """Yield warnings about perplexities that rose, with this advice, or whose error is large."""
     for key, name in (("perplexity", "held-out"), ("eval_perplexity", "--eval-text")):
         old, new, error = before[key], after[key], after.get(f"{key}_error")
         if old is None or new is None:

@@ -30,8 +30,7 @@ from frugal_bonsai.adapt.objective import (
 from frugal_bonsai.adapt.settings import Objective
 from frugal_bonsai.adapt.state import BEST_FILE, TrainingFolder
 from frugal_bonsai.adapt.stored_linear import StoredLinear
-from frugal_bonsai.adapt.streamed import StreamedStudent
-from frugal_bonsai.adapt.student import TRAINED, Student
+from frugal_bonsai.adapt.student import TRAINED, StreamedStudent, Student
 from frugal_bonsai.adapt.teacher_cache import Targets
 from frugal_bonsai.adapt.training_data import MicroBatch
 from frugal_bonsai.int8 import quantise_rows
