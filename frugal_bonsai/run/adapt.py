@@ -32,9 +32,13 @@ from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.training_items import STREAMED
 from frugal_bonsai.memory.work import VERIFY_TOKENS, VERIFY_WINDOWS
 from frugal_bonsai.progress import Progress, Silent
-from frugal_bonsai.run.adapt_output import measure, write_adapted
+from frugal_bonsai.run.adapt_output import (
+    describe_adaptation,
+    measure,
+    write_adapted,
+    write_papers,
+)
 from frugal_bonsai.run.adapt_plan import AdaptPlans, plan_adaptation
-from frugal_bonsai.run.adapt_summary import describe_adaptation, write_papers
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
 from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.early import check_adapt

@@ -22,7 +22,7 @@ from frugal_bonsai.run.child import Child
 from frugal_bonsai.run.early import check_bench
 from frugal_bonsai.run.evaluate_gguf import find_gguf
 from frugal_bonsai.run.open import open_model
-from frugal_bonsai.run.options import TRANSFORMERS, BenchOptions
+from frugal_bonsai.run.options import BenchOptions
 from frugal_bonsai.version import package_version
 
 # Runs of each model that are not counted, because caches fill and threads start.
@@ -56,7 +56,9 @@ def bench(
     options, progress = options or BenchOptions(), progress or Silent()
     check_bench(dense, pruned, options)
     models = {"dense": dense, "pruned": pruned}
-    files = {name: _find(model, options.runtime) for name, model in models.items()}
+    files = models
+    if options.runtime == LLAMA_CPP:
+        files = {name: str(find_gguf(model)) for name, model in models.items()}
     prompt = _prompt(list(files.values()), options)
     facts, runs = _measure(files, prompt, options, progress)
     results = {
@@ -95,13 +97,6 @@ def _measure(
                     + (", not counted" if number < _WARM_UP else "")
                 )
     return facts, runs
-
-
-def _find(model: str, runtime: str) -> str:
-    """Return what the runtime loads: a folder or hub id, or a GGUF file."""
-    if runtime == TRANSFORMERS:
-        return model
-    return str(find_gguf(model))
 
 
 def _prompt(files: Sequence[str], options: BenchOptions) -> list[int]:

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +56,6 @@ _NOMINAL_START_SECONDS = 6.0
 _CALLS = 10
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Effort:
-    """Sizes and seconds of the measurements."""
-
-    seconds: float
-    solve_columns: int
-    disk_bytes: int
-    small: bool
-
-
-_THOROUGH = _Effort(seconds=1.0, solve_columns=2048, disk_bytes=GIB, small=False)
-_QUICK = _Effort(seconds=0.1, solve_columns=512, disk_bytes=64 * MIB, small=True)
-
-
 def profile(
     *,
     out: str | Path | None = None,
@@ -95,13 +80,12 @@ def profile(
         FrugalBonsaiError: There is no such device, the disk is full, or ``out`` is another file.
     """
     check_profile(None if out is None else Path(out), Path(folder), device)
-    where, effort = find_device(device), _QUICK if quick else _THOROUGH
-    progress = progress or Silent()
+    where, progress = find_device(device), progress or Silent()
     progress.note(f"measuring the disk at {Path(folder)}")
-    disk = measure_disk(Path(folder), effort.disk_bytes)
+    disk = measure_disk(Path(folder), 64 * MIB if quick else GIB)
     progress.note("measuring a command's start")
     start = _measure_start(where)
-    measured = _measured(where, disk, effort, start=start, progress=progress)
+    measured = _measured(where, disk, start=start, quick=quick, progress=progress)
     if out is not None:
         write_profile(measured, Path(out))
     values = dataclasses.asdict(measured)
@@ -110,15 +94,16 @@ def profile(
 
 def quick_profile(device: torch.device) -> HardwareProfile:
     """Measure for about a second; the rates of the disk and a command's start are nominal."""
-    return _measured(device, _NOMINAL_DISK, _QUICK, start=_NOMINAL_START_SECONDS, progress=Silent())
+    start = _NOMINAL_START_SECONDS
+    return _measured(device, _NOMINAL_DISK, start=start, quick=True, progress=Silent())
 
 
 def _measured(
-    device: torch.device, disk: DiskRates, effort: _Effort, *, start: float, progress: Progress
+    device: torch.device, disk: DiskRates, *, start: float, quick: bool, progress: Progress
 ) -> HardwareProfile:
-    timer = Timer(device=device, seconds=effort.seconds)
+    timer = Timer(device=device, seconds=0.1 if quick else 1.0)
     progress.note("measuring matrix products")
-    products = measure_products(timer, quick=effort.small)
+    products = measure_products(timer, quick=quick)
     progress.note("measuring attention, solves, memory and calls")
     gpu_bytes = None if shares_host_memory(device) else free_and_total_bytes(device)[1]
     return HardwareProfile(
@@ -126,7 +111,7 @@ def _measured(
         device=device.type,
         source=(
             f"measured {time.strftime('%Y-%m-%d')} by frugal-bonsai {package_version()}, "
-            f"torch {torch.__version__}{', quick' if effort.small else ''}; {disk.note}"
+            f"torch {torch.__version__}{', quick' if quick else ''}; {disk.note}"
         ),
         host_bytes=int(psutil.virtual_memory().total),
         gpu_bytes=gpu_bytes,
@@ -137,7 +122,7 @@ def _measured(
         memory_bytes_per_second=measure_memory(timer),
         fresh_bytes_per_second=measure_fresh(timer),
         attention_flops_per_second=measure_attention(timer),
-        solve_flops_per_second=_measure_solves(timer, effort.solve_columns),
+        solve_flops_per_second=_measure_solves(timer, columns=512 if quick else 2048),
         call_seconds=_measure_call(timer),
         start_seconds=start,
         products=products,

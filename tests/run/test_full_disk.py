@@ -319,7 +319,7 @@ def test_a_disk_that_becomes_full_in_a_training(
             adapt_pruned(model, out, given)
     before = state.read_bytes()
     with monkeypatch.context() as patched:
-        fill_at(patched, sys.modules["frugal_bonsai.run.adapt_output"], "shrink", state)
+        fill_at(patched, sys.modules["frugal_bonsai.run.open"], "shrink", state)
         with pytest.raises(OutputError, match=r"out.*: the disk is full"):
             adapt_pruned(model, out, given, resume=True)
     assert state.read_bytes() != before and list(tmp_path.iterdir()) == [out.with_name("out.run")]

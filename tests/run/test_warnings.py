@@ -15,7 +15,7 @@ from plan_shapes import LLAMA_8B
 
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.checkpoint.locate import find_model
-from frugal_bonsai.run.adapt_summary import _warnings as adaptation_warnings
+from frugal_bonsai.run.adapt_output import _warnings as adaptation_warnings
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.warnings import calibration_warning, figure_warnings
