@@ -1,25 +1,35 @@
 """From a user's options to the settings of one prune.
 
 In: an open model, options. Out: a :class:`ResolvedPrune`, frozen: nothing decides on settings
-after it. Refuses what cannot work before text or weights are read.
+after it. Refuses what cannot work before text or weights are read; writes configs to a temporary
+folder, to see whether a layout can hold the model.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.bonsai.calibration import window_count
 from frugal_bonsai.bonsai.methods import make_settings
-from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.selection.reach import check_reachable
+from frugal_bonsai.bonsai.selection.whole import check_experts
+from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.latency import LatencyModel
 from frugal_bonsai.hardware.profile import INT8, HardwareProfile
 from frugal_bonsai.hardware.throughput import LayerOperations, int8_wins
+from frugal_bonsai.model.biases import require_output_biases
+from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules, layout_rules
-from frugal_bonsai.run.compatibility import check_layout, check_method
+from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.rewrite.layouts import WRITE_CONFIG
+from frugal_bonsai.rewrite.layouts.mistral import as_mistral
+from frugal_bonsai.rewrite.layouts.widths import shared_config
 from frugal_bonsai.run.machine import Machine, find_machine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
@@ -32,6 +42,10 @@ from frugal_bonsai.text.sources import SELF
 # FFN tiles that matrix products are fast with.
 CPU_TILE, GPU_TILE = 64, 128
 AUTO, FLOAT_PRODUCTS, INT8_PRODUCTS = "auto", "float", "int8"
+_REFIT = (
+    "the experts' down_proj, and attention's projections, are refitted; gate_proj, up_proj and the "
+    "router stay as they are (--refit all and --refine do not reach into experts)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +100,7 @@ def resolve(
     spec = model.spec
     settings = make_settings(options.method, options.settings)
     profiled = options.profile is not None
-    notes = check_method(settings, options.settings, spec, profiled=profiled)
+    notes = _check_method(settings, options.settings, spec, profiled=profiled)
     window = choose_window(spec, options.window)
     machine = find_machine(options, elsewhere=elsewhere)
     rules = layout_rules(
@@ -96,7 +110,7 @@ def resolve(
         default_tile=GPU_TILE if is_accelerator(machine.device) else CPU_TILE,
         as_mistral=options.as_mistral,
     )
-    check_layout(settings, rules, spec)
+    _check_layout(settings, rules, spec)
     operations = count_operations(spec, window, compute_dtype(machine.device))
     settings = replace(
         settings,
@@ -158,3 +172,66 @@ def _arithmetic(
         )
     faster = wanted == INT8_PRODUCTS or int8_wins(operations, rates)
     return INT8_PRODUCTS if faster else FLOAT_PRODUCTS
+
+
+def _check_method(
+    settings: PruneSettings, given: Mapping[str, Any], spec: ModelSpec, *, profiled: bool
+) -> tuple[str, ...]:
+    """Check that a method supports this model.
+
+    A setting of the method's own that the model does not support is ignored, where one that the
+    user has given is refused.
+
+    Returns:
+        Notes about settings without effect.
+
+    Raises:
+        OptionError: The model does not support what the user asks for.
+    """
+    if settings.objective == LATENCY and not profiled:
+        raise OptionError(
+            "--objective latency: needs the rates of the machine that the model is for; measure "
+            "this one with frugal-bonsai profile --out FILE, then add --profile FILE"
+        )
+    if settings.bias:
+        require_output_biases(spec)
+    if not spec.experts:
+        if settings.allocation == EXPERTS:
+            raise OptionError(
+                f"--allocation experts: the layers of a {spec.family.model_type} have no experts; "
+                "leave it out, or take another --method"
+            )
+        return ()
+    if given.get("refine"):
+        raise OptionError(
+            f"--refine {given['refine']}: moves the channels of one FFN, a "
+            f"{spec.family.model_type} has {spec.experts} experts a layer; leave it out"
+        )
+    if settings.objective == LATENCY:
+        raise OptionError(
+            "--objective latency: what a channel costs depends on how often its expert is chosen, "
+            f"which the profile of a machine does not say; leave it out for a "
+            f"{spec.family.model_type}"
+        )
+    return (_REFIT,) if settings.recovery else ()
+
+
+def _check_layout(settings: PruneSettings, rules: LayoutRules, spec: ModelSpec) -> None:
+    """Check that a layout can hold this model, pruned to the target sparsity.
+
+    The config is written for the whole model, to see whether the architecture accepts it.
+
+    Raises:
+        OptionError: The layout cannot hold the counts, or belongs to another family.
+        UnsupportedModelError: transformers has no model for it.
+    """
+    if rules.as_mistral and settings.bias:
+        raise OptionError("--as-mistral: a Mistral has no biases; leave it or --bias out")
+    whole = KeepMask(spec.table)
+    check_reachable(whole, settings.sparsity, rules, spec.block_parameters, settings.allocation)
+    if settings.allocation == EXPERTS:
+        check_experts(whole, settings.sparsity, spec.block_parameters)
+    if rules.as_mistral:
+        as_mistral(spec, shared_config(spec))
+    with tempfile.TemporaryDirectory() as folder:
+        WRITE_CONFIG[rules.layout](spec, whole, rules, Path(folder))

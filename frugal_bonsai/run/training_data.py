@@ -9,12 +9,7 @@ from __future__ import annotations
 import torch
 
 from frugal_bonsai.adapt.teacher import build_teacher, identify
-from frugal_bonsai.adapt.teacher_cache import (
-    TeacherCache,
-    cache_folder,
-    hash_text,
-    hash_weights,
-)
+from frugal_bonsai.adapt.teacher_cache import cache_folder, hash_text, hash_weights
 from frugal_bonsai.adapt.training_data import TrainingData
 from frugal_bonsai.bonsai.calibration import sample_windows, split_windows
 from frugal_bonsai.checkpoint.commit import output_errors
@@ -45,10 +40,12 @@ def make_training_data(job: Adaptation, plan: MemoryPlan | None) -> TrainingData
         splits.append(split_windows(text_nS, len(text_nS), f"--data {name}"))
     held_out = [split.held_out_NS for split in splits]
     windows_NS = torch.cat([*(split.windows_NS for split in splits), *held_out])
-    cache = None
-    if job.teacher_settings is not None:
+    cache, settings = None, job.teacher_settings
+    if settings is not None:
         assert engine is not None
-        cache = _cache_answers(job, engine, windows_NS)
+        identity = identify(engine.checkpoint, windows_NS, settings, engine.dtype)
+        folder = cache_folder(job.cache_root, identity)
+        cache = build_teacher(folder, engine, windows_NS, settings, identity)
     data = TrainingData(windows_NS=windows_NS, held_out=sum(map(len, held_out)), cache=cache)
     job.progress.note(
         f"data: {', '.join(job.texts.names)}: {data.trained} windows of {job.window} tokens, "
@@ -64,26 +61,12 @@ def _sampled_windows(job: Adaptation, engine: Engine) -> torch.Tensor:
     file = folder / f"self_{hash_text(identity)[:16]}.safetensors"
     if file.exists():
         return read_tensor(file, "windows")
-    windows_NS = _sample(engine, count, job.window, seed)
+    parts = []
+    for at, start in enumerate(range(0, count, SAMPLED_TOGETHER)):
+        together = min(SAMPLED_TOGETHER, count - start)
+        parts.append(sample_windows(engine, together, job.window, seed=seed * 1_000_003 + at))
+    windows_NS = torch.cat(parts)
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_tensors(file, {"windows": windows_NS})
     return windows_NS
-
-
-def _sample(engine: Engine, count: int, window: int, seed: int) -> torch.Tensor:
-    """Sample windows from a model, some of them together."""
-    parts = []
-    for at, start in enumerate(range(0, count, SAMPLED_TOGETHER)):
-        together = min(SAMPLED_TOGETHER, count - start)
-        parts.append(sample_windows(engine, together, window, seed=seed * 1_000_003 + at))
-    return torch.cat(parts)
-
-
-def _cache_answers(job: Adaptation, engine: Engine, windows_NS: torch.Tensor) -> TeacherCache:
-    """Return the teacher's answers, from disk as far as an earlier run has cached them."""
-    settings = job.teacher_settings
-    assert settings is not None
-    identity = identify(engine.checkpoint, windows_NS, settings, engine.dtype)
-    folder = cache_folder(job.cache_root, identity)
-    return build_teacher(folder, engine, windows_NS, settings, identity)
