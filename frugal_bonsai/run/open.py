@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.gguf_reader import GgufCheckpoint
 from frugal_bonsai.checkpoint.locate import find_model, local_model
@@ -38,7 +38,9 @@ from frugal_bonsai.model.text_model import split_text_model, text_family
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.rewrite.companions import write_companions
-from frugal_bonsai.rewrite.shrink import RewriteSummary, shrink
+
+if TYPE_CHECKING:
+    from frugal_bonsai.rewrite.shrink import RewriteSummary
 
 _CARRIED = (
     "carried along bit for bit; how well it works with the changed text model is not measured"
@@ -229,6 +231,9 @@ def write_output(
 
     The arguments are those of :func:`frugal_bonsai.rewrite.shrink.shrink`.
     """
+    # Imported here because it imports torch, which an early refusal does not wait for.
+    from frugal_bonsai.rewrite.shrink import shrink
+
     written = shrink(
         parent.checkpoint,
         parent.spec,

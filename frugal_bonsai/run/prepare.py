@@ -3,7 +3,7 @@
 In: an open model and options. Out: a :class:`PruneRun`, which ``prune`` searches with. Holds the
 windows and the engine's skeleton; reads weights only to check and, for ``self``, to sample.
 
-Shape suffixes: n, N and K windows, S tokens.
+Shape suffixes: n windows, S tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from frugal_bonsai.bonsai.calibration import (
     Calibration,
@@ -40,35 +38,18 @@ from frugal_bonsai.text.sources import SELF
 
 
 @dataclass(frozen=True, kw_only=True)
-class Texts:
-    """Token windows of the texts, read before the plan.
-
-    Attributes:
-        source: Name of the calibration text.
-        windows_nS: Its windows, int64. None for ``self``: sampled when the engine exists.
-        windows: Number of calibration windows that are planned for.
-        eval_text: The text of ``--eval-text``. None without one.
-    """
-
-    source: str
-    windows_nS: torch.Tensor | None
-    windows: int
-    eval_text: Text | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class PruneRun(PlannedPrune):
     """A planned prune that is ready to search.
 
     Attributes:
-        texts: The texts, as read.
-        predicted: The predicted time as plain values. None without a profile.
+        source: Name of the calibration text.
+        eval_text: The text of ``--eval-text``. None without one.
         engine: Engine of the dense model, within the plan's limits.
         calibration: Windows to search on and windows that are held out.
     """
 
-    texts: Texts
-    predicted: dict[str, Any] | None
+    source: str
+    eval_text: Text | None
     engine: Engine
     calibration: Calibration
 
@@ -104,12 +85,13 @@ def prepare_run(
     progress.caps(budget.host_bytes, budget.gpu_bytes)
     for note in (*budget.notes, *resolved.notes):
         progress.note(note)
-    texts = _read_texts(model, resolved, options)
+    eval_text = read_eval_text(model, options.eval_text, resolved.window)
+    text = _read_calibration(model, resolved)
     planned = plan_fitting(
         model,
         resolved,
-        texts.windows,
-        eval_windows=0 if texts.eval_text is None else len(texts.eval_text.windows_nS),
+        resolved.windows if text is None else min(resolved.windows, len(text.windows_nS)),
+        eval_windows=0 if eval_text is None else len(eval_text.windows_nS),
         custom_utility=custom_utility,
     )
     if on_plan is not None:
@@ -117,16 +99,17 @@ def prepare_run(
     predicted = predict(planned)
     if predicted is not None:
         progress.note(f"predicted: about {duration(predicted['seconds'])}")
-    if texts.windows_nS is None:
+    if text is None:
         progress.note(sampling_note(planned))
     _require_room(planned, folders, finished)
     engine = _make_engine(planned, progress)
+    text = text or _sample(planned, engine)
     return PruneRun(
         **vars(planned),
-        texts=texts,
-        predicted=predicted,
+        source=text.name,
+        eval_text=eval_text,
         engine=engine,
-        calibration=_calibrate(planned, texts, engine),
+        calibration=_split(text, resolved.windows, progress),
     )
 
 
@@ -155,33 +138,29 @@ def _make_engine(planned: PlannedPrune, progress: Progress) -> Engine:
     return make_engine(model, planned.memory, device, progress, arithmetic=arithmetic)
 
 
-def _read_texts(model: Model, resolved: ResolvedPrune, options: PruneOptions) -> Texts:
-    """Read the calibration text, unless it is sampled, and the text of ``--eval-text``."""
-    window, windows = resolved.window, resolved.windows
-    eval_text = read_eval_text(model, options.eval_text, window)
-    source, windows_nS = "self (sampled from the model)", None
-    if resolved.source != SELF:
-        wanted = windows + held_out_count(windows)
-        source, windows_nS = read_windows(
-            model, resolved.source, window, windows=wanted, option="--calibration"
-        )
-    return Texts(
-        source=source,
-        windows_nS=windows_nS,
-        windows=windows if windows_nS is None else min(windows, len(windows_nS)),
-        eval_text=eval_text,
+def _read_calibration(model: Model, resolved: ResolvedPrune) -> Text | None:
+    """Read the calibration text; None if it is sampled, which needs the engine."""
+    if resolved.source == SELF:
+        return None
+    wanted = resolved.windows + held_out_count(resolved.windows)
+    return read_windows(
+        model, resolved.source, resolved.window, windows=wanted, option="--calibration"
     )
 
 
-def _calibrate(planned: PlannedPrune, texts: Texts, engine: Engine) -> Calibration:
-    """Sample the calibration windows if they are not read, and hold some of them out."""
-    resolved, work, windows_nS = planned.resolved, planned.work, texts.windows_nS
-    if windows_nS is None:
-        seed = resolved.settings.seed
-        windows_nS = sample_windows(engine, work.sampled, work.window, seed=seed)
-    calibration = split_windows(windows_nS, resolved.windows, f"--calibration {texts.source}")
-    engine.progress.note(
-        f"calibration: {texts.source}, {len(calibration.windows_NS)} windows of {work.window} "
-        f"tokens, {len(calibration.held_out_NS)} held out"
+def _sample(planned: PlannedPrune, engine: Engine) -> Text:
+    """Sample the calibration text from the dense model."""
+    work, seed = planned.work, planned.resolved.settings.seed
+    windows_nS = sample_windows(engine, work.sampled, work.window, seed=seed)
+    return Text("self (sampled from the model)", windows_nS)
+
+
+def _split(text: Text, windows: int, progress: Progress) -> Calibration:
+    """Take the calibration windows of a text, and hold some of them out."""
+    calibration = split_windows(text.windows_nS, windows, f"--calibration {text.name}")
+    count, window = calibration.windows_NS.shape
+    progress.note(
+        f"calibration: {text.name}, {count} windows of {window} tokens, "
+        f"{len(calibration.held_out_NS)} held out"
     )
     return calibration

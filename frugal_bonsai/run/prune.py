@@ -219,5 +219,5 @@ def _measure(
     run: PruneRun, model: Model, engine: Engine, what: str, *, written: bool = False
 ) -> dict[str, Any]:
     """Return the sizes and perplexities of the dense or the pruned model."""
-    held_out_NS, text = run.calibration.held_out_NS, run.texts.eval_text
+    held_out_NS, text = run.calibration.held_out_NS, run.eval_text
     return {**model.sizes, **measure_texts(engine, held_out_NS, text, what, written=written)}

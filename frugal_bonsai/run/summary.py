@@ -26,7 +26,7 @@ from frugal_bonsai.report.card import model_card
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.rewrite.mask_file import write_mask
 from frugal_bonsai.run.open import Model
-from frugal_bonsai.run.plan import plan_items
+from frugal_bonsai.run.plan import plan_items, predict
 from frugal_bonsai.run.prepare import PruneRun
 from frugal_bonsai.run.provenance import MASK_FILE, REPORT_FILE
 from frugal_bonsai.stream.engine import Engine
@@ -35,7 +35,7 @@ from frugal_bonsai.version import package_version
 
 def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any]:
     """Return the options of a prune and the result of its search, without figures of the models."""
-    model, resolved, texts = run.model, run.resolved, run.texts
+    model, resolved = run.model, run.resolved
     latency, window = resolved.latency, resolved.window
     return {
         "version": package_version(),
@@ -45,13 +45,13 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
         "tile": resolved.rules.tile,
         "settings": resolved.settings.to_json(),
         "calibration": {
-            "source": texts.source,
+            "source": run.source,
             "window": window,
             "windows": len(run.calibration.windows_NS),
             "written_windows": run.work.written,
             "held_out_windows": len(run.calibration.held_out_NS),
         },
-        "eval_text": None if texts.eval_text is None else texts.eval_text.describe(),
+        "eval_text": None if run.eval_text is None else run.eval_text.describe(),
         "kept": found.mask.counts_with_experts(),
         "dense": KeepMask(model.spec.table).counts_with_experts(),
         "layer_sparsity": _layer_sparsity(model, found.mask),
@@ -69,7 +69,7 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
         "load": load_line(out, resolved.rules.layout, model.spec),
         "multimodal": model.whole,
         "method": resolved.method,
-        "predicted": run.predicted,
+        "predicted": predict(run),
     }
 
 

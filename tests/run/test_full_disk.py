@@ -237,7 +237,7 @@ def test_a_resume_needs_room_for_what_is_left_alone(
     plans: list[MemoryPlan] = []
     out, run = tmp_path / "out", tmp_path / "out.run"
     with monkeypatch.context() as patched:
-        fill_at(patched, sys.modules["frugal_bonsai.run.open"], "shrink", run)
+        fill_at(patched, sys.modules["frugal_bonsai.rewrite.shrink"], "shrink", run)
         with pytest.raises(OutputError, match="the disk is full"):
             prune(model, out, options(), on_plan=plans.append)
     assert not (run / "store").exists()
@@ -267,7 +267,7 @@ def reference(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (StateFolder, "save_imputation", 0),
         (StateFolder, "save_refit", 1),
         (StateFolder, "save", 1),
-        ("frugal_bonsai.run.open", "shrink", 2),
+        ("frugal_bonsai.rewrite.shrink", "shrink", 2),
         ("frugal_bonsai.run.prune", "write_papers", 2),
     ],
     ids=["store", "imputation", "refits", "state", "output", "papers"],
@@ -319,7 +319,7 @@ def test_a_disk_that_becomes_full_in_a_training(
             adapt_pruned(model, out, given)
     before = state.read_bytes()
     with monkeypatch.context() as patched:
-        fill_at(patched, sys.modules["frugal_bonsai.run.open"], "shrink", state)
+        fill_at(patched, sys.modules["frugal_bonsai.rewrite.shrink"], "shrink", state)
         with pytest.raises(OutputError, match=r"out.*: the disk is full"):
             adapt_pruned(model, out, given, resume=True)
     assert state.read_bytes() != before and list(tmp_path.iterdir()) == [out.with_name("out.run")]
