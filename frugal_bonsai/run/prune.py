@@ -87,12 +87,8 @@ def prune(
     check_prune(model, out, options, resume=resume)
     check_tasks(options)
     folder = run_folder(out)
-    with (
-        locked(folder),
-        open_model(
-            model, assume_family=options.assume_family, text_only=options.text_only
-        ) as opened,
-    ):
+    family, text_only = options.assume_family, options.text_only
+    with locked(folder), open_model(model, assume_family=family, text_only=text_only) as opened:
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         try:
