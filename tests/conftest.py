@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +64,7 @@ def quick_disk() -> Iterator[None]:
 def short_measurements() -> Iterator[None]:
     """A prune without a profile measures each rate twice, not for a tenth of a second."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(profile, "_QUICK", replace(profile._QUICK, seconds=0.0))
+        patched.setattr(profile, "_QUICK_SECONDS", 0.0)
         yield
 
 

@@ -53,6 +53,8 @@ _START = (
 # Rates of a usual NVMe disk (docs/hardware.md), which a second is too short to measure.
 _NOMINAL_DISK = DiskRates(cold=1.5e9, warm=4e9, write=1e9, note="disk rates nominal")
 _NOMINAL_START_SECONDS = 6.0
+# Seconds of each measurement, and of a quick one.
+_SECONDS, _QUICK_SECONDS = 1.0, 0.1
 _CALLS = 10
 
 
@@ -101,7 +103,7 @@ def quick_profile(device: torch.device) -> HardwareProfile:
 def _measured(
     device: torch.device, disk: DiskRates, *, start: float, quick: bool, progress: Progress
 ) -> HardwareProfile:
-    timer = Timer(device=device, seconds=0.1 if quick else 1.0)
+    timer = Timer(device=device, seconds=_QUICK_SECONDS if quick else _SECONDS)
     progress.note("measuring matrix products")
     products = measure_products(timer, quick=quick)
     progress.note("measuring attention, solves, memory and calls")

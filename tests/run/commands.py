@@ -29,10 +29,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
 """
 # As in conftest.py, a prune without a profile measures each rate twice only.
 _MAIN = """
-import dataclasses, sys
+import sys
 from frugal_bonsai.cli import main
 from frugal_bonsai.run import profile
-profile._QUICK = dataclasses.replace(profile._QUICK, seconds=0.0)
+profile._QUICK_SECONDS = 0.0
 sys.argv[0] = "frugal-bonsai"
 main()
 """
