@@ -19,19 +19,14 @@ HEAD_CHUNK_BYTES = 32 * MIB
 _REWRITE_PIECES_BYTES = 4 * 2**21
 
 
-def cache_bytes(spec: ModelSpec, tokens: int, element: int) -> int:
+def cache_bytes(spec: ModelSpec, tokens: int, element_bytes: int) -> int:
     """Return the bytes of the keys, values and logits of one text that is sampled.
 
     A cache grows by concatenation, so a layer's old cache is held beside its new one. Attention
     repeats the keys and values of a layer for all query heads.
-
-    Args:
-        spec: Shapes of the model.
-        tokens: Tokens of the text.
-        element: Bytes of an element of the cache.
     """
     cache = 2 * tokens * spec.head_dim * (spec.kv_heads * (spec.layers + 1) + spec.heads)
-    return cache * element + 12 * spec.vocabulary
+    return cache * element_bytes + 12 * spec.vocabulary
 
 
 class CommandItems(SweepItems):

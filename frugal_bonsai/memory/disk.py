@@ -106,16 +106,7 @@ def file_bytes(data_bytes: float, tensors: int, *, files: int = 1) -> int:
 def tensor_files(
     name: str, data_bytes: float, tensors: int, formula: str, *, files: int = 1, folder: str = RUN
 ) -> DiskItem:
-    """Return the item of some safetensors files; it has 0 bytes if there is no data.
-
-    Args:
-        name: Name of the files.
-        data_bytes: Bytes of all tensors.
-        tensors: Number of tensors in all files.
-        formula: Formula of the size, for the user.
-        files: Number of files.
-        folder: Folder that they lie in.
-    """
+    """Return the item of the files of :func:`file_bytes`; it has 0 bytes if there is no data."""
     size = file_bytes(data_bytes, tensors, files=files) if data_bytes else 0
     return DiskItem(name=name, size_bytes=size, formula=formula, folder=folder)
 

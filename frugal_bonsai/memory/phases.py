@@ -188,9 +188,12 @@ class CommandPhases:
         *,
         weights: str | None,
         products: bool = False,
-        called: list[PlanItem] | None = None,
+        called: Callable[[Choice, int], list[PlanItem]] | None = None,
     ) -> list[MemoryPhase]:
-        """Return the phases of a sweep: the layers, then the head beside the layers' buffers."""
+        """Return the phases of a sweep: the layers, then the head beside the layers' buffers.
+
+        ``called`` gives the items of a layer that is called on that many windows.
+        """
         items, work = self._items, self._items.work
         windows = min(choice.in_flight, windows)
         held = [
@@ -201,11 +204,10 @@ class CommandPhases:
         if work.top:
             held.append(items.teacher_shard())
             head.append(items.top_tokens(choice))
-        if called is None:
-            within = items.with_products(choice) if products else choice
-            called = [items.activations(within, windows)]
+        within = items.with_products(choice) if products else choice
+        layer = [items.activations(within, windows)] if called is None else called(within, windows)
         return [
-            self._held(f"{name}: layers", [*held, *called]),
+            self._held(f"{name}: layers", [*held, *layer]),
             self._held(f"{name}: head", [*held, *head]),
         ]
 

@@ -35,18 +35,18 @@ class PrunePhases(CommandPhases):
         return phases + self._rewrite(choice, refitted=work.reconstruction)
 
     def _masked(self, choice: Choice) -> list[MemoryPhase]:
-        items, work, called = self._items, self._items.work, None
-        if work.imputed_share:
-            within = items.with_products(choice) if work.int8_arithmetic else choice
-            windows = min(choice.in_flight, work.pairs)
-            called = [*items.imputation(), items.masked_activations(within, windows)]
+        items, work = self._items, self._items.work
+
+        def imputed(choice: Choice, windows: int) -> list[PlanItem]:
+            return [*items.imputation(), items.masked_activations(choice, windows)]
+
         return self._sweep(
             "masked evaluation",
             choice,
             work.pairs,
             weights=work.weights,
             products=work.int8_arithmetic,
-            called=called,
+            called=imputed if work.imputed_share else None,
         )
 
     def _statistics(self, choice: Choice) -> list[MemoryPhase]:

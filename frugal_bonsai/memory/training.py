@@ -70,23 +70,21 @@ def plan_training(
     """
     items = TrainingItems(spec, budget, work)
     choices = _choices(spec, work)
-    choice = _first_that_fits(items, base_bytes, choices)
-    if choice is None:
-        # Streamed weights do not always need least: they keep the boundaries of all windows of a
-        # step. So the error names the choice that comes closest to the caps.
-        choice = min(choices, key=lambda choice: _planned(items, base_bytes, choice).excess)
+    # Streamed weights do not always need least: they keep the boundaries of all windows of a step.
+    # So the error names the choice that comes closest to the caps.
+    closest = min(choices, key=lambda choice: _planned(items, base_bytes, choice).excess)
 
-        def fits(smaller: TrainingWork) -> bool:
-            other = TrainingItems(spec, budget, smaller)
-            return _first_that_fits(other, base_bytes, _choices(spec, smaller)) is not None
+    def fits(smaller: TrainingWork) -> bool:
+        other = TrainingItems(spec, budget, smaller)
+        return _first_that_fits(other, base_bytes, _choices(spec, smaller)) is not None
 
-        _planned(items, base_bytes, choice).require_fit(
-            lambda: advise(smaller_trainings(work), fits)
-        )
+    _planned(items, base_bytes, closest).require_fit(lambda: advise(smaller_trainings(work), fits))
+    choice = _first_that_fits(items, base_bytes, choices) or closest
     if budget.gpu_bytes is not None:
         larger = [replace(choice, head_chunks=chunks) for chunks in GPU_HEAD_CHUNKS]
         choice = _first_that_fits(items, base_bytes, larger) or choice
-    divisors = _divisors(work.batch, max(1, step_tokens(spec, budget) // work.window))
+    most = min(work.batch, max(1, step_tokens(spec, budget) // work.window))
+    divisors = [size for size in range(most, 0, -1) if work.batch % size == 0]
     larger = [replace(choice, micro_batch=size) for size in divisors]
     choice = _first_that_fits(items, base_bytes, larger) or choice
     return TrainingPlan(
@@ -135,8 +133,3 @@ def _ranks(spec: ModelSpec, work: TrainingWork) -> Sequence[int]:
         return (work.rank,)
     most = max(RANKS[-1], spec.hidden // _RANK_SHARE)
     return [rank for rank in RANKS if rank <= most]
-
-
-def _divisors(batch: int, most: int) -> list[int]:
-    """Return the sizes of micro-batches that divide a batch, the largest first."""
-    return [n for n in range(min(batch, most), 0, -1) if batch % n == 0]
