@@ -1,7 +1,7 @@
 """The bytes on disk of each phase of a command: stores, the state of a run, the output.
 
-In: shapes and a workload. Out: a :class:`DiskPlan`. Pure. docs/memory.md compares it with
-measurements.
+In: shapes and a workload, or the sizes of a training. Out: a :class:`DiskPlan`. Pure. prune_disk.py
+has the phases of a prune. docs/memory.md compares the plans with measurements.
 
 Legend: P parameters of a layer, L layers, H hidden, V vocabulary, r share of the blocks that is
 left, C columns of a group that are left, p share of them that imputation covers, N units.
@@ -10,9 +10,11 @@ left, C columns of a group that are left, p share of them that imputation covers
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from frugal_bonsai.memory.items import source_element_bytes
+from frugal_bonsai.memory.training_items import moment_bytes
 from frugal_bonsai.memory.work import DISK, PlanItem
 from frugal_bonsai.model.family import ModelSpec
 
@@ -232,3 +234,42 @@ class ModelFiles:
             tensor_files("pruned model", self._source * size, tensors, formula, folder=OUT),
             DiskItem(name="its other files", size_bytes=papers, formula=what, folder=OUT),
         ]
+
+
+def plan_training_disk(
+    spec: ModelSpec,
+    sizes: Sequence[int],
+    *,
+    optimiser: str,
+    cache_bytes: int,
+    sampled_tokens: int,
+    companion_bytes: int,
+) -> DiskPlan:
+    """Predict the files of an adaptation.
+
+    Args:
+        spec: Shapes of the pruned model.
+        sizes: Number of elements of each trained parameter.
+        optimiser: The optimiser.
+        cache_bytes: Bytes of the teacher's answers. 0 without.
+        sampled_tokens: Number of tokens that are sampled from the teacher.
+        companion_bytes: Bytes of the files that are copied beside the weights.
+    """
+    files = ModelFiles(spec, source_element_bytes(spec))
+    best, count = 4 * sum(sizes), len(sizes)
+    state = best + moment_bytes(sizes, optimiser)
+    answers, formula = "tokens*(6*k + 4 + 2*H*layers)", "4 bytes a trained parameter"
+    moments = f"{formula}, moments of {optimiser}"
+    held = [
+        tensor_files("teacher's answers", cache_bytes, 4, answers, folder=CACHE),
+        tensor_files("sampled text", 8 * sampled_tokens, 1, "8*tokens", folder=CACHE),
+        tensor_files("best parameters", best, count, formula),
+        tensor_files("training state", state, 3 * count, moments),
+    ]
+    # The state is written beside the one that it replaces.
+    name, formula = "training state that is replaced", "as the training state"
+    replaced = tensor_files(name, state, 3 * count, formula)
+    output = files.output(1.0, companion_bytes=companion_bytes)
+    return DiskPlan(
+        phases=(phase("training", [*held, replaced]), phase("writing the output", [*held, *output]))
+    )

@@ -16,10 +16,9 @@ from typing import Any
 from frugal_bonsai.adapt.optimiser import allowed_optimisers
 from frugal_bonsai.adapt.settings import LORA
 from frugal_bonsai.errors import BudgetError
-from frugal_bonsai.memory.disk import DiskPlan
+from frugal_bonsai.memory.disk import DiskPlan, plan_training_disk
 from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.memory.training import TrainingPlan, plan_training
-from frugal_bonsai.memory.training_disk import plan_training_disk
 from frugal_bonsai.memory.training_items import ADAMW, TrainingWork, trained_sizes
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation

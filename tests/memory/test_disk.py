@@ -7,10 +7,17 @@ from dataclasses import replace
 import pytest
 from plan_shapes import LLAMA_8B
 
-from frugal_bonsai.memory.disk import CACHE, OUT, RUN, DiskPlan, ModelFiles, file_bytes
+from frugal_bonsai.memory.disk import (
+    CACHE,
+    OUT,
+    RUN,
+    DiskPlan,
+    ModelFiles,
+    file_bytes,
+    plan_training_disk,
+)
 from frugal_bonsai.memory.hints import advise, smaller_files
 from frugal_bonsai.memory.prune_disk import plan_disk
-from frugal_bonsai.memory.training_disk import plan_training_disk
 from frugal_bonsai.memory.work import PruneWorkload, SweepWorkload
 
 H, FFN, KV, LAYERS, VOCABULARY = 4096, 14336, 1024, 32, 128256
