@@ -103,6 +103,18 @@ def read_gguf_header(path: Path, whole: Collection[str] = ()) -> GgufHeader:
         ) from error
 
 
+def read_vocabulary(path: Path) -> int:
+    """Return the number of tokens of a GGUF file.
+
+    Raises:
+        CheckpointError: It is no GGUF file, or has no tokens.
+    """
+    count = read_gguf_header(path).metadata.get(TOKENS)
+    if not isinstance(count, int):
+        raise CheckpointError(f"{path}: has no tokens ({TOKENS})")
+    return count
+
+
 class _Header:
     """A header that is being read.
 

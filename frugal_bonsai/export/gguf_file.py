@@ -12,7 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gguf
+import numpy as np
 
 from frugal_bonsai.checkpoint.commit import (
     output_errors,
@@ -20,17 +23,13 @@ from frugal_bonsai.checkpoint.commit import (
     require_free_space,
     require_no_file,
 )
-from frugal_bonsai.checkpoint.gguf_header import TOKENS, read_gguf_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.errors import CheckpointError, OptionError, UnsupportedModelError
+from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.export.gguf_tensor import GgufTensor
 from frugal_bonsai.export.shape import describe_shape, model_keys
 from frugal_bonsai.export.tensors import DTYPES, list_tensors
 from frugal_bonsai.export.tokenizer import end_note, read_tokenizer
 from frugal_bonsai.model.family import ModelSpec
-
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +83,6 @@ def write_gguf(
     tensors = list_tensors(checkpoint, spec, shape, dtype)
     needed_bytes = sum(tensor.nbytes for tensor in tensors) + _vocabulary_bytes(tokenizer)
     require_free_space(out.parent, needed_bytes, "the GGUF file")
-    import gguf
-
     with output_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(out) as file:
@@ -103,18 +100,6 @@ def write_gguf(
         size_bytes=out.stat().st_size,
         notes=end_note(tokenizer),
     )
-
-
-def read_vocabulary(path: Path) -> int:
-    """Return the number of tokens of a GGUF file.
-
-    Raises:
-        CheckpointError: It is no GGUF file, or has no tokens.
-    """
-    count = read_gguf_header(path).metadata.get(TOKENS)
-    if not isinstance(count, int):
-        raise CheckpointError(f"{path}: has no tokens ({TOKENS})")
-    return count
 
 
 def _vocabulary_bytes(tokenizer: Mapping[str, Any]) -> int:
@@ -137,11 +122,9 @@ def _errors_about(path: Path) -> Iterator[None]:
 
 
 def _write_tensors(
-    writer: GGUFWriter, factors: dict[str, tuple[float, ...]], tensors: list[GgufTensor]
+    writer: gguf.GGUFWriter, factors: dict[str, tuple[float, ...]], tensors: list[GgufTensor]
 ) -> None:
     """Write the header with all names, then the tensors, one at a time."""
-    import numpy as np
-
     real = np.dtype(np.float32)
     arrays = {f"{name}.weight": np.asarray(values, real) for name, values in factors.items()}
     for name, array in arrays.items():

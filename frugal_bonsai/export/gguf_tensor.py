@@ -12,15 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import torch
 
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
-
-if TYPE_CHECKING:
-    import numpy
-    import torch
-    from gguf import GGMLQuantizationType
 
 # Values that are converted at a time: 16 MiB in fp32.
 _BLOCK_VALUES = 2**22
@@ -62,7 +61,7 @@ class GgufTensor:
     checkpoint: Checkpoint
     sources: tuple[str, ...]
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
+    kind: gguf.GGMLQuantizationType
     rows: slice | None = None
     reorder: Callable[[torch.Tensor], torch.Tensor] | None = None
     factor: float = 1.0
@@ -71,8 +70,6 @@ class GgufTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        import gguf
-
         return math.prod(gguf.quant_shape_to_byte_shape(self.shape, self.kind))
 
     def tofile(self, file: BinaryIO) -> None:
@@ -106,8 +103,6 @@ def by_kind(values: torch.Tensor, groups: int, head_dim: int) -> torch.Tensor:
         groups: Number of KV groups.
         head_dim: Rows of a head.
     """
-    import torch
-
     heads = values.view(groups, -1, head_dim, *values.shape[1:])
     queries, keys, rest = heads[:, :-2], heads[:, -2:-1], heads[:, -1:]
     return torch.cat([part.reshape(-1, *values.shape[1:]) for part in (queries, keys, rest)])
@@ -129,11 +124,8 @@ def _row_blocks(tensor: GgufTensor, source: str) -> Iterator[torch.Tensor]:
         yield values[start : start + step]
 
 
-def _convert(tensor: GgufTensor, block: torch.Tensor, source: str) -> numpy.ndarray[Any, Any]:
+def _convert(tensor: GgufTensor, block: torch.Tensor, source: str) -> np.ndarray[Any, Any]:
     """Return a block of rows in the tensor's number format."""
-    import gguf
-    import numpy as np
-
     values = block.float()
     if tensor.offset or tensor.factor != 1.0:
         values = (values + tensor.offset) * tensor.factor
@@ -149,5 +141,5 @@ def _convert(tensor: GgufTensor, block: torch.Tensor, source: str) -> numpy.ndar
         )
     # Blocks of denormal numbers divide by zero. Their scale is zero in f16, and so are they.
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        converted: numpy.ndarray[Any, Any] = gguf.quantize(rows, tensor.kind)
+        converted: np.ndarray[Any, Any] = gguf.quantize(rows, tensor.kind)
     return converted

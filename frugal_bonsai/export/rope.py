@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import gguf
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from frugal_bonsai.errors import UnsupportedModelError
 from frugal_bonsai.export.architecture import ARCHITECTURES, Architecture
 from frugal_bonsai.model.family import ModelSpec
@@ -22,8 +26,6 @@ def describe_rope(config: Any, spec: ModelSpec, architecture: Architecture) -> t
     Raises:
         UnsupportedModelError: llama.cpp lacks this kind for this architecture.
     """
-    import gguf
-
     if architecture.rotates == "none":
         return {}, {}
     rope, keys = config.rope_parameters, {}
@@ -76,16 +78,11 @@ def _require_known(kind: str, dimensions: int, spec: ModelSpec, architecture: Ar
 
 def _llama3(config: Any, base: float, dimensions: int) -> tuple[float, ...]:
     """Return the divisor of each frequency."""
-    import torch
-
     exponents = torch.arange(0, dimensions, 2, dtype=torch.int64).float() / dimensions
     return tuple((1.0 / base**exponents / _scaled("llama3", config)[0]).tolist())
 
 
 def _scaled(kind: str, config: Any) -> tuple[Any, float]:
     """Return transformers' frequencies, and its factor of sines and cosines."""
-    import torch
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return frequencies, float(factor)

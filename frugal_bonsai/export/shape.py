@@ -12,6 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
+from transformers import AutoConfig
+
 from frugal_bonsai.errors import UnsupportedModelError
 from frugal_bonsai.export.architecture import ARCHITECTURES, PER_LAYER_ARCHITECTURE, Architecture
 from frugal_bonsai.export.rope import Factors, Keys, describe_rope
@@ -52,8 +55,6 @@ def describe_shape(spec: ModelSpec) -> Shape:
     Raises:
         UnsupportedModelError: llama.cpp lacks the architecture, or computes another function.
     """
-    from transformers import AutoConfig
-
     model_type = spec.family.model_type
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
@@ -84,8 +85,6 @@ def describe_shape(spec: ModelSpec) -> Shape:
 
 def model_keys(spec: ModelSpec, shape: Shape, name: str, dtype: str) -> Keys:
     """Return all keys of the model, for ``gguf.GGUFWriter``."""
-    import gguf
-
     per_layer = shape.architecture == PER_LAYER_ARCHITECTURE
     file_type = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
     keys: Keys = {

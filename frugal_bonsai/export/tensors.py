@@ -13,7 +13,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+
+import gguf
+import torch
 
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -21,10 +23,6 @@ from frugal_bonsai.errors import UnsupportedModelError
 from frugal_bonsai.export.gguf_tensor import GgufTensor, by_kind, interleave
 from frugal_bonsai.export.shape import Shape
 from frugal_bonsai.model.family import ModelSpec
-
-if TYPE_CHECKING:
-    import torch
-    from gguf import TensorNameMap
 
 # What the gguf package can quantise to, without the ternary formats.
 DTYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -44,8 +42,6 @@ def list_tensors(
     Raises:
         UnsupportedModelError: The GGUF architecture has no name for a tensor.
     """
-    import gguf
-
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     architecture = gguf.MODEL_ARCH[shape.architecture.upper()]
     names = gguf.get_tensor_name_map(architecture, spec.layers)
@@ -121,7 +117,7 @@ def _pieces(
 
 
 def _gguf_name(
-    names: TensorNameMap, piece: str, source: str, entry: TensorEntry, shape: Shape
+    names: gguf.TensorNameMap, piece: str, source: str, entry: TensorEntry, shape: Shape
 ) -> str:
     name: str | None = names.get_name(piece, try_suffixes=(".weight", ".bias"))
     if name is None:
@@ -148,8 +144,6 @@ def _role(name: str) -> str:
 
 def _finish(tensor: GgufTensor, spec: ModelSpec, shape: Shape) -> GgufTensor:
     """Return the tensor with its number format, and with the changes of its values."""
-    import gguf
-
     role, traits, kind = _role(tensor.name), shape.traits, tensor.kind
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if len(tensor.shape) == 1 or role in _EXACT:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from frugal_bonsai.accelerator import (
     CPU,
@@ -26,9 +27,6 @@ from frugal_bonsai.accelerator import (
 )
 from frugal_bonsai.hardware.profile import BF16, DEFAULT_ARITHMETIC, FP32, INT8, TF32
 from frugal_bonsai.sizes import MIB
-
-if TYPE_CHECKING:
-    import torch
 
 # (hidden, FFN channels) of Llama models of 1B and 8B: gate, up, and down_proj transposed.
 SHAPES = ((2048, 8192), (4096, 14336))
@@ -57,8 +55,6 @@ class Timer:
 
     def best(self, run: Callable[[], object]) -> float:
         """Return the seconds of the fastest run; a first one is not counted."""
-        import torch
-
         alone = not is_accelerator(self.device) and torch.get_num_threads() == 1
         clock = time.thread_time if alone else time.perf_counter
         times: list[float] = []
@@ -73,8 +69,6 @@ class Timer:
 
 def device_name(device: torch.device) -> str:
     """Return a device's name for people."""
-    import torch
-
     if is_accelerator(device):
         return name_of(device)
     processor = f"{platform.processor() or platform.machine()} CPU"
@@ -105,8 +99,6 @@ def measure_products(timer: Timer, *, quick: bool = False) -> dict[str, float]:
 
 def _product_rate(timer: Timer, kind: str, shapes: tuple[tuple[int, int], ...]) -> float | None:
     """Return operations a second; None where the device has no such product."""
-    import torch
-
     tokens = _GPU_TOKENS if is_accelerator(timer.device) else _CPU_TOKENS
     operations, seconds = 0.0, 0.0
     for hidden, ffn in shapes:
@@ -130,8 +122,6 @@ def _product_rate(timer: Timer, kind: str, shapes: tuple[tuple[int, int], ...]) 
 
 def _random(device: torch.device, kind: str, *shape: int) -> torch.Tensor:
     """Return random numbers: a GPU's clock depends on how many bits change."""
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     if kind == INT8:
         return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator).to(device)
@@ -145,8 +135,6 @@ def measure_attention(timer: Timer) -> float:
 
     A token counts 2 S C operations: S / 2 keys on average, two products, C query columns.
     """
-    import torch
-
     windows, heads, window, width = 4, 16, 512, 64
     kind = DEFAULT_ARITHMETIC[timer.device.type]
     query = _random(timer.device, kind, windows, heads, window, width)
@@ -162,8 +150,6 @@ def measure_memory(timer: Timer) -> float:
     layer's, the arrays (16 MiB) are too large for a cache. The activation takes 5 elements a
     channel, the norm 7.
     """
-    import torch
-
     large = is_accelerator(timer.device)
     element, tokens, width = (2, 16384, 4096) if large else (4, 4096, 1024)
     gate = _random(timer.device, DEFAULT_ARITHMETIC[timer.device.type], tokens, width)
@@ -182,8 +168,6 @@ def measure_memory(timer: Timer) -> float:
 
 def measure_fresh(timer: Timer) -> float | None:
     """Return the bytes a second of first writes to new blocks of 64 MiB; None on a GPU."""
-    import torch
-
     if is_accelerator(timer.device):
         return None
     size = 64 * MIB
@@ -192,8 +176,6 @@ def measure_fresh(timer: Timer) -> float | None:
 
 def measure_copy(timer: Timer) -> float | None:
     """Return the bytes a second from pinned host memory; None where both share memory."""
-    import torch
-
     if shares_host_memory(timer.device):
         return None
     size = 256 * MIB

@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.files import ReadFile, tensor_bytes
 from frugal_bonsai.errors import OutputError
@@ -99,8 +101,6 @@ def _forget(path: Path) -> bool:
 
 
 def _read(path: Path, size: int) -> float:
-    import torch
-
     buffer = torch.zeros(_BLOCK_BYTES, dtype=torch.uint8)
     view, file = tensor_bytes(buffer), ReadFile(path)
     try:

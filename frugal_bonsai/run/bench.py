@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.checkpoint.gguf_header import read_vocabulary
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.progress import Progress, Silent
@@ -102,8 +103,6 @@ def _measure(
 def _prompt(files: Sequence[str], options: BenchOptions) -> list[int]:
     """Draw random tokens that both models have."""
     if options.runtime == LLAMA_CPP:
-        from frugal_bonsai.export.gguf_file import read_vocabulary
-
         vocabulary = min(read_vocabulary(Path(file)) for file in files)
     else:
         vocabulary = 2**62

@@ -36,11 +36,12 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
     Raises:
         FrugalBonsaiError: Something that the user can mend; no half-written file is left.
     """
+    out, started = Path(out), time.monotonic()
+    check_export(model, out)
+    # torch and transformers are imported after the checks that need neither.
     from frugal_bonsai.export.gguf_file import write_gguf
     from frugal_bonsai.model.tied_head import require_tied_head
 
-    out, started = Path(out), time.monotonic()
-    check_export(model, out)
     with locked(run_folder(out)), open_model(model) as opened:
         require_tied_head(opened.checkpoint, opened.spec)
         written = write_gguf(
