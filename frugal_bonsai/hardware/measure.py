@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from frugal_bonsai.accelerator import (
-    CPU,
     CUDA,
     fast_products,
     is_accelerator,
@@ -25,15 +24,13 @@ from frugal_bonsai.accelerator import (
     shares_host_memory,
     synchronize,
 )
-from frugal_bonsai.hardware.profile import BF16, DEFAULT_ARITHMETIC, FP32, INT8, TF32
+from frugal_bonsai.hardware.profile import ARITHMETIC, BF16, DEFAULT_ARITHMETIC, FP32, INT8, TF32
 from frugal_bonsai.sizes import MIB
 
 # (hidden, FFN channels) of Llama models of 1B and 8B: gate, up, and down_proj transposed.
 SHAPES = ((2048, 8192), (4096, 14336))
 _QUICK_SHAPES = ((1024, 2048),)
 _CPU_TOKENS, _GPU_TOKENS = 256, 4096
-# Arithmetic of products that a prune may use.
-_KINDS = {CPU: (FP32, BF16, INT8), CUDA: (FP32, TF32, BF16, INT8)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +88,8 @@ def measure_products(timer: Timer, *, quick: bool = False) -> dict[str, float]:
     Returns:
         All shapes' operations over all shapes' seconds: long products weigh more, as in a model.
     """
-    kinds = _KINDS.get(timer.device.type, (FP32, BF16, INT8))
+    cuda = timer.device.type == CUDA  # TF32 is CUDA's
+    kinds = [kind for kind in ARITHMETIC if kind != TF32 or cuda]
     shapes = _QUICK_SHAPES if quick else SHAPES
     rates = {kind: _product_rate(timer, kind, shapes) for kind in kinds}
     return {kind: rate for kind, rate in rates.items() if rate is not None}

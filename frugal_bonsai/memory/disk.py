@@ -46,8 +46,6 @@ class DiskPhase:
     """Files that lie on disk at the same time.
 
     Attributes:
-        name: Name of the phase.
-        items: The files.
         round: Number of the round that it belongs to. 0 is before the first, the number after the
             last is the output.
     """

@@ -84,10 +84,7 @@ class _PruneFiles:
             made.append(self._files.refits(left, inputs, name=f"refits of round {number}"))
         elif number and work.mean_biases:
             made.append(self._files.biases(f"biases of round {number}"))
-        return made if last else [*made, self._imputations(number)]
-
-    def _imputations(self, number: int) -> DiskItem:
-        """Return the imputations for the round after ``number``."""
-        share = self._work.round_imputed_share(number)
-        name = f"imputations for round {number + 1}"
-        return self._files.imputations(self._work.remaining[number], share, name)
+        if not last:
+            share, name = work.round_imputed_share(number), f"imputations for round {number + 1}"
+            made.append(self._files.imputations(left, share, name))
+        return made
