@@ -6,6 +6,8 @@ explains the formulas and compares them with measurements; items.py has the lege
 
 from __future__ import annotations
 
+import copy
+
 from frugal_bonsai.int8 import QUANTISED_BLOCK_BYTES, QUANTISED_COPIES, product_tokens
 from frugal_bonsai.memory.items import SweepItems
 from frugal_bonsai.memory.work import SHARD_BYTES, VERIFY_TOKENS, VERIFY_WINDOWS, Choice, PlanItem
@@ -31,6 +33,12 @@ def cache_bytes(spec: ModelSpec, tokens: int, element_bytes: int) -> int:
 
 class CommandItems(SweepItems):
     """The items of a command for one model, device and workload."""
+
+    def in_fp32(self) -> CommandItems:
+        """Return the items of the same sweeps in fp32, with head chunks of the same rows."""
+        exact = copy.copy(self)
+        exact._compute = 4
+        return exact
 
     def head_sizes(self, choice: Choice) -> tuple[int, int]:
         """Return the number of rows and of tokens of a head chunk."""

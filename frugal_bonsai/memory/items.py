@@ -13,10 +13,8 @@ their number, k the number of experts of a token.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from frugal_bonsai.accelerator import is_accelerator
 from frugal_bonsai.dtypes import DTYPE_BYTES, FLOATING, TORCH_NAMES
@@ -27,9 +25,6 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.row_blocks import block_bytes, block_rows, multiplied_in_blocks
 from frugal_bonsai.sizes import format_bytes
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Tokens that a block of rows is multiplied with at a time, into a buffer.
 _BLOCK_TOKENS = 256
@@ -52,22 +47,15 @@ class SweepItems:
         self._small = sum(math.prod(shape) for shape in shapes if len(shape) == 1)
         self._largest = max(math.prod(shape) for shape in shapes)
         self._shapes = shapes
-        columns = {
-            kind: max(g.columns for g in spec.table.groups if g.kind == kind)
+        self._attention, self._ffn = (
+            max(group.columns for group in spec.table.groups if group.kind == kind)
             for kind in (ATTENTION, FFN)
-        }
-        self._attention, self._ffn = columns[ATTENTION], columns[FFN]
+        )
         # FFNs of a layer, and how many of them a token is sent to.
         self._ffns = max(1, spec.experts)
         self._chosen = max(1, spec.experts_chosen)
         copies = spec.activation_copies
         self._peaks = tuple(peak.with_copies(copies) for peak in spec.family.peaks)
-
-    def in_fp32(self) -> Self:
-        """Return the items of the same sweeps in fp32, with head chunks of the same rows."""
-        exact = copy.copy(self)
-        exact._compute = 4
-        return exact
 
     def stored_bytes(self, weights: str | None) -> int:
         """Return the bytes of one layer as stored; None is the checkpoint itself."""
