@@ -142,11 +142,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             query_tensor="attn_q_norm",
             wide_layers=62,
             keys=_RMS_NORM,
-            switches={
-                "attn_logit_softcapping": False,
-                "final_logit_softcapping": False,
-                "use_bidirectional_attention": False,
-            },
+            switches=dict.fromkeys(_GEMMA2.switches, False),
         ),
         "phi3": Architecture(
             name="phi3",

@@ -250,10 +250,6 @@ def enforce_gpu_cap(device: torch.device, budget: Budget) -> None:
 def allocator_share(budget: Budget, total_bytes: int) -> float:
     """Return the share of the device's memory that torch's allocator may take.
 
-    Args:
-        budget: The caps.
-        total_bytes: Memory of the device.
-
     Raises:
         BudgetError: The context alone takes the whole cap.
     """
@@ -268,12 +264,7 @@ def allocator_share(budget: Budget, total_bytes: int) -> float:
 
 
 def enforce_host_cap(cap_bytes: int, planned_bytes: int) -> None:
-    """Make glibc return every large freed block at once if the plan comes near the cap.
-
-    Args:
-        cap_bytes: Cap on resident memory.
-        planned_bytes: Predicted peak of the plan.
-    """
+    """Make glibc return every large freed block at once if the planned peak comes near the cap."""
     slack = max(_MALLOC_SLACK_BYTES, int(_MALLOC_SLACK_SHARE * planned_bytes))
     if sys.platform != "linux" or planned_bytes + slack <= cap_bytes:
         return
