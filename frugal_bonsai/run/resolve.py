@@ -111,12 +111,13 @@ def resolve(
         as_mistral=options.as_mistral,
     )
     _check_layout(settings, rules, spec)
+    rates = machine.rates  # measured first: what it frees serves the rest of the command
     operations = count_operations(spec, window, compute_dtype(machine.device))
     settings = replace(
         settings,
         refine=0 if spec.experts else settings.refine,
         self_windows=_self_windows(settings, options.source_for(model.name), begun or {}),
-        arithmetic=_arithmetic(settings, operations, machine.rates, begun or {}),
+        arithmetic=_arithmetic(settings, operations, rates, begun or {}),
     )
     profile, lengths = machine.profile, (settings.prompt_tokens, settings.generated_tokens)
     return ResolvedPrune(
