@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from frugal_bonsai.bonsai.calibration import RoundWindows, round_generator
-from frugal_bonsai.bonsai.importance.experts import measure_saliency
 from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWriter
-from frugal_bonsai.bonsai.importance.layers import measure_influence
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder, ImportanceScores
+from frugal_bonsai.bonsai.importance.whole import measure_whole
 from frugal_bonsai.bonsai.masks.estimate import RoundInputs, estimate_round
 from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Utility
 from frugal_bonsai.bonsai.masks.sampling import Estimate
@@ -34,12 +33,7 @@ from frugal_bonsai.bonsai.selection.cut import cut_round
 from frugal_bonsai.bonsai.selection.reach import can_go_nearer, check_reachable
 from frugal_bonsai.bonsai.selection.schedule import Schedule, round_goals
 from frugal_bonsai.bonsai.selection.whole import drop_whole
-from frugal_bonsai.bonsai.settings import (
-    REAP,
-    SIMILARITY,
-    WHOLE,
-    PruneSettings,
-)
+from frugal_bonsai.bonsai.settings import WHOLE, PruneSettings
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.bonsai.stores import Refits, Stores
 from frugal_bonsai.model.layout import LayoutRules
@@ -167,14 +161,13 @@ class Search:
     ) -> ImportanceScores:
         """Score the units for the round after ``number`` in one unmasked sweep."""
         engine, windows_NS = self._engine, self._windows.of_round(number)
-        if self._settings.prior in (SIMILARITY, REAP):
-            measure = measure_saliency if self._settings.prior == REAP else measure_influence
-            with engine.stream(store) as stream:
-                return measure(engine.sweep, stream, windows_NS, mask)
-        builder = self._importance_builder(mask, number)
+        name = self._settings.prior
         with engine.stream(store) as stream:
+            if name in WHOLE.values():
+                return measure_whole(name, engine.sweep, stream, windows_NS, mask)
+            builder = self._importance_builder(mask, number)
             engine.sweep.run(stream, windows_NS, tap=builder, name="statistics")
-        return builder.build()
+            return builder.build()
 
     def _importance_builder(self, mask: KeepMask, number: int) -> ImportanceBuilder:
         """Collect the statistics, and the imputations, of the round after ``number``."""

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Tiny, open_tiny, random_windows, tiny_family
 from torch.nn.functional import linear
 
-from frugal_bonsai.bonsai.importance.experts import measure_saliency
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
+from frugal_bonsai.bonsai.importance.whole import measure_whole
 from frugal_bonsai.bonsai.masks.design import draw_group_masks, draw_pools
 from frugal_bonsai.bonsai.masks.estimators import CurveEstimator
 from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
@@ -113,7 +113,7 @@ def test_an_experts_score_is_reaps(tiny: Tiny) -> None:
     tokens_NS = random_windows(6, 13)
     engine, mask = tiny.engine(micro_batch=2), KeepMask(tiny.spec.table)
     with engine.native() as stream:
-        importance = measure_saliency(engine.sweep, stream, tokens_NS, mask)
+        importance = measure_whole("reap", engine.sweep, stream, tokens_NS, mask)
     expected = expected_saliency(tiny, tokens_NS)
     for group in mask.table.groups:
         scores = importance.score_N[mask.table.span(group)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import BIASES, Tiny, random_windows, tiny_llama
 
-from frugal_bonsai.bonsai.importance.layers import measure_influence
+from frugal_bonsai.bonsai.importance.whole import measure_whole
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.search import Search, SearchResult
 from frugal_bonsai.bonsai.selection.reach import can_go_nearer, check_reachable
@@ -58,7 +58,7 @@ def test_influence_is_one_minus_the_cosine_of_input_and_output(
 ) -> None:
     engine, mask = tiny.engine(micro_batch=micro_batch), KeepMask(tiny.spec.table)
     with engine.stream(tiny.source()) as stream:
-        importance = measure_influence(engine.sweep, stream, tokens, mask)
+        importance = measure_whole("similarity", engine.sweep, stream, tokens, mask)
     assert importance.name == "similarity" and engine.sweep.forward_tokens == tokens.numel()
     for group in tiny.spec.table.groups:
         scores = importance.score_N[tiny.spec.table.span(group)]
