@@ -84,49 +84,34 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """The course of a round's sampling.
-
-    Attributes:
-        masks: Number of masks evaluated.
-        budget: Number of masks allowed.
-        certainty: Certainty of the cut, 0 to 1; None where the regression is a point estimate.
-        stopped: Reason why the sampling ended.
-    """
-
-    masks: int
-    budget: int
-    certainty: float | None
-    stopped: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """The predicted cost of removing units, and its evidence.
 
     Attributes:
         curves: Predicted cost, one curve per group.
         fit: The regression; None when no masks were evaluated.
-        observations: Number of observations fitted.
-        sampled: Course of the sampling; None when no masks were evaluated.
+        observations: Number of observations fitted, one for each mask evaluated.
+        certainty: Certainty of the cut, 0 to 1; None where the regression is a point estimate.
+        stopped: Reason why the sampling ended; None when no masks were evaluated.
     """
 
     curves: tuple[Curve, ...]
     fit: Fit | None = None
     observations: int = 0
-    sampled: Sampled | None = None
+    certainty: float | None = None
+    stopped: str | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return the regression's scores and the course of the sampling as plain values."""
-        fit, sampled = self.fit, self.sampled
+        fit = self.fit
         return {
             "observations": self.observations,
             "r2": None if fit is None else _finite(fit.r2),
             "tau": None if fit is None else _finite(fit.tau),
             "coverage": None if fit is None else _finite(fit.coverage),
             "penalty": None if fit is None else fit.penalty,
-            "certainty": None if sampled is None else sampled.certainty,
-            "stopped": None if sampled is None else sampled.stopped,
+            "certainty": self.certainty,
+            "stopped": self.stopped,
         }
 
 
@@ -187,9 +172,8 @@ def sample_masks(
         curves=curves,
         fit=fit,
         observations=sum(len(seen.loss_I) for _, seen in batches),
-        sampled=Sampled(
-            masks=done * windows, budget=masks * windows, certainty=certainty, stopped=stopped
-        ),
+        certainty=certainty,
+        stopped=stopped,
     )
 
 
