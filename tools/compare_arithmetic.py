@@ -137,7 +137,7 @@ def judge(
     )
 
     estimate = estimate_round(
-        RoundInputs(mask=mask, importance=builder.build(), schedule=schedule, evaluator=masks)
+        RoundInputs(mask=mask, score_N=builder.build().score_N, schedule=schedule, evaluator=masks)
     )
     assert estimate.fit is not None
     return estimate.fit, masks.seen[-1]

@@ -204,7 +204,7 @@ class Search:
             estimate = estimate_round(
                 RoundInputs(
                     mask=state.mask,
-                    importance=state.importance,
+                    score_N=state.importance.score_N,
                     schedule=self._schedule,
                     evaluator=evaluator,
                 )

@@ -57,13 +57,18 @@ def draw_pools(
     """
     members = []
     for group in mask.table.groups:
-        span = mask.table.span(group)
-        alive = mask.of(group).nonzero().flatten() + span.start
-        order = alive[score_N[alive].argsort(stable=True)]
-        cut = group.removable if rules is None else rules.can_cut(group, len(alive))
-        size = pool_size(len(alive), share) if cut else 0
+        order = least_important(mask, group, score_N)
+        cut = group.removable if rules is None else rules.can_cut(group, len(order))
+        size = pool_size(len(order), share) if cut else 0
         members.append(order[:size])
     return Pools(mask, tuple(members))
+
+
+def least_important(mask: KeepMask, group: UnitGroup, score_N: torch.Tensor) -> torch.Tensor:
+    """Return a group's alive units as flat indices, the least important first."""
+    alive = mask.of(group).nonzero().flatten() + mask.table.span(group).start
+    order: torch.Tensor = alive[score_N[alive].argsort(stable=True)]
+    return order
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,14 @@ from functools import partial
 
 import torch
 
-from frugal_bonsai.bonsai.importance.scores import ImportanceScores
 from frugal_bonsai.bonsai.masks.design import (
     Pools,
     draw_group_masks,
     draw_pools,
     draw_uniform_masks,
+    least_important,
 )
-from frugal_bonsai.bonsai.masks.estimators import (
-    CurveEstimator,
-    UnitEstimator,
-    importance_curves,
-)
+from frugal_bonsai.bonsai.masks.estimators import CurveEstimator, UnitEstimator, importance_curves
 from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator
 from frugal_bonsai.bonsai.masks.sampling import Estimate, Estimator, sample_masks
 from frugal_bonsai.bonsai.selection.cut import cut_round
@@ -41,20 +37,15 @@ class RoundInputs:
 
     Attributes:
         mask: Units alive.
-        importance: Scores of the units.
+        score_N: Importance of each unit, float64.
         schedule: Settings, layout rules and the goal of the round.
         evaluator: Evaluates the round's masks.
     """
 
     mask: KeepMask
-    importance: ImportanceScores
+    score_N: torch.Tensor
     schedule: Schedule
     evaluator: MaskEvaluator
-
-    @property
-    def score_N(self) -> torch.Tensor:
-        """Importance of each unit."""
-        return self.importance.score_N
 
     @property
     def settings(self) -> PruneSettings:
@@ -81,7 +72,8 @@ def estimate_round(given: RoundInputs) -> Estimate:
     """Estimate the cost of removing units at the level of the settings."""
     if given.settings.level == NONE:
         return _by_importance(given, draw_pools(given.mask, given.score_N, 1.0, given.rules))
-    pools = _pools(given)
+    share = _wide_share(given) if given.rules.uniform else given.pool_share
+    pools = draw_pools(given.mask, given.score_N, share, given.rules)
     if given.settings.level == UNIT:
         return _by_masks(given, UnitEstimator(pools, given.score_N, given.generator))
     if not given.rules.uniform:
@@ -127,18 +119,15 @@ def _kind_estimator(given: RoundInputs, pools: Pools, step: int) -> CurveEstimat
     """A curve for each kind; attention's pools hold its next legal step."""
     groups, kinds = given.mask.table.groups, given.mask.table.kinds
     members = tuple(
-        _lowest(given, at, step) if group.kind == ATTENTION else mine
-        for at, (group, mine) in enumerate(zip(groups, pools.members, strict=True))
+        least_important(given.mask, group, given.score_N)[:step]
+        if group.kind == ATTENTION
+        else mine
+        for group, mine in zip(groups, pools.members, strict=True)
     )
     pools = Pools(pools.mask, members)
     curve_G = torch.tensor([kinds.index(group.kind) for group in groups])
     draw = partial(draw_uniform_masks, pools, generator=given.generator)
     return CurveEstimator(pools, curve_G, draw, given.generator)
-
-
-def _pools(given: RoundInputs) -> Pools:
-    share = _wide_share(given) if given.rules.uniform else given.pool_share
-    return draw_pools(given.mask, given.score_N, share, given.rules)
 
 
 def _attention_step(given: RoundInputs) -> int | None:
@@ -152,14 +141,6 @@ def _attention_step(given: RoundInputs) -> int | None:
     cost = step * sum(group.unit_parameters for group in groups)
     left = given.schedule.final_parameters - given.mask.removed_parameters()
     return step if cost <= left else None
-
-
-def _lowest(given: RoundInputs, at: int, count: int) -> torch.Tensor:
-    """Return the ``count`` alive units of group ``at`` with the lowest importance."""
-    group = given.mask.table.groups[at]
-    alive = given.mask.of(group).nonzero().flatten() + given.mask.table.span(group).start
-    lowest: torch.Tensor = alive[given.score_N[alive].argsort(stable=True)][:count]
-    return lowest
 
 
 def _wide_share(given: RoundInputs) -> float:

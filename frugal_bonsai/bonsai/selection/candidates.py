@@ -61,7 +61,10 @@ def equal_width_cuts(
         Masks by name, the baseline first, then by rising share of attention. The first one may be
         the round's own cut. Empty if no cut differs from the round's own.
     """
-    alike = _equal_curves(withhold(curves, ATTENTION))
+    # With these, every FFN costs the same at the same share of its pool.
+    alike = tuple(
+        quadratic_curve(curve.group, curve.order, 0.0, 1.0) for curve in withhold(curves, ATTENTION)
+    )
     share = removed_share(before, target_parameters)
     channel = max(g.unit_parameters for g in before.table.groups if g.kind != ATTENTION)
     fewest = chosen.removed_parameters() - channel
@@ -88,11 +91,6 @@ def _without_attention(
         return before
     parameters = units * attention[0].unit_parameters
     return cut(before, withhold(curves, FFN), before.removed_parameters() + parameters, rules)
-
-
-def _equal_curves(curves: tuple[Curve, ...]) -> tuple[Curve, ...]:
-    """Return curves with which every group costs the same at the same share of its pool."""
-    return tuple(quadratic_curve(curve.group, curve.order, 0.0, 1.0) for curve in curves)
 
 
 def select_cut(
