@@ -154,7 +154,8 @@ search = several(
     click.option(
         "--windows",
         type=int,
-        help="Calibration windows.  [default: 65,536 tokens of them, at least 32]",
+        help="Calibration windows, from all over the text.  [default: 65,536 tokens of them, at "
+        "least 32]",
     ),
     click.option(
         "--method",

@@ -18,13 +18,9 @@ from frugal_bonsai.checkpoint.recognise_gguf import GGUF_SUFFIX
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.child import Child
-from frugal_bonsai.run.texts import (
-    CHARACTERS_PER_TOKEN,
-    DEFAULT_WINDOW,
-    require_stride,
-    require_window,
-)
+from frugal_bonsai.run.texts import DEFAULT_WINDOW, require_stride, require_window
 from frugal_bonsai.text.sources import load_text
+from frugal_bonsai.text.windows import CHARACTERS_PER_TOKEN
 
 if TYPE_CHECKING:
     import torch

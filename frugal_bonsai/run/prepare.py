@@ -32,7 +32,7 @@ from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.plan import PlannedPrune, plan_fitting, predict, sampling_note
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
-from frugal_bonsai.run.texts import Text, read_eval_text, read_windows
+from frugal_bonsai.run.texts import Text, read_eval_text, read_spread_windows
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.text.sources import SELF
 
@@ -143,7 +143,7 @@ def _read_calibration(model: Model, resolved: ResolvedPrune) -> Text | None:
     if resolved.source == SELF:
         return None
     wanted = resolved.windows + held_out_count(resolved.windows)
-    return read_windows(
+    return read_spread_windows(
         model, resolved.source, resolved.window, windows=wanted, option="--calibration"
     )
 

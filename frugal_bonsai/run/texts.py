@@ -14,14 +14,21 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.text.sources import load_text
-from frugal_bonsai.text.windows import cut_windows, load_tokenizer, require_embedded, tokenise
+from frugal_bonsai.text.windows import (
+    CHARACTERS_PER_TOKEN,
+    cut_windows,
+    load_tokenizer,
+    require_embedded,
+    spread_windows,
+    tokenise,
+)
 
 if TYPE_CHECKING:
     import torch
 
-# Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
-CHARACTERS_PER_TOKEN = 8
 DEFAULT_WINDOW = 2048
+# A text that windows are spread over is read up to this many times the length that they need.
+_SPREAD = 8
 
 
 def choose_window(spec: ModelSpec, window: int | None) -> int:
@@ -111,7 +118,7 @@ def read_windows(
     option: str,
     stride: int | None = None,
 ) -> Text:
-    """Read a text and cut it into windows.
+    """Read a text and cut it into windows, from its beginning.
 
     Args:
         model: Model whose tokenizer is used.
@@ -133,6 +140,22 @@ def read_windows(
     tokenizer, what = load_tokenizer(model.folder), f"{option} {text.name}"
     tokens_T = tokenise(text.text, tokenizer)
     windows_nS = cut_windows(tokens_T, window, limit=windows, what=what, stride=stride)
+    require_embedded(windows_nS, tokenizer, model.spec.vocabulary, what=what)
+    return Text(text.name, windows_nS)
+
+
+def read_spread_windows(
+    model: Model, source: str, window: int, *, windows: int, option: str
+) -> Text:
+    """Read a text and take windows from all over it.
+
+    The same as :func:`read_windows`, but for the places of the windows. At most eight times the
+    text that the windows need is read.
+    """
+    characters = _SPREAD * windows * window * CHARACTERS_PER_TOKEN
+    text = load_text(source, characters=characters)
+    tokenizer, what = load_tokenizer(model.folder), f"{option} {text.name}"
+    windows_nS = spread_windows(text.text, tokenizer, window, limit=windows, what=what)
     require_embedded(windows_nS, tokenizer, model.spec.vocabulary, what=what)
     return Text(text.name, windows_nS)
 

@@ -1,9 +1,16 @@
 """Tokenise text and cut it into windows.
 
+<<<<<<< HEAD
 In: text and a local tokenizer. Out: int64 tokens in windows, which overlap if asked. No special
 tokens are added and nothing is downloaded. The whole text is tokenised in one call, because some
 tokenizers merge across any boundary (SentencePiece). That call holds about 400 bytes per token, so
 callers limit the length of the text.
+=======
+In: text and a local tokenizer. Out: int64 tokens in windows without overlap. No special tokens are
+added and nothing is downloaded. A text is tokenised in one call, because some tokenizers merge
+across any boundary (SentencePiece). That call holds about 400 bytes per token, so callers limit the
+length of the text. Windows spread over a long text are tokenised one by one.
+>>>>>>> f4b5725 (wip)
 
 Shape suffixes: T tokens, n windows, S tokens of a window.
 """
@@ -11,6 +18,7 @@ Shape suffixes: T tokens, n windows, S tokens of a window.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +27,8 @@ from frugal_bonsai.errors import CalibrationError, CheckpointError
 if TYPE_CHECKING:
     import torch
 
+# Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
+CHARACTERS_PER_TOKEN = 8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -114,6 +124,46 @@ def cut_windows(
             f"text or a --window of at most {max(found_tokens, 1)} tokens"
         )
     return tokens_T.unfold(0, window, stride or window)[:limit]
+
+
+def spread_windows(
+    text: str, tokenizer: Any, window: int, *, limit: int, what: str
+) -> torch.Tensor:
+    """Take windows at equal distances from all over a text.
+
+    Neighbouring windows come from the same document and are alike. The same number of windows from
+    more documents says more about the language.
+
+    Args:
+        text: a text of any length.
+        tokenizer: a tokenizer of transformers.
+        window: S, tokens of a window.
+        limit: largest number of windows.
+        what: name of the text, for the error text.
+
+    Returns:
+        int64 [n, S] in the order of the text. n is at least 1.
+
+    Raises:
+        CalibrationError: there are fewer tokens than in one window.
+    """
+    import torch
+
+    piece = window * CHARACTERS_PER_TOKEN
+    if limit == 1 or len(text) <= limit * piece:
+        windows_nS = cut_windows(tokenise(text, tokenizer), window, what=what)
+        if len(windows_nS) <= limit:
+            return windows_nS
+        return windows_nS[torch.arange(limit) * len(windows_nS) // limit]
+    found = []
+    for number in range(limit):
+        start = number * (len(text) - piece) // (limit - 1)
+        # A piece begins with a whole word.
+        space = re.compile(r"\s").search(text, start, start + piece)
+        start = start if space is None else space.start()
+        found.append(tokenise(text[start : start + piece], tokenizer)[:window])
+    whole = [tokens_S for tokens_S in found if len(tokens_S) == window]
+    return torch.stack(whole) if whole else cut_windows(found[0], window, what=what)
 
 
 def require_embedded(

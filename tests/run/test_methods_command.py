@@ -28,11 +28,13 @@ def _held_out(windows: int, window: int) -> list[list[int]]:
     """The windows that a prune of ``example`` holds out, as it cuts them."""
     from frugal_bonsai.bonsai.calibration import held_out_count, split_windows
     from frugal_bonsai.run.open import open_model
-    from frugal_bonsai.run.texts import read_windows
+    from frugal_bonsai.run.texts import read_spread_windows
 
     with open_model("example") as model:
         wanted = windows + held_out_count(windows)
-        _, all_NS = read_windows(model, "stdlib", window, windows=wanted, option="--calibration")
+        _, all_NS = read_spread_windows(
+            model, "stdlib", window, windows=wanted, option="--calibration"
+        )
     held_out: list[list[int]] = split_windows(all_NS, windows, "stdlib").held_out_NS.tolist()
     return held_out
 

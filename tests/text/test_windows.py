@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from frugal_bonsai.errors import CalibrationError, CheckpointError
-from frugal_bonsai.text.windows import cut_windows, load_tokenizer, tokenise
+from frugal_bonsai.text.windows import cut_windows, load_tokenizer, spread_windows, tokenise
 
 
 @pytest.fixture
@@ -117,3 +117,51 @@ class TestLoadTokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(stories3m / name, tmp_path)
         assert len(tokenise("Once upon a time", load_tokenizer(tmp_path))) > 0
+
+
+class TestSpreadWindows:
+    def test_a_long_text_gives_pieces_at_equal_distances(self, made: Path) -> None:
+        tokenizer = load_tokenizer(made)
+        text = "".join(" ".join([letter] * 1000) + " " for letter in "abc")
+
+        windows_nS = spread_windows(text, tokenizer, 4, limit=3, what="text")
+
+        assert windows_nS.tolist() == [[1] * 4, [2] * 4, [3] * 4]
+
+    def test_a_short_text_is_cut_and_thinned(self, made: Path) -> None:
+        tokenizer = load_tokenizer(made)
+        text = "a a b b c c x x"  # four windows of two tokens, 15 of 16 characters
+
+        assert spread_windows(text, tokenizer, 2, limit=4, what="text").tolist() == [
+            [1, 1],
+            [2, 2],
+            [3, 3],
+            [4, 4],
+        ]
+        text = "aaaa aaaa bbbb bbbb a a b b c c"  # five windows, at most two: 31 of 32 characters
+        assert spread_windows(text, tokenizer, 2, limit=2, what="text").tolist() == [
+            [4, 4],
+            [1, 1],
+        ]
+
+    def test_pieces_begin_with_a_whole_word(self, made: Path) -> None:
+        tokenizer = load_tokenizer(made)
+        text = "ab " * 100  # a piece from inside "ab" would begin with a or b
+
+        windows_nS = spread_windows(text, tokenizer, 3, limit=7, what="text")
+
+        assert windows_nS.shape == (7, 3) and (windows_nS == 4).all()
+
+    def test_pieces_with_too_few_tokens_are_left_out(self, made: Path) -> None:
+        tokenizer = load_tokenizer(made)
+        text = " ".join(["a"] * 100) + " " * 300 + " ".join(["b"] * 100)
+
+        windows_nS = spread_windows(text, tokenizer, 4, limit=9, what="text")
+
+        assert {row[0] for row in windows_nS.tolist()} == {1, 2} and len(windows_nS) < 9
+
+    def test_too_short(self, made: Path) -> None:
+        tokenizer = load_tokenizer(made)
+        for text in ("a b", "a b" + " " * 500):
+            with pytest.raises(CalibrationError, match="shorter than one window of 4"):
+                spread_windows(text, tokenizer, 4, limit=3, what="text")
