@@ -136,6 +136,9 @@ def save_tiny(
             # Gemma's norms multiply by one and their weight.
             if ("norm" in name or ".ln_" in name) and not model_type.startswith("gemma"):
                 parameter.add_(1.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=std, generator=generator)
     model.to(dtype).save_pretrained(folder)
 
 
@@ -193,6 +196,22 @@ def _without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in keys}
 
 
+# Four of the widths that Qwen3.5 has for its linear attention.
+_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 7,
+    "partial_rotary_factor": 0.5,
+}
+# Of four experts a token has two; all tokens have the shared one, too.
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "norm_topk_prob": True,
+}
 _GPT2: dict[str, Any] = {
     "vocab_size": 53,
     "n_embd": 24,
@@ -215,15 +234,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", _SIZES),
     "qwen3_5": (
         "qwen3_5_text",
-        {
-            **_SIZES,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 4,
-            "linear_value_head_dim": 7,
-            "partial_rotary_factor": 0.5,
-        },
+        {**_SIZES, **_LINEAR},
     ),
     "qwen3-biases": ("qwen3", {**_SIZES, "attention_bias": True, "tie_word_embeddings": True}),
     "smollm3": ("smollm3", {**_SIZES, "no_rope_layers": [1, 0]}),
@@ -258,6 +269,21 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.1,
             "logits_scaling": 8.0,
             "attention_bias": True,
+        },
+    ),
+    "granite4": (
+        "granitemoehybrid",
+        {
+            **_SIZES,
+            "layers_block_type": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 20,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 12,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
         },
     ),
     "olmo2": ("olmo2", _SIZES),
@@ -296,6 +322,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "apertus": ("apertus", _SIZES),
     "arcee": ("arcee", {**_SIZES, "mlp_bias": True}),
     "nemotron": ("nemotron", {**_SIZES, "partial_rotary_factor": 0.5}),
     "starcoder2": ("starcoder2", {**_SIZES, "sliding_window": 5}),
@@ -371,14 +398,28 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
         "qwen3_moe",
+        {**_SIZES, **_EXPERTS},
+    ),
+    "qwen2-moe": ("qwen2_moe", {**_SIZES, **_EXPERTS, "shared_expert_intermediate_size": 9}),
+    "qwen3-next": (
+        "qwen3_next",
+        {**_SIZES, **_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 9},
+    ),
+    "qwen3_5-moe": (
+        "qwen3_5_moe_text",
+        {**_SIZES, **_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 9},
+    ),
+    "mellum": (
+        "mellum",
         {
             **_SIZES,
-            "moe_intermediate_size": 20,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
+            **_EXPERTS,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "mlp_layer_types": ["sparse", "sparse"],
         },
     ),
+    "minimax-m2": ("minimax_m2", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": ("olmoe", {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0}),
     # 7B's wiring: one KV head, one norm for both sublayers; 40B's: groups and two norms.
     "falcon-multi-query": (

@@ -73,7 +73,7 @@ def default_config(spec: ModelSpec) -> dict[str, Any]:
     group, or, if the class computes the width of a head from it, the number that gives this width.
     """
     values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
-    values = copy.deepcopy(values)  # transformers changes nested values
+    values = dict(_with_floats(values))  # a copy: transformers changes nested values
     if heads_fit(spec, spec.heads):
         return values
     family, groups = spec.family, 1
@@ -85,3 +85,12 @@ def default_config(spec: ModelSpec) -> dict[str, Any]:
     values[family.kv_heads_key] = groups
     values[family.heads_key] = groups * spec.query_heads_per_group
     return values
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a copy with the numbers that transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(one) for key, one in value.items()}
+    return [_with_floats(one) for one in value] if isinstance(value, list) else copy.copy(value)

@@ -94,12 +94,15 @@ class ModelSpec:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters inside the layers, norms and biases included. Sparsity is a share of them."""
+        """Parameters inside the layers, with norms, biases, and the few buffers that are stored.
+
+        Sparsity is a share of them.
+        """
         return sum(math.prod(shape) for layer in self.layer_tensors for shape in layer.values())
 
     @property
     def parameters(self) -> int:
-        """All parameters, a tied head counted once."""
+        """All parameters and stored buffers, a tied head counted once."""
         return self.block_parameters + sum(map(math.prod, self.other_tensors.values()))
 
     def output_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.model.families import FAMILIES
+from frugal_bonsai.model.families.unsupported import UNSUPPORTED
 from frugal_bonsai.model.family_schema import Family
 
 
@@ -36,6 +37,11 @@ def find_family(
         if assume not in FAMILIES:
             raise OptionError(f"--assume-family: {assume!r} is not one of {known}")
         return replace(FAMILIES[assume], model_type=model_type, assumed=assume)
+    if isinstance(model_type, str) and model_type in UNSUPPORTED:
+        raise UnsupportedModelError(
+            f"{source}: model_type {model_type!r} is not supported, because "
+            f"{UNSUPPORTED[model_type]}; take a model of a supported family: {known}"
+        )
     raise UnsupportedModelError(
         f"{source}: model_type {model_type!r} is not supported; supported: {known}. If its tensors "
         "have the names and meaning of one of these, try --assume-family (llama fits most); "

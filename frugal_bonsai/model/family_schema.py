@@ -149,6 +149,7 @@ class Experts:
             weighted sum.
         router: name inside the layer of the router's weight, which has one row per expert. The
             router's module has the number of experts per token as ``top_k``.
+        router_bias: name inside the layer of a tensor with one number per expert.
         count_keys: config keys for the number of experts. A pruned config states those that its
             source states.
         chosen_key: config key for the number of experts per token.
@@ -157,9 +158,15 @@ class Experts:
 
     module: str = "mlp.experts"
     router: str = "mlp.gate.weight"
+    router_bias: str | None = None
     count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     chosen_key: str = "num_experts_per_tok"
     chosen_default: int = 8
+
+    @property
+    def router_tensors(self) -> tuple[str, ...]:
+        """Names inside the layer of the tensors with one row for each expert."""
+        return (self.router,) if self.router_bias is None else (self.router, self.router_bias)
 
 
 # Our own config key for the width of a head, for architectures without such a key.
@@ -183,6 +190,8 @@ class Family:
     transposed: tuple[str, ...] = ()
     # Endings of tensors of two dimensions that no matrix product reads, which are not quantised.
     unquantised: tuple[str, ...] = ()
+    # Endings of tensors that keep their stored dtype while a layer is computed.
+    exact: tuple[str, ...] = ()
     # Endings of tensors that checkpoints hold and no model reads; beginnings, if they end in a dot.
     unread: tuple[str, ...] = ("rotary_emb.inv_freq",)
     # Tensor names that differ: the model's name -> the checkpoint's name.

@@ -84,13 +84,19 @@ class GroupBuilder:
         if self._family.experts is None:
             return [*groups, self._group(layer, FFN, channels)]
         experts = self._sizes.experts(layer)
-        router = self._family.layer_prefix.format(layer=layer) + self._family.experts.router
-        self._require_shape(router, (experts, self._hidden))
+        prefix = self._family.layer_prefix.format(layer=layer)
+        routers = [prefix + name for name in self._family.experts.router_tensors]
+        for name, shape in zip(routers, ((experts, self._hidden), (experts,)), strict=False):
+            self._require_shape(name, shape)
+        own = self._hidden + len(routers) - 1
         for expert in range(experts):
             group = self._group(layer, FFN, channels, expert)
-            row = UnitSlice(tensor=router, axis=0, width=1, start=expert, joint=True)
-            slices = (*group.slices, row)
-            groups.append(replace(group, slices=slices, joint_parameters=self._hidden))
+            rows = [
+                UnitSlice(tensor=name, axis=0, width=1, start=expert, joint=True)
+                for name in routers
+            ]
+            slices = (*group.slices, *rows)
+            groups.append(replace(group, slices=slices, joint_parameters=own))
         return groups
 
     def _whole_mixer(self, layer: int) -> UnitGroup:

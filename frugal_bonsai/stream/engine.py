@@ -86,6 +86,7 @@ class Engine:
             dtype=self.dtype,
             products=products,
             buffers=self._limits.layer_buffers,
+            exact=self.spec.family.exact,
         )
 
     def evaluation_head(self, folder: Path) -> Head:

@@ -73,8 +73,9 @@ class LayerStream:
         dtype: torch.dtype,
         products: str = DENSE,
         buffers: int = 2,
+        exact: tuple[str, ...] = (),
     ) -> None:
-        self.source, self.device, self.dtype = source, device, dtype
+        self.source, self.device, self.dtype, self._exact = source, device, dtype, exact
         self._products, self._scratch = products, Scratch(device)
         self.tokens_at_once = self._tokens_at_once()
         largest = max(source.layer_bytes(layer) for layer in range(source.layers))
@@ -114,7 +115,8 @@ class LayerStream:
     def _form(self, record: Record) -> str:
         """Return the form in which a stored tensor is yielded."""
         quantised, cpu = record.scales_start is not None, self.device.type == "cpu"
-        if not quantised and torch_dtype(record.dtype) == self.dtype:
+        exact = torch_dtype(record.dtype) == self.dtype or record.name.endswith(self._exact)
+        if exact and not quantised:
             return _IN_PLACE
         if self._products == CODES and quantised:
             whole = all(n % GPU_MULTIPLE == 0 for n in record.shape)

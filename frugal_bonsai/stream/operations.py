@@ -10,6 +10,7 @@ Shape suffixes: B windows, S tokens, H hidden, T tokens of all windows, K expert
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def count_operations(spec: ModelSpec, window: int, dtype: torch.dtype) -> LayerO
 
     model = build_empty_model(spec)
     base, layers, proxies = record_layers(model, spec)
-    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    sizes = [sum(map(math.prod, tensors.values())) for tensors in spec.layer_tensors]
     at = sizes.index(max(sizes))
     layer = layers[at]
     for module in (base, layer):

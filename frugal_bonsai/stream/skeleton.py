@@ -114,7 +114,8 @@ class Skeleton:
         for layer, tensors in enumerate(spec.layer_tensors):
             found |= {spec.prefix(layer) + name: shape for name, shape in tensors.items()}
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name in sorted(found.keys() - spec.other_tensors.keys() - parameters.keys()):
+        buffers = model.state_dict().keys() - parameters.keys()
+        for name in sorted(found.keys() - spec.other_tensors.keys() - parameters.keys() - buffers):
             raise CheckpointError(
                 f"{self._checkpoint.tensors[name].file}: tensor {name!r} has no place in "
                 f"{type(model).__name__} with this config.json (a bias needs attention_bias or "

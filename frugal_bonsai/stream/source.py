@@ -207,9 +207,8 @@ class CheckpointSource:
         prefix, rule = self._spec.prefix(layer), self._spec.family.experts
         gone = dropped_expert_tensors(self._spec, self._mask, layer)
         kept = {name: shape for name, shape in shapes.items() if prefix + name not in gone}
-        if rule is not None:
-            pieces = self._cuts[prefix + rule.router]
-            kept[rule.router] = cut_shape(kept[rule.router], pieces, self._mask)
+        for router in () if rule is None else rule.router_tensors:
+            kept[router] = cut_shape(kept[router], self._cuts[prefix + router], self._mask)
         return kept
 
 

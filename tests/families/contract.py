@@ -37,6 +37,12 @@ def logits_of(model: Any, tokens_NS: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def stored_elements(model: torch.nn.Module) -> int:
+    """Count a model's parameters and the buffers that checkpoints store, shared ones once."""
+    stored = {id(value): value for value in model.state_dict(keep_vars=True).values()}
+    return sum(value.numel() for value in stored.values())
+
+
 def greedy(model: Any, tokens_NS: torch.Tensor, cache: str | None = None) -> torch.Tensor:
     """Generate 8 tokens after the prompt, with a dynamic cache by default."""
     made: torch.Tensor = model.generate(
@@ -121,9 +127,12 @@ def _mask_expert(tiny: Tiny, model: Any, mask: KeepMask, group: UnitGroup, refit
             tiny.spec.prefix(group.layer) + rule.router.removesuffix(".weight")
         )
         router.forward = partial(_route_without, group.expert, router.forward)
+        if rule.router_bias is not None:  # of choices by another function of the logits
+            bias = model.get_buffer(tiny.spec.prefix(group.layer) + rule.router_bias)
+            bias[group.expert] = -torch.inf
 
 
-def _route_without(expert: int, forward: Any, hidden: torch.Tensor) -> Any:
+def _route_without(expert: int, forward: Any, *inputs: torch.Tensor) -> Any:
     """Set an expert's logit to minus infinity in Hugging Face's router."""
     linear = torch.nn.functional.linear
 
@@ -133,7 +142,7 @@ def _route_without(expert: int, forward: Any, hidden: torch.Tensor) -> Any:
         return logits
 
     with patch.object(torch.nn.functional, "linear", logits_without):
-        return forward(hidden)
+        return forward(*inputs)
 
 
 class FamilyContract:
@@ -144,10 +153,12 @@ class FamilyContract:
         attention: layouts in which attention units can be removed.
         layouts: layouts that the family has.
         refines: recovery can move the FFN's channels.
+        rounding: largest relative change by inputs of 16 bits in int8 products.
     """
 
     name: str
     refines: bool = True
+    rounding: float = 1e-3
     attention: tuple[str, ...] = LAYOUTS
     layouts: tuple[str, ...] = LAYOUTS
 
@@ -215,13 +226,13 @@ class FamilyContract:
                 found[kind] = hidden.read(slice(0, len(tokens_NS))).clone()
         store.close()
         assert relative(found[ROWS], found[DENSE]) < 1e-5
-        assert 0 < relative(found[CODES], found[DENSE]) < 1e-3
+        assert 0 < relative(found[CODES], found[DENSE]) < self.rounding
 
     def test_parameters_are_hugging_faces(self, tiny: Tiny, dense: Any) -> None:
         spec = tiny.spec
-        assert spec.parameters == sum(p.numel() for p in dense.parameters())
+        assert spec.parameters == stored_elements(dense)
         layers = dense.get_submodule(f"{spec.family.base_module}.{spec.family.layers_module}")
-        assert spec.block_parameters == sum(p.numel() for p in layers.parameters())
+        assert spec.block_parameters == stored_elements(layers)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_attention_can_be_cut_where_the_table_says(self, tiny: Tiny, layout: str) -> None:
@@ -261,7 +272,7 @@ class FamilyContract:
         assert relative(logits_of(model, tokens_NS), expected) < 1e-5
         removed = mask.removed_parameters()
         assert removed > 0
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = stored_elements(model)
         assert parameters == summary.parameters_after
         assert removed == summary.removed_parameters
         if layout == PADDED:

@@ -1,7 +1,7 @@
-"""The table of docs/families.md, made from the families' tables and from the tests.
+"""The tables of docs/families.md, made from the families' tables and from the tests.
 
-``python -m families.page``, run in ``tests/``, writes it into the page. ``test_docs.py`` compares
-the two.
+``python -m families.page``, run in ``tests/``, writes them into the page. ``test_docs.py`` compares
+both.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from tiny_models import EXPERTS_PRUNED, FAMILY_CONFIGS, PRUNED, PRUNED_BRIEFLY
 from families import test_families
 from families.contract import FamilyContract
 from frugal_bonsai.model.families import FAMILIES
+from frugal_bonsai.model.families.unsupported import UNSUPPORTED
 from frugal_bonsai.model.family_schema import Condition, Family
 from frugal_bonsai.model.layout import LAYOUTS, PER_LAYER
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+REFUSED = "refused by name"
 NOT_IN_LLAMA_CPP = ("gpt_neo", "opt")
 TITLES = (
     *("family", "`model_type`", "attention units", *LAYOUTS, "whole prune tested"),
@@ -79,13 +81,24 @@ def _case(condition: Condition) -> str:
     return "" if condition.other_than == "" else f"with `{condition.key}` {condition.value}: "
 
 
-def with_table(page: str) -> str:
-    """Return the page with today's table."""
-    before, _, rest = page.partition(f"| {TITLES[0]} |")
-    if not rest:
-        raise ValueError(f"{PAGE.name} has no table that begins with | {TITLES[0]} |")
-    return f"{before}{table()}\n\n{rest.partition(chr(10) * 2)[2]}"
+def refusals() -> str:
+    """Return the table of architectures that are refused by name."""
+    by_reason: dict[str, list[str]] = {}
+    for model_type, reason in UNSUPPORTED.items():
+        by_reason.setdefault(reason, []).append(f"`{model_type}`")
+    rows = [f"| {', '.join(names)} | {reason} |" for reason, names in by_reason.items()]
+    return "\n".join((f"| {REFUSED} | why |", "| --- | --- |", *rows))
+
+
+def with_tables(page: str) -> str:
+    """Return the page with today's tables."""
+    for title, new in ((TITLES[0], table()), (REFUSED, refusals())):
+        before, _, rest = page.partition(f"| {title} |")
+        if not rest:
+            raise ValueError(f"{PAGE.name} has no table that begins with | {title} |")
+        page = f"{before}{new}\n\n{rest.partition(chr(10) * 2)[2]}"
+    return page
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

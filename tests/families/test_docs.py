@@ -5,7 +5,7 @@ from __future__ import annotations
 from export import test_llama_cpp_families as in_llama_cpp
 from tiny_models import FAMILY_CONFIGS
 
-from families.page import PAGE, contracts, with_table
+from families.page import PAGE, contracts, with_tables
 from frugal_bonsai.export.architecture import ARCHITECTURES
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.layout import LAYOUTS
@@ -20,7 +20,7 @@ def test_every_family_has_tests() -> None:
 
 def test_the_page_has_the_table_that_the_families_give() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page == with_table(page), "run python -m families.page in tests/"
+    assert page == with_tables(page), "run python -m families.page in tests/"
 
 
 def test_every_exported_family_runs_in_llama_cpp() -> None:

@@ -12,7 +12,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Tiny, open_tiny, random_windows, relative, tiny_family
 from transformers import AutoModelForCausalLM
 
-from families.contract import greedy, logits_of, masked_parent, random_refit, streamed_logits
+from families.contract import (
+    greedy,
+    logits_of,
+    masked_parent,
+    random_refit,
+    stored_elements,
+    streamed_logits,
+)
 from frugal_bonsai import load_pruned
 from frugal_bonsai.errors import CheckpointError, OptionError, UnsupportedModelError
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
@@ -20,7 +27,7 @@ from frugal_bonsai.model.units import FFN, KeepMask
 from frugal_bonsai.rewrite.shrink import RewriteSummary, shrink
 from frugal_bonsai.stream.store import build_store
 
-NAMES = ("mixtral", "qwen3-moe", "olmoe")
+NAMES = ("mixtral", "qwen3-moe", "olmoe", "qwen2-moe", "qwen3_5-moe", "minimax-m2")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -69,7 +76,8 @@ def test_parsed_experts_are_units(tiny: Tiny) -> None:
     assert [(g.layer, g.expert) for g in experts] == [(at, e) for at in (0, 1) for e in range(4)]
     assert {g.count for g in experts} == {20}
     assert {g.unit_parameters for g in experts} == {3 * 24}
-    assert {g.joint_parameters for g in experts} == {24}
+    router = 24 + (spec.family.experts.router_bias is not None)
+    assert {g.joint_parameters for g in experts} == {router}
     assert experts[6].name == "layer 1 expert 2 ffn"
 
 
@@ -92,12 +100,13 @@ def test_a_dropped_expert_leaves_the_router(
     assert torch.equal(
         greedy(model, tokens_NS), greedy(masked_parent(tiny, mask, refit), tokens_NS)
     )
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = stored_elements(model)
     assert parameters == tiny.spec.parameters - mask.removed_parameters()
     assert parameters == summary.parameters_after
     gone = sum(len(experts) for experts in GONE[layout].values())
     cut = (8 - gone) * 4 * 3 * 24  # four channels of each expert that is left
-    assert mask.removed_parameters() == gone * (20 * 3 * 24 + 24) + cut
+    router = 24 + (tiny.spec.family.experts.router_bias is not None)
+    assert mask.removed_parameters() == gone * (20 * 3 * 24 + router) + cut
 
     again = open_tiny(tmp_path / "out")
     assert relative(streamed_logits(again, tokens_NS), expected) < 1e-5

@@ -46,6 +46,11 @@ class TestGranite(FamilyContract):
     name = "granite"
 
 
+class TestGranite4(FamilyContract):
+    name = "granite4"
+    attention = ()
+
+
 class TestOlmo2(FamilyContract):
     name = "olmo2"
     attention = ()
@@ -120,6 +125,10 @@ class TestCohereNorms(FamilyContract):
 class TestCohere2(FamilyContract):
     name = "cohere2"
     attention = (PER_LAYER,)
+
+
+class TestApertus(FamilyContract):
+    name = "apertus"
 
 
 class TestArcee(FamilyContract):
@@ -206,5 +215,35 @@ class TestQwen3Moe(FamilyContract):
 
 class TestOlmoe(FamilyContract):
     name = "olmoe"
+    refines = False
+    attention = ()
+
+
+class TestQwen2Moe(FamilyContract):
+    name = "qwen2-moe"
+    refines = False
+
+
+class TestQwen3Next(FamilyContract):
+    name = "qwen3-next"
+    refines = False
+    rounding = 2e-3  # gates multiply what is rounded
+    attention = ()
+
+
+class TestQwen35Moe(FamilyContract):
+    name = "qwen3_5-moe"
+    refines = False
+    rounding = 2e-3  # gates multiply what is rounded
+    attention = ()
+
+
+class TestMellum(FamilyContract):
+    name = "mellum"
+    refines = False
+
+
+class TestMiniMaxM2(FamilyContract):
+    name = "minimax-m2"
     refines = False
     attention = ()

@@ -37,6 +37,7 @@ SHAPES = {
 # What a config of the family must say beside its sizes.
 EXTRAS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global"], 1]]},
+    "granitemoehybrid": {"num_local_experts": 0, "layers_block_type": ["mamba"]},
     "falcon": {"new_decoder_architecture": True},
 }
 
@@ -46,7 +47,7 @@ TRACED = [name for name, family in FAMILIES.items() if family.experts is None]
 # Families whose layers hold most inside attention.
 ATTENTION_PEAKS = {
     *("gemma2", "olmo2", "olmo3", "gpt_neo", "gpt_neox", "falcon"),
-    *("qwen3_5_text", "ernie4_5", "cohere", "cohere2", "starcoder2"),
+    *("granitemoehybrid", "qwen3_5_text", "ernie4_5", "cohere", "cohere2", "starcoder2"),
 }
 
 
@@ -67,6 +68,8 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
         "vocab_size": 64,
         "pad_token_id": 0,
     }
+    if model_type == "granitemoehybrid":
+        sizes["mamba_n_heads"] = hidden // 32  # of 64 channels, as in the models
     if family.head_dim_key is not None or model_type == "helium":
         sizes["head_dim"] = head_dim
     config = AutoConfig.for_model(model_type, **sizes, **EXTRAS.get(model_type, {}))

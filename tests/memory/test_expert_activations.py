@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from live_bytes import LiveBytes, Norms
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.prune_items import PruneItems
@@ -24,6 +26,7 @@ from frugal_bonsai.stream.skeleton import Skeleton
 
 CPU = torch.device("cpu")
 EXPERTS, CHOSEN, BATCH, WINDOW = 4, 2, 2, 256
+
 ROUTED = [name for name, family in FAMILIES.items() if family.experts is not None]
 # hidden, channels of an expert, query heads, KV heads, head_dim: wide, narrow, many KV heads.
 SHAPES = {
@@ -36,39 +39,42 @@ SHAPES = {
 def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
     hidden, channels, heads, kv_heads, head_dim = shape
     family = FAMILIES[model_type]
-    config = {
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "num_hidden_layers": 1,
-        family.ffn_key: channels,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": 64,
-        "max_position_embeddings": 1024,
-        "num_local_experts" if model_type == "mixtral" else "num_experts": EXPERTS,
-        "num_experts_per_tok": CHOSEN,
-        "eos_token_id": 2,
-    }
-    queries, keys = heads * head_dim, kv_heads * head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "mlp.gate.weight": (EXPERTS, hidden),
-    }
-    norms = {"olmoe": (queries, keys), "qwen3_moe": (head_dim, head_dim)}.get(model_type, ())
-    layer |= {f"self_attn.{n}_norm.weight": (size,) for n, size in zip("qk", norms, strict=False)}
-    for expert in range(EXPERTS):
-        module = f"mlp.experts.{expert}."
-        layer[module + "gate_proj.weight"] = layer[module + "up_proj.weight"] = (channels, hidden)
-        layer[module + "down_proj.weight"] = (hidden, channels)
-    shapes = {f"model.layers.0.{name}": size for name, size in layer.items()}
-    outer = {"model.embed_tokens.weight": (64, hidden), "lm_head.weight": (64, hidden)}
-    return describe_model(config, {**shapes, **outer, "model.norm.weight": (hidden,)})
+    assert family.experts is not None
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "hidden_size": hidden,
+            "num_hidden_layers": 1,
+            family.ffn_key: channels,
+            "shared_expert_intermediate_size": channels,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            # As wide as in real models: chunks of tokens hold more in narrower heads.
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 1,
+            "vocab_size": 64,
+            "max_position_embeddings": 1024,
+            **dict.fromkeys(family.experts.count_keys, EXPERTS),
+            "num_experts_per_tok": CHOSEN,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    )
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in model.state_dict().items():
+        start, fused, what = name.partition(".experts.")
+        if not fused:
+            shapes[name] = tuple(value.shape)
+            continue
+        for expert in range(EXPERTS):
+            module = f"{start}.experts.{expert}."
+            for part in ("gate_proj", "up_proj") if what == "gate_up_proj" else ("down_proj",):
+                sizes = (hidden, channels) if part == "down_proj" else (channels, hidden)
+                shapes[f"{module}{part}.weight"] = sizes
+    return describe_model(config.to_dict(), shapes)
 
 
 def traced_bytes(spec: ModelSpec, *, masked: bool = True, tapped: bool = False) -> int:
@@ -122,6 +128,10 @@ def planned_bytes(spec: ModelSpec, *, tapped: bool = False) -> int:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_plan_and_trace_agree(family: str, shape: tuple[int, ...]) -> None:
     spec = spec_of(family, shape)
+    if spec.family.other_mixers:
+        # Linear attention computes in fp32, as is planned for models in 16 bits. Here all is fp32.
+        assert traced_bytes(spec) < planned_bytes(spec) < 1.8 * traced_bytes(spec)
+        return
     assert planned_bytes(spec) == pytest.approx(traced_bytes(spec), rel=0.1)
     assert planned_bytes(spec) >= 0.97 * traced_bytes(spec, masked=False)
 
@@ -131,7 +141,7 @@ def test_plan_and_trace_agree(family: str, shape: tuple[int, ...]) -> None:
 def test_statistics_keep_every_experts_input(family: str, shape: tuple[int, ...]) -> None:
     spec = spec_of(family, shape)
     tapped, planned = traced_bytes(spec, tapped=True), planned_bytes(spec, tapped=True)
-    assert 0.97 * tapped < planned < 1.3 * tapped
+    assert 0.97 * tapped < planned < (1.9 if spec.family.other_mixers else 1.3) * tapped
 
 
 @pytest.mark.parametrize("family", ROUTED)

@@ -221,7 +221,7 @@ def test_a_llama_layers_activations_are_foretold(
     assert traced <= foretold <= 1.2 * traced
 
 
-# run/adaptation.py refuses the others.
+# `adapt` refuses the others.
 ADAPTED = sorted(
     name
     for name, (kind, _) in FAMILY_CONFIGS.items()

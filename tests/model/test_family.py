@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from tiny_models import BIASES, GQA, MHA, TIED, VARIANTS, Tiny, tiny_family, tiny_llama
+from transformers import CONFIG_MAPPING
 
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.model.families import FAMILIES
+from frugal_bonsai.model.families.unsupported import UNSUPPORTED
 from frugal_bonsai.model.family import describe_model
 from frugal_bonsai.model.family_lookup import find_family
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
@@ -270,3 +273,13 @@ def test_one_kv_head_whatever_the_config_says_of_their_number(tmp_path: Path) ->
     assert (spec.heads, spec.kv_heads, spec.table.groups[0].count) == (6, 1, 1)
     assert tiny_family(tmp_path / "g", "falcon-groups").spec.kv_heads == 3
     assert tiny_family(tmp_path / "s", "falcon-sequential").spec.kv_heads == 6
+
+
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
+def test_an_architecture_that_cannot_work_says_why(model_type: str) -> None:
+    assert model_type in CONFIG_MAPPING and model_type not in FAMILIES
+    with pytest.raises(UnsupportedModelError) as refused:
+        find_family({"model_type": model_type})
+    assert f"{model_type!r} is not supported, because {UNSUPPORTED[model_type]}" in str(
+        refused.value
+    )

@@ -20,6 +20,7 @@ for folder in sys.argv[2:]:
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
+    stored = model.state_dict(keep_vars=True).values()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(open(sys.argv[1], encoding="utf-8").read())["input_ids"]
     size = model.config.max_position_embeddings // 2
@@ -29,7 +30,7 @@ for folder in sys.argv[2:]:
         loss = torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten())
         made = model.generate(windows[:1, :8], max_new_tokens=8, min_new_tokens=8, pad_token_id=0)
     found[folder] = {"nll": float(loss), "made": made.shape[1],
-                     "parameters": sum(p.numel() for p in model.parameters())}
+                     "parameters": sum({id(v): v.numel() for v in stored}.values())}
 print(json.dumps(found))
 """
 
@@ -109,7 +110,8 @@ def test_pruned_end_to_end(
     name: str, pruned: dict[str, tuple[Path, dict[str, Any]]], loaded: dict[str, Any]
 ) -> None:
     _, summary = pruned[name]
-    assert 0.2 < summary["sparsity"] < 0.3
+    # Channels of experts go in steps of eight.
+    assert (0.1 if "experts" in summary["kept"] else 0.2) < summary["sparsity"] < 0.3
     assert summary["verify"]["max_relative_difference"] < 1e-4
     rounds = summary["rounds"]
     assert all(0 <= r["recovery_residual"] < 0.9 for r in rounds)

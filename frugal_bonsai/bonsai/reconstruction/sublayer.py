@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
+from torch.func import functional_call
 
 from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.bonsai.reconstruction.input_rows import input_rows
@@ -47,6 +48,13 @@ class Sublayer:
         self.names = list(dict.fromkeys(f"{rows.projection}.weight" for rows in self.rows))
         owner = work.spec.family.ffn_activation or group.output.rpartition(".")[0]
         self._activation_module = work.module.get_submodule(owner)
+        projections = {*(rows.projection for rows in self.rows), group.output}
+        # A learnt activation function has parameters of its own.
+        self._own = {
+            name.removeprefix(f"{owner}."): value.float()
+            for name, value in work.pruned.items()
+            if name.startswith(f"{owner}.") and name.rpartition(".")[0] not in projections
+        }
 
     @property
     def channels(self) -> int:
@@ -85,7 +93,9 @@ class Sublayer:
                 stack.enter_context(shadowed_forward(module, lambda _, output=output: output))
             last = self._module.get_submodule(self._output)
             stack.enter_context(shadowed_forward(last, lambda input_TR: input_TR))
-            activation_TR: torch.Tensor = self._activation_module(before[0])
+            activation_TR: torch.Tensor = functional_call(
+                self._activation_module, self._own, (before[0],)
+            )
         return activation_TR
 
     def slopes(self, before: Sequence[torch.Tensor]) -> torch.Tensor:

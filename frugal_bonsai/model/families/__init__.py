@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.families.apertus import APERTUS
 from frugal_bonsai.model.families.arcee import ARCEE
 from frugal_bonsai.model.families.cohere import COHERE
 from frugal_bonsai.model.families.cohere2 import COHERE2
@@ -19,9 +20,12 @@ from frugal_bonsai.model.families.gpt2 import GPT2
 from frugal_bonsai.model.families.gpt_neo import GPT_NEO
 from frugal_bonsai.model.families.gpt_neox import GPT_NEOX
 from frugal_bonsai.model.families.granite import GRANITE
+from frugal_bonsai.model.families.granitemoehybrid import GRANITEMOEHYBRID
 from frugal_bonsai.model.families.helium import HELIUM
 from frugal_bonsai.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from frugal_bonsai.model.families.llama import LLAMA
+from frugal_bonsai.model.families.mellum import MELLUM
+from frugal_bonsai.model.families.minimax_m2 import MINIMAX_M2
 from frugal_bonsai.model.families.ministral import MINISTRAL
 from frugal_bonsai.model.families.ministral3 import MINISTRAL3
 from frugal_bonsai.model.families.mistral import MISTRAL
@@ -33,9 +37,12 @@ from frugal_bonsai.model.families.olmoe import OLMOE
 from frugal_bonsai.model.families.opt import OPT
 from frugal_bonsai.model.families.phi3 import PHI3
 from frugal_bonsai.model.families.qwen2 import QWEN2
+from frugal_bonsai.model.families.qwen2_moe import QWEN2_MOE
 from frugal_bonsai.model.families.qwen3 import QWEN3
 from frugal_bonsai.model.families.qwen3_5 import QWEN3_5
+from frugal_bonsai.model.families.qwen3_5_moe import QWEN3_5_MOE
 from frugal_bonsai.model.families.qwen3_moe import QWEN3_MOE
+from frugal_bonsai.model.families.qwen3_next import QWEN3_NEXT
 from frugal_bonsai.model.families.seed_oss import SEED_OSS
 from frugal_bonsai.model.families.smollm3 import SMOLLM3
 from frugal_bonsai.model.families.stablelm import STABLELM
@@ -51,6 +58,7 @@ _TABLES = (
     QWEN3_5,
     SMOLLM3,
     GRANITE,
+    GRANITEMOEHYBRID,
     OLMO2,
     OLMO3,
     STABLELM,
@@ -69,6 +77,7 @@ _TABLES = (
     COHERE2,
     ARCEE,
     NEMOTRON,
+    APERTUS,
     STARCODER2,
     GPT2,
     GPT_NEO,
@@ -76,8 +85,13 @@ _TABLES = (
     OPT,
     FALCON,
     MIXTRAL,
+    QWEN2_MOE,
     QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN3_5_MOE,
+    MELLUM,
     OLMOE,
+    MINIMAX_M2,
 )
 FAMILIES = {family.model_type: family for family in _TABLES}
 # Text models inside models of several modalities that compute the same as a family as long as all
