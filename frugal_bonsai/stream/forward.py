@@ -140,8 +140,11 @@ class Sweep:
         """
         for wave in self.waves(len(tokens_NS)):
             called = name if isinstance(name, str) else name(wave)
-            shifted = None if masker is None else _Shifted(masker, wave.start)
-            yield wave, self.run(stream, tokens_NS[wave], masker=shifted, name=called, then=then)
+            mine_NS, first = tokens_NS[wave], wave.start
+            yield (
+                wave,
+                self.run(stream, mine_NS, masker=masker, first=first, name=called, then=then),
+            )
 
     def run(
         self,
@@ -149,6 +152,7 @@ class Sweep:
         tokens_NS: torch.Tensor,
         *,
         masker: Masker | None = None,
+        first: int = 0,
         tap: Tap | None = None,
         name: str = "evaluating",
         after_layer: Callable[[int, HiddenStates], None] | None = None,
@@ -160,6 +164,7 @@ class Sweep:
             stream: the layers.
             tokens_NS: windows of tokens.
             masker: kept columns of each window.
+            first: number that the masker gives the first window.
             tap: sees the inputs of the output projections.
             name: sweep's name for the progress.
             after_layer: called with each layer's index and outputs, which the next layer changes.
@@ -172,7 +177,8 @@ class Sweep:
             groups = self.skeleton.spec.table.of_layer(visit.layer)
 
             def body(items: slice) -> None:
-                hooks, seen = _hooks(groups, masker, tap, items)
+                numbers = slice(items.start + first, items.stop + first)
+                hooks, seen = _hooks(groups, masker, tap, numbers)
                 visit.hidden.write(items, visit.call(visit.hidden.read(items), hooks))
                 if tap is not None:
                     _show(tap, seen, self.batches, items.stop - items.start)
@@ -247,19 +253,6 @@ class Sweep:
         step = self.limits.windows_in_flight
         for start in range(0, windows, step):
             yield slice(start, min(start + step, windows))
-
-
-class _Shifted:
-    """A masker whose items are counted from the first pair of a wave."""
-
-    def __init__(self, masker: Masker, first: int) -> None:
-        self._masker, self._first = masker, first
-        self.impute = masker.impute
-
-    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
-        return self._masker.columns(
-            group, slice(items.start + self._first, items.stop + self._first)
-        )
 
 
 def _hooks(
