@@ -208,7 +208,7 @@ class StateFolder:
                 extent = spec.layer_tensors[layer][name.removeprefix(spec.prefix(layer))][axis]
                 then_K = kept_indices(extent, cuts[name], refit_mask)
                 stay_K = torch.isin(then_K, kept_indices(extent, cuts[name], mask))
-                readers[name] = _RefitReader(path, name, axis, stay_K.nonzero().flatten())
+                readers[name] = partial(_read_rest, path, name, axis, stay_K.nonzero().flatten())
         norm = self.round_folder(number) / _NORM_FILE
         if norm.exists():
             readers |= {name: partial(read_tensor, norm, name) for name in read_header(norm)[0]}
@@ -220,27 +220,16 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def saved_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of the run in this folder; empty if they cannot be read.
+def saved_progress(folder: Path) -> tuple[dict[str, Any], int]:
+    """Return the settings and the number of finished rounds of the run in this folder.
 
-    Faults of a state are reported by :meth:`StateFolder.load`.
+    They are empty and 0 if they cannot be read: :meth:`StateFolder.load` reports faults of a state.
     """
     try:
-        return dict(_read(folder)["identity"]["settings"])
+        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return dict(saved["identity"]["settings"]), len(saved["rounds"])
     except (OSError, ValueError, TypeError, KeyError):
-        return {}
-
-
-def saved_rounds(folder: Path) -> int:
-    """Return the number of finished rounds in this folder; 0 if they cannot be read."""
-    try:
-        return len(_read(folder)["rounds"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return 0
-
-
-def _read(folder: Path) -> Any:
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return {}, 0
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -252,17 +241,9 @@ def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@dataclass(frozen=True)
-class _RefitReader:
-    """Reads one refit weight and drops the rows or columns of units that have gone since."""
-
-    path: Path
-    name: str
-    axis: int
-    stay_K: torch.Tensor
-
-    def __call__(self) -> torch.Tensor:
-        return read_tensor(self.path, self.name).index_select(self.axis, self.stay_K)
+def _read_rest(path: Path, name: str, axis: int, stay_K: torch.Tensor) -> torch.Tensor:
+    """Read one refit weight and drop the rows or columns of units that have gone since."""
+    return read_tensor(path, name).index_select(axis, stay_K)
 
 
 def _read_prior(path: Path, name: str) -> ImportanceScores:

@@ -21,8 +21,7 @@ from frugal_bonsai.bonsai.state import (
     StateFolder,
     fingerprint,
     model_fingerprint,
-    saved_rounds,
-    saved_settings,
+    saved_progress,
 )
 from frugal_bonsai.checkpoint.commit import remove_folder, staged_directory
 from frugal_bonsai.evaluation.perplexity import measure_texts
@@ -91,13 +90,14 @@ def prune(
     with locked(folder), open_model(model, assume_family=family, text_only=text_only) as opened:
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
+        begun, finished = saved_progress(folder) if resume else ({}, 0)
         try:
             run = prepare_run(
                 opened,
                 options,
                 {RUN: folder, OUT: out},
-                begun=saved_settings(folder) if resume else {},
-                finished=saved_rounds(folder) if resume else 0,
+                begun=begun,
+                finished=finished,
                 custom_utility=utility is not None,
                 progress=progress,
                 on_plan=on_plan,
