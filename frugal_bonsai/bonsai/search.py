@@ -104,10 +104,10 @@ class Search:
             settings=settings, rules=rules, blocks=self._blocks, latency=unit_milliseconds
         )
         self._reconstruction = RoundReconstruction(
-            engine,
-            settings,
-            self._stores,
-            self._windows,
+            engine=engine,
+            settings=settings,
+            stores=self._stores,
+            windows=self._windows,
             keep_inputs=keep_inputs,
             keep_updates=keep_updates,
             written_together=written_together,

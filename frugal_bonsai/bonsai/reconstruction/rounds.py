@@ -10,7 +10,7 @@ Shape suffixes: N windows, S tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.store import LayerStore
 
 
+@dataclass(frozen=True, kw_only=True)
 class RoundReconstruction:
     """Reconstructs pruned models for one search.
 
-    Args:
+    Attributes:
         engine: Device, sweeps, the dense checkpoint.
         settings: Settings of the prune.
         stores: Stores of the search.
@@ -43,22 +44,14 @@ class RoundReconstruction:
         utility: The user's utility judges candidates; None judges them by mean NLL.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        settings: PruneSettings,
-        stores: Stores,
-        windows: RoundWindows,
-        *,
-        keep_inputs: bool,
-        keep_updates: bool,
-        written_together: int,
-        utility: Utility | None,
-    ) -> None:
-        self._engine, self._settings, self._stores = engine, settings, stores
-        self._windows, self._utility = windows, utility
-        self._keep_inputs, self._keep_updates = keep_inputs, keep_updates
-        self._together = written_together
+    engine: Engine
+    settings: PruneSettings
+    stores: Stores
+    windows: RoundWindows
+    keep_inputs: bool
+    keep_updates: bool
+    written_together: int
+    utility: Utility | None
 
     def refit(
         self,
@@ -82,16 +75,16 @@ class RoundReconstruction:
         Returns:
             Figures for the report; perplexities are of the calibration windows.
         """
-        engine, head, last = self._engine, self._engine.head, importance is None
+        engine, head, last = self.engine, self.engine.head, importance is None
         if last:
-            windows_NS, judged = self._windows.of_last(self._write_text(dense))
+            windows_NS, judged = self.windows.of_last(self._write_text(dense))
         else:
-            windows_NS = self._windows.of_round(number)
+            windows_NS = self.windows.of_round(number)
             judged = torch.arange(len(windows_NS))
         reconstruction = self._reconstruction(
             state.mask,
-            save=lambda layer, weights: self._stores.save_refit(number, layer, weights),
-            channel_updates=self._settings.refine if last else 0,
+            save=lambda layer, weights: self.stores.save_refit(number, layer, weights),
+            channel_updates=self.settings.refine if last else 0,
             fast=last,
         )
         with engine.dense_stream(dense) as parent, engine.dense_stream(pruned) as mine:
@@ -99,12 +92,12 @@ class RoundReconstruction:
         state.importance, state.refit_mask = result.scores, state.mask
         scale = None
         with torch.inference_mode():
-            if last and self._settings.rescale:
+            if last and self.settings.rescale:
                 scale = find_logit_scale(
                     engine.sweep, head, result.hidden_dense, result.hidden_pruned, windows_NS
                 )
                 norm = scaled_norm(engine.checkpoint, engine.spec, scale)
-                self._stores.save_refit(number, None, norm)
+                self.stores.save_refit(number, None, norm)
             losses_NS = head.nll(result.hidden_pruned, windows_NS, scale=scale or 1.0)[judged]
             dense_perplexity = self._known_dense_perplexity(state, windows_NS[judged])
             if dense_perplexity is None:
@@ -119,19 +112,19 @@ class RoundReconstruction:
 
     def _write_text(self, dense: LayerStore) -> torch.Tensor:
         """Let the dense model write the windows that join the calibration, int64 ``[n, S]``."""
-        windows_NS, count = self._windows.all_NS, self._settings.self_windows or 0
+        windows_NS, count = self.windows.all_NS, self.settings.self_windows or 0
         if not count:
             return windows_NS[:0]
-        with self._engine.stream(dense) as stream:
+        with self.engine.stream(dense) as stream:
             written_nS = write_windows(
-                self._engine,
+                self.engine,
                 stream,
                 windows_NS,
                 count,
-                together=self._together,
-                seed=self._settings.seed,
+                together=self.written_together,
+                seed=self.settings.seed,
             )
-        self._engine.sweep.forward_tokens += written_nS.numel()
+        self.engine.sweep.forward_tokens += written_nS.numel()
         return written_nS
 
     def candidate_losses(
@@ -142,24 +135,24 @@ class RoundReconstruction:
         They are measured on windows that the candidate was not fitted to; with a single calibration
         window, on that one. With a user's utility they are its negative.
         """
-        windows_NS, held_out = self._windows.of_trial(number)
+        windows_NS, held_out = self.windows.of_trial(number)
         first = len(windows_NS) - held_out if held_out else 0
-        store = self._stores.working(replace(state, mask=mask), number - 1)
+        store = self.stores.working(replace(state, mask=mask), number - 1)
         reconstruction = self._reconstruction(mask, save=lambda layer, weights: None, name="trial")
-        head = self._engine.head
-        with self._engine.dense_stream(dense) as parent, self._engine.dense_stream(store) as mine:
+        head = self.engine.head
+        with self.engine.dense_stream(dense) as parent, self.engine.dense_stream(store) as mine:
             result = reconstruction.run(parent, mine, windows_NS, held_out=held_out)
         with torch.inference_mode():
-            if self._utility is None:
+            if self.utility is None:
                 return head.nll(result.hidden_pruned, windows_NS)[first:].mean(1).double()
             own = window_utilities(
-                head, result.hidden_pruned, windows_NS, self._utility, first=first
+                head, result.hidden_pruned, windows_NS, self.utility, first=first
             )
         return -torch.tensor(own, dtype=torch.float64)
 
     def _known_dense_perplexity(self, state: PruneState, windows_NS: torch.Tensor) -> float | None:
         """Return the dense perplexity if an earlier round measured it on the same windows."""
-        first = self._windows.of_round(1)
+        first = self.windows.of_round(1)
         if not state.rounds or len(windows_NS) != len(first) or not torch.equal(windows_NS, first):
             return None
         return float(state.rounds[0]["dense_perplexity"])
@@ -174,12 +167,12 @@ class RoundReconstruction:
         name: str = "recovery",
     ) -> Reconstruction:
         options = ReconstructionOptions(
-            ridge=self._settings.ridge,
-            mask=mask if self._settings.refit == "all" else None,
+            ridge=self.settings.ridge,
+            mask=mask if self.settings.refit == "all" else None,
             channel_updates=channel_updates,
-            keep_inputs=self._keep_inputs,
-            keep_updates=self._keep_updates,
+            keep_inputs=self.keep_inputs,
+            keep_updates=self.keep_updates,
             fast=fast,
-            saved_dtype=self._stores.saved_dtype,
+            saved_dtype=self.stores.saved_dtype,
         )
-        return Reconstruction(self._engine.sweep, options, save=save, name=name)
+        return Reconstruction(self.engine.sweep, options, save=save, name=name)
