@@ -14,7 +14,7 @@ from tiny_models import Tiny, random_mask, random_windows, tiny_llama
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.model.units import KeepMask, UnitGroup
 from frugal_bonsai.progress import Silent
-from frugal_bonsai.stream import head
+from frugal_bonsai.stream import vocabulary_sums
 from frugal_bonsai.stream.layers import Parameters
 from frugal_bonsai.stream.micro_batch import MicroBatches, is_out_of_memory
 
@@ -221,8 +221,10 @@ def test_the_head_halves_its_blocks(
         expected = engine.head.nll(hidden, tokens)
         fail = FailAt(call)
         engine.skeleton.norm.register_forward_hook(fail)
-        adding = head._log_sum_exp_
-        monkeypatch.setattr(head, "_log_sum_exp_", lambda logits: (fail(), adding(logits))[1])
+        adding = vocabulary_sums._log_sum_exp_
+        monkeypatch.setattr(
+            vocabulary_sums, "_log_sum_exp_", lambda logits: (fail(), adding(logits))[1]
+        )
         found = engine.head.nll(again, tokens)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (engine.head.batches.planned, engine.head.batches.size) == (4 * WINDOW, size)
