@@ -153,11 +153,14 @@ class FamilyContract:
         attention: layouts in which attention units can be removed.
         layouts: layouts that the family has.
         refines: recovery can move the FFN's channels.
+        updates_on_device: channel updates run on the simulated device, too. They depend on the form
+            of the FFN alone: one family of each form has them.
         rounding: largest relative change by inputs of 16 bits in int8 products.
     """
 
     name: str
     refines: bool = True
+    updates_on_device: bool = False
     rounding: float = 1e-3
     attention: tuple[str, ...] = LAYOUTS
     layouts: tuple[str, ...] = LAYOUTS
@@ -424,7 +427,8 @@ class FamilyContract:
             with engine.stream(stores["whole"]) as stream:
                 engine.sweep.run(stream, tokens_NS, tap=prior)
             native = tiny.source(mask=mask)
-            options = ReconstructionOptions(ridge=1e-1, mask=mask, channel_updates=1)
+            updates = int(self.updates_on_device)
+            options = ReconstructionOptions(ridge=1e-1, mask=mask, channel_updates=updates)
             reconstruction = Reconstruction(engine.sweep, options, save=lambda layer, weights: None)
             with (
                 engine.stream(native) as stream,

@@ -15,6 +15,7 @@ def test_every_family_has_a_tiny_model() -> None:
 
 class TestLlama(FamilyContract):
     name = "llama"
+    updates_on_device = True
 
 
 class TestMistral(FamilyContract):
@@ -129,10 +130,12 @@ class TestCohere2(FamilyContract):
 
 class TestApertus(FamilyContract):
     name = "apertus"
+    updates_on_device = True
 
 
 class TestArcee(FamilyContract):
     name = "arcee"
+    updates_on_device = True
 
 
 class TestNemotron(FamilyContract):
@@ -157,11 +160,13 @@ class TestGemma3(FamilyContract):
 
 class TestGpt2(FamilyContract):
     name = "gpt2"
+    updates_on_device = True
     attention = (PER_LAYER,)
 
 
 class TestGpt2Untied(TestGpt2):
     name = "gpt2-untied"
+    updates_on_device = False
 
 
 class TestGptNeo(FamilyContract):
@@ -181,6 +186,7 @@ class TestGptNeoXSequential(FamilyContract):
 
 class TestOpt(FamilyContract):
     name = "opt"
+    updates_on_device = True
     attention = (PER_LAYER,)
 
 
@@ -201,6 +207,7 @@ class TestFalconSequential(FamilyContract):
 
 class TestPhi3(FamilyContract):
     name = "phi3"
+    updates_on_device = True
 
 
 class TestMixtral(FamilyContract):
