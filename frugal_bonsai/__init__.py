@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdaptOptions",
     "BenchOptions",
+    "EvalOptions",
     "PruneOptions",
     "adapt_pruned",
     "bench",
@@ -43,6 +44,7 @@ __all__ = [
 _HOMES = {
     "AdaptOptions": "frugal_bonsai.run.options",
     "BenchOptions": "frugal_bonsai.run.options",
+    "EvalOptions": "frugal_bonsai.run.options",
     "PruneOptions": "frugal_bonsai.run.options",
     "adapt_pruned": "frugal_bonsai.run.adapt",
     "bench": "frugal_bonsai.run.bench",

@@ -59,16 +59,17 @@ def inspect_command(model: str, assume_family: str | None, as_json: bool) -> Non
 @options.json_output
 def eval_command(model: str, text: str | None, as_json: bool, **given: Any) -> None:
     """Measure MODEL's perplexity on a text or its scores on tasks, streamed under the caps."""
-    from frugal_bonsai.evaluation.harness import split_names
     from frugal_bonsai.report.eval_tables import render_eval
     from frugal_bonsai.run.early import check_eval
+    from frugal_bonsai.run.options import EvalOptions
 
-    threads, given["tasks"] = given.pop("threads"), split_names(given["tasks"])
-    check_eval(model, text, **{key: value for key, value in given.items() if key != "windows"})
+    threads = given.pop("threads")
+    options = EvalOptions(text=text, **given)
+    check_eval(model, options)
     with watched(threads) as progress:
         from frugal_bonsai.run.evaluate import evaluate
 
-        result = evaluate(model, text, progress=progress, **given)
+        result = evaluate(model, options, progress=progress)
     print_result(result, render_eval, as_json=as_json)
 
 

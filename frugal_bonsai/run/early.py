@@ -6,7 +6,6 @@ for its headers. Hub models, weights and texts are left to the command, which ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from frugal_bonsai.bonsai.methods import make_settings
@@ -17,13 +16,19 @@ from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.evaluation.harness import find_task_data, require_harness, split_names
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP, require_llama_cpp
 from frugal_bonsai.hardware.profile import read_profile, require_replaceable
-from frugal_bonsai.memory.budget import parse_caps, require_device_name
+from frugal_bonsai.memory.budget import require_device_name
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import layout_rules
 from frugal_bonsai.rewrite.mask_file import read_mask
 from frugal_bonsai.run.evaluate_gguf import find_gguf
 from frugal_bonsai.run.open import open_model
-from frugal_bonsai.run.options import AdaptOptions, BenchOptions, CommandOptions, PruneOptions
+from frugal_bonsai.run.options import (
+    AdaptOptions,
+    BenchOptions,
+    CommandOptions,
+    EvalOptions,
+    PruneOptions,
+)
 from frugal_bonsai.run.run_folder import holds_files, require_unlocked, run_folder
 from frugal_bonsai.run.texts import DEFAULT_WINDOW, choose_window, require_stride
 from frugal_bonsai.sizes import parse_bytes
@@ -116,48 +121,34 @@ def check_export(model: str, out: Path) -> None:
     _local_spec(model)
 
 
-def check_eval(
-    model: str,
-    text: str | None,
-    *,
-    tasks: Sequence[str],
-    task_data: Sequence[str],
-    limit: int | None,
-    window: int | None,
-    stride: int | None,
-    weights: str,
-    runtime: str,
-    max_gpu_mem: str | int | None,
-    max_cpu_mem: str | int | None,
-    device: str | None,
-    assume_family: str | None,
-) -> dict[str, Path]:
+def check_eval(model: str, options: EvalOptions) -> dict[str, Path]:
     """Check the options of ``eval``; return the local file of each task that has one.
 
     Raises:
         FrugalBonsaiError: An option cannot work, or the text or the model's headers cannot be used.
     """
+    text, tasks = options.text, split_names(options.tasks)
     if text is None and not tasks:
         raise OptionError("eval needs --text SOURCE, --tasks NAME,... or both")
     if text is not None:
         require_source(text, "--text")
-    for option, value in {"--task-data": task_data, "--limit": limit}.items():
+    for option, value in {"--task-data": options.task_data, "--limit": options.limit}.items():
         if value and not tasks:
             raise OptionError(f"{option} is for --tasks; name tasks, or omit it")
-    files = find_task_data(tasks, task_data)
-    _check_window(window)
-    if stride is not None:
+    files = find_task_data(tasks, options.task_data)
+    _check_window(options.window)
+    if options.stride is not None:
         if text is None:
             raise OptionError("--stride is for --text; name a text, or omit it")
-        require_stride(stride, window or DEFAULT_WINDOW)
-    if runtime == LLAMA_CPP:
+        require_stride(options.stride, options.window or DEFAULT_WINDOW)
+    if options.runtime == LLAMA_CPP:
         given = {
             "--tasks": tasks,
-            "--weights": weights != "native",
-            "--max-gpu-mem": max_gpu_mem,
-            "--max-cpu-mem": max_cpu_mem,
-            "--device": device,
-            "--assume-family": assume_family,
+            "--weights": options.weights != "native",
+            "--max-gpu-mem": options.max_gpu_mem,
+            "--max-cpu-mem": options.max_cpu_mem,
+            "--device": options.device,
+            "--assume-family": options.assume_family,
         }
         _refuse_for_llama_cpp([option for option, value in given.items() if value])
         find_gguf(model)
@@ -165,11 +156,11 @@ def check_eval(
         return files
     if tasks:
         require_harness()
-    parse_caps(max_gpu_mem, max_cpu_mem)
-    require_device_name(device)
-    spec = _local_spec(model, assume_family)
+    _ = options.caps  # raises for a cap that is not a size
+    require_device_name(options.device)
+    spec = _local_spec(model, options.assume_family)
     if spec is not None:
-        choose_window(spec, window)
+        choose_window(spec, options.window)
     return files
 
 

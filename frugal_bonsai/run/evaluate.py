@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from frugal_bonsai.evaluation.harness import load_tasks, split_names
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
 from frugal_bonsai.evaluation.perplexity import measure_perplexity
-from frugal_bonsai.memory.budget import Caps, find_device, make_budget, parse_caps
+from frugal_bonsai.memory.budget import Caps, find_device, make_budget
 from frugal_bonsai.memory.disk import RUN
 from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.model.tied_head import require_tied_head
@@ -32,6 +31,7 @@ from frugal_bonsai.run.engine import make_engine, measured_base_bytes
 from frugal_bonsai.run.evaluate_gguf import evaluate_gguf
 from frugal_bonsai.run.evaluate_tasks import evaluate_tasks
 from frugal_bonsai.run.open import Model, note_model, open_model
+from frugal_bonsai.run.options import EvalOptions
 from frugal_bonsai.run.summary import describe_memory
 from frugal_bonsai.run.texts import (
     bytes_per_token,
@@ -47,42 +47,13 @@ STREAMED = "streamed"
 
 
 def evaluate(
-    model: str,
-    text: str | None = None,
-    *,
-    tasks: str | Sequence[str] = (),
-    task_data: Sequence[str] = (),
-    limit: int | None = None,
-    window: int | None = None,
-    windows: int | None = None,
-    stride: int | None = None,
-    weights: str = "native",
-    runtime: str = STREAMED,
-    max_gpu_mem: str | int | None = None,
-    max_cpu_mem: str | int | None = None,
-    device: str | None = None,
-    assume_family: str | None = None,
-    progress: Progress | None = None,
+    model: str, options: EvalOptions, *, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Measure the perplexity of a model on a text, its scores on tasks, or both.
 
     Args:
         model: Folder, GGUF file, hub id or ``example``; dense or pruned, any layout.
-        text: File, JSON lines, hub data set or ``stdlib``. None measures no perplexity.
-        tasks: Tasks of lm-evaluation-harness, as a list or separated by commas.
-        task_data: Local items of tasks: folders, or ``TASK=FILE``. None are read from the hub.
-        limit: Number of items of each task. None takes all.
-        window: Tokens of a window. None takes 2,048 or the model's positions. Requests of tasks
-            are truncated to it; None truncates them to the model's positions.
-        windows: Largest number of windows. None takes the whole text.
-        stride: Tokens between the starts of two windows of the text, less than ``window``; each
-            token counts once. None is ``window``: without overlap.
-        weights: ``native`` streams the checkpoint itself, ``int8`` a quantised working copy.
-        runtime: ``streamed``, or ``llama.cpp`` for a GGUF file, which takes no caps.
-        max_gpu_mem: Cap on device memory: bytes, or text such as ``"24GB"``.
-        max_cpu_mem: Cap on resident memory, likewise.
-        device: Device that computes. None takes a GPU if there is one.
-        assume_family: Family whose table is used for an architecture that has none.
+        options: What to measure, and within which caps.
         progress: Told of each layer visit.
 
     Returns:
@@ -92,41 +63,28 @@ def evaluate(
         FrugalBonsaiError: The user can mend it.
     """
     started, progress = time.monotonic(), progress or Silent()
-    names = split_names(tasks)
-    files = check_eval(
-        model,
-        text,
-        tasks=names,
-        task_data=task_data,
-        limit=limit,
-        window=window,
-        stride=stride,
-        weights=weights,
-        runtime=runtime,
-        max_gpu_mem=max_gpu_mem,
-        max_cpu_mem=max_cpu_mem,
-        device=device,
-        assume_family=assume_family,
-    )
-    if runtime == LLAMA_CPP:
-        assert text is not None  # checked above
-        return evaluate_gguf(
-            model, text, window=window, windows=windows, stride=stride, progress=progress
-        )
-    caps = parse_caps(max_gpu_mem, max_cpu_mem)
+    files = check_eval(model, options)
+    if options.runtime == LLAMA_CPP:
+        assert options.text is not None  # checked above
+        cut = {"window": options.window, "windows": options.windows, "stride": options.stride}
+        return evaluate_gguf(model, options.text, **cut, progress=progress)
+    names = split_names(options.tasks)
     loaded = load_tasks(names, files) if names else None
-    values: dict[str, Any] = {"model": model, "runtime": STREAMED, "weights": weights}
-    place: dict[str, Any] = {"device": find_device(device), "caps": caps, "progress": progress}
-    with open_model(model, assume_family=assume_family) as opened:
+    place: dict[str, Any] = {
+        "device": find_device(options.device),
+        "caps": options.caps,
+        "progress": progress,
+    }
+    values: dict[str, Any] = {"model": model, "runtime": STREAMED, "weights": options.weights}
+    with open_model(model, assume_family=options.assume_family) as opened:
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
-        if text is not None:
-            cut = {"window": window, "windows": windows, "stride": stride}
-            values |= _measure(opened, text, cut, weights=weights, **place)
+        if options.text is not None:
+            values |= _measure(opened, options.text, options, **place)
         if loaded is not None:
-            store = INT8 if weights == INT8 else None
+            store = INT8 if options.weights == INT8 else None
             scored, _ = evaluate_tasks(
-                opened, loaded, limit=limit, window=window, weights=store, **place
+                opened, loaded, limit=options.limit, window=options.window, weights=store, **place
             )
             values |= _with_larger_plan(scored, values)
     seconds = time.monotonic() - started
@@ -145,31 +103,20 @@ def _with_larger_plan(later: dict[str, Any], earlier: dict[str, Any]) -> dict[st
 def _measure(
     model: Model,
     text: str,
-    cut: Mapping[str, int | None],
+    options: EvalOptions,
     *,
-    weights: str,
     device: torch.device,
     caps: Caps,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Measure the perplexity within a memory plan; return both as plain values.
-
-    Args:
-        model: The model.
-        text: Source of the text.
-        cut: ``window``, ``windows`` and ``stride`` as the user names them.
-        weights: ``"int8"`` for a working copy. ``"native"`` streams the checkpoint.
-        device: Device that computes.
-        caps: Caps of the user.
-        progress: Told of each layer visit.
-    """
-    window, stride = choose_window(model.spec, cut["window"]), cut["stride"]
+    """Measure the perplexity within a memory plan; return both as plain values."""
+    window, stride = choose_window(model.spec, options.window), options.stride
     require_stride(stride, window)
     name, windows_NS = read_windows(
-        model, text, window, windows=cut["windows"], option="--text", stride=stride
+        model, text, window, windows=options.windows, option="--text", stride=stride
     )
     windows = len(windows_NS)
-    store = INT8 if weights == INT8 else None
+    store = INT8 if options.weights == INT8 else None
     work = SweepWorkload(window=window, measured=(windows,), weights=store)
     plan, engine = _plan(model, work, device, caps, progress)
     require_room(plan.disk, {RUN: Path(tempfile.gettempdir())}, "the int8 working store")
@@ -183,7 +130,7 @@ def _measure(
         "stride": stride,
         **measured.describe(bytes_per_token(model, windows_NS, stride)),
         "runtime": STREAMED,
-        "weights": weights,
+        "weights": options.weights,
         **describe_memory(plan, engine),
         "notes": [*plan.budget.notes, *model.notes],
     }

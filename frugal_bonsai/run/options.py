@@ -1,4 +1,4 @@
-"""The options of ``prune``, ``plan``, ``adapt`` and ``bench``, for command line and API."""
+"""The options of ``prune``, ``plan``, ``adapt``, ``eval`` and ``bench``, for both interfaces."""
 
 from __future__ import annotations
 
@@ -171,6 +171,52 @@ class AdaptOptions(CommandOptions):
                 f"--loss {settings.loss}: needs the dense model; add --teacher, or choose --loss lm"
             )
         return objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Options of ``eval``, except MODEL. At least ``text`` or ``tasks`` must be named.
+
+    Attributes:
+        text: File, JSON lines, hub data set or ``stdlib``. None measures no perplexity.
+        tasks: Tasks of lm-evaluation-harness, as a list or separated by commas.
+        task_data: Local items of tasks: folders, or ``TASK=FILE``. None are read from the hub.
+        limit: Number of items of each task. None takes all.
+        window: Tokens of a window. None takes 2,048 or the model's positions. Requests of tasks
+            are truncated to it; None truncates them to the model's positions.
+        windows: Largest number of windows. None takes the whole text.
+        stride: Tokens between the starts of two windows of the text, less than ``window``; each
+            token counts once. None is ``window``: without overlap.
+        weights: ``native`` streams the checkpoint itself, ``int8`` a quantised working copy.
+        runtime: ``streamed``, or ``llama.cpp`` for a GGUF file, which takes no caps.
+        max_gpu_mem: Cap on device memory: bytes, or text such as ``"24GB"``.
+        max_cpu_mem: Cap on resident memory, likewise.
+        device: Device that computes. None takes a GPU if there is one.
+        assume_family: Family whose table is used for an architecture that has none.
+    """
+
+    text: str | None = None
+    tasks: str | Sequence[str] = ()
+    task_data: Sequence[str] = ()
+    limit: int | None = None
+    window: int | None = None
+    windows: int | None = None
+    stride: int | None = None
+    weights: str = "native"
+    runtime: str = "streamed"
+    max_gpu_mem: str | int | None = None
+    max_cpu_mem: str | int | None = None
+    device: str | None = None
+    assume_family: str | None = None
+
+    @property
+    def caps(self) -> Caps:
+        """The memory caps in bytes.
+
+        Raises:
+            OptionError: A cap is not a size.
+        """
+        return parse_caps(self.max_gpu_mem, self.max_cpu_mem)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from frugal_bonsai import (
     AdaptOptions,
+    EvalOptions,
     PruneOptions,
     adapt_pruned,
     evaluate,
@@ -158,8 +159,8 @@ def test_prune_on_another_accelerator(kind: str, tmp_path: Path) -> None:
 def test_eval(machine: Machine) -> None:
     given: dict[str, Any] = {"text": "stdlib", "window": WINDOW, "windows": 6}
     for weights in ("native", "int8"):
-        there = evaluate("example", weights=weights, device="cuda", **given)
-        here = evaluate("example", weights=weights, device="cpu", **given)
+        there = evaluate("example", EvalOptions(weights=weights, device="cuda", **given))
+        here = evaluate("example", EvalOptions(weights=weights, device="cpu", **given))
         assert there["perplexity"] == pytest.approx(here["perplexity"], rel=ROUNDING)
     assert machine.order.races == []
 

@@ -21,6 +21,7 @@ from frugal_bonsai.progress import Silent
 from frugal_bonsai.rewrite.mask_file import write_mask
 from frugal_bonsai.run import adapt as command
 from frugal_bonsai.run.evaluate import evaluate
+from frugal_bonsai.run.options import EvalOptions
 
 WINDOW = 64
 QUICK = ("--window", str(WINDOW), "--windows", "24", "--batch", "4", "--evaluations", "2")
@@ -92,7 +93,7 @@ def test_the_output_is_better_and_computes_what_the_student_did(
     difference = (found_NSV - student_NSV).abs().max()
     assert float(difference / student_NSV.abs().max()) < 1e-4
     # The streamed evaluation of the output says what the report says.
-    again = evaluate(str(out), str(text), window=WINDOW)
+    again = evaluate(str(out), EvalOptions(text=str(text), window=WINDOW))
     assert again["perplexity"] == pytest.approx(after["eval_perplexity"], rel=1e-4)
     # Same files, same shapes; only the projections changed.
     old, new = load_file(pruned / "model.safetensors"), load_file(out / "model.safetensors")

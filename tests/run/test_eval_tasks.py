@@ -157,7 +157,8 @@ def test_commands_score_both_models_of_a_prune(
     assert found["perplexity"] > 1 and found["window"] == 64
     assert found["host_peak_bytes"] < found["host_cap_bytes"]
     capfd.readouterr()
-    dense = package.evaluate("example", tasks=names, task_data=[str(data)], limit=1, weights="int8")
+    options = package.EvalOptions(tasks=names, task_data=[str(data)], limit=1, weights="int8")
+    dense = package.evaluate("example", options)
     assert dense["tasks"] == before
     assert "it/s" not in capfd.readouterr().err, "progress bars of the harness"
 

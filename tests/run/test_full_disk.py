@@ -32,7 +32,7 @@ from frugal_bonsai.run.adapt_plan import plan_adapt
 from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.evaluate import evaluate
 from frugal_bonsai.run.export import export_gguf
-from frugal_bonsai.run.options import AdaptOptions, PruneOptions
+from frugal_bonsai.run.options import AdaptOptions, EvalOptions, PruneOptions
 from frugal_bonsai.run.prune import prune
 from frugal_bonsai.run.shrink import shrink
 
@@ -141,7 +141,7 @@ def test_other_commands_are_refused(
 ) -> None:
     free_bytes(monkeypatch, 5000)
     with pytest.raises(OutputError, match="the int8 working store needs"):
-        evaluate(model, "stdlib", window=32, windows=2, weights="int8")
+        evaluate(model, EvalOptions(text="stdlib", window=32, windows=2, weights="int8"))
     given = AdaptOptions(teacher=model, data=("stdlib",), windows=8, window=32)
     with pytest.raises(
         OutputError, match=r"out\.run: this adaptation needs .* \(run folder and output"

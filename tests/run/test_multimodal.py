@@ -312,7 +312,8 @@ def test_commands_take_the_whole_and_what_was_pruned(
     assert info["weight_bytes"] + info["multimodal"]["bytes"] == summary["before"]["weight_bytes"]
     assert frugal_bonsai.plan(str(dense), OPTIONS)["parameters"] == info["parameters"]
     for folder in (whole, alone):
-        result = frugal_bonsai.evaluate(str(folder), str(text), window=32, device="cpu")
+        options = frugal_bonsai.EvalOptions(text=str(text), window=32, device="cpu")
+        result = frugal_bonsai.evaluate(str(folder), options)
         after = summary["after"]["eval_perplexity"]
         assert result["perplexity"] == pytest.approx(after, rel=1e-6)
     for folder in (dense, whole, alone):  # as bench does
