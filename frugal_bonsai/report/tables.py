@@ -217,14 +217,22 @@ def render_inspect(info: Values, console: Console) -> None:
             for group in info["groups"]
         ],
     )
-    uniform = info["layouts"]["uniform"]
     sheet.blank()
-    sheet.say(
-        f"uniform layout: FFN channels in multiples of {uniform['tile']}, KV groups a layer one of "
-        f"{', '.join(map(str, uniform['attention_counts']))}; per-layer and padded: any counts"
-    )
+    sheet.say(_layout_words(info))
     for note in info["notes"]:
         sheet.say(f"note: {note}")
+
+
+def _layout_words(info: Values) -> str:
+    """Return the numbers of units that the layouts can hold."""
+    uniform, reason = info["layouts"]["uniform"], info.get("whole_attention")
+    channels = f"uniform layout: FFN channels in multiples of {uniform['tile']}"
+    if reason is not None:
+        return f"{channels}; per-layer and padded: any number; attention stays whole: {reason}"
+    if not uniform["attention_counts"]:
+        return f"{channels}; padded: any number; per-layer alone removes attention heads, too"
+    counts = ", ".join(map(str, uniform["attention_counts"]))
+    return f"{channels}, KV groups a layer one of {counts}; per-layer and padded: any counts"
 
 
 def _model_rows(info: Values) -> list[tuple[str, str]]:

@@ -47,6 +47,7 @@ def inspect(model: str, *, assume_family: str | None = None) -> dict[str, Any]:
             "heads": spec.heads,
             "kv_heads": spec.kv_heads,
             "head_dim": spec.head_dim,
+            "whole_attention": spec.whole_attention,
             "intermediate": spec.intermediate,
             "experts": spec.experts,
             "experts_chosen": spec.experts_chosen,

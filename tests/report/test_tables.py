@@ -219,6 +219,15 @@ def test_inspect_names_units_and_says_module_once() -> None:
     assert "multiples of 64" in words(text) and "1, 2, 4, 8" in words(text)
 
 
+def test_inspect_says_where_attention_stays_whole() -> None:
+    layouts = {"uniform": {"tile": 64, "attention_counts": []}}
+    whole = {**INSPECT, "layouts": layouts, "whole_attention": "its queries hold gates"}
+    text = " ".join(printed(render_inspect, whole).split())
+    assert "multiples of 64; per-layer and padded: any number; attention stays whole: its" in text
+    text = " ".join(printed(render_inspect, {**whole, "whole_attention": None}).split())
+    assert "per-layer alone removes attention heads, too" in text
+
+
 def test_inspect_of_a_model_of_images_and_text() -> None:
     whole = {
         "model_type": "gemma3",
