@@ -207,3 +207,21 @@ def test_a_text_model_of_an_assumed_family(tmp_path: Path) -> None:
         assert (
             relative(streamed_logits(opened, tokens_NS), whole_logits(tmp_path, tokens_NS)) < 1e-5
         )
+
+
+def test_ministral_3_as_people_have_it(tmp_path: Path) -> None:
+    """Inside a model of images and text, with queries that grow beyond the trained length."""
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.5,
+    }
+    text = {**WHOLES["mistral3"]["text_config"], "model_type": "ministral3"}
+    save_whole(tmp_path, "mistral3", text_config={**text, "rope_parameters": rope})
+    tokens_NS = random_windows(2, 13, vocabulary=280)
+    with open_model(str(tmp_path), text_only=False) as opened:
+        assert opened.spec.family.model_type == "ministral3"
+        expected = whole_logits(tmp_path, tokens_NS)
+        assert relative(streamed_logits(opened, tokens_NS), expected) < 1e-5
