@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from frugal_bonsai.run.plan import plan
     from frugal_bonsai.run.profile import profile
     from frugal_bonsai.run.prune import prune
+    from frugal_bonsai.run.report import report_page
     from frugal_bonsai.run.shrink import shrink
     from frugal_bonsai.text.windows import load_tokenizer
 
@@ -36,6 +37,7 @@ __all__ = [
     "plan_adapt",
     "profile",
     "prune",
+    "report_page",
     "shrink",
 ]
 
@@ -57,6 +59,7 @@ _HOMES = {
     "plan_adapt": "frugal_bonsai.run.adapt_plan",
     "profile": "frugal_bonsai.run.profile",
     "prune": "frugal_bonsai.run.prune",
+    "report_page": "frugal_bonsai.run.report",
     "shrink": "frugal_bonsai.run.shrink",
 }
 

@@ -13,7 +13,7 @@ import click
 from frugal_bonsai.cli.adapt import adapt_command
 from frugal_bonsai.cli.measure import eval_command, inspect_command, profile_command
 from frugal_bonsai.cli.prune import plan_command, prune_command
-from frugal_bonsai.cli.rewrite import bench_command, export_command, shrink_command
+from frugal_bonsai.cli.rewrite import bench_command, export_command, report_command, shrink_command
 from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 
 
@@ -33,6 +33,7 @@ for _command in (
     profile_command,
     inspect_command,
     eval_command,
+    report_command,
 ):
     cli.add_command(_command)
 

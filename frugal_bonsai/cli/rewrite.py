@@ -96,3 +96,22 @@ def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
 
         result = bench(dense, pruned, chosen, progress=progress)
     print_result(result, render_bench, as_json=as_json)
+
+
+@click.command(name="report")
+@click.argument("output")
+@click.option("--out", metavar="FILE", help="Default: report.html for html, else the console.")
+@click.option(
+    "--format", "kind", type=click.Choice(["html", "md", "json"]), default="html", show_default=True
+)
+def report_command(output: str, out: str | None, kind: str) -> None:
+    """Write one page on OUTPUT, a folder that prune wrote: what it removed, what it cost."""
+    from frugal_bonsai.run.report import report_page, write_page
+
+    text = report_page(output, kind=kind)
+    if out is None and kind != "html":
+        click.echo(text)
+        return
+    path = Path(out or "report.html")
+    write_page(path, text)
+    click.echo(f"written: {path}")

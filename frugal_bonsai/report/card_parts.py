@@ -93,7 +93,7 @@ def source_name(source: str) -> str:
     """Return the name of a text without its folders."""
     if PureWindowsPath(source).is_absolute() or source.startswith("/"):
         return printable(PureWindowsPath(source).name)
-    return _without_paths(source)
+    return without_paths(source)
 
 
 def card_head(model: str, summary: Mapping[str, Any], *tags: str) -> str:
@@ -119,13 +119,13 @@ def card_head(model: str, summary: Mapping[str, Any], *tags: str) -> str:
 
 def warning_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the section of warnings; empty without any."""
-    lines = [f"- {_without_paths(text)}." for text in summary.get("warnings", ())]
+    lines = [f"- {without_paths(text)}." for text in summary.get("warnings", ())]
     return ["## Warnings\n", "\n".join(lines) + "\n"] if lines else []
 
 
 def note_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the command's notes, a paragraph each."""
-    return [f"Note: {_without_paths(text)}.\n" for text in summary["notes"]]
+    return [f"Note: {without_paths(text)}.\n" for text in summary["notes"]]
 
 
 def provenance_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -176,7 +176,8 @@ def _from_to(pair: Sequence[float | None] | None) -> str:
     return " to ".join(number(value, digits) for value in pair)
 
 
-def _without_paths(text: str) -> str:
+def without_paths(text: str) -> str:
+    """Return a text with the last part of each local path in it."""
     return printable(_LOCAL_PATH.sub(lambda found: PureWindowsPath(found[0]).name, text))
 
 

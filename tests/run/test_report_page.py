@@ -1,0 +1,88 @@
+"""The page of a pruned model: the report's figures, nothing outside, clear errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from commands import fail
+
+import frugal_bonsai.run.report as report
+from frugal_bonsai.run.report import report_page
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A folder with a report such as prune writes."""
+    kept, dense = {"attention": [3, 4], "ffn": [192, 320]}, {"attention": [4, 4], "ffn": [512, 512]}
+    sizes = {"parameters": 3443136, "block_parameters": 2656512, "weight_bytes": 6886272}
+    row = {"round": 1, "observations": 32, "r2": 0.87, "tau": 0.79, "certainty": 1.0}
+    summary = {
+        "version": "0.1.0",
+        "model": "<script>x",
+        "layout": "uniform",
+        "method": "default",
+        "settings": {"seed": 17},
+        "calibration": {"source": "stdlib"},
+        "kept": kept,
+        "dense": dense,
+        "layer_sparsity": [0.5, 0.25],
+        "rounds": [
+            {**row, "sparsity": 0.25, "perplexity": 9.97, "seconds": 4.5, "forward_tokens": 192512}
+        ],
+        "forward_tokens": 1333680,
+        "seconds": 115.8,
+        "sparsity": 0.375,
+        "memory": {
+            "host_cap_bytes": 2 * 10**9,
+            "host_predicted_bytes": 1933071334,
+            "host_peak_bytes": 1476882432,
+            "gpu_peak_bytes": None,
+            "plan": [{"name": "hidden states", "where": "host", "size_bytes": 576 * 2**20}],
+        },
+        "notes": ["read from /home/someone/secret/model"],
+        "load": f"AutoModelForCausalLM.from_pretrained('{tmp_path}')",
+        "before": {**sizes, "perplexity": 9.0393},
+        "after": {**sizes, "parameters": 2116032, "perplexity": 12.2908},
+    }
+    (tmp_path / "pruning_report.json").write_text(json.dumps(summary))
+    return tmp_path
+
+
+def test_html_has_the_figures_and_refers_to_nothing(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "draw_figures", lambda charts: {})
+    page = report_page(output)
+    HTMLParser().feed(page)
+    for text in ("9.039", "12.291", "1,333,680", "3 of 4", "192 of 512", "192,512", "576.00 MiB"):
+        assert text in page
+    assert "<script" not in page and "&lt;script&gt;x" in page
+    assert not re.search(r"(src|href)=", page)
+    assert "/home/" not in page and str(output) not in page
+
+
+def test_figures_are_the_same_each_time(output: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page = report_page(output)
+    assert page.count("<svg") == 3 and page == report_page(output)
+
+
+def test_markdown_and_json(output: Path) -> None:
+    assert "| 0 | 3 of 4 | 192 of 512 | 50.0% |" in report_page(output, kind="md")
+    context = json.loads(report_page(output, kind="json"))
+    assert context["charts"]["kept"]["FFN channels"] == [0.375, 0.625]
+
+
+def test_errors_say_what_to_do(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "no such folder" in fail("report", tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "finished prune" in fail("report", tmp_path / "empty")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'frugal-bonsai[plots]'" in fail("report", output)
