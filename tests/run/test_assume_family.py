@@ -71,14 +71,14 @@ def test_streamed_logits_are_hugging_faces(model: Path) -> None:
 
 def test_without_it_the_list_and_the_way_out_are_shown(model: Path) -> None:
     message = fail("inspect", model)
-    assert "model_type 'cwm' is not supported; supported: arcee, cohere," in message
+    assert "model_type 'cwm' is not supported; supported: apertus, arcee," in message
     assert "--assume-family (llama fits most)" in message
     assert "docs/adding-a-family.md" in message
 
 
 def test_a_family_that_does_not_exist(model: Path) -> None:
     message = fail("inspect", model, "--assume-family", "lama")
-    assert "--assume-family: 'lama' is not one of arcee, cohere," in message
+    assert "--assume-family: 'lama' is not one of apertus, arcee," in message
 
 
 def test_tensors_of_other_names_are_refused(model: Path, tmp_path: Path) -> None:
