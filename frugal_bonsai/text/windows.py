@@ -1,16 +1,9 @@
 """Tokenise text and cut it into windows.
 
-<<<<<<< HEAD
 In: text and a local tokenizer. Out: int64 tokens in windows, which overlap if asked. No special
-tokens are added and nothing is downloaded. The whole text is tokenised in one call, because some
-tokenizers merge across any boundary (SentencePiece). That call holds about 400 bytes per token, so
-callers limit the length of the text.
-=======
-In: text and a local tokenizer. Out: int64 tokens in windows without overlap. No special tokens are
-added and nothing is downloaded. A text is tokenised in one call, because some tokenizers merge
-across any boundary (SentencePiece). That call holds about 400 bytes per token, so callers limit the
-length of the text. Windows spread over a long text are tokenised one by one.
->>>>>>> f4b5725 (wip)
+tokens are added and nothing is downloaded. A text is tokenised in one call, because some tokenizers
+merge across any boundary (SentencePiece). That call holds about 400 bytes per token, so callers
+limit the length of the text. Windows spread over a long text are tokenised one by one.
 
 Shape suffixes: T tokens, n windows, S tokens of a window.
 """
