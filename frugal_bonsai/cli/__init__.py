@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import click
+import cloup
 
 from frugal_bonsai.cli.adapt import adapt_command
 from frugal_bonsai.cli.measure import eval_command, inspect_command, profile_command
@@ -16,26 +17,43 @@ from frugal_bonsai.cli.prune import plan_command, prune_command
 from frugal_bonsai.cli.rewrite import bench_command, export_command, report_command, shrink_command
 from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 
+_SECTIONS = (
+    cloup.Section("Prune", [plan_command, prune_command, adapt_command, shrink_command]),
+    cloup.Section("Measure and look", [eval_command, bench_command, inspect_command]),
+    cloup.Section(
+        "Reports, machines, other runtimes", [report_command, profile_command, export_command]
+    ),
+)
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+class _Commands(cloup.Group):
+    """The group of all commands; its help ends with the exit codes."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what the exit codes mean, and where more is explained."""
+        formatter.write(_EPILOG)
+
+
+_EPILOG = """
+Exit codes:
+  0    done
+  1    a defect of the program: a traceback, which a bug report needs
+  2    an error that you can mend: an option, file or cap; the text says what to try
+  130  stopped with Ctrl-C; prune and adapt keep what was finished for --resume
+
+Start with: frugal-bonsai prune example --out out/example
+Completion in your shell: docs/command-line.md
+"""
+
+
+@cloup.group(
+    cls=_Commands,
+    sections=_SECTIONS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="frugal-bonsai")
 def cli() -> None:
     """Prune language models with forward passes only, within a memory cap."""
-
-
-for _command in (
-    prune_command,
-    adapt_command,
-    shrink_command,
-    export_command,
-    bench_command,
-    plan_command,
-    profile_command,
-    inspect_command,
-    eval_command,
-    report_command,
-):
-    cli.add_command(_command)
 
 
 def main() -> None:

@@ -6,101 +6,160 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 
 from frugal_bonsai.cli import options
+from frugal_bonsai.cli.command import COMMON, Command
 from frugal_bonsai.cli.running import print_result, set_threads, watched
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.sizes import parse_count
 
+_training_group = cloup.option_group(
+    "Training",
+    click.option(
+        "--method",
+        type=click.Choice(["lora", "full"]),
+        help="lora trains adapters, full the block projections.  [default: lora]",
+    ),
+    click.option(
+        "--rank", metavar="N|auto", help="Rank of the adapters.  [default: auto, as caps allow]"
+    ),
+    click.option(
+        "--alpha", type=float, help="Adapters are scaled by alpha/rank.  [default: 2 x rank]"
+    ),
+    click.option(
+        "--optimizer",
+        "optimiser",
+        type=click.Choice(["auto", "adamw", "adamw8bit"]),
+        help="auto: adamw8bit (bitsandbytes) where adamw's fp32 moments do not fit.  "
+        "[default: auto]",
+    ),
+    click.option(
+        "--learning-rate",
+        type=float,
+        help="Peak learning rate.  [default: 0.384 / hidden size; full: 0.096 / it]",
+    ),
+    click.option("--batch", type=int, help="Windows of a step.  [default: 8]"),
+    click.option(
+        "--evaluations", type=int, help="Held-out evaluations during training.  [default: 10]"
+    ),
+    click.option(
+        "--weights",
+        type=click.Choice(["int8", "native", "streamed"]),
+        help="Form of the frozen weights; streamed: read again in each step.  [default: native if "
+        "it fits, else int8, else streamed]",
+    ),
+    click.option("--seed", type=int, help="Seed of adapters and order.  [default: 0]"),
+)
+_loss_group = cloup.option_group(
+    "Loss",
+    click.option(
+        "--loss",
+        type=click.Choice(["lm", "kl", "kl+hidden"]),
+        help="lm: the text; kl: and the teacher's next tokens; kl+hidden: and its hidden states.  "
+        "[default: kl]",
+    ),
+    click.option("--lm-weight", type=float, help="Weight of the text's loss.  [default: 1]"),
+    click.option(
+        "--kl-weight",
+        type=float,
+        help="Weight of the divergence from the teacher's next tokens.  [default: 1]",
+    ),
+    click.option(
+        "--hidden-weight",
+        type=float,
+        help="Weight of the hidden states' relative error.  [default: 1]",
+    ),
+    click.option(
+        "--hidden-layers",
+        metavar="N,N",
+        help="Layers whose hidden states are compared.  [default: every fourth and the last]",
+    ),
+    click.option(
+        "--top",
+        type=int,
+        help="Next tokens of the teacher that are kept.  [default: 64, at most the vocabulary]",
+    ),
+    click.option(
+        "--temperature",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Divisor of the teacher's logits; above 1 unlikely tokens count more.",
+    ),
+    click.option(
+        "--teacher-cache",
+        metavar="DIR",
+        help="Keep the teacher's answers here for other runs.  [default: deleted at the end]",
+    ),
+)
 
-@click.command(name="adapt")
-@click.argument("model", metavar="PRUNED")
-@click.option(
-    "--teacher", metavar="DENSE", help="Dense model that PRUNED was made from; not for --loss lm."
+
+@cloup.command(
+    name="adapt",
+    cls=Command,
+    short_help="Train a pruned model to imitate its dense model.",
+    examples=(
+        "frugal-bonsai adapt out/example-50 --teacher example --data stdlib --minutes 5 \\",
+        "    --out out/example-adapted",
+        "frugal-bonsai adapt PRUNED --teacher DENSE --data chats.jsonl --data self --tokens 10M \\",
+        "    --max-gpu-mem 24GB --out DIR",
+    ),
 )
-@click.option(
-    "--data",
-    required=True,
-    multiple=True,
-    metavar="SOURCE",
-    help="Text file, .jsonl with a text key, wikitext2, c4, hub id, stdlib or self (sampled from "
-    "DENSE); may be given several times.",
+@cloup.argument("model", metavar="PRUNED", help="A folder that prune wrote, or any other model.")
+@cloup.option_group(
+    COMMON,
+    click.option(
+        "--teacher",
+        metavar="DENSE",
+        help="Dense model that PRUNED was made from; not for --loss lm.",
+    ),
+    click.option(
+        "--data",
+        required=True,
+        multiple=True,
+        metavar="SOURCE",
+        help="Text file, .jsonl with a text key, wikitext2, c4, hub id, stdlib or self (sampled "
+        "from DENSE); may be given several times.",
+    ),
+    click.option("--out", metavar="DIR", help="Output folder; appears when complete."),
+    click.option(
+        "--tokens", metavar="N", help="Tokens to train on, such as 10M.  [default: four passes]"
+    ),
+    click.option("--minutes", type=float, help="Minutes to train for, instead of --tokens."),
+    options.window,
+    click.option(
+        "--windows", type=int, help="Windows of each source.  [default: all; self: 65,536 tokens]"
+    ),
+    options.eval_text,
+    options.max_gpu_mem,
+    options.max_cpu_mem,
+    options.resume,
+    click.option(
+        "--plan-only",
+        is_flag=True,
+        help="Predict the memory, item by item, and run nothing; needs no --out.",
+    ),
+    options.json_output,
 )
-@click.option("--out", metavar="DIR", help="Appears when it is complete.")
-@click.option(
-    "--plan-only",
-    is_flag=True,
-    help="Predict the memory, item by item, and run nothing; needs no --out.",
+@_training_group
+@_loss_group
+@cloup.option_group(
+    "Model, machine and output",
+    options.text_only,
+    options.device,
+    options.threads,
+    options.max_shard_size,
+    options.quiet,
+    options.verbose,
 )
-@click.option(
-    "--method",
-    type=click.Choice(["lora", "full"]),
-    help="lora trains adapters, full the block projections.  [default: lora]",
-)
-@click.option(
-    "--rank", metavar="N|auto", help="Rank of the adapters.  [default: auto, as caps allow]"
-)
-@click.option(
-    "--optimizer",
-    "optimiser",
-    type=click.Choice(["auto", "adamw", "adamw8bit"]),
-    help="auto: adamw8bit (bitsandbytes) where adamw's fp32 moments do not fit.  [default: auto]",
-)
-@click.option("--alpha", type=float, help="Adapters are scaled by alpha/rank.  [default: 2 x rank]")
-@click.option(
-    "--loss",
-    type=click.Choice(["lm", "kl", "kl+hidden"]),
-    help="lm: the text; kl: and the teacher's next tokens; kl+hidden: and its hidden states.  "
-    "[default: kl]",
-)
-@click.option("--lm-weight", type=float, help="[default: 1]")
-@click.option("--kl-weight", type=float, help="[default: 1]")
-@click.option("--hidden-weight", type=float, help="[default: 1]")
-@click.option("--hidden-layers", metavar="N,N", help="[default: every fourth and the last]")
-@click.option(
-    "--top",
-    type=int,
-    help="Next tokens of the teacher that are kept.  [default: 64, at most the vocabulary]",
-)
-@click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--teacher-cache", metavar="DIR", help="Keep the teacher's answers for other runs.")
-@click.option(
-    "--tokens", metavar="N", help="Tokens to train on, such as 10M.  [default: four passes]"
-)
-@click.option("--minutes", type=float, help="Minutes to train for, instead of --tokens.")
-@click.option("--batch", type=int, help="Windows of a step.  [default: 8]")
-@click.option(
-    "--learning-rate", type=float, help="[default: 0.384 / hidden size; full: 0.096 / it]"
-)
-@click.option(
-    "--evaluations", type=int, help="Held-out evaluations during training.  [default: 10]"
-)
-@click.option(
-    "--weights",
-    type=click.Choice(["int8", "native", "streamed"]),
-    help="Form of the frozen weights; streamed: read again in each step.  [default: native if it "
-    "fits, else int8, else streamed]",
-)
-@click.option(
-    "--window", type=int, help="Tokens of a window.  [default: 2048, at most the model's positions]"
-)
-@click.option(
-    "--windows", type=int, help="Windows of each source.  [default: all; self: 65,536 tokens]"
-)
-@click.option("--eval-text", metavar="SOURCE", help="Report perplexity on this text too.")
-@click.option("--seed", type=int)
-@options.text_only
-@options.caps
-@options.max_shard_size
-@click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
-@options.json_output
 def adapt_command(
     model: str, out: str | None, plan_only: bool, resume: bool, as_json: bool, **given: Any
 ) -> None:
     """Train PRUNED to imitate DENSE under the same caps, into DIR.
 
     The dense model is streamed once, and its most likely next tokens are kept on disk. Then
-    adapters (extra: adapt) are trained beside the pruned weights and merged into them.
+    adapters are trained beside the pruned weights and merged into them.
     """
     if plan_only:
         _plan(model, out, given, as_json=as_json)

@@ -7,26 +7,67 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 
-from frugal_bonsai.cli import options
+from frugal_bonsai.cli import options, search_options
+from frugal_bonsai.cli.command import COMMON, Command
 from frugal_bonsai.cli.running import print_result, set_threads, watched
 from frugal_bonsai.run.options import PruneOptions
 
+_MODEL = 'A folder, a GGUF file, a hub id, or "example", a small model that is part of the package.'
 
-@click.command(name="prune")
-@click.argument("model")
-@click.option("--out", required=True, metavar="DIR", help="Output folder; appears when complete.")
-@options.search
-@options.eval_tasks
-@options.text_only
-@options.assume
-@options.caps
-@options.profile
-@options.max_shard_size
-@click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
-@options.json_output
+
+@cloup.command(
+    name="prune",
+    cls=Command,
+    short_help="Prune a model into a smaller checkpoint.",
+    examples=(
+        "frugal-bonsai prune example --sparsity 0.5 --out out/example-50",
+        "frugal-bonsai prune meta-llama/Llama-3.2-1B --sparsity 0.3 --layout per-layer \\",
+        "    --calibration my-text.txt --max-gpu-mem 8GB --out out/llama-70",
+    ),
+)
+@cloup.argument("model", help=_MODEL)
+@cloup.option_group(
+    COMMON,
+    click.option(
+        "--out", required=True, metavar="DIR", help="Output folder; appears when complete."
+    ),
+    search_options.sparsity,
+    options.layout,
+    search_options.calibration,
+    search_options.windows,
+    options.eval_text,
+    search_options.method,
+    options.max_gpu_mem,
+    options.max_cpu_mem,
+    options.resume,
+    options.json_output,
+)
+@cloup.option_group(
+    "Text and tasks", options.window, search_options.self_windows, *search_options.eval_tasks
+)
+@search_options.removal_group
+@search_options.mask_group
+@search_options.recovery_group
+@cloup.option_group(
+    "Model, machine and output",
+    options.text_only,
+    options.assume,
+    options.device,
+    options.threads,
+    options.profile,
+    search_options.weights,
+    search_options.seed,
+    options.max_shard_size,
+    options.quiet,
+    options.verbose,
+)
 def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: Any) -> None:
-    """Prune MODEL (a folder, a GGUF file, a hub id, or "example") into DIR."""
+    """Prune MODEL into DIR: evaluate masked sub-models, remove units, refit what is left.
+
+    The dense model streams from disk, layer by layer, under the memory caps.
+    """
     from frugal_bonsai.report.tables import render_prune
     from frugal_bonsai.run.early import check_prune
 
@@ -39,16 +80,49 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
     print_result(summary, render_prune, as_json=as_json)
 
 
-@click.command(name="plan")
-@click.argument("model")
-@options.search
-@options.text_only
-@options.assume
-@options.caps
-@options.profile
-@options.json_output
+@cloup.command(
+    name="plan",
+    cls=Command,
+    short_help="Predict memory and time of a prune.",
+    examples=(
+        "frugal-bonsai plan example --sparsity 0.5 --max-cpu-mem 2GB",
+        "frugal-bonsai plan meta-llama/Llama-3.2-1B --max-gpu-mem 8GB --profile mine.toml",
+    ),
+)
+@cloup.argument("model", help=_MODEL)
+@cloup.option_group(
+    COMMON,
+    search_options.sparsity,
+    options.layout,
+    search_options.calibration,
+    search_options.windows,
+    options.window,
+    search_options.method,
+    options.max_gpu_mem,
+    options.max_cpu_mem,
+    options.profile,
+    options.json_output,
+)
+@cloup.option_group("Text", options.eval_text, search_options.self_windows)
+@search_options.removal_group
+@search_options.mask_group
+@search_options.recovery_group
+@cloup.option_group(
+    "Model and machine",
+    options.text_only,
+    options.assume,
+    options.device,
+    options.threads,
+    search_options.weights,
+    search_options.seed,
+    options.quiet,
+    options.verbose,
+)
 def plan_command(model: str, as_json: bool, **given: Any) -> None:
-    """Predict the memory and the time of pruning MODEL; run nothing."""
+    """Predict the memory and the time of pruning MODEL; run nothing.
+
+    Reads config and tensor headers only, so a hub model is not downloaded.
+    """
     from frugal_bonsai.report.plan_tables import render_plan
     from frugal_bonsai.run.early import check_prune
 

@@ -6,20 +6,39 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 
 from frugal_bonsai.cli import options
+from frugal_bonsai.cli.command import COMMON, Command
 from frugal_bonsai.cli.running import print_result, watched
 
 
-@click.command(name="shrink")
-@click.argument("model")
-@click.option("--mask", required=True, metavar="FILE", help="Such as prune's pruning_mask.json.")
-@click.option("--out", required=True, metavar="DIR", help="Appears when it is complete.")
-@options.layout
-@options.text_only
-@options.max_shard_size
-@options.assume
-@options.json_output
+@cloup.command(
+    name="shrink",
+    cls=Command,
+    short_help="Apply a mask that someone shared.",
+    examples=(
+        "frugal-bonsai shrink example --mask out/example-50/pruning_mask.json --out out/again",
+        "frugal-bonsai shrink DENSE --mask pruning_mask.json --layout per-layer --out DIR",
+    ),
+)
+@cloup.argument("model", help="The dense model: a folder, a GGUF file, a hub id, or example.")
+@cloup.option_group(
+    COMMON,
+    click.option(
+        "--mask", required=True, metavar="FILE", help="Such as prune's pruning_mask.json."
+    ),
+    click.option(
+        "--out", required=True, metavar="DIR", help="Output folder; appears when complete."
+    ),
+    options.layout,
+    options.as_mistral,
+    options.text_only,
+    options.max_shard_size,
+    options.assume,
+    options.json_output,
+    options.verbose,
+)
 def shrink_command(as_json: bool, **given: Any) -> None:
     """Prune MODEL with a mask from elsewhere; needs no text and the memory of one tensor.
 
@@ -37,18 +56,41 @@ def shrink_command(as_json: bool, **given: Any) -> None:
     print_result(shrink(**given), render_shrink, as_json=as_json)
 
 
-@click.command(name="export")
-@click.argument("model", metavar="PRUNED")
-@click.option("--format", "kind", type=click.Choice(["gguf"]), default="gguf", show_default=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
-    default="f16",
-    show_default=True,
-    help="Number format of the matrices; vectors stay f32.",
+@cloup.command(
+    name="export",
+    cls=Command,
+    short_help="Write a model as one GGUF file.",
+    examples=(
+        "frugal-bonsai export out/example-50 --out example-50.gguf",
+        "frugal-bonsai export DIR --dtype q8_0 --out model-q8.gguf",
+    ),
 )
-@click.option("--out", required=True, metavar="FILE", help="Appears when it is complete.")
-@options.json_output
+@cloup.argument("model", metavar="PRUNED", help="A pruned or a dense model, any layout.")
+@cloup.option_group(
+    COMMON,
+    click.option(
+        "--out", required=True, metavar="FILE", help="Output file; appears when complete."
+    ),
+    click.option(
+        "--format",
+        "kind",
+        type=click.Choice(["gguf"]),
+        default="gguf",
+        show_default=True,
+        help="Format of the file.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(["f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]),
+        metavar="NAME",
+        default="f16",
+        show_default=True,
+        help="Number format of the matrices: f16, bf16, f32, q8_0, q5_1, q5_0, q4_1, q4_0; vectors "
+        "stay f32.",
+    ),
+    options.json_output,
+    options.verbose,
+)
 def export_command(kind: str, as_json: bool, **given: Any) -> None:
     """Write PRUNED (or a dense model) for llama.cpp as one file, tokenizer included."""
     from frugal_bonsai.report.rewrite_tables import render_export
@@ -60,35 +102,67 @@ def export_command(kind: str, as_json: bool, **given: Any) -> None:
     print_result(export_gguf(**given), render_export, as_json=as_json)
 
 
-@click.command(name="bench")
-@click.argument("dense")
-@click.argument("pruned")
-@click.option(
-    "--runtime",
-    type=click.Choice(["transformers", "llama.cpp"]),
-    default="transformers",
-    show_default=True,
-    help="llama.cpp takes GGUF files, or folders with one in them.",
+@cloup.command(
+    name="bench",
+    cls=Command,
+    short_help="Compare the speed and memory of two models.",
+    examples=(
+        "frugal-bonsai bench example out/example-50",
+        "frugal-bonsai bench dense.gguf pruned.gguf --runtime llama.cpp --threads 4",
+    ),
 )
-@click.option("--prompt-tokens", type=int, default=256, show_default=True)
-@click.option("--new-tokens", type=int, default=64, show_default=True)
-@click.option(
-    "--repeat", type=int, default=5, show_default=True, help="Counted runs of each model."
+@cloup.argument("dense", help="The dense model.")
+@cloup.argument("pruned", help="The model that is compared with it.")
+@cloup.option_group(
+    COMMON,
+    click.option(
+        "--runtime",
+        type=click.Choice(["transformers", "llama.cpp"]),
+        default="transformers",
+        show_default=True,
+        help="llama.cpp takes GGUF files, or folders with one in them.",
+    ),
+    click.option(
+        "--prompt-tokens",
+        type=int,
+        default=256,
+        show_default=True,
+        help="Random tokens of the prompt (prefill).",
+    ),
+    click.option(
+        "--new-tokens",
+        type=int,
+        default=64,
+        show_default=True,
+        help="Tokens generated after it (decode).",
+    ),
+    click.option(
+        "--repeat", type=int, default=5, show_default=True, help="Counted runs of each model."
+    ),
+    options.machine_option(
+        "--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's]"
+    ),
+    options.device,
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Dtype of the weights (transformers).  [default: float32 on a CPU, bfloat16 on a GPU]",
+    ),
+    options.json_output,
+    options.quiet,
+    options.verbose,
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the runtime's]")
-@options.device
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="[default: float32 on a CPU, bfloat16 on a GPU]",
-)
-@options.json_output
-def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
+@click.pass_context
+def bench_command(
+    ctx: click.Context, /, dense: str, pruned: str, as_json: bool, **given: Any
+) -> None:
     """Time DENSE and PRUNED in turn: prefill, decode and peak memory."""
     from frugal_bonsai.report.rewrite_tables import render_bench
     from frugal_bonsai.run.early import check_bench
     from frugal_bonsai.run.options import BenchOptions
 
+    if given["runtime"] == "llama.cpp":
+        options.drop_environment(ctx, given, "device")
     chosen = BenchOptions(**given)
     check_bench(dense, pruned, chosen)
     with watched() as progress:
@@ -98,11 +172,30 @@ def bench_command(dense: str, pruned: str, as_json: bool, **given: Any) -> None:
     print_result(result, render_bench, as_json=as_json)
 
 
-@click.command(name="report")
-@click.argument("output")
-@click.option("--out", metavar="FILE", help="Default: report.html for html, else the console.")
-@click.option(
-    "--format", "kind", type=click.Choice(["html", "md", "json"]), default="html", show_default=True
+@cloup.command(
+    name="report",
+    cls=Command,
+    short_help="Write one page on what prune did.",
+    examples=(
+        "frugal-bonsai report out/example-50 --out report.html",
+        "frugal-bonsai report out/example-50 --format md",
+    ),
+)
+@cloup.argument("output", help="A folder that prune wrote.")
+@cloup.option_group(
+    COMMON,
+    click.option(
+        "--out", metavar="FILE", help="File to write.  [default: report.html; md, json: printed]"
+    ),
+    click.option(
+        "--format",
+        "kind",
+        type=click.Choice(["html", "md", "json"]),
+        default="html",
+        show_default=True,
+        help="html needs matplotlib (pip install 'frugal-bonsai[plots]').",
+    ),
+    options.verbose,
 )
 def report_command(output: str, out: str | None, kind: str) -> None:
     """Write one page on OUTPUT, a folder that prune wrote: what it removed, what it cost."""

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
+from frugal_bonsai.cli.command import QUIET, VERBOSE, verbosity
 from frugal_bonsai.plain_json import json_text
+from frugal_bonsai.progress import Silent
 
 
 @contextmanager
 def watched(threads: int | None = None) -> Iterator[Any]:
-    """Set the number of threads and show progress on standard error while a command works."""
-    set_threads(threads)
-    from frugal_bonsai.report.live import make_progress
+    """Set the number of threads and show progress on standard error while a command works.
 
+    ``--quiet`` shows none. ``--verbose`` shows a line for every layer, and what libraries log.
+    """
+    set_threads(threads)
+    level = verbosity(click.get_current_context())
+    if level == QUIET:
+        yield Silent()
+        return
+    if level == VERBOSE:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    from frugal_bonsai.report.live import PlainProgress, make_progress
+
+    if level == VERBOSE:
+        yield PlainProgress(sys.stderr, seconds=0.0)
+        return
     with make_progress() as progress:
         yield progress
 

@@ -30,11 +30,14 @@ class PlainProgress:
     Args:
         stream: Stream that is written to.
         clock: Seconds that never go backwards.
+        seconds: Seconds between two lines inside a sweep; 0 prints every layer visit.
     """
 
-    def __init__(self, stream: TextIO, *, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO, *, clock: Clock = time.monotonic, seconds: float = _PLAIN_SECONDS
+    ) -> None:
         self._tracker = Tracker(clock)
-        self._stream, self._clock = stream, clock
+        self._stream, self._clock, self._seconds = stream, clock, seconds
         self._said_at = clock()
 
     def caps(self, host_bytes: int, gpu_bytes: int | None) -> None:
@@ -56,7 +59,7 @@ class PlainProgress:
         """Print the progress of the sweep, every few seconds and at its end."""
         tracker = self._tracker
         tracker.step(detail)
-        if tracker.finished or self._clock() - self._said_at >= _PLAIN_SECONDS:
+        if tracker.finished or self._clock() - self._said_at >= self._seconds:
             left = "" if tracker.finished else tracker.run_left_text()
             text = f"  {tracker.sweep_name()}: {tracker.sweep_text()}"
             self._say(text, left, tracker.memory_text())
