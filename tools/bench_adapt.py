@@ -165,7 +165,7 @@ def prepare(words: list[str], summary: dict[str, Any], dtype: str, path: Path) -
 
     given = adapt_command.make_context("adapt", list(words)).params
     pruned = given.pop("model")
-    for name in ("out", "plan_only", "resume", "as_json", "threads"):
+    for name in ("out", "dry_run", "resume", "overwrite", "as_json", "threads"):
         given.pop(name)
     options = _adapt_options(given)
     with ExitStack() as stack:

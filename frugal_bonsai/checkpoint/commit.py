@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,10 +93,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def staged_directory(out: Path) -> Iterator[Path]:
+def staged_directory(out: Path, *, replaces: Collection[str] = ()) -> Iterator[Path]:
     """Create a temporary sibling directory and rename it to ``out`` if the block succeeds.
 
     A missing parent of ``out`` is created. ``out`` itself may be an empty directory.
+
+    Args:
+        out: the directory.
+        replaces: a directory with a file of one of these names is removed at the end, when the new
+            one is complete.
 
     Yields:
         The temporary directory, ``.NAME.partial-XXXXXXXX`` beside ``out``.
@@ -105,57 +110,97 @@ def staged_directory(out: Path) -> Iterator[Path]:
         OutputError: ``out`` exists, or the parent cannot be written.
     """
     out = Path(out).resolve() if Path(out).exists() else Path(out).absolute()
-    require_no_output(out)
+    require_no_output(out, replaces=replaces)
     staging = partial_name(out)
     try:
         with output_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             staging.mkdir()
         yield staging
-        require_no_output(out)
+        require_no_output(out, replaces=replaces)
         with output_errors(out):
             sync_directory(staging)
-            if out.exists():
-                out.rmdir()  # empty; Windows does not rename onto a directory
-            staging.rename(out)
+            _rename_onto(staging, out, replace=bool(replaces))
             sync_directory(out.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
 
 
-def require_no_output(out: Path) -> None:
+def _rename_onto(staging: Path, out: Path, *, replace: bool) -> None:
+    """Rename a directory to a name that an empty directory or, to replace it, another one has."""
+    if out.exists() and not replace:
+        out.rmdir()  # empty; Windows does not rename onto a directory
+    old = partial_name(out) if out.exists() else None
+    if old is not None:
+        out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        if old is not None:
+            old.rename(out)
+        raise
+    if old is not None:
+        remove_folder(old)
+
+
+def require_no_output(out: Path, *, replaces: Collection[str] = ()) -> None:
     """Check that a directory can be created under this name.
 
+    Args:
+        out: the directory.
+        replaces: a directory with a file of one of these names may be replaced.
+
     Raises:
-        OutputError: a file or a non-empty directory has the name, or a parent is a file.
+        OutputError: a file or another non-empty directory has the name, or a parent is a file.
     """
     with output_errors(out):
         if out.is_symlink() or (out.exists() and not out.is_dir()):
             raise OutputError(f"{out}: exists and is no directory; choose a new name")
         if out.is_dir() and any(out.iterdir()):
-            raise OutputError(
-                f"{out}: the output directory exists and is not empty; choose another or remove it"
-            )
+            _require_replaceable(out, replaces)
         above = next(folder for folder in out.absolute().parents if folder.exists())
         if not above.is_dir():
             raise OutputError(f"{out}: {above} is a file, not a folder; choose another directory")
 
 
-def require_no_file(out: Path, example: str) -> None:
+def _require_replaceable(out: Path, names: Collection[str]) -> None:
+    """Raise unless a directory has a file of one of these names."""
+    if not names:
+        raise OutputError(
+            f"{out}: the output directory exists and is not empty; choose another, remove it, or "
+            "add --overwrite"
+        )
+    if not any((out / name).is_file() for name in names):
+        raise OutputError(
+            f"{out}: is not empty and holds none of {', '.join(names)}, so this program did not "
+            "write it and --overwrite does not replace it; choose another directory, or remove it"
+        )
+
+
+def require_no_file(out: Path, example: str, *, replaces: bytes = b"") -> None:
     """Check that a new file can have this name.
 
     Args:
         out: the file.
         example: name of a file, for the error of a name that is a folder's.
+        replaces: a file that begins with these bytes may be replaced; empty for none.
 
     Raises:
-        OutputError: a file or a folder has the name.
+        OutputError: a folder or another file has the name.
     """
     if out.is_dir():
         raise OutputError(f"{out}: is a folder; name a file, such as {out / example}")
-    if out.exists() or out.is_symlink():
-        raise OutputError(f"{out}: exists; name another file, or remove it")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not replaces:
+        raise OutputError(f"{out}: exists; name another file, remove it, or add --overwrite")
+    with output_errors(out), out.open("rb") as file:
+        if file.read(len(replaces)) != replaces:
+            raise OutputError(
+                f"{out}: exists and does not begin with {replaces.decode('ascii')!r}, so it is "
+                "another kind of file and --overwrite does not replace it; name another file"
+            )
 
 
 def require_writable(out: Path) -> None:

@@ -135,10 +135,13 @@ _loss_group = cloup.option_group(
     options.max_gpu_mem,
     options.max_cpu_mem,
     options.resume,
+    options.overwrite,
     click.option(
+        "--dry-run",
         "--plan-only",
+        "dry_run",
         is_flag=True,
-        help="Predict the memory, item by item, and run nothing; needs no --out.",
+        help="Predict the memory, item by item, and write nothing; needs no --out.",
     ),
     options.json_output,
 )
@@ -153,28 +156,28 @@ _loss_group = cloup.option_group(
     options.quiet,
     options.verbose,
 )
-def adapt_command(
-    model: str, out: str | None, plan_only: bool, resume: bool, as_json: bool, **given: Any
-) -> None:
+def adapt_command(model: str, out: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Train PRUNED to imitate DENSE under the same caps, into DIR.
 
     The dense model is streamed once, and its most likely next tokens are kept on disk. Then
     adapters are trained beside the pruned weights and merged into them.
     """
-    if plan_only:
+    if dry_run:
         _plan(model, out, given, as_json=as_json)
         return
     if out is None:
-        raise click.UsageError("Missing option '--out' (only --plan-only does without).")
+        raise click.UsageError("Missing option '--out' (only --dry-run does without).")
     from frugal_bonsai.report.adapt_tables import render_adapt
     from frugal_bonsai.run.early import check_adapt
 
-    threads, chosen = given.pop("threads"), _adapt_options(given)
-    check_adapt(model, Path(out), chosen, resume=resume)
+    threads = given.pop("threads")
+    writing = {name: given.pop(name) for name in ("resume", "overwrite")}
+    chosen = _adapt_options(given)
+    check_adapt(model, Path(out), chosen, **writing)
     with watched(threads) as progress:
         from frugal_bonsai.run.adapt import adapt_pruned
 
-        summary = adapt_pruned(model, out, chosen, resume=resume, progress=progress)
+        summary = adapt_pruned(model, out, chosen, **writing, progress=progress)
     print_result(summary, render_adapt, as_json=as_json)
 
 
@@ -182,8 +185,10 @@ def _plan(model: str, out: str | None, given: dict[str, Any], *, as_json: bool) 
     from frugal_bonsai.report.adapt_plan_tables import render_adapt_plan
     from frugal_bonsai.run.early import check_adapt
 
-    threads, chosen = given.pop("threads"), _adapt_options(given)
-    check_adapt(model, None, chosen, resume=False)
+    threads = given.pop("threads")
+    writing = {name: given.pop(name) for name in ("resume", "overwrite")}
+    chosen = _adapt_options(given)
+    check_adapt(model, None if out is None else Path(out), chosen, **writing)
     set_threads(threads)
     from frugal_bonsai.run.adapt_plan import plan_adapt
 

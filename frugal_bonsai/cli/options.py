@@ -133,6 +133,14 @@ task_data = click.option(
     "of one task; repeatable.  [default: from the hub]",
 )
 FIRST_ITEMS = "Score the first items of each task only."
+overwrite = click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace an output that this program wrote, when the new one is complete.",
+)
+dry_run = click.option(
+    "--dry-run", is_flag=True, help="Print the plan and what would be written; write nothing."
+)
 resume = click.option("--resume", is_flag=True, help="Continue the run that DIR.run holds.")
 json_output = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 quiet = click.option(

@@ -42,6 +42,8 @@ _MODEL = 'A folder, a GGUF file, a hub id, or "example", a small model that is p
     options.max_gpu_mem,
     options.max_cpu_mem,
     options.resume,
+    options.overwrite,
+    options.dry_run,
     options.json_output,
 )
 @cloup.option_group(
@@ -63,7 +65,7 @@ _MODEL = 'A folder, a GGUF file, a hub id, or "example", a small model that is p
     options.quiet,
     options.verbose,
 )
-def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: Any) -> None:
+def prune_command(model: str, out: str, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL into DIR: evaluate masked sub-models, remove units, refit what is left.
 
     The dense model streams from disk, layer by layer, under the memory caps.
@@ -71,12 +73,21 @@ def prune_command(model: str, out: str, resume: bool, as_json: bool, **given: An
     from frugal_bonsai.report.tables import render_prune
     from frugal_bonsai.run.early import check_prune
 
-    threads, chosen = given.pop("threads"), _prune_options(given)
-    check_prune(model, Path(out), chosen, resume=resume)
+    threads = given.pop("threads")
+    writing = {name: given.pop(name) for name in ("resume", "overwrite")}
+    chosen = _prune_options(given)
+    check_prune(model, Path(out), chosen, **writing)
+    if dry_run:
+        set_threads(threads)
+        from frugal_bonsai.report.dry_run_tables import render_dry_prune
+        from frugal_bonsai.run.dry_run import dry_prune
+
+        print_result(dry_prune(model, out, chosen, **writing), render_dry_prune, as_json=as_json)
+        return
     with watched(threads) as progress:
         from frugal_bonsai.run.prune import prune
 
-        summary = prune(model, out, chosen, resume=resume, progress=progress)
+        summary = prune(model, out, chosen, **writing, progress=progress)
     print_result(summary, render_prune, as_json=as_json)
 
 
@@ -127,7 +138,7 @@ def plan_command(model: str, as_json: bool, **given: Any) -> None:
     from frugal_bonsai.run.early import check_prune
 
     threads, chosen = given.pop("threads"), _prune_options(given)
-    check_prune(model, None, chosen, resume=False)
+    check_prune(model, None, chosen)
     set_threads(threads)
     from frugal_bonsai.run.plan import plan
 

@@ -36,10 +36,12 @@ from frugal_bonsai.cli.running import print_result, watched
     options.text_only,
     options.max_shard_size,
     options.assume,
+    options.overwrite,
+    options.dry_run,
     options.json_output,
     options.verbose,
 )
-def shrink_command(as_json: bool, **given: Any) -> None:
+def shrink_command(dry_run: bool, as_json: bool, **given: Any) -> None:
     """Prune MODEL with a mask from elsewhere; needs no text and the memory of one tensor.
 
     A mask holds no weights, so projections that prune refitted are not in it.
@@ -47,10 +49,16 @@ def shrink_command(as_json: bool, **given: Any) -> None:
     from frugal_bonsai.report.rewrite_tables import render_shrink
     from frugal_bonsai.run.early import check_shrink
 
-    keys = ("max_shard_size", "assume_family", "text_only")
+    keys = ("max_shard_size", "assume_family", "text_only", "overwrite")
     check_shrink(
         given["model"], Path(given["mask"]), Path(given["out"]), **{key: given[key] for key in keys}
     )
+    if dry_run:
+        from frugal_bonsai.report.dry_run_tables import render_dry_shrink
+        from frugal_bonsai.run.dry_run import dry_shrink
+
+        print_result(dry_shrink(**given), render_dry_shrink, as_json=as_json)
+        return
     from frugal_bonsai.run.shrink import shrink
 
     print_result(shrink(**given), render_shrink, as_json=as_json)
@@ -88,15 +96,23 @@ def shrink_command(as_json: bool, **given: Any) -> None:
         help="Number format of the matrices: f16, bf16, f32, q8_0, q5_1, q5_0, q4_1, q4_0; vectors "
         "stay f32.",
     ),
+    options.overwrite,
+    options.dry_run,
     options.json_output,
     options.verbose,
 )
-def export_command(kind: str, as_json: bool, **given: Any) -> None:
+def export_command(kind: str, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Write PRUNED (or a dense model) for llama.cpp as one file, tokenizer included."""
     from frugal_bonsai.report.rewrite_tables import render_export
     from frugal_bonsai.run.early import check_export
 
-    check_export(given["model"], Path(given["out"]))
+    check_export(given["model"], Path(given["out"]), overwrite=given["overwrite"])
+    if dry_run:
+        from frugal_bonsai.report.dry_run_tables import render_dry_export
+        from frugal_bonsai.run.dry_run import dry_export
+
+        print_result(dry_export(**given), render_dry_export, as_json=as_json)
+        return
     from frugal_bonsai.run.export import export_gguf
 
     print_result(export_gguf(**given), render_export, as_json=as_json)

@@ -26,7 +26,7 @@ from frugal_bonsai.checkpoint.commit import (
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.export.gguf_tensor import GgufTensor
-from frugal_bonsai.export.shape import describe_shape, model_keys
+from frugal_bonsai.export.shape import Shape, describe_shape, model_keys
 from frugal_bonsai.export.tensors import DTYPES, list_tensors
 from frugal_bonsai.export.tokenizer import end_note, read_tokenizer
 from frugal_bonsai.model.family import ModelSpec
@@ -54,16 +54,23 @@ class GgufSummary:
 
 
 def write_gguf(
-    checkpoint: Checkpoint, spec: ModelSpec, out: Path, *, name: str, dtype: str
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    out: Path,
+    *,
+    name: str,
+    dtype: str,
+    replaces: bytes = b"",
 ) -> GgufSummary:
     """Write a model as a GGUF file.
 
     Args:
         checkpoint: A dense or pruned model; its folder holds the tokenizer.
         spec: Its description.
-        out: Path of a file that does not exist.
+        out: Path of the file.
         name: Name of the model in the file.
         dtype: Number format of the matrices, one of ``DTYPES``.
+        replaces: A file that begins with these bytes may be replaced; empty for none.
 
     Raises:
         UnsupportedModelError: llama.cpp lacks the architecture or the tokenizer.
@@ -72,17 +79,11 @@ def write_gguf(
         OptionError: The dtype is unknown.
         OutputError: The file exists or cannot be written.
     """
-    if dtype not in DTYPES:
-        raise OptionError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     out = Path(out)
-    require_no_file(out, "model.gguf")
-    with _errors_about(checkpoint.config_file):
-        shape = describe_shape(spec)
-    with _errors_about(checkpoint.folder):
-        tokenizer = read_tokenizer(checkpoint.companions, spec.vocabulary, spec.config)
-    tensors = list_tensors(checkpoint, spec, shape, dtype)
-    needed_bytes = sum(tensor.nbytes for tensor in tensors) + _vocabulary_bytes(tokenizer)
-    require_free_space(out.parent, needed_bytes, "the GGUF file")
+    require_no_file(out, "model.gguf", replaces=replaces)
+    planned = plan_gguf(checkpoint, spec, dtype=dtype)
+    shape, tokenizer, tensors = planned.shape, planned.tokenizer, planned.tensors
+    require_free_space(out.parent, planned.size_bytes, "the GGUF file")
     with output_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(out) as file:
@@ -91,15 +92,54 @@ def write_gguf(
             for method, value in keys.items():
                 getattr(writer, method)(value)
             _write_tensors(writer, shape.factors, tensors)
-        require_no_file(out, "model.gguf")
-    return GgufSummary(
-        architecture=shape.architecture,
-        tokenizer=f"{tokenizer['add_tokenizer_model']} ({tokenizer['add_tokenizer_pre']})",
-        formats=dict(Counter(tensor.kind.name.lower() for tensor in tensors)),
-        fallbacks=[t.name for t in tensors if t.kind.name == "F16" and dtype != "f16"],
-        size_bytes=out.stat().st_size,
-        notes=end_note(tokenizer),
-    )
+        require_no_file(out, "model.gguf", replaces=replaces)
+    return planned.describe(out.stat().st_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufPlan:
+    """Contents of a file that is not written yet.
+
+    Attributes:
+        shape: llama.cpp's architecture with its figures.
+        tokenizer: Methods of the writer with the values that describe the tokenizer.
+        tensors: Tensors of the file, in order.
+        dtype: Number format of the matrices.
+    """
+
+    shape: Shape
+    tokenizer: dict[str, Any]
+    tensors: list[GgufTensor]
+    dtype: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of tensors and vocabulary, nearly all of the file."""
+        return sum(tensor.nbytes for tensor in self.tensors) + _vocabulary_bytes(self.tokenizer)
+
+    def describe(self, size_bytes: int) -> GgufSummary:
+        """Return the facts about the file."""
+        tokenizer, tensors = self.tokenizer, self.tensors
+        return GgufSummary(
+            architecture=self.shape.architecture,
+            tokenizer=f"{tokenizer['add_tokenizer_model']} ({tokenizer['add_tokenizer_pre']})",
+            formats=dict(Counter(tensor.kind.name.lower() for tensor in tensors)),
+            fallbacks=[t.name for t in tensors if t.kind.name == "F16" and self.dtype != "f16"],
+            size_bytes=size_bytes,
+            notes=end_note(tokenizer),
+        )
+
+
+def plan_gguf(checkpoint: Checkpoint, spec: ModelSpec, *, dtype: str) -> GgufPlan:
+    """Plan a model's GGUF file; the arguments and errors are those of :func:`write_gguf`."""
+    if dtype not in DTYPES:
+        raise OptionError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    with _errors_about(checkpoint.config_file):
+        shape = describe_shape(spec)
+    with _errors_about(checkpoint.folder):
+        tokenizer = read_tokenizer(checkpoint.companions, spec.vocabulary, spec.config)
+    tensors = list_tensors(checkpoint, spec, shape, dtype)
+    return GgufPlan(shape=shape, tokenizer=tokenizer, tensors=tensors, dtype=dtype)
 
 
 def _vocabulary_bytes(tokenizer: Mapping[str, Any]) -> int:

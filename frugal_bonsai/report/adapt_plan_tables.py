@@ -1,4 +1,4 @@
-"""The output of ``adapt --plan-only``: whether the adaptation fits, then every item.
+"""The output of ``adapt --dry-run``: whether the adaptation fits, then every item.
 
 In: the plan as plain values (``--json`` prints them). Out: text and tables on a rich console.
 """

@@ -104,7 +104,7 @@ def shrink(
         OutputError: the disk is full or refuses.
     """
     folder, refit = Path(folder), refit or {}
-    _require_legal(spec, mask, rules)
+    require_legal(spec, mask, rules)
     _require_replaceable(spec, refit)
     require_tied_head(checkpoint, spec)
     added = added_biases(spec, refit)
@@ -193,8 +193,12 @@ def _summarise(
     )
 
 
-def _require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
-    """Check that every kept layer keeps numbers of units that the layout can hold."""
+def require_legal(spec: ModelSpec, mask: KeepMask, rules: LayoutRules) -> None:
+    """Check that every kept layer keeps numbers of units that the layout can hold.
+
+    Raises:
+        OptionError: A layer does not.
+    """
     require_units(spec, mask)
     dropped = mask.dropped_layers()
     for group in spec.table.groups:

@@ -44,6 +44,7 @@ from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.early import check_adapt
 from frugal_bonsai.run.engine import enforce_caps
 from frugal_bonsai.run.options import AdaptOptions
+from frugal_bonsai.run.output import replaceable
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.training_data import make_training_data
 from frugal_bonsai.stream.engine import compute_dtype
@@ -55,6 +56,7 @@ def adapt_pruned(
     options: AdaptOptions,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
     on_plan: Callable[[TrainingPlan], None] | None = None,
 ) -> dict[str, Any]:
@@ -65,6 +67,7 @@ def adapt_pruned(
         out: folder that must not exist yet; appears when it is complete.
         options: all other options.
         resume: continue the run that ``OUT.run`` holds.
+        overwrite: replace ``out`` at the end, if it is a folder that this program wrote.
         progress: gets sweeps, steps and measurements.
         on_plan: gets the training's memory plan before any work.
 
@@ -75,7 +78,7 @@ def adapt_pruned(
         FrugalBonsaiError: any error that the user can fix; no incomplete output is left.
     """
     out, progress, started = Path(out), progress or Silent(), time.monotonic()
-    check_adapt(pruned, out, options, resume=resume)
+    check_adapt(pruned, out, options, resume=resume, overwrite=overwrite)
     folder = run_folder(out)
     with locked(folder), ExitStack() as stack:
         job = prepare_adaptation(
@@ -90,7 +93,7 @@ def adapt_pruned(
         trained = _train(job, plans.training, data)
         student_NSV = _student_logits(job, plans.training, data.held_out_NS)
         gc.collect()  # the student
-        staged = stack.enter_context(staged_directory(out))
+        staged = stack.enter_context(staged_directory(out, replaces=replaceable(overwrite)))
         written = write_adapted(
             job,
             plans.writing,

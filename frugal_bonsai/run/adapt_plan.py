@@ -67,7 +67,7 @@ def plan_adapt(pruned: str, options: AdaptOptions, folder: Path) -> dict[str, An
         folder: run directory that ``adapt`` would use.
 
     Returns:
-        Plain values (the output of ``adapt --plan-only --json``).
+        Plain values (the output of ``adapt --dry-run --json``).
 
     Raises:
         BudgetError: it does not fit; names the largest item and the smallest cap that works.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.settings import STATE_FILE
-from frugal_bonsai.checkpoint.commit import require_no_file, require_no_output, require_writable
+from frugal_bonsai.checkpoint.commit import require_writable
 from frugal_bonsai.checkpoint.locate import local_model
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.evaluation.harness import find_task_data, require_harness, split_names
@@ -29,20 +29,30 @@ from frugal_bonsai.run.options import (
     EvalOptions,
     PruneOptions,
 )
-from frugal_bonsai.run.run_folder import holds_files, require_unlocked, run_folder
+from frugal_bonsai.run.output import require_output_file, require_output_folder
+from frugal_bonsai.run.run_folder import holds_files, run_folder
 from frugal_bonsai.run.texts import DEFAULT_WINDOW, choose_window, require_stride
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.text.sources import require_source
 
 
-def check_prune(model: str, out: Path | None, options: PruneOptions, *, resume: bool) -> None:
+def check_prune(
+    model: str,
+    out: Path | None,
+    options: PruneOptions,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
     """Check the options of ``prune``, or of ``plan`` if ``out`` is None.
 
     Raises:
         FrugalBonsaiError: The prune cannot work.
     """
     make_settings(options.method, options.settings)
-    _check_common(options, out)
+    _check_common(options)
+    if out is not None:
+        require_output_folder(out, model, overwrite=overwrite)
     if out is not None and not resume and (run_folder(out) / STATE_FILE).exists():
         raise _unfinished(run_folder(out))
     if options.profile is not None:
@@ -60,14 +70,23 @@ def check_prune(model: str, out: Path | None, options: PruneOptions, *, resume: 
         layout_rules(spec, options.layout, tile=options.tile, as_mistral=options.as_mistral)
 
 
-def check_adapt(pruned: str, out: Path | None, options: AdaptOptions, *, resume: bool) -> None:
+def check_adapt(
+    pruned: str,
+    out: Path | None,
+    options: AdaptOptions,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> None:
     """Check the options of ``adapt``, or of its plan if ``out`` is None.
 
     Raises:
         FrugalBonsaiError: The adaptation cannot work.
     """
     options.training()
-    _check_common(options, out)
+    _check_common(options)
+    if out is not None:
+        require_output_folder(out, pruned, options.teacher, overwrite=overwrite)
     if out is not None and not resume and holds_files(run_folder(out)):
         raise _unfinished(run_folder(out))
     if options.eval_text is not None:
@@ -92,6 +111,7 @@ def check_shrink(
     max_shard_size: str | int,
     assume_family: str | None,
     text_only: bool,
+    overwrite: bool = False,
 ) -> None:
     """Check the options of ``shrink``.
 
@@ -99,9 +119,7 @@ def check_shrink(
         FrugalBonsaiError: The mask, the model's headers or the output cannot be used.
     """
     parse_bytes(max_shard_size, option="--max-shard-size")
-    require_no_output(out)
-    require_writable(out)
-    require_unlocked(run_folder(out))
+    require_output_folder(out, model, overwrite=overwrite)
     if not mask.is_file():
         raise OptionError(f"--mask {mask}: cannot be read (there is no such file); check the path")
     spec = _local_spec(model, assume_family, text_only=text_only)
@@ -109,15 +127,13 @@ def check_shrink(
         read_mask(mask, spec)
 
 
-def check_export(model: str, out: Path) -> None:
+def check_export(model: str, out: Path, *, overwrite: bool = False) -> None:
     """Check the options of ``export``.
 
     Raises:
         FrugalBonsaiError: The model's headers or the output cannot be used.
     """
-    require_no_file(out, "model.gguf")
-    require_writable(out)
-    require_unlocked(run_folder(out))
+    require_output_file(out, model, overwrite=overwrite)
     _local_spec(model)
 
 
@@ -209,16 +225,12 @@ def _check_window(window: int | None) -> None:
         raise OptionError(f"--window: {window} is not at least 2 tokens")
 
 
-def _check_common(options: CommandOptions, out: Path | None) -> None:
-    """Check caps, sizes and window and the output folder."""
+def _check_common(options: CommandOptions) -> None:
+    """Check caps, sizes, window and device."""
     _ = options.caps  # parsed here: raises if a cap has no unit
     parse_bytes(options.max_shard_size, option="--max-shard-size")
     _check_window(options.window)
     require_device_name(options.device)
-    if out is not None:
-        require_no_output(out)
-        require_writable(out)
-        require_unlocked(run_folder(out))
 
 
 def _local_spec(

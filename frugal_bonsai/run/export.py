@@ -14,6 +14,7 @@ from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.report.words import plural
 from frugal_bonsai.run.early import check_export
 from frugal_bonsai.run.open import open_model
+from frugal_bonsai.run.output import replaceable_file
 from frugal_bonsai.run.run_folder import locked, run_folder
 from frugal_bonsai.version import package_version
 
@@ -21,7 +22,9 @@ from frugal_bonsai.version import package_version
 _NAMED = 3
 
 
-def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str, Any]:
+def export_gguf(
+    model: str, out: str | Path, *, dtype: str = "f16", overwrite: bool = False
+) -> dict[str, Any]:
     """Write a model as one GGUF file, for llama.cpp and programs built on it.
 
     Args:
@@ -29,6 +32,7 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
         out: Path of a file that does not exist.
         dtype: Number format of the matrices: ``f32``, ``bf16``, ``f16``, ``q8_0``, ``q5_1``,
             ``q5_0``, ``q4_1`` or ``q4_0``.
+        overwrite: Replace a GGUF file at ``out``, when the new one is complete.
 
     Returns:
         The summary as plain values (the output of ``--json``).
@@ -37,7 +41,7 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
         FrugalBonsaiError: Something that the user can mend; no half-written file is left.
     """
     out, started = Path(out), time.monotonic()
-    check_export(model, out)
+    check_export(model, out, overwrite=overwrite)
     # torch and transformers are imported after the checks that need neither.
     from frugal_bonsai.export.gguf_file import write_gguf
     from frugal_bonsai.model.tied_head import require_tied_head
@@ -45,7 +49,12 @@ def export_gguf(model: str, out: str | Path, *, dtype: str = "f16") -> dict[str,
     with locked(run_folder(out)), open_model(model) as opened:
         require_tied_head(opened.checkpoint, opened.spec)
         written = write_gguf(
-            opened.checkpoint, opened.spec, out, name=parent_name(opened.name), dtype=dtype
+            opened.checkpoint,
+            opened.spec,
+            out,
+            name=parent_name(opened.name),
+            dtype=dtype,
+            replaces=replaceable_file(overwrite),
         )
         notes = [*opened.notes, *written.notes]
         if written.fallbacks:

@@ -101,7 +101,7 @@ def prepare_run(
         progress.note(f"predicted: about {duration(predicted['seconds'])}")
     if text is None:
         progress.note(sampling_note(planned))
-    _require_room(planned, folders, finished)
+    require_run_room(planned, folders, finished)
     engine = _make_engine(planned, progress)
     text = text or _sample(planned, engine)
     return PruneRun(
@@ -113,8 +113,12 @@ def prepare_run(
     )
 
 
-def _require_room(planned: PlannedPrune, folders: Mapping[str, Path], finished: int) -> None:
-    """Raise if a disk has too little room for the rounds that are left and the output."""
+def require_run_room(planned: PlannedPrune, folders: Mapping[str, Path], finished: int) -> None:
+    """Check that the disks have room for the rounds that are left and the output.
+
+    Raises:
+        OutputError: A disk has too little room.
+    """
     require_room(
         planned.memory.disk.after(finished),
         folders,

@@ -35,6 +35,7 @@ from frugal_bonsai.run.early import check_prune
 from frugal_bonsai.run.engine import in_fp32, make_engine
 from frugal_bonsai.run.open import Model, note_model, open_model, write_output
 from frugal_bonsai.run.options import PruneOptions
+from frugal_bonsai.run.output import replaceable
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
 from frugal_bonsai.run.provenance import read_provenance, with_step
 from frugal_bonsai.run.prune_tasks import add_task_scores, check_tasks
@@ -59,6 +60,7 @@ def prune(
     options: PruneOptions | None = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     utility: Utility | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[MemoryPlan], None] | None = None,
@@ -70,6 +72,7 @@ def prune(
         out: Folder that must not exist yet. It appears when it is complete.
         options: All other options.
         resume: Continue the run that ``OUT.run`` holds.
+        overwrite: Replace ``out`` at the end, if it is a folder that this program wrote.
         utility: Utility that replaces -mean NLL. Called with the logits (fp32 ``[S, V]``) and the
             tokens (int64 ``[S]``) of one window; higher is better; need not be differentiable.
         progress: Told of rounds, sweeps and layers.
@@ -83,7 +86,7 @@ def prune(
     """
     started = time.monotonic()
     out, options, progress = Path(out), options or PruneOptions(), progress or Silent()
-    check_prune(model, out, options, resume=resume)
+    check_prune(model, out, options, resume=resume, overwrite=overwrite)
     check_tasks(options)
     folder = run_folder(out)
     family, text_only = options.assume_family, options.text_only
@@ -103,7 +106,14 @@ def prune(
                 on_plan=on_plan,
             )
             summary = _search_and_write(
-                run, options, folder, out, resume=resume, utility=utility, started=started
+                run,
+                options,
+                folder,
+                out,
+                resume=resume,
+                overwrite=overwrite,
+                utility=utility,
+                started=started,
             )
         finally:
             remove_folder(folder / STORE)
@@ -120,6 +130,7 @@ def _search_and_write(
     out: Path,
     *,
     resume: bool,
+    overwrite: bool,
     utility: Utility | None,
     started: float,
 ) -> dict[str, Any]:
@@ -132,7 +143,7 @@ def _search_and_write(
     warnings = note_warnings(run.engine.progress, warned)
     before = _measure(run, run.model, run.engine, "dense")
     found = _search(run, folder, resume=resume, utility=utility)
-    with staged_directory(out) as staged:
+    with staged_directory(out, replaces=replaceable(overwrite)) as staged:
         summary = describe_run(run, found, out) | {"before": before}
         summary |= _write(run, found, staged)
         if utility is not None:

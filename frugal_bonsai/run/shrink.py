@@ -20,6 +20,7 @@ from frugal_bonsai.report.mask_card import mask_card
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
 from frugal_bonsai.run.early import check_shrink
 from frugal_bonsai.run.open import Model, note_model, open_model, write_output
+from frugal_bonsai.run.output import replaceable
 from frugal_bonsai.run.provenance import MASK_FILE, read_provenance, with_step
 from frugal_bonsai.run.run_folder import locked, run_folder
 from frugal_bonsai.run.summary import load_line
@@ -43,6 +44,7 @@ def shrink(
     text_only: bool = False,
     max_shard_size: str | int = "5GB",
     assume_family: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the pruned model that a mask file describes.
@@ -56,6 +58,7 @@ def shrink(
         text_only: Of a model of several modalities, write the text model alone.
         max_shard_size: Largest shard of the output: bytes, or text such as ``"5GB"``.
         assume_family: Family whose table is used for an architecture that has none.
+        overwrite: Replace ``out`` at the end, if it is a folder that this program wrote.
         progress: Told of notes.
 
     Returns:
@@ -72,6 +75,7 @@ def shrink(
         max_shard_size=max_shard_size,
         assume_family=assume_family,
         text_only=text_only,
+        overwrite=overwrite,
     )
     shard_bytes = parse_bytes(max_shard_size, option="--max-shard-size")
     with (
@@ -81,22 +85,26 @@ def shrink(
         note_model(opened, progress)
         # The mask has the FFN widths, so the layout's finest tile is used.
         rules = layout_rules(opened.spec, layout, tile=1, as_mistral=as_mistral)
-        summary = _shrink(opened, Path(mask), out, rules, shard_bytes, progress)
+        with staged_directory(out, replaces=replaceable(overwrite)) as staged:
+            summary = _shrink(opened, Path(mask), staged, out, rules, shard_bytes, progress)
     return summary | {"seconds": time.monotonic() - started}
 
 
 def _shrink(
-    model: Model, mask: Path, out: Path, rules: LayoutRules, shard_bytes: int, progress: Progress
+    model: Model,
+    mask: Path,
+    staged: Path,
+    out: Path,
+    rules: LayoutRules,
+    shard_bytes: int,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Write the masked model with its mask and card to ``out``, and return the summary."""
+    """Write the masked model with its mask and card to ``staged``, and return the summary."""
     spec, keep = model.spec, read_mask(mask, model.spec)
     progress.note(NO_REFITS)
     provenance = read_provenance(model)
     warnings = note_warnings(progress, [pruned_before_warning(model.name, provenance)])
-    with (
-        staged_directory(out) as staged,
-        write_output(staged, model, keep, rules, max_shard_bytes=shard_bytes) as (output, written),
-    ):
+    with write_output(staged, model, keep, rules, max_shard_bytes=shard_bytes) as (output, written):
         write_mask(staged / MASK_FILE, parent_name(model.name), spec, keep)
         summary = {
             "version": package_version(),
