@@ -11,7 +11,7 @@ import torch
 from fresh_process import FreshProcesses, plain_transformers
 from stand_in_device import Machine, installed
 
-from frugal_bonsai.run import profile
+from frugal_bonsai.run import profile, report
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TESTS = Path(__file__).parent
@@ -65,6 +65,15 @@ def short_measurements() -> Iterator[None]:
     """A prune without a profile measures each rate twice, not for a tenth of a second."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(profile, "_QUICK_SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures() -> Iterator[None]:
+    """The page beside an output has no figures, which take a second; test_report_page draws."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "require_plots", lambda: None)
+        patched.setattr(report, "draw_figures", lambda charts: {})
         yield
 
 

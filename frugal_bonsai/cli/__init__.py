@@ -14,7 +14,8 @@ import cloup
 from frugal_bonsai.cli.adapt import adapt_command
 from frugal_bonsai.cli.measure import eval_command, inspect_command, profile_command
 from frugal_bonsai.cli.prune import plan_command, prune_command
-from frugal_bonsai.cli.rewrite import bench_command, export_command, report_command, shrink_command
+from frugal_bonsai.cli.report import report_command
+from frugal_bonsai.cli.rewrite import bench_command, export_command, shrink_command
 from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 
 _SECTIONS = (

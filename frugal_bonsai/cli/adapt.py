@@ -153,6 +153,7 @@ _loss_group = cloup.option_group(
     options.device,
     options.threads,
     options.max_shard_size,
+    options.no_report,
     options.quiet,
     options.verbose,
 )

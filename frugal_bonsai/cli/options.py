@@ -83,6 +83,13 @@ device = machine_option(
 threads = machine_option(
     "--threads", type=click.IntRange(1), help="CPU threads.  [default: all cores]"
 )
+no_report = click.option(
+    "--no-report",
+    "report",
+    flag_value=False,
+    default=True,
+    help="Write no report.html into the output.",
+)
 max_shard_size = click.option(
     "--max-shard-size",
     type=Size(),

@@ -62,6 +62,7 @@ _MODEL = 'A folder, a GGUF file, a hub id, or "example", a small model that is p
     search_options.weights,
     search_options.seed,
     options.max_shard_size,
+    options.no_report,
     options.quiet,
     options.verbose,
 )

@@ -45,6 +45,7 @@ from frugal_bonsai.run.early import check_adapt
 from frugal_bonsai.run.engine import enforce_caps
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.output import replaceable
+from frugal_bonsai.run.report import write_page_beside
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.training_data import make_training_data
 from frugal_bonsai.stream.engine import compute_dtype
@@ -108,6 +109,8 @@ def adapt_pruned(
         if data.cache is not None:
             data.cache.close()
         empty(folder)
+        if options.report:
+            write_page_beside(out, progress)
     return summary
 
 

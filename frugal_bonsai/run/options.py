@@ -33,6 +33,7 @@ class CommandOptions:
         device: Device that computes. None takes a GPU if there is one.
         text_only: Of a model of several modalities, write the text model alone. False carries the
             other parts along.
+        report: Write the page ``report.html`` into the output, if matplotlib is installed.
     """
 
     window: int | None = None
@@ -43,6 +44,7 @@ class CommandOptions:
     max_shard_size: str | int = "5GB"
     device: str | None = None
     text_only: bool = False
+    report: bool = True
 
     @property
     def caps(self) -> Caps:

@@ -39,6 +39,7 @@ from frugal_bonsai.run.output import replaceable
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
 from frugal_bonsai.run.provenance import read_provenance, with_step
 from frugal_bonsai.run.prune_tasks import add_task_scores, check_tasks
+from frugal_bonsai.run.report import write_page_beside
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.summary import describe_run, write_papers
 from frugal_bonsai.run.warnings import (
@@ -120,6 +121,8 @@ def prune(
             if not (folder / STATE_FILE).exists():
                 empty(folder)  # no round is finished
         empty(folder)
+        if options.report:
+            write_page_beside(out, progress)
     return summary
 
 

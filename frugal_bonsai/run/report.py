@@ -1,6 +1,7 @@
-"""``report``: one page on what ``prune`` wrote.
+"""``report``: one page on what ``prune`` or ``adapt`` wrote.
 
-In: the output's folder. Out: the page as text. Reads ``pruning_report.json``, no weights.
+In: the output's folder. Out: the page as text, or a file. Reads the reports in the folder, no
+weights.
 """
 
 from __future__ import annotations
@@ -11,46 +12,103 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.checkpoint.commit import output_errors, write_bytes
-from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.plain_json import json_text
-from frugal_bonsai.report.figures import draw_figures
-from frugal_bonsai.report.page import page_context, render_html, render_markdown
-from frugal_bonsai.run.provenance import REPORT_FILE, read_report
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.report.pages.adapt import adapt_page
+from frugal_bonsai.report.pages.figures import draw_figures, require_plots
+from frugal_bonsai.report.pages.page import GENERATOR, render_html, render_markdown
+from frugal_bonsai.report.pages.prune import prune_page
+from frugal_bonsai.run.provenance import ADAPT_REPORT_FILE, REPORT_FILE, read_report
 
-_NEEDED = {"model", "before", "after", "kept", "dense", "rounds", "memory", "settings"}
+PAGE_FILE = "report.html"
+_OF_PRUNE = {"model", "before", "after", "kept", "dense", "rounds", "memory", "settings"}
+_OF_ADAPT = {"model", "before", "after", "training", "data", "memory", "settings"}
 
 
 def report_page(folder: str | Path, *, kind: str = "html") -> str:
-    """Return the page of a pruned model.
+    """Return the page of a pruned or an adapted model.
 
     Args:
-        folder: The folder that ``prune`` wrote.
+        folder: The folder that ``prune`` or ``adapt`` wrote.
         kind: ``html``, ``md`` or ``json``. ``html`` needs matplotlib.
 
     Raises:
-        CheckpointError: the folder is missing, or has no complete report.
+        CheckpointError: The folder is missing, or has no complete report.
         OptionError: matplotlib is not installed.
     """
-    folder = Path(folder).expanduser()
+    return _render(_page(Path(folder).expanduser()), kind)
+
+
+def _render(page: Mapping[str, Any], kind: str) -> str:
+    if kind == "html":
+        return render_html(page, draw_figures(page["charts"]))
+    return json_text(page, indent=2) if kind == "json" else render_markdown(page)
+
+
+def _page(folder: Path) -> dict[str, Any]:
+    """Read the reports of an output, and make its page as plain values."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder that prune wrote")
-    summary = read_report(folder / REPORT_FILE)
-    if missing := _NEEDED - summary.keys():
+    name = folder.resolve().name
+    adapted, pruned = (read_report(folder / file) for file in (ADAPT_REPORT_FILE, REPORT_FILE))
+    if (folder / ADAPT_REPORT_FILE).exists():
+        _require(adapted, _OF_ADAPT, folder / ADAPT_REPORT_FILE, "adapt")
+        known = pruned if pruned.keys() >= _OF_PRUNE else None
+        return adapt_page(adapted, known, _commands(name, adapted))
+    _require(pruned, _OF_PRUNE, folder / REPORT_FILE, "prune")
+    return prune_page(pruned, _commands(name, pruned))
+
+
+def _require(summary: Mapping[str, Any], keys: set[str], path: Path, command: str) -> None:
+    """Raise unless a report has these keys."""
+    if missing := keys - summary.keys():
         raise CheckpointError(
-            f"{folder / REPORT_FILE}: missing, damaged or without {', '.join(sorted(missing))}; "
-            f"give the --out folder of a finished prune (finish a run with prune --resume)"
+            f"{path}: missing, damaged or without {', '.join(sorted(missing))}; give the --out "
+            f"folder of a finished prune or adapt (finish a run with {command} --resume)"
         )
-    context = page_context(summary, _commands(folder.resolve().name, summary))
-    if kind == "html":
-        return render_html(context, draw_figures(context["charts"]))
-    return json_text(context, indent=2) if kind == "json" else render_markdown(context)
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write a page as a file. Raise OutputError if it cannot be written."""
+def write_page(path: Path, text: str, *, overwrite: bool = False) -> None:
+    """Write a page as a file. It replaces another page, and any other file only if asked to.
+
+    Raises:
+        OptionError: Another file is there.
+        OutputError: It cannot be written.
+    """
+    if not overwrite and path.exists() and not _is_page(path):
+        raise OptionError(
+            f"--out {path}: exists and is no page of this command, so it is not replaced; name "
+            f"another file, or add --overwrite"
+        )
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode())
+
+
+def _is_page(path: Path) -> bool:
+    """Tell whether a file was written by this command."""
+    try:
+        with path.open("rb") as file:
+            return GENERATOR.encode() in file.read(1000)
+    except OSError:
+        return False
+
+
+def write_page_beside(out: Path, progress: Progress) -> None:
+    """Write the page into a finished output. A failure is a note: the output is complete."""
+    try:
+        require_plots()
+    except OptionError:
+        progress.note(
+            f"no {PAGE_FILE}: matplotlib is missing; pip install 'frugal-bonsai[plots]', then "
+            f"frugal-bonsai report {shlex.quote(str(out))}"
+        )
+        return
+    try:
+        write_page(out / PAGE_FILE, report_page(out))
+    except Exception as error:  # whatever a drawing library raises, the model is finished
+        progress.note(f"no {PAGE_FILE}: {type(error).__name__}: {error}")
 
 
 def _commands(name: str, summary: Mapping[str, Any]) -> list[str]:
@@ -61,5 +119,6 @@ def _commands(name: str, summary: Mapping[str, Any]) -> list[str]:
         *([f"# Python: {load}({name!r})"] if load else []),
         f"frugal-bonsai eval {quoted} --text FILE",
         f"frugal-bonsai adapt {quoted} --teacher MODEL --data SOURCE --out DIR",
+        f"frugal-bonsai bench MODEL {quoted}",
         f"frugal-bonsai export {quoted} --format gguf --out FILE",
     ]

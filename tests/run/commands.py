@@ -27,12 +27,14 @@ with contextlib.suppress(ImportError):
     import bitsandbytes
 logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
 """
-# As in conftest.py, a prune without a profile measures each rate twice only.
+# As in conftest.py, a prune without a profile measures each rate twice only, and the page beside an
+# output has no figures, which take a second.
 _MAIN = """
 import sys
 from frugal_bonsai.cli import main
-from frugal_bonsai.run import profile
+from frugal_bonsai.run import profile, report
 profile._QUICK_SECONDS = 0.0
+report.require_plots, report.draw_figures = lambda: None, lambda charts: {}
 sys.argv[0] = "frugal-bonsai"
 main()
 """

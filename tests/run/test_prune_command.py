@@ -131,6 +131,7 @@ def test_the_output_has_its_papers_and_nothing_else_is_left(
         "README.md",
         "pruning_mask.json",
         "pruning_report.json",
+        "report.html",
     } <= names
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     mask = json.loads((out / "pruning_mask.json").read_text(encoding="utf-8"))
@@ -139,6 +140,8 @@ def test_the_output_has_its_papers_and_nothing_else_is_left(
         assert kept == summary["kept"][kind]
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "128" in card and "stdlib" in card and str(out.parent) not in card
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert f"{summary['forward_tokens']:,}" in page and str(out.parent) not in page
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are sent another way on Windows")

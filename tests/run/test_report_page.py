@@ -12,7 +12,9 @@ import pytest
 from commands import fail
 
 import frugal_bonsai.run.report as report
-from frugal_bonsai.run.report import report_page
+from frugal_bonsai.progress import Silent
+from frugal_bonsai.report.pages import figures
+from frugal_bonsai.run.report import report_page, write_page
 
 
 @pytest.fixture
@@ -53,36 +55,79 @@ def output(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_html_has_the_figures_and_refers_to_nothing(
-    output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "draw_figures", lambda charts: {})
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw figures, as no other test does (conftest.py)."""
+    monkeypatch.setattr(report, "require_plots", figures.require_plots)
+    monkeypatch.setattr(report, "draw_figures", figures.draw_figures)
+
+
+def test_html_has_the_figures_and_refers_to_nothing(output: Path) -> None:
     page = report_page(output)
     HTMLParser().feed(page)
     for text in ("9.039", "12.291", "1,333,680", "3 of 4", "192 of 512", "192,512", "576.00 MiB"):
         assert text in page
+    assert "layer 0 (50%), layer 1 (25%)" in page
     assert "<script" not in page and "&lt;script&gt;x" in page
-    assert not re.search(r"(src|href)=", page)
+    assert not re.search(r"""(src|href)=["'](?!#)""", page)
     assert "/home/" not in page and str(output) not in page
 
 
-def test_figures_are_the_same_each_time(output: Path) -> None:
+def test_figures_are_the_same_each_time(output: Path, drawn: None) -> None:
     pytest.importorskip("matplotlib")
     page = report_page(output)
-    assert page.count("<svg") == 3 and page == report_page(output)
+    assert page.count("<svg") == 2 and page == report_page(output)
+    assert "#010203" not in page and "currentColor" in page  # the page's ink, light or dark
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert {name.split("-")[0] for name in ids} >= {"kept", "plan"}
 
 
 def test_markdown_and_json(output: Path) -> None:
     assert "| 0 | 3 of 4 | 192 of 512 | 50.0% |" in report_page(output, kind="md")
-    context = json.loads(report_page(output, kind="json"))
-    assert context["charts"]["kept"]["FFN channels"] == [0.375, 0.625]
+    page = json.loads(report_page(output, kind="json"))
+    assert page["charts"]["kept"]["rows"] == ["KV groups", "FFN channels"]
+    assert page["charts"]["kept"]["values"][1] == [0.375, 0.625]
+
+
+def test_only_a_page_is_replaced_unless_asked(output: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine", encoding="utf-8")
+    text = fail("report", output, "--out", mine)
+    assert "mine.html: exists and is no page" in text and "--overwrite" in text
+    assert mine.read_text(encoding="utf-8") == "mine"
+    write_page(mine, report_page(output), overwrite=True)
+    write_page(mine, report_page(output, kind="md"))
+    assert mine.read_text(encoding="utf-8").startswith("<!-- frugal-bonsai report -->\n# ")
+
+
+def test_a_finished_prune_never_fails_for_its_page(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Notes(Silent):
+        text = ""
+
+        def note(self, text: str) -> None:
+            self.text += text
+
+    def fail_to_draw(charts: object) -> None:
+        raise ZeroDivisionError("no figure")
+
+    notes = Notes()
+    monkeypatch.setattr(report, "draw_figures", fail_to_draw)
+    report.write_page_beside(output, notes)
+    assert notes.text == "no report.html: ZeroDivisionError: no figure"
+    monkeypatch.setattr(report, "require_plots", figures.require_plots)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.write_page_beside(output, notes)
+    assert "pip install 'frugal-bonsai[plots]', then frugal-bonsai report" in notes.text
+    assert not (output / "report.html").exists()
 
 
 def test_errors_say_what_to_do(
-    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    output: Path, tmp_path: Path, drawn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "no such folder" in fail("report", tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    assert "finished prune" in fail("report", tmp_path / "empty")
+    assert "finished prune or adapt" in fail("report", tmp_path / "empty")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'frugal-bonsai[plots]'" in fail("report", output)

@@ -92,7 +92,7 @@ def test_a_prune_without_recovery_and_its_mask_give_the_same_files(
     sizes = ("parameters", "block_parameters", "weight_bytes")
     assert result["after"] == {key: summary["after"][key] for key in sizes}
     assert any("refitted" in note for note in result["notes"])
-    names = {path.name for path in pruned.iterdir()} - {"pruning_report.json"}
+    names = {path.name for path in pruned.iterdir()} - {"pruning_report.json", "report.html"}
     assert {path.name for path in out.iterdir()} == names
     for name in names - {"README.md"}:
         assert (out / name).read_bytes() == (pruned / name).read_bytes(), name

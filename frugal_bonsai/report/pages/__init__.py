@@ -1,0 +1,1 @@
+"""The pages of `report`: sections of tables and figures, as HTML, Markdown or JSON."""
