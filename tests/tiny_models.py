@@ -420,6 +420,30 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "minimax-m2": ("minimax_m2", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            **_SIZES,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 8.0,
+        },
+    ),
+    # Its gates reach the limit.
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            **_SIZES,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "swiglu_limit": 1.0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "olmoe": ("olmoe", {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0}),
     # 7B's wiring: one KV head, one norm for both sublayers; 40B's: groups and two norms.
     "falcon-multi-query": (

@@ -19,6 +19,9 @@ from frugal_bonsai.dtypes import DTYPE_BYTES
 TensorSpec = tuple[str, str, tuple[int, ...]]
 """Name, safetensors name of the dtype, and shape of a tensor to write."""
 
+TensorParts = Mapping[str, Sequence[tuple[str, tuple[int, ...]]]]
+"""Tensor that is written in parts -> name and shape of each part, in the order of the data."""
+
 
 def spec_bytes(spec: TensorSpec) -> int:
     """Return the number of data bytes of a tensor.

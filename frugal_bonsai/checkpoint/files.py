@@ -1,4 +1,4 @@
-"""Read files at offsets from several threads, into memory that the caller owns.
+"""Read and write files at offsets, from several threads and into memory that the caller owns.
 
 In: a path, offsets, writable memory. Out: the bytes, in place. Files are not mapped: mapped pages
 count as this process's memory, so the memory of a sweep would grow with the checkpoint. Holds one
@@ -29,6 +29,7 @@ _PAGE_BYTES = 4096
 _COPY_BYTES = 2**16
 # One call of preadv reads at most 2**31 - 4096 bytes on Linux; macOS refuses more than 2**31 - 1.
 MAX_READ_BYTES = 2**30
+_WRITE_CHUNK_BYTES = 2**30  # one call of write moves less than 2 GiB on Linux
 
 # One WILLNEED call reads ahead at most the disk's read-ahead size, which is often little more.
 _SOON_BYTES = 2**20
@@ -205,3 +206,11 @@ def data_bytes(tensor: torch.Tensor) -> memoryview:
 
     flat = tensor.detach().to("cpu").contiguous().view(-1)
     return tensor_bytes(flat.view(torch.uint8))
+
+
+def write_at(file: FileIO, data: memoryview, start: int) -> None:
+    """Write all of ``data`` at an offset. One call of write may take only a part of it."""
+    file.seek(start)
+    done = 0
+    while done < len(data):
+        done += file.write(data[done : done + _WRITE_CHUNK_BYTES])

@@ -46,6 +46,8 @@ class TensorEntry:
             transposes it.
         gguf_kind: number format in a GGUF file (``Q4_K``), whose offsets here are virtual; None in
             a safetensors file.
+        stacked: the tensor ``name`` of the file holds a part of all experts; this entry is one of
+            so many that hold its rows of one expert. 0 for a tensor that stands alone.
     """
 
     name: str
@@ -56,6 +58,7 @@ class TensorEntry:
     end: int
     transposed: bool = False
     gguf_kind: str | None = None
+    stacked: int = 0
 
     @property
     def size_bytes(self) -> int:

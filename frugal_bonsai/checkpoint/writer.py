@@ -23,13 +23,14 @@ from frugal_bonsai.checkpoint.commit import (
     write_json,
 )
 from frugal_bonsai.checkpoint.file_layout import (
+    TensorParts,
     TensorSpec,
     build_header,
     plan_shards,
     shard_name,
     spec_bytes,
 )
-from frugal_bonsai.checkpoint.files import copy_range, data_bytes
+from frugal_bonsai.checkpoint.files import copy_range, data_bytes, write_at
 from frugal_bonsai.checkpoint.folder import INDEX_FILE
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.dtypes import dtype_name
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     import torch
 
 PT_METADATA: Mapping[str, str] = {"format": "pt"}  # transformers refuses files without it
-_WRITE_CHUNK_BYTES = 2**30  # one call of write moves less than 2 GiB on Linux
 
 
 @dataclass(eq=False)
@@ -48,13 +48,15 @@ class _Shard:
     Attributes:
         path: its final name.
         temporary: its name until ``finish``.
-        incomplete: number of its tensors that are not written completely.
+        names: names of its tensors.
+        incomplete: number of its tensors, or parts of them, that are not written completely.
         renamed: it has its final name.
     """
 
     path: Path
     temporary: Path
-    incomplete: int
+    names: tuple[str, ...]
+    incomplete: int = 0
     renamed: bool = False
 
 
@@ -82,6 +84,7 @@ class ShardedWriter:
         max_shard_bytes: largest number of tensor bytes in one file; a larger tensor gets a file to
             itself.
         metadata: text keys and values for the files' headers.
+        parts: tensors of which each part is written as if it were a tensor, under its own name.
 
     Attributes:
         total_bytes: bytes of all tensors.
@@ -100,6 +103,7 @@ class ShardedWriter:
         *,
         max_shard_bytes: int,
         metadata: Mapping[str, str] = PT_METADATA,
+        parts: TensorParts | None = None,
     ) -> None:
         self.folder = Path(folder)
         plan = plan_shards(tensors, max_shard_bytes)
@@ -111,6 +115,7 @@ class ShardedWriter:
         self.total_bytes = sum(spec_bytes(spec) for spec in tensors)
         self._shards: list[_Shard] = []
         self._targets: dict[str, _Target] = {}
+        self._parts: TensorParts = parts or {}
         self._closed = False
         try:
             for number, specs in enumerate(plan, start=1):
@@ -218,7 +223,7 @@ class ShardedWriter:
                 shard.temporary.replace(shard.path)
                 shard.renamed = True
         if len(self._shards) > 1:
-            weight_map = {name: target.shard.path.name for name, target in self._targets.items()}
+            weight_map = {name: shard.path.name for shard in self._shards for name in shard.names}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             write_json(self.folder / INDEX_FILE, index)
         with output_errors(self.folder):
@@ -246,14 +251,19 @@ class ShardedWriter:
         """Create one temporary file with its header."""
         path = self.folder / name
         header, ranges = build_header(specs, metadata)
-        shard = _Shard(path=path, temporary=partial_name(path), incomplete=len(ranges))
+        shard = _Shard(path=path, temporary=partial_name(path), names=tuple(ranges))
         self._shards.append(shard)
         with output_errors(path), FileIO(str(shard.temporary), "xb") as file:
-            _write_at(file, memoryview(header), 0)
+            write_at(file, memoryview(header), 0)
         by_name = {spec[0]: spec for spec in specs}
         for tensor, (start, end) in ranges.items():
-            _, dtype, shape = by_name[tensor]
-            self._targets[tensor] = _Target(shard, dtype, shape, start, end - start)
+            _, dtype, whole = by_name[tensor]
+            for part, shape in self._parts.get(tensor, [(tensor, whole)]):
+                size_bytes = spec_bytes((part, dtype, shape))
+                self._targets[part] = _Target(shard, dtype, shape, start, size_bytes)
+                start, shard.incomplete = start + size_bytes, shard.incomplete + 1
+            if start != end:
+                raise ValueError(f"tensor {tensor!r}: its parts do not fill it")
 
     def _incomplete(self, name: str) -> _Target:
         """Return the place of a tensor that is not written completely."""
@@ -274,7 +284,7 @@ class ShardedWriter:
             output_errors(shard.path, len(data)),
             FileIO(str(shard.temporary), "r+b") as file,
         ):
-            _write_at(file, data, target.start + target.written_bytes)
+            write_at(file, data, target.start + target.written_bytes)
             self._advance(target, len(data), file)
 
     def _advance(self, target: _Target, size_bytes: int, file: FileIO) -> None:
@@ -285,11 +295,3 @@ class ShardedWriter:
             target.shard.incomplete -= 1
             if not target.shard.incomplete:
                 os.fsync(file.fileno())
-
-
-def _write_at(file: FileIO, data: memoryview, start: int) -> None:
-    """Write all of ``data`` at an offset. One call of write may take only a part of it."""
-    file.seek(start)
-    done = 0
-    while done < len(data):
-        done += file.write(data[done : done + _WRITE_CHUNK_BYTES])

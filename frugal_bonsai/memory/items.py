@@ -121,7 +121,9 @@ class SweepItems:
         """Buffers of layers as stored, for the streams of one or two models."""
         stored = self.stored_bytes(weights)
         items = self._buffers("layer buffers", choice.buffers * models, stored, "layer as stored")
-        if weights is None and self.spec.family.transposed:
+        family = self.spec.family
+        stacks = () if family.experts is None else family.experts.stacks
+        if weights is None and (family.transposed or any(stack.transposed for stack in stacks)):
             size, formula = self._largest * self._source, "largest tensor of a layer * source"
             items.append(self._host("a tensor that is transposed", size, formula))
         return items

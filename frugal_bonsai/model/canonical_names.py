@@ -4,7 +4,8 @@ In: the tensors of a checkpoint as its files name and orient them. Out: the same
 parameter names of Hugging Face's causal language model, weights as ``[out, in]``; and, for the
 rewriter, the way back to the files' names. Checkpoints of one family differ: a base model's names
 lack the prefix, old ones hold buffers that no model reads, a tied weight may have the head's name
-alone, and GPT-2 stores its weights as ``[in, out]``. This module reads no tensor data.
+alone, GPT-2 stores its weights as ``[in, out]``, and the experts of a layer may lie in one tensor.
+This module reads no tensor data.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def canonical_tensors(
     bare = not any(name.startswith(base) for name in tensors)
     canonical = {stored: own for own, stored in family.stored_as.items()}
     renamed = {}
-    for stored, entry in tensors.items():
+    for stored, entry in _unstacked(family, tensors).items():
         if not family.is_read(stored):
             continue
         name = canonical.get(stored, family.own_name(stored))
@@ -74,6 +75,32 @@ def canonical_tensors(
     return renamed
 
 
+def _unstacked(family: Family, tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the tensors with those of all experts of a layer divided among the experts."""
+    stacks = {stack.tensor: stack for stack in family.experts.stacks} if family.experts else {}
+    divided: dict[str, TensorEntry] = {}
+    for name, entry in tensors.items():
+        found = next((tensor for tensor in stacks if name.endswith(f".{tensor}")), None)
+        if found is None or len(entry.shape) < 2:
+            divided[name] = entry
+            continue
+        stack, prefix = stacks[found], name.removesuffix(found)
+        count, parts, (experts, rows, *rest) = entry.size_bytes, len(stack.parts), entry.shape
+        size, shape = count // (experts * parts), (rows // parts, *rest)
+        for at in range(experts * parts):
+            expert, part = divmod(at, parts)
+            start = entry.start + at * size
+            divided[prefix + stack.parts[part].format(expert=expert)] = replace(
+                entry,
+                shape=shape[::-1] if stack.transposed else shape,
+                start=start,
+                end=start + size,
+                transposed=stack.transposed and len(shape) == 2,
+                stacked=parts,
+            )
+    return divided
+
+
 def name_in_file(family: Family, entry: TensorEntry, name: str, new_name: str) -> str:
     """Return the name under which an output file stores a tensor, in the style of the source.
 
@@ -84,6 +111,8 @@ def name_in_file(family: Family, entry: TensorEntry, name: str, new_name: str) -
         new_name: canonical name in the output. It differs from ``name`` where layers or experts are
             renumbered.
     """
+    if entry.stacked and family.experts is not None:
+        name, new_name = map(family.experts.stacked_name, (name, new_name))
     if not name.endswith(entry.name):  # the files use other words inside the layers
         name, new_name = family.file_name(name), family.file_name(new_name)
     if not name.endswith(entry.name):  # another name altogether, outside the layers

@@ -20,13 +20,18 @@ _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_l
 
 def dropped_expert_tensors(spec: ModelSpec, mask: KeepMask, layer: int) -> set[str]:
     """Return the full names of the tensors of a layer's experts that keep no channel."""
-    return {
-        piece.tensor
-        for group in spec.table.of_layer(layer)
-        if group.expert is not None and not mask.kept(group)
-        for piece in group.slices
-        if not piece.joint
-    }
+    gone = set(mask.dropped_experts(layer))
+    return {name for name, expert in _expert_tensors(spec, layer).items() if expert in gone}
+
+
+def _expert_tensors(spec: ModelSpec, layer: int) -> dict[str, int]:
+    """Return full name of each tensor of a layer's experts -> index of the expert."""
+    rule = spec.family.experts
+    if rule is None:
+        return {}
+    names = [name for name in spec.layer_tensors[layer] if name.startswith(f"{rule.module}.")]
+    start, at = spec.prefix(layer), rule.module.count(".") + 1
+    return {start + name: int(name.split(".")[at]) for name in names}
 
 
 def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
@@ -93,12 +98,10 @@ def _renumbered_experts(spec: ModelSpec, mask: KeepMask) -> dict[str, str]:
     if rule is None:
         return names
     for layer in range(spec.layers):
-        groups = [g for g in spec.table.of_layer(layer) if g.expert is not None and mask.kept(g)]
-        for at, group in enumerate(groups):
-            module = f"{spec.prefix(layer)}{rule.module}."
-            old, new = f"{module}{group.expert}.", f"{module}{at}."
-            own = [piece.tensor for piece in group.slices if not piece.joint]
-            names |= {name: new + name.removeprefix(old) for name in own}
+        gone, module = mask.dropped_experts(layer), f"{spec.prefix(layer)}{rule.module}."
+        for name, expert in _expert_tensors(spec, layer).items():
+            at = expert - sum(other < expert for other in gone)
+            names[name] = f"{module}{at}.{name.removeprefix(f'{module}{expert}.')}"
     return names
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from frugal_bonsai.model.expert_schema import Experts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -20,9 +22,9 @@ class Part:
         tensor: name inside the layer, without the layer's prefix. ``{expert}`` stands for the
             index of an expert.
         axis: 0 for output rows, 1 for input columns.
-        width: number of rows or columns of one unit: ``"one"``, ``"head"`` (head_dim), ``"query"``
-            (query heads of a KV group x head_dim), or ``"group"`` (its query heads, key and value
-            in a row).
+        width: number of rows or columns of one unit: ``"one"``, ``"pair"`` (two), ``"head"``
+            (head_dim), ``"heads"`` (query heads of a KV group), ``"query"`` (those x head_dim), or
+            ``"group"`` (its query heads, key and value in a row).
         after: widths of the parts before this one in a fused tensor.
         required: False for a bias that only some models have.
     """
@@ -137,36 +139,6 @@ class Mixer:
 
     output: str
     returns_tuple: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experts:
-    """The experts of a family's layers. Each expert is an FFN.
-
-    Attributes:
-        module: name inside the layer of the module that computes all experts. Its forward takes
-            the tokens, the indices of each token's experts and their weights, and returns the
-            weighted sum.
-        router: name inside the layer of the router's weight, which has one row per expert. The
-            router's module has the number of experts per token as ``top_k``.
-        router_bias: name inside the layer of a tensor with one number per expert.
-        count_keys: config keys for the number of experts. A pruned config states those that its
-            source states.
-        chosen_key: config key for the number of experts per token.
-        chosen_default: number of experts per token if the config does not state it.
-    """
-
-    module: str = "mlp.experts"
-    router: str = "mlp.gate.weight"
-    router_bias: str | None = None
-    count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
-    chosen_key: str = "num_experts_per_tok"
-    chosen_default: int = 8
-
-    @property
-    def router_tensors(self) -> tuple[str, ...]:
-        """Names inside the layer of the tensors with one row for each expert."""
-        return (self.router,) if self.router_bias is None else (self.router, self.router_bias)
 
 
 # Our own config key for the width of a head, for architectures without such a key.

@@ -55,7 +55,8 @@ class GroupBuilder:
         self._hidden = sizes.hidden
         head_dim, query = sizes.head_dim, sizes.query_heads_per_group() * sizes.head_dim
         # Rows of one unit by the names that a family's table has for them; see ``Part.width``.
-        self._widths = {"query": query, "head": head_dim, "group": query + 2 * head_dim, "one": 1}
+        widths = {"query": query, "head": head_dim, "group": query + 2 * head_dim}
+        self._widths = {**widths, "heads": query // head_dim, "pair": 2, "one": 1}
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor that the architecture needs.
@@ -91,12 +92,14 @@ class GroupBuilder:
         own = self._hidden + len(routers) - 1
         for expert in range(experts):
             group = self._group(layer, FFN, channels, expert)
+            # The bias of an expert's output has no rows of units; it goes with the expert.
+            bias = self._shapes.get(f"{group.output_weight.removesuffix('.weight')}.bias", (0,))
             rows = [
                 UnitSlice(tensor=name, axis=0, width=1, start=expert, joint=True)
                 for name in routers
             ]
             slices = (*group.slices, *rows)
-            groups.append(replace(group, slices=slices, joint_parameters=own))
+            groups.append(replace(group, slices=slices, joint_parameters=own + bias[0]))
         return groups
 
     def _whole_mixer(self, layer: int) -> UnitGroup:

@@ -29,7 +29,7 @@ from frugal_bonsai.rewrite.companions import companion_bytes
 from frugal_bonsai.rewrite.cut_stream import stream_cuts
 from frugal_bonsai.rewrite.layouts import WRITE_CONFIG
 from frugal_bonsai.rewrite.layouts.widths import require_units
-from frugal_bonsai.rewrite.tensor_plan import TensorPlan, plan_tensors
+from frugal_bonsai.rewrite.tensor_plan import TensorPlan, announced_tensors, plan_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -115,8 +115,8 @@ def shrink(
     require_free_space(folder, needed_bytes, "the pruned model")
     described = with_kept_layers(with_bias_keys(spec, added), mask)
     WRITE_CONFIG[rules.layout](described, mask, rules, folder)
-    announced = [(plan.stored_name, plan.dtype, plan.stored_shape) for plan in plans]
-    with ShardedWriter(folder, announced, max_shard_bytes=max_shard_bytes) as writer:
+    specs, parts = announced_tensors(plans)
+    with ShardedWriter(folder, specs, max_shard_bytes=max_shard_bytes, parts=parts) as writer:
         _write_kept(writer, checkpoint, [plan for plan in plans if plan.name not in refit])
         _write_replaced(writer, plans, refit)
         writer.finish()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from frugal_bonsai.checkpoint.file_layout import TensorParts, TensorSpec
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.dtypes import DTYPE_BYTES, torch_dtype
@@ -38,11 +39,13 @@ class TensorPlan:
 
     Attributes:
         name: canonical name in the dense model. Replacements are looked up by it.
-        stored_name: name in the output's file.
+        stored_name: name in the output's file; of a part, its name for the writer.
         dtype: safetensors name of the dtype, the source's.
         shape: shape in the output, with the zeros that the layout adds.
         transposed: the file stores the tensor as ``[in, out]``.
         cut: the part of the source's tensor that is kept; None for a bias that the source lacks.
+        part_of: tensor of the file of which this is a part: that of all experts of a layer.
+        parts: number of parts of one expert in a row.
     """
 
     name: str
@@ -51,6 +54,8 @@ class TensorPlan:
     shape: tuple[int, ...]
     transposed: bool
     cut: TensorCut | None
+    part_of: str | None = None
+    parts: int = 0
 
     @property
     def elements(self) -> int:
@@ -128,11 +133,31 @@ def plan_tensors(
             stored_name = name_in_file(spec.family, entry, name, new_name)
             if spec.multimodal is not None:
                 stored_name = spec.multimodal.stored_name(stored_name)
-            plans[name] = _plan_kept(name, entry, stored_name, indices)
+            plan = _plan_kept(name, entry, stored_name, indices)
+            if entry.stacked:
+                plan = replace(plan, stored_name=new_name, part_of=stored_name, parts=entry.stacked)
+            plans[name] = plan
         else:
             plans[name] = _plan_bias(name, plans[weight_of(name)])
     carried = [_plan_kept(name, entry, name, {}) for name, entry in checkpoint.carried.items()]
     return [*plans.values(), *carried]
+
+
+def announced_tensors(plans: Sequence[TensorPlan]) -> tuple[list[TensorSpec], TensorParts]:
+    """Return the tensors of the output's files, and the parts of those that hold all experts."""
+    parts: dict[str, list[TensorPlan]] = {}
+    for plan in plans:
+        parts.setdefault(plan.part_of or plan.stored_name, []).append(plan)
+    specs = list[TensorSpec]()
+    for name, own in parts.items():
+        first, shape = own[0], own[0].stored_shape
+        if first.part_of is not None:
+            shape = (len(own) // first.parts, first.parts * shape[0], *shape[1:])
+        specs.append((name, first.dtype, shape))
+    whole = {name: own for name, own in parts.items() if own[0].part_of is not None}
+    return specs, {
+        name: [(plan.stored_name, plan.stored_shape) for plan in own] for name, own in whole.items()
+    }
 
 
 def _plan_kept(

@@ -5,9 +5,10 @@ dimensions. Out: an equivalent module with one submodule per expert, under the n
 checkpoints use. Experts may differ in width, and the input of each output projection can be
 captured and masked. Router, top-k and the router's weights stay Hugging Face's.
 
-The router's weight multiplies the *input* of an expert's output projection instead of its output.
-This is the same, because the projection is linear. So the sum of a layer's experts is linear in
-these inputs, and statistics of the inputs contain the router's weights.
+The router's weight multiplies the *input* of an expert's output projection, and the projection's
+bias, instead of its output. This is the same, because the projection is linear. So the sum of a
+layer's experts is linear in these inputs, and statistics of the inputs contain the router's
+weights.
 
 Memory: one expert's tokens.
 
@@ -17,7 +18,7 @@ hidden, C channels of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,9 +26,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
+from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.model.family_schema import Experts
 
 
 class RoutedLinear(nn.Linear):
@@ -41,28 +43,58 @@ class RoutedLinear(nn.Linear):
     tokens_R: torch.Tensor | None = None
     weight_R: torch.Tensor | None = None
 
+    def forward(self, input_RC: torch.Tensor) -> torch.Tensor:
+        """Return the output of weighted inputs, with the bias in the same proportion."""
+        output_RH = linear(input_RC, self.weight)
+        if self.bias is None or self.weight_R is None:
+            return output_RH
+        return _with_bias(output_RH, self.weight_R, self.bias)
+
+
+def _with_bias(
+    output_RH: torch.Tensor, weight_R: torch.Tensor, bias_H: torch.Tensor
+) -> torch.Tensor:
+    return output_RH + weight_R[:, None].to(output_RH.dtype) * bias_H
+
 
 class _Expert(nn.Module):
-    """One gated FFN."""
+    """One gated FFN.
 
-    def __init__(self, hidden: int, width: int, act_fn: Callable[..., torch.Tensor]) -> None:
+    Args:
+        shapes: name inside the expert -> shape of each of its tensors; streamed ones may be
+            smaller.
+        whole: Hugging Face's module of all experts.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], whole: nn.Module) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False, device="meta")
-        self.up_proj = nn.Linear(hidden, width, bias=False, device="meta")
-        self.down_proj = RoutedLinear(width, hidden, bias=False, device="meta")
-        self.act_fn = act_fn
+        for name in [path.removesuffix(".weight") for path in shapes if path.endswith(".weight")]:
+            rows, columns = shapes[f"{name}.weight"]
+            kind = RoutedLinear if name == "down_proj" else nn.Linear
+            bias = f"{name}.bias" in shapes
+            self.add_module(name, kind(columns, rows, bias=bias, device="meta"))
+        self._whole = [whole]  # in a list: its parameters are none of this module's
+
+    def _inner(self, hidden_RH: torch.Tensor) -> torch.Tensor:
+        """Return the activations of the channels, ``[R, C]``."""
+        own, whole = cast(Any, self), cast(Any, self._whole[0])
+        if hasattr(self, "gate_up_proj"):
+            inner_RC = whole._apply_gate(own.gate_up_proj(hidden_RH))
+        else:
+            inner_RC = whole.act_fn(own.gate_proj(hidden_RH)) * own.up_proj(hidden_RH)
+        return cast(torch.Tensor, inner_RC)
 
     def forward(
         self, hidden_RH: torch.Tensor, weight_R: torch.Tensor, tokens_R: torch.Tensor
     ) -> torch.Tensor:
         """Return the expert's weighted output for these tokens, ``[R, H]``."""
-        inner_RC = self.act_fn(self.gate_proj(hidden_RH)) * self.up_proj(hidden_RH)
-        inner_RC = (inner_RC * weight_R[:, None]).to(hidden_RH.dtype)
-        self.down_proj.tokens_R, self.down_proj.weight_R = tokens_R, weight_R
+        inner_RC = (self._inner(hidden_RH) * weight_R[:, None]).to(hidden_RH.dtype)
+        down_proj = cast(RoutedLinear, self.down_proj)
+        down_proj.tokens_R, down_proj.weight_R = tokens_R, weight_R
         try:
-            return cast(torch.Tensor, self.down_proj(inner_RC))
+            return cast(torch.Tensor, down_proj(inner_RC))
         finally:
-            self.down_proj.tokens_R = self.down_proj.weight_R = None
+            down_proj.tokens_R = down_proj.weight_R = None
 
 
 class RoutedExperts(nn.Module):
@@ -71,18 +103,14 @@ class RoutedExperts(nn.Module):
     An expert whose weights are not streamed was dropped. The router's rows are the others in order.
 
     Args:
-        hidden: H.
-        width: number of each expert's channels; streamed weights may have fewer.
-        count: number of experts.
-        act_fn: module of the activation function.
+        shapes: for each expert, see :class:`_Expert`.
+        whole: Hugging Face's module of all experts.
     """
 
-    def __init__(
-        self, hidden: int, width: int, count: int, act_fn: Callable[..., torch.Tensor]
-    ) -> None:
+    def __init__(self, shapes: Iterable[Mapping[str, tuple[int, ...]]], whole: nn.Module) -> None:
         super().__init__()
-        for expert in range(count):
-            self.add_module(str(expert), _Expert(hidden, width, act_fn))
+        for expert, own in enumerate(shapes):
+            self.add_module(str(expert), _Expert(own, whole))
 
     def forward(
         self, hidden_TH: torch.Tensor, chosen_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -93,7 +121,7 @@ class RoutedExperts(nn.Module):
         """
         result_TH = torch.zeros_like(hidden_TH)
         experts = cast(list[_Expert], list(self.children()))
-        alive = [expert for expert in experts if not expert.down_proj.weight.is_meta]
+        alive = [e for e in experts if not cast(RoutedLinear, e.down_proj).weight.is_meta]
         for row, expert in enumerate(alive):
             tokens_R, at_R = (chosen_TK == row).nonzero(as_tuple=True)
             added_RH = expert(hidden_TH[tokens_R], weight_TK[tokens_R, at_R], tokens_R)
@@ -115,10 +143,14 @@ def split_experts(model: nn.Module, spec: ModelSpec) -> None:
         return
     for layer in range(spec.layers):
         prefix = spec.prefix(layer)
-        widths = [g.count for g in spec.table.of_layer(layer) if g.expert is not None]
-        act_fn = cast(Any, model.get_submodule(prefix + rule.module)).act_fn
-        experts = RoutedExperts(spec.hidden, max(widths), len(widths), act_fn)
-        model.set_submodule(prefix + rule.module, experts)
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, shape in spec.layer_tensors[layer].items():
+            if name.startswith(f"{rule.module}."):
+                expert, _, own = name.removeprefix(f"{rule.module}.").partition(".")
+                shapes.setdefault(expert, {})[own] = shape
+        whole = model.get_submodule(prefix + rule.module)
+        ordered = [shapes[str(expert)] for expert in range(len(shapes))]
+        model.set_submodule(prefix + rule.module, RoutedExperts(ordered, whole))
         router = model.get_submodule(prefix + rule.router.rpartition(".")[0])
         router.register_forward_pre_hook(_clamp_chosen(spec.experts_chosen))
 
@@ -144,6 +176,13 @@ class CapturedExperts:
     result_BSH: torch.Tensor
     inputs: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     weights_T: torch.Tensor
+
+    def outputs(self, parameters: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and weighted output ``[R, H]`` of each requested projection."""
+        for name, (input_RC, _, weight_R) in self.inputs.items():
+            output_RH = linear(input_RC, parameters[f"{name}.weight"])
+            bias_H = parameters.get(f"{name}.bias")
+            yield name, output_RH if bias_H is None else _with_bias(output_RH, weight_R, bias_H)
 
 
 def capture_experts(

@@ -119,6 +119,8 @@ def _mask_expert(tiny: Tiny, model: Any, mask: KeepMask, group: UnitGroup, refit
     assert rule is not None
     experts = model.get_submodule(tiny.spec.prefix(group.layer) + rule.module)
     columns_C, weight_HC = mask.of(group), experts.down_proj.data[group.expert]
+    if getattr(experts, "is_transposed", False):
+        weight_HC = weight_HC.T
     weight_HC[:, ~columns_C] = 0
     if group.output_weight in refit:
         weight_HC[:, columns_C] = refit[group.output_weight]()
@@ -128,7 +130,7 @@ def _mask_expert(tiny: Tiny, model: Any, mask: KeepMask, group: UnitGroup, refit
         )
         router.forward = partial(_route_without, group.expert, router.forward)
         if rule.router_bias is not None:  # of choices by another function of the logits
-            bias = model.get_buffer(tiny.spec.prefix(group.layer) + rule.router_bias)
+            bias = model.state_dict()[tiny.spec.prefix(group.layer) + rule.router_bias]
             bias[group.expert] = -torch.inf
 
 

@@ -254,3 +254,13 @@ class TestMiniMaxM2(FamilyContract):
     name = "minimax-m2"
     refines = False
     attention = ()
+
+
+class TestGraniteMoe(FamilyContract):
+    name = "granitemoe"
+    refines = False
+
+
+class TestGptOss(FamilyContract):
+    name = "gpt-oss"
+    refines = False

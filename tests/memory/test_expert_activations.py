@@ -5,6 +5,7 @@ All tokens are sent to the last experts of a layer, which is the worst that a ro
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from live_bytes import LiveBytes, Norms
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.prune_items import PruneItems
 from frugal_bonsai.memory.work import Choice, PruneWorkload
+from frugal_bonsai.model.canonical_names import canonical_tensors
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.units import ATTENTION, FFN, UnitGroup
@@ -63,17 +66,16 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
     )
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    shapes: dict[str, tuple[int, ...]] = {}
+    entries = {}
     for name, value in model.state_dict().items():
-        start, fused, what = name.partition(".experts.")
-        if not fused:
-            shapes[name] = tuple(value.shape)
-            continue
-        for expert in range(EXPERTS):
-            module = f"{start}.experts.{expert}."
-            for part in ("gate_proj", "up_proj") if what == "gate_up_proj" else ("down_proj",):
-                sizes = (hidden, channels) if part == "down_proj" else (channels, hidden)
-                shapes[f"{module}{part}.weight"] = sizes
+        if model_type == "granitemoe":  # its checkpoints name experts and router otherwise
+            name = name.replace("experts.gate_up_proj", "input_linear.weight")
+            name = name.replace("experts.down_proj", "output_linear.weight")
+        shape, end = tuple(value.shape), 4 * value.numel()
+        entries[name] = TensorEntry(
+            name=name, dtype="F32", shape=shape, file=Path("none"), start=0, end=end
+        )
+    shapes = {name: entry.shape for name, entry in canonical_tensors(family, entries).items()}
     return describe_model(config.to_dict(), shapes)
 
 
@@ -82,7 +84,8 @@ def traced_bytes(spec: ModelSpec, *, masked: bool = True, tapped: bool = False) 
     skeleton = Skeleton(Norms(spec), spec, device=CPU, dtype=torch.float32)  # type: ignore[arg-type]
     kwargs, layer = skeleton.layer_kwargs(WINDOW)[0], skeleton.layers[0]
     parameters = {name: torch.ones(size) for name, size in spec.layer_tensors[0].items()}
-    parameters["mlp.gate.weight"][:-CHOSEN] = -1.0
+    assert spec.family.experts is not None
+    parameters[spec.family.experts.router][:-CHOSEN] = -1.0
     hidden_BSH = torch.rand(BATCH, WINDOW, spec.hidden)
     seen: list[torch.Tensor] = []
 

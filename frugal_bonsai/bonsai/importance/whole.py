@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from torch.nn.functional import linear
 
 from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.bonsai.importance.scores import ImportanceScores
@@ -87,11 +86,7 @@ def _saliency(
         captured = capture_experts(
             visit.module, visit.parameters, hidden_BSH, visit.kwargs, rule, names
         )
-        added = {
-            # The input contains the router's weight.
-            name: _norms(input_RC, visit.parameters[f"{name}.weight"])
-            for name, (input_RC, _, _) in captured.inputs.items()
-        }
+        added = {name: _norms(output_RH) for name, output_RH in captured.outputs(visit.parameters)}
         visit.hidden.write(items, captured.result_BSH)
         # Last: after lack of memory, body is called again.
         for name, norm in added.items():
@@ -102,8 +97,7 @@ def _saliency(
     return {group: norms[group.output] / max(1, tokens[group.output]) for group in experts}
 
 
-def _norms(input_RC: torch.Tensor, weight_HC: torch.Tensor) -> float:
+def _norms(output_RH: torch.Tensor) -> float:
     """Return the sum of the norms of an expert's outputs."""
-    output_RH = linear(input_RC, weight_HC)
     dtype = sum_dtype(output_RH.device)
     return float(torch.linalg.vector_norm(output_RH, dim=1, dtype=dtype).sum())

@@ -19,7 +19,9 @@ from frugal_bonsai.model.families.glm4 import GLM4
 from frugal_bonsai.model.families.gpt2 import GPT2
 from frugal_bonsai.model.families.gpt_neo import GPT_NEO
 from frugal_bonsai.model.families.gpt_neox import GPT_NEOX
+from frugal_bonsai.model.families.gpt_oss import GPT_OSS
 from frugal_bonsai.model.families.granite import GRANITE
+from frugal_bonsai.model.families.granitemoe import GRANITEMOE
 from frugal_bonsai.model.families.granitemoehybrid import GRANITEMOEHYBRID
 from frugal_bonsai.model.families.helium import HELIUM
 from frugal_bonsai.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
@@ -92,6 +94,8 @@ _TABLES = (
     MELLUM,
     OLMOE,
     MINIMAX_M2,
+    GRANITEMOE,
+    GPT_OSS,
 )
 FAMILIES = {family.model_type: family for family in _TABLES}
 # Text models inside models of several modalities that compute the same as a family as long as all

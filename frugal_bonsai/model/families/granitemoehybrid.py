@@ -28,7 +28,7 @@ GRANITEMOEHYBRID = replace(
         Condition(
             key="num_local_experts",
             other_than=0,
-            reason="its checkpoints hold the experts of a layer in one tensor",
+            reason="its table has the FFN without experts",
         ),
     ),
 )

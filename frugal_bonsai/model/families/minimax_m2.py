@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.families.mixtral import MIXTRAL
 from frugal_bonsai.model.families.olmo2 import OLMO2
 from frugal_bonsai.model.families.olmoe import OLMOE
-from frugal_bonsai.model.family_schema import Experts
 
 MINIMAX_M2 = replace(
     MIXTRAL,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.families.mistral import MISTRAL
-from frugal_bonsai.model.family_schema import GATED_PEAKS, Experts, Part, Peak
+from frugal_bonsai.model.family_schema import GATED_PEAKS, Part, Peak
 
 # Names of an expert's projections in older checkpoints, which transformers writes, too.
 _STORED = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.families.llama import LLAMA
 from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS, EXPERT_PEAKS
 from frugal_bonsai.model.families.olmo2 import OLMO2
-from frugal_bonsai.model.family_schema import Experts
 from frugal_bonsai.model.units import ATTENTION
 
 OLMOE = replace(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS, EXPERT_PEAKS
 from frugal_bonsai.model.families.qwen2 import QWEN2
 from frugal_bonsai.model.families.qwen3_moe import QWEN3_MOE
-from frugal_bonsai.model.family_schema import Experts, Peak
+from frugal_bonsai.model.family_schema import Peak
 
 # The output of the expert for all tokens is held beside the others.
 SHARED_PEAKS = (Peak(hidden=6, ffn=3), Peak(hidden=7, ffn=2), *EXPERT_PEAKS[2:])

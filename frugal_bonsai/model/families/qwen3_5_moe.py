@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.families.qwen2_moe import SHARED_PEAKS
 from frugal_bonsai.model.families.qwen3_5 import QWEN3_5
 from frugal_bonsai.model.families.qwen3_next import QWEN3_NEXT
-from frugal_bonsai.model.family_schema import Experts
 
 QWEN3_5_MOE = replace(
     QWEN3_NEXT,

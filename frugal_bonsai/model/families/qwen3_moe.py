@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS, EXPERT_PEAKS
 from frugal_bonsai.model.families.qwen3 import QWEN3
-from frugal_bonsai.model.family_schema import Condition, Experts, Peak
+from frugal_bonsai.model.family_schema import Condition, Peak
 
 QWEN3_MOE = replace(
     QWEN3,

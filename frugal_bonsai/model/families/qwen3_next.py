@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS
 from frugal_bonsai.model.families.qwen2_moe import SHARED_PEAKS
 from frugal_bonsai.model.families.qwen3_5 import QWEN3_5
 from frugal_bonsai.model.families.qwen3_moe import QWEN3_MOE
-from frugal_bonsai.model.family_schema import Experts, Peak
+from frugal_bonsai.model.family_schema import Peak
 
 QWEN3_NEXT = replace(
     QWEN3_5,

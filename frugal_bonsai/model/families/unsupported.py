@@ -12,18 +12,12 @@ _SHARED = (
     "its shared experts are as wide as the routed ones times their number, so that no config can "
     "hold routed experts of another width beside them"
 )
-_ONE_TENSOR = (
-    "its checkpoints hold all experts of a layer in one tensor of three dimensions, which is not "
-    "read expert by expert yet"
-)
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("deepseek_v2", "deepseek_v3", "mistral4", "dots1"), _SHARED),
         **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "exaone_moe", "ernie4_5_moe"), _SHARED),
-        "gpt_oss": f"{_ONE_TENSOR}, or in MXFP4",
-        "granitemoe": _ONE_TENSOR,
-        "llama4_text": _ONE_TENSOR,
+        "llama4_text": "its router multiplies what its experts read, not what they return",
         "flex_olmo": "a norm follows the sum of its experts, whose outputs cannot be refitted then",
         "phimoe": "its router is a linear layer that chooses experts by itself",
         "gemma4_text": (
