@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from frugal_bonsai.rewrite.load import load_pruned
-    from frugal_bonsai.run.adapt import adapt_pruned
+    from frugal_bonsai.run.adapt import adapt
     from frugal_bonsai.run.adapt_plan import plan_adapt
     from frugal_bonsai.run.bench import bench
     from frugal_bonsai.run.evaluate import evaluate
@@ -26,7 +26,7 @@ __all__ = [
     "BenchOptions",
     "EvalOptions",
     "PruneOptions",
-    "adapt_pruned",
+    "adapt",
     "bench",
     "evaluate",
     "export_gguf",
@@ -48,7 +48,7 @@ _HOMES = {
     "BenchOptions": "frugal_bonsai.run.options",
     "EvalOptions": "frugal_bonsai.run.options",
     "PruneOptions": "frugal_bonsai.run.options",
-    "adapt_pruned": "frugal_bonsai.run.adapt",
+    "adapt": "frugal_bonsai.run.adapt",
     "bench": "frugal_bonsai.run.bench",
     "evaluate": "frugal_bonsai.run.evaluate",
     "export_gguf": "frugal_bonsai.run.export",

@@ -26,12 +26,12 @@ from typing import Any, cast
 
 import torch
 
-from frugal_bonsai.adapt.objective import Sums
-from frugal_bonsai.adapt.settings import AdaptSettings, Objective
-from frugal_bonsai.adapt.state import TrainingFolder
-from frugal_bonsai.adapt.student import Student
-from frugal_bonsai.adapt.train import Trainer
-from frugal_bonsai.adapt.training_data import MicroBatch, TrainingData
+from frugal_bonsai.adaptation.objective import Sums
+from frugal_bonsai.adaptation.settings import AdaptSettings, Objective
+from frugal_bonsai.adaptation.state import TrainingFolder
+from frugal_bonsai.adaptation.student import Student
+from frugal_bonsai.adaptation.train import Trainer
+from frugal_bonsai.adaptation.training_data import MicroBatch, TrainingData
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.dtypes import TORCH_NAMES
 from frugal_bonsai.memory.meter import peak_resident_bytes
@@ -44,7 +44,10 @@ from frugal_bonsai.sizes import MIB
 
 
 class ResidentStudent:
-    """Stands where :class:`frugal_bonsai.adapt.student.Student` does; both models are in memory."""
+    """Stands where :class:`frugal_bonsai.adaptation.student.Student` does.
+
+    Both models are in memory.
+    """
 
     def __init__(self, student: Any, teacher: Any | None, opened: Any) -> None:
         self.spec, self.checkpoint = opened.spec, opened.checkpoint
@@ -158,16 +161,17 @@ def reference(job_file: Path) -> dict[str, Any]:
 
 def prepare(words: list[str], summary: dict[str, Any], dtype: str, path: Path) -> None:
     """Write what the reference needs: the windows and settings of the run that was summed up."""
-    from frugal_bonsai.cli.adapt import _adapt_options, adapt_command
+    from frugal_bonsai.cli.adapt import adapt_command
     from frugal_bonsai.run.adapt_plan import plan_adaptation
     from frugal_bonsai.run.adaptation import prepare_adaptation
+    from frugal_bonsai.run.keywords import adapt_options
     from frugal_bonsai.run.training_data import make_training_data
 
     given = adapt_command.make_context("adapt", list(words)).params
-    pruned = given.pop("model")
+    pruned = given.pop("pruned")
     for name in ("out", "dry_run", "resume", "overwrite", "as_json", "threads"):
         given.pop(name)
-    options = _adapt_options(given)
+    options = adapt_options(given)
     with ExitStack() as stack:
         job = prepare_adaptation(pruned, options, path.parent, stack=stack, progress=Silent())
         teacher_plan = plan_adaptation(job).teacher

@@ -130,7 +130,7 @@ def measure_prune(model: str, case: Case, folder: Path) -> dict[str, Any]:
 
 def measure_adapt(model: str, folder: Path) -> dict[str, Any]:
     """Adapt a model, as if pruned, to itself; return the measured peak and the plan's."""
-    from frugal_bonsai.run.adapt import adapt_pruned
+    from frugal_bonsai.run.adapt import adapt
     from frugal_bonsai.run.adapt_plan import plan_adapt
     from frugal_bonsai.run.options import AdaptOptions
 
@@ -145,7 +145,7 @@ def measure_adapt(model: str, folder: Path) -> dict[str, Any]:
     )
     planned = plan_adapt(model, options, folder / "out.run")
     with measured_disk(folder) as meter:
-        adapt_pruned(model, folder / "out", options)
+        adapt(model, folder / "out", options)
     return _result(meter, planned["totals"]["disk"])
 
 

@@ -11,8 +11,7 @@ import cloup
 from frugal_bonsai.cli import options
 from frugal_bonsai.cli.command import COMMON, Command
 from frugal_bonsai.cli.running import print_result, set_threads, watched
-from frugal_bonsai.run.options import AdaptOptions
-from frugal_bonsai.sizes import parse_count
+from frugal_bonsai.run.keywords import adapt_options
 
 _training_group = cloup.option_group(
     "Training",
@@ -29,7 +28,6 @@ _training_group = cloup.option_group(
     ),
     click.option(
         "--optimizer",
-        "optimiser",
         type=click.Choice(["auto", "adamw", "adamw8bit"]),
         help="auto: adamw8bit (bitsandbytes) where adamw's fp32 moments do not fit.  "
         "[default: auto]",
@@ -106,7 +104,7 @@ _loss_group = cloup.option_group(
         "    --max-gpu-mem 24GB --out DIR",
     ),
 )
-@cloup.argument("model", metavar="PRUNED", help="A folder that prune wrote, or any other model.")
+@cloup.argument("pruned", help="A folder that prune wrote, or any other model.")
 @cloup.option_group(
     COMMON,
     click.option(
@@ -157,14 +155,14 @@ _loss_group = cloup.option_group(
     options.quiet,
     options.verbose,
 )
-def adapt_command(model: str, out: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
+def adapt_command(pruned: str, out: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Train PRUNED to imitate DENSE under the same caps, into DIR.
 
     The dense model is streamed once, and its most likely next tokens are kept on disk. Then
     adapters are trained beside the pruned weights and merged into them.
     """
     if dry_run:
-        _plan(model, out, given, as_json=as_json)
+        _plan(pruned, out, given, as_json=as_json)
         return
     if out is None:
         raise click.UsageError("Missing option '--out' (only --dry-run does without).")
@@ -173,55 +171,25 @@ def adapt_command(model: str, out: str | None, dry_run: bool, as_json: bool, **g
 
     threads = given.pop("threads")
     writing = {name: given.pop(name) for name in ("resume", "overwrite")}
-    chosen = _adapt_options(given)
-    check_adapt(model, Path(out), chosen, **writing)
+    chosen = adapt_options(given)
+    check_adapt(pruned, Path(out), chosen, **writing)
     with watched(threads) as progress:
-        from frugal_bonsai.run.adapt import adapt_pruned
+        from frugal_bonsai.run.adapt import adapt
 
-        summary = adapt_pruned(model, out, chosen, **writing, progress=progress)
+        summary = adapt(pruned, out, chosen, **writing, progress=progress)
     print_result(summary, render_adapt, as_json=as_json)
 
 
-def _plan(model: str, out: str | None, given: dict[str, Any], *, as_json: bool) -> None:
+def _plan(pruned: str, out: str | None, given: dict[str, Any], *, as_json: bool) -> None:
     from frugal_bonsai.report.adapt_plan_tables import render_adapt_plan
     from frugal_bonsai.run.early import check_adapt
 
     threads = given.pop("threads")
     writing = {name: given.pop(name) for name in ("resume", "overwrite")}
-    chosen = _adapt_options(given)
-    check_adapt(model, None if out is None else Path(out), chosen, **writing)
+    chosen = adapt_options(given)
+    check_adapt(pruned, None if out is None else Path(out), chosen, **writing)
     set_threads(threads)
     from frugal_bonsai.run.adapt_plan import plan_adapt
 
     run = Path(f"{out or 'adapted'}.run")
-    print_result(plan_adapt(model, chosen, run), render_adapt_plan, as_json=as_json)
-
-
-def _adapt_options(given: dict[str, Any]) -> AdaptOptions:
-    """Return the options of the command; those that are settings of the training go together."""
-    settings: dict[str, Any] = {
-        name: given.pop(name)
-        for name in (
-            "method",
-            "loss",
-            "lm_weight",
-            "kl_weight",
-            "hidden_weight",
-            "optimiser",
-            "alpha",
-            "learning_rate",
-            "batch",
-            "evaluations",
-            "seed",
-        )
-    }
-    rank, tokens, minutes = given.pop("rank"), given.pop("tokens"), given.pop("minutes")
-    settings["rank"] = None if rank in (None, "auto") else parse_count(rank, option="--rank")
-    settings["tokens"] = None if tokens is None else parse_count(tokens, option="--tokens")
-    settings["seconds"] = None if minutes is None else 60.0 * minutes
-    layers = given.pop("hidden_layers")
-    if layers is not None:
-        given["hidden_layers"] = tuple(
-            parse_count(part, option="--hidden-layers", least=0) for part in layers.split(",")
-        )
-    return AdaptOptions(settings=settings, **given)
+    print_result(plan_adapt(pruned, chosen, run), render_adapt_plan, as_json=as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import cloup
 from frugal_bonsai.cli import options, search_options
 from frugal_bonsai.cli.command import COMMON, Command
 from frugal_bonsai.cli.running import print_result, set_threads, watched
-from frugal_bonsai.run.options import PruneOptions
+from frugal_bonsai.run.keywords import prune_options
 
 _MODEL = 'A folder, a GGUF file, a hub id, or "example", a small model that is part of the package.'
 
@@ -76,7 +75,7 @@ def prune_command(model: str, out: str, dry_run: bool, as_json: bool, **given: A
 
     threads = given.pop("threads")
     writing = {name: given.pop(name) for name in ("resume", "overwrite")}
-    chosen = _prune_options(given)
+    chosen = prune_options(given)
     check_prune(model, Path(out), chosen, **writing)
     if dry_run:
         set_threads(threads)
@@ -138,16 +137,9 @@ def plan_command(model: str, as_json: bool, **given: Any) -> None:
     from frugal_bonsai.report.plan_tables import render_plan
     from frugal_bonsai.run.early import check_prune
 
-    threads, chosen = given.pop("threads"), _prune_options(given)
+    threads, chosen = given.pop("threads"), prune_options(given)
     check_prune(model, None, chosen)
     set_threads(threads)
     from frugal_bonsai.run.plan import plan
 
     print_result(plan(model, chosen), render_plan, as_json=as_json)
-
-
-def _prune_options(given: dict[str, Any]) -> PruneOptions:
-    """Return the options of the command; those that are settings of the method go together."""
-    own = {field.name for field in fields(PruneOptions)}
-    settings = {name: value for name, value in given.items() if name not in own}
-    return PruneOptions(settings=settings, **{name: given[name] for name in given.keys() & own})

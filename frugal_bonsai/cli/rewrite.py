@@ -164,6 +164,9 @@ def export_command(kind: str, dry_run: bool, as_json: bool, **given: Any) -> Non
         type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Dtype of the weights (transformers).  [default: float32 on a CPU, bfloat16 on a GPU]",
     ),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Seed of the prompt's tokens."
+    ),
     options.json_output,
     options.quiet,
     options.verbose,

@@ -30,8 +30,8 @@ SHARD_BYTES = 64 * MIB
 # Number of held-out windows, and of their first tokens, whose logits a verification compares: few,
 # so that the logits are small.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 64
-# Bytes of a stored weight that are dense at the same time (adapt/stored_linear.py): an int8 head of
-# 128,256 tokens would take a gigabyte in fp32.
+# Bytes of a stored weight that are dense at the same time (adaptation/stored_linear.py): an int8
+# head of 128,256 tokens would take a gigabyte in fp32.
 DENSE_BLOCK_BYTES = 32 * MIB
 
 

@@ -35,7 +35,7 @@ def adapt_card(summary: Values) -> str:
     """Return the text of the adapted model's README.md.
 
     Args:
-        summary: what :func:`frugal_bonsai.adapt_pruned` returns; "out" and "load" are not used.
+        summary: what :func:`frugal_bonsai.adapt` returns; "out" and "load" are not used.
     """
     pruned, teacher = parent_name(summary["model"]), summary["teacher"]
     base = teacher if teacher is not None and is_hub_id(teacher) else summary["model"]

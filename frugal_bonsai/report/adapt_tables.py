@@ -21,7 +21,7 @@ def render_adapt(summary: Mapping[str, Any], console: Console) -> None:
     """Print figures before and after, the training's measurements, memory, and the output folder.
 
     Args:
-        summary: what :func:`frugal_bonsai.adapt_pruned` returns.
+        summary: what :func:`frugal_bonsai.adapt` returns.
         console: console to print to.
     """
     summary, sheet = all_printable(summary, console.encoding), Sheet(console)

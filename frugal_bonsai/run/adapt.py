@@ -19,19 +19,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from frugal_bonsai.adapt.adapters import add_adapters, trained_projections
-from frugal_bonsai.adapt.settings import FULL
-from frugal_bonsai.adapt.state import TrainingFolder
-from frugal_bonsai.adapt.student import TRAINED, StreamedStudent, Student
-from frugal_bonsai.adapt.teacher_cache import hash_weights, hash_windows
-from frugal_bonsai.adapt.train import Trained, Trainer
-from frugal_bonsai.adapt.training_data import TrainingData
+from frugal_bonsai.adaptation.adapters import add_adapters, trained_projections
+from frugal_bonsai.adaptation.settings import FULL
+from frugal_bonsai.adaptation.state import TrainingFolder
+from frugal_bonsai.adaptation.student import TRAINED, StreamedStudent, Student
+from frugal_bonsai.adaptation.teacher_cache import hash_weights, hash_windows
+from frugal_bonsai.adaptation.train import Trained, Trainer
+from frugal_bonsai.adaptation.training_data import TrainingData
 from frugal_bonsai.checkpoint.commit import staged_directory
 from frugal_bonsai.memory.disk import CACHE, OUT, RUN
 from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.training_items import STREAMED
 from frugal_bonsai.memory.work import VERIFY_TOKENS, VERIFY_WINDOWS
-from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.report.bar import choose_progress
 from frugal_bonsai.run.adapt_output import (
     describe_adaptation,
     measure,
@@ -43,6 +44,7 @@ from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
 from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.early import check_adapt
 from frugal_bonsai.run.engine import enforce_caps
+from frugal_bonsai.run.keywords import adapt_options
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.output import replaceable
 from frugal_bonsai.run.report import write_page_beside
@@ -51,26 +53,28 @@ from frugal_bonsai.run.training_data import make_training_data
 from frugal_bonsai.stream.engine import compute_dtype
 
 
-def adapt_pruned(
+def adapt(
     pruned: str,
     out: str | Path,
-    options: AdaptOptions,
+    options: AdaptOptions | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     on_plan: Callable[[TrainingPlan], None] | None = None,
+    **named: Any,
 ) -> dict[str, Any]:
     """Adapt a pruned model to its dense teacher and report.
 
     Args:
         pruned: folder of the pruned model, in any layout; or any other supported model.
         out: folder that must not exist yet; appears when it is complete.
-        options: all other options.
+        options: all other options as one object, instead of keywords.
         resume: continue the run that ``OUT.run`` holds.
         overwrite: replace ``out`` at the end, if it is a folder that this program wrote.
-        progress: gets sweeps, steps and measurements.
+        progress: gets sweeps, steps and measurements. None shows a bar in notebooks, False nothing.
         on_plan: gets the training's memory plan before any work.
+        named: all other options by name: those of ``frugal-bonsai adapt``, with underscores.
 
     Returns:
         The summary as plain values (the output of ``--json``).
@@ -78,7 +82,8 @@ def adapt_pruned(
     Raises:
         FrugalBonsaiError: any error that the user can fix; no incomplete output is left.
     """
-    out, progress, started = Path(out), progress or Silent(), time.monotonic()
+    out, progress, started = Path(out), choose_progress(progress), time.monotonic()
+    options = adapt_options(named, options)
     check_adapt(pruned, out, options, resume=resume, overwrite=overwrite)
     folder = run_folder(out)
     with locked(folder), ExitStack() as stack:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.adapt.adapters import Merged, merged_weights
-from frugal_bonsai.adapt.state import BEST_FILE
-from frugal_bonsai.adapt.train import Trained
-from frugal_bonsai.adapt.training_data import TrainingData
+from frugal_bonsai.adaptation.adapters import Merged, merged_weights
+from frugal_bonsai.adaptation.state import BEST_FILE
+from frugal_bonsai.adaptation.train import Trained
+from frugal_bonsai.adaptation.training_data import TrainingData
 from frugal_bonsai.checkpoint.commit import output_errors, write_bytes
 from frugal_bonsai.evaluation.perplexity import measure_texts
 from frugal_bonsai.memory.plan import MemoryPlan

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.adapt.optimiser import allowed_optimisers
-from frugal_bonsai.adapt.settings import LORA
+from frugal_bonsai.adaptation.optimiser import allowed_optimisers
+from frugal_bonsai.adaptation.settings import LORA
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.disk import DiskPlan, plan_training_disk
 from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from frugal_bonsai.adapt.settings import AdaptSettings
-from frugal_bonsai.adapt.teacher import DEFAULT_TOP, TeacherSettings, require_possible
+from frugal_bonsai.adaptation.settings import AdaptSettings
+from frugal_bonsai.adaptation.teacher import DEFAULT_TOP, TeacherSettings, require_possible
 from frugal_bonsai.bonsai.calibration import window_count
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.memory.budget import Budget, find_device, make_budget

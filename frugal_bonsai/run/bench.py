@@ -18,10 +18,12 @@ from typing import Any
 from frugal_bonsai.checkpoint.gguf_header import read_vocabulary
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP
-from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.report.bar import choose_progress
 from frugal_bonsai.run.child import Child
 from frugal_bonsai.run.early import check_bench
 from frugal_bonsai.run.evaluate_gguf import find_gguf
+from frugal_bonsai.run.keywords import one_of
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.options import BenchOptions
 from frugal_bonsai.version import package_version
@@ -36,15 +38,17 @@ def bench(
     pruned: str,
     options: BenchOptions | None = None,
     *,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    **named: Any,
 ) -> dict[str, Any]:
     """Time two models in turn.
 
     Args:
         dense: The dense model: folder, hub id, ``example`` or GGUF file.
         pruned: The pruned model, likewise.
-        options: All other options.
-        progress: Told of each run.
+        options: All other options as one object, instead of keywords.
+        progress: Told of each run. None shows a bar in notebooks, False nothing.
+        named: All other options by name: those of ``frugal-bonsai bench``, with underscores.
 
     Returns:
         Plain values: for each model the median, smallest and largest rate of prefill and decode in
@@ -54,7 +58,7 @@ def bench(
         OptionError: An option cannot work.
         BenchError: The process of a model ended.
     """
-    options, progress = options or BenchOptions(), progress or Silent()
+    options, progress = one_of(BenchOptions, named, options), choose_progress(progress)
     check_bench(dense, pruned, options)
     models = {"dense": dense, "pruned": pruned}
     files = models

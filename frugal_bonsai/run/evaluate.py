@@ -24,12 +24,14 @@ from frugal_bonsai.memory.budget import Caps, find_device, make_budget
 from frugal_bonsai.memory.disk import RUN
 from frugal_bonsai.memory.plan import MemoryPlan, SweepWorkload, plan_memory
 from frugal_bonsai.model.tied_head import require_tied_head
-from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.report.bar import choose_progress
 from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.early import check_eval
 from frugal_bonsai.run.engine import make_engine, measured_base_bytes
 from frugal_bonsai.run.evaluate_gguf import evaluate_gguf
 from frugal_bonsai.run.evaluate_tasks import evaluate_tasks
+from frugal_bonsai.run.keywords import one_of
 from frugal_bonsai.run.open import Model, note_model, open_model
 from frugal_bonsai.run.options import EvalOptions
 from frugal_bonsai.run.summary import describe_memory
@@ -47,14 +49,19 @@ STREAMED = "streamed"
 
 
 def evaluate(
-    model: str, options: EvalOptions, *, progress: Progress | None = None
+    model: str,
+    options: EvalOptions | None = None,
+    *,
+    progress: Progress | bool | None = None,
+    **named: Any,
 ) -> dict[str, Any]:
     """Measure the perplexity of a model on a text, its scores on tasks, or both.
 
     Args:
         model: Folder, GGUF file, hub id or ``example``; dense or pruned, any layout.
-        options: What to measure, and within which caps.
-        progress: Told of each layer visit.
+        options: What to measure, and within which caps, as one object instead of keywords.
+        progress: Told of each layer visit. None shows a bar in notebooks, False nothing.
+        named: Options by name: those of ``frugal-bonsai eval``, with underscores.
 
     Returns:
         Plain values (what ``eval --json`` prints).
@@ -62,7 +69,8 @@ def evaluate(
     Raises:
         FrugalBonsaiError: The user can mend it.
     """
-    started, progress = time.monotonic(), progress or Silent()
+    started, progress = time.monotonic(), choose_progress(progress)
+    options = one_of(EvalOptions, named, options)
     files = check_eval(model, options)
     if options.runtime == LLAMA_CPP:
         assert options.text is not None  # checked above

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.adapt.settings import AdaptSettings, Objective
+from frugal_bonsai.adaptation.settings import AdaptSettings, Objective
 from frugal_bonsai.checkpoint.locate import EXAMPLE
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP

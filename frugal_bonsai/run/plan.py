@@ -18,6 +18,7 @@ from frugal_bonsai.memory.training import TrainingPlan
 from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.report.words import duration
 from frugal_bonsai.run.engine import measured_base_bytes
+from frugal_bonsai.run.keywords import prune_options
 from frugal_bonsai.run.machine import no_gpu_advice
 from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.run.options import PruneOptions
@@ -28,12 +29,14 @@ from frugal_bonsai.run.workload import forward_tokens, prune_workload
 WRITTEN_SHARE = 2
 
 
-def plan(model: str, options: PruneOptions) -> dict[str, Any]:
+def plan(model: str, options: PruneOptions | None = None, **named: Any) -> dict[str, Any]:
     """Predict the memory and the time of a prune.
 
     Args:
         model: Folder, GGUF file, hub id or ``example``.
-        options: Options of the prune. With a profile, its machine is planned for.
+        options: Options of the prune as one object, instead of keywords. With a profile, its
+            machine is planned for.
+        named: Options of the prune by name: those of ``frugal-bonsai plan``, with underscores.
 
     Returns:
         Plain values (what ``plan --json`` prints).
@@ -42,6 +45,7 @@ def plan(model: str, options: PruneOptions) -> dict[str, Any]:
         BudgetError: The prune does not fit; names the largest item and the smallest cap that works.
         FrugalBonsaiError: The prune would be refused before it begins.
     """
+    options = prune_options(named, options)
     with open_model(
         model,
         headers_only=True,

@@ -29,10 +29,12 @@ from frugal_bonsai.memory.disk import OUT, RUN
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import VERIFY_WINDOWS
 from frugal_bonsai.model.tied_head import require_tied_head
-from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.report.bar import choose_progress
 from frugal_bonsai.rewrite.verify import compare_logits
 from frugal_bonsai.run.early import check_prune
 from frugal_bonsai.run.engine import in_fp32, make_engine
+from frugal_bonsai.run.keywords import prune_options
 from frugal_bonsai.run.open import Model, note_model, open_model, write_output
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.output import replaceable
@@ -63,21 +65,23 @@ def prune(
     resume: bool = False,
     overwrite: bool = False,
     utility: Utility | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     on_plan: Callable[[MemoryPlan], None] | None = None,
+    **named: Any,
 ) -> dict[str, Any]:
     """Prune a model into ``out`` and report.
 
     Args:
         model: Folder, GGUF file, hub id or ``example``.
         out: Folder that must not exist yet. It appears when it is complete.
-        options: All other options.
+        options: All other options as one object, instead of keywords.
         resume: Continue the run that ``OUT.run`` holds.
         overwrite: Replace ``out`` at the end, if it is a folder that this program wrote.
         utility: Utility that replaces -mean NLL. Called with the logits (fp32 ``[S, V]``) and the
             tokens (int64 ``[S]``) of one window; higher is better; need not be differentiable.
-        progress: Told of rounds, sweeps and layers.
+        progress: Told of rounds, sweeps and layers. None shows a bar in notebooks, False nothing.
         on_plan: Told of the memory plan before any work.
+        named: All other options by name: those of ``frugal-bonsai prune``, with underscores.
 
     Returns:
         The summary as plain values (what ``--json`` prints).
@@ -86,7 +90,7 @@ def prune(
         FrugalBonsaiError: The user can mend it; no half-written output is left.
     """
     started = time.monotonic()
-    out, options, progress = Path(out), options or PruneOptions(), progress or Silent()
+    out, options, progress = Path(out), prune_options(named, options), choose_progress(progress)
     check_prune(model, out, options, resume=resume, overwrite=overwrite)
     check_tasks(options)
     folder = run_folder(out)

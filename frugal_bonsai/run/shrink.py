@@ -14,7 +14,8 @@ from typing import Any
 from frugal_bonsai.checkpoint.commit import staged_directory, write_bytes
 from frugal_bonsai.model.layout import UNIFORM, LayoutRules, layout_rules
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.progress import Progress, Silent
+from frugal_bonsai.progress import Progress
+from frugal_bonsai.report.bar import choose_progress
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.report.mask_card import mask_card
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
@@ -45,7 +46,7 @@ def shrink(
     max_shard_size: str | int = "5GB",
     assume_family: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> dict[str, Any]:
     """Write the pruned model that a mask file describes.
 
@@ -59,7 +60,7 @@ def shrink(
         max_shard_size: Largest shard of the output: bytes, or text such as ``"5GB"``.
         assume_family: Family whose table is used for an architecture that has none.
         overwrite: Replace ``out`` at the end, if it is a folder that this program wrote.
-        progress: Told of notes.
+        progress: Told of notes. None prints them in notebooks, False nowhere.
 
     Returns:
         The summary as plain values (what ``--json`` prints).
@@ -67,7 +68,7 @@ def shrink(
     Raises:
         FrugalBonsaiError: The user can mend it; no half-written output is left.
     """
-    out, progress, started = Path(out), progress or Silent(), time.monotonic()
+    out, progress, started = Path(out), choose_progress(progress), time.monotonic()
     check_shrink(
         model,
         Path(mask),

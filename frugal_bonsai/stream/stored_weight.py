@@ -3,7 +3,8 @@
 In: a weight as it lies in a layer's buffer, either int8 codes with row scales or the checkpoint's
 dtype. Out: a tensor that Hugging Face's modules accept as their weight. :class:`RowsWeight` makes
 one block of rows dense at a time, ``int8_linear.Int8Weight`` multiplies the codes themselves. No
-gradients: adapt/stored_linear.py has them. Holds a view of the stored bytes, and scratch memory.
+gradients: adaptation/stored_linear.py has them. Holds a view of the stored bytes, and scratch
+memory.
 
 Shape suffixes: T tokens, I input columns, O output rows, o rows of a block.
 """

@@ -17,14 +17,14 @@ from frugal_bonsai import (
     AdaptOptions,
     EvalOptions,
     PruneOptions,
-    adapt_pruned,
+    adapt,
     evaluate,
     load_pruned,
     prune,
 )
-from frugal_bonsai.adapt.settings import AdaptSettings
-from frugal_bonsai.adapt.state import TrainingFolder
-from frugal_bonsai.adapt.stored_linear import StoredLinear
+from frugal_bonsai.adaptation.settings import AdaptSettings
+from frugal_bonsai.adaptation.state import TrainingFolder
+from frugal_bonsai.adaptation.stored_linear import StoredLinear
 from frugal_bonsai.errors import VerifyError
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run import plan as plans
@@ -177,7 +177,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(pruned: Path, out: Path, **given: Any) -> dict[str, Any]:
     settings = {"tokens": 5 * 2 * WINDOW, "batch": 2, "evaluations": 1, **given.pop("settings", {})}
     given = {"device": "cuda", "teacher": "example", "settings": settings, **given}
-    return adapt_pruned(
+    return adapt(
         str(pruned), out, AdaptOptions(window=WINDOW, windows=8, data=("stdlib",), **given)
     )
 

@@ -20,19 +20,19 @@ from tiny_models import (
     tiny_llama,
 )
 
-from frugal_bonsai.adapt import stored_linear
-from frugal_bonsai.adapt.adapters import add_adapters, merged_weights, trained_projections
-from frugal_bonsai.adapt.objective import (
+from frugal_bonsai.adaptation import stored_linear
+from frugal_bonsai.adaptation.adapters import add_adapters, merged_weights, trained_projections
+from frugal_bonsai.adaptation.objective import (
     TopTokens,
     divergence,
     divergence_bounds,
 )
-from frugal_bonsai.adapt.settings import Objective
-from frugal_bonsai.adapt.state import BEST_FILE, TrainingFolder
-from frugal_bonsai.adapt.stored_linear import StoredLinear
-from frugal_bonsai.adapt.student import TRAINED, StreamedStudent, Student
-from frugal_bonsai.adapt.teacher_cache import Targets
-from frugal_bonsai.adapt.training_data import MicroBatch
+from frugal_bonsai.adaptation.settings import Objective
+from frugal_bonsai.adaptation.state import BEST_FILE, TrainingFolder
+from frugal_bonsai.adaptation.stored_linear import StoredLinear
+from frugal_bonsai.adaptation.student import TRAINED, StreamedStudent, Student
+from frugal_bonsai.adaptation.teacher_cache import Targets
+from frugal_bonsai.adaptation.training_data import MicroBatch
 from frugal_bonsai.int8 import quantise_rows
 from frugal_bonsai.memory.training_items import INT8, NATIVE
 from frugal_bonsai.model.families import FAMILIES

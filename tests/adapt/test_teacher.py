@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import TIED, Tiny, random_windows, tiny_llama
 
-from frugal_bonsai.adapt.teacher import TeacherSettings, build_teacher, identify
-from frugal_bonsai.adapt.teacher_cache import (
+from frugal_bonsai.adaptation.teacher import TeacherSettings, build_teacher, identify
+from frugal_bonsai.adaptation.teacher_cache import (
     CACHE_FILE,
     TeacherCache,
     cache_folder,

@@ -15,15 +15,15 @@ import pytest
 import torch
 from tiny_models import CPU, Tiny, random_windows, relative, sampled_windows, tiny_llama
 
-from frugal_bonsai.adapt.adapters import add_adapters
-from frugal_bonsai.adapt.optimiser import allowed_optimisers
-from frugal_bonsai.adapt.schedule import Schedule
-from frugal_bonsai.adapt.settings import AdaptSettings, Objective
-from frugal_bonsai.adapt.state import BEST_FILE, STATE_FILE, TrainingFolder
-from frugal_bonsai.adapt.student import Student
-from frugal_bonsai.adapt.teacher import TeacherSettings, build_teacher, identify
-from frugal_bonsai.adapt.train import Trainer
-from frugal_bonsai.adapt.training_data import TrainingData
+from frugal_bonsai.adaptation.adapters import add_adapters
+from frugal_bonsai.adaptation.optimiser import allowed_optimisers
+from frugal_bonsai.adaptation.schedule import Schedule
+from frugal_bonsai.adaptation.settings import AdaptSettings, Objective
+from frugal_bonsai.adaptation.state import BEST_FILE, STATE_FILE, TrainingFolder
+from frugal_bonsai.adaptation.student import Student
+from frugal_bonsai.adaptation.teacher import TeacherSettings, build_teacher, identify
+from frugal_bonsai.adaptation.train import Trainer
+from frugal_bonsai.adaptation.training_data import TrainingData
 from frugal_bonsai.errors import BudgetError, CheckpointError, OptionError, StateError
 from frugal_bonsai.memory.training_items import NATIVE
 from frugal_bonsai.progress import Silent

@@ -12,11 +12,11 @@ from test_activations import LiveBytes
 from tiny_models import FAMILY_CONFIGS, TINY, Tiny, random_windows, tiny_family, tiny_model
 from torch.utils._pytree import tree_leaves
 
-from frugal_bonsai.adapt.adapters import add_adapters
-from frugal_bonsai.adapt.optimiser import kept_state, make_optimiser
-from frugal_bonsai.adapt.settings import Objective
-from frugal_bonsai.adapt.student import Activations, Student
-from frugal_bonsai.adapt.training_data import MicroBatch
+from frugal_bonsai.adaptation.adapters import add_adapters
+from frugal_bonsai.adaptation.optimiser import kept_state, make_optimiser
+from frugal_bonsai.adaptation.settings import Objective
+from frugal_bonsai.adaptation.student import Activations, Student
+from frugal_bonsai.adaptation.training_data import MicroBatch
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.training import TrainingPlan, plan_training

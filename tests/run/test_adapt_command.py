@@ -79,7 +79,7 @@ def test_the_output_is_better_and_computes_what_the_student_did(
         eval_text=str(text),
         max_cpu_mem="3GB",
     )
-    summary = package.adapt_pruned(str(pruned), out, options)
+    summary = package.adapt(str(pruned), out, options)
     before, after = summary["before"], summary["after"]
     assert after["perplexity"] < 0.8 * before["perplexity"]
     assert after["eval_perplexity"] < 0.8 * before["eval_perplexity"]
@@ -164,9 +164,9 @@ def test_a_stopped_run_is_resumed_to_the_same_files(
         windows=12,
         max_cpu_mem="3GB",
     )
-    package.adapt_pruned(str(pruned), tmp_path / "whole", options)
+    package.adapt(str(pruned), tmp_path / "whole", options)
     with pytest.raises(KeyboardInterrupt):
-        package.adapt_pruned(str(pruned), tmp_path / "out", options, progress=StopsAt(5))
+        package.adapt(str(pruned), tmp_path / "out", options, progress=StopsAt(5))
     assert not (tmp_path / "out").exists() and (tmp_path / "out.run").is_dir()
     said = fail(
         *("adapt", pruned, "--teacher", stories260k, "--data", text, "--out", tmp_path / "out")
@@ -209,7 +209,7 @@ def test_what_the_teacher_said_is_kept_for_other_runs(
             teacher_cache=cache,
             max_cpu_mem="3GB",
         )
-        summary = package.adapt_pruned(str(pruned), tmp_path / name, options, progress=notes)
+        summary = package.adapt(str(pruned), tmp_path / name, options, progress=notes)
         return summary, notes.sweeps
 
     _, swept = run("one", "lora")
@@ -232,7 +232,7 @@ def test_a_padded_models_zeros_are_mentioned(stories260k: Path, text: Path, tmp_
         windows=8,
         max_cpu_mem="3GB",
     )
-    summary = package.adapt_pruned(str(pruned), tmp_path / "out", options)
+    summary = package.adapt(str(pruned), tmp_path / "out", options)
     assert any("zeros that filled layers up" in note for note in summary["notes"])
     assert summary["cache"] is None and summary["teacher"] is None
     assert summary["before"]["kl"] is None

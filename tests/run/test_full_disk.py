@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 from tiny_models import save_byte_tokenizer, tiny_llama
 
-from frugal_bonsai.adapt.state import TrainingFolder
+from frugal_bonsai.adaptation.state import TrainingFolder
 from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.bonsai.stores import Stores
 from frugal_bonsai.errors import OutputError
@@ -27,7 +27,7 @@ from frugal_bonsai.export import gguf_file
 from frugal_bonsai.memory.disk import OUT, RUN, DiskItem, DiskPhase, DiskPlan
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.run import machine
-from frugal_bonsai.run.adapt import adapt_pruned
+from frugal_bonsai.run.adapt import adapt
 from frugal_bonsai.run.adapt_plan import plan_adapt
 from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.evaluate import evaluate
@@ -108,7 +108,7 @@ def test_the_files_of_an_adaptation_are_foreseen(
     )
     planned = plan_adapt(model, chosen, tmp_path / "out.run")
     with tool.measured_disk(tmp_path) as meter:
-        adapt_pruned(model, tmp_path / "out", chosen)
+        adapt(model, tmp_path / "out", chosen)
     assert planned["totals"]["disk"] == pytest.approx(meter.peak_bytes, rel=0.1)
     assert planned["totals"]["disk"] == sum(item["size_bytes"] for item in planned["files"])
 
@@ -146,7 +146,7 @@ def test_other_commands_are_refused(
     with pytest.raises(
         OutputError, match=r"out\.run: this adaptation needs .* \(run folder and output"
     ):
-        adapt_pruned(model, tmp_path / "out", given)
+        adapt(model, tmp_path / "out", given)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -316,14 +316,14 @@ def test_a_disk_that_becomes_full_in_a_training(
     with monkeypatch.context() as patched:
         fill_at(patched, TrainingFolder, "save", state)
         with pytest.raises(OutputError, match=r"adapt\.safetensors: the disk is full"):
-            adapt_pruned(model, out, given)
+            adapt(model, out, given)
     before = state.read_bytes()
     with monkeypatch.context() as patched:
         fill_at(patched, sys.modules["frugal_bonsai.rewrite.shrink"], "shrink", state)
         with pytest.raises(OutputError, match=r"out.*: the disk is full"):
-            adapt_pruned(model, out, given, resume=True)
+            adapt(model, out, given, resume=True)
     assert state.read_bytes() != before and list(tmp_path.iterdir()) == [out.with_name("out.run")]
-    adapt_pruned(model, out, given, resume=True)
+    adapt(model, out, given, resume=True)
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -339,7 +339,7 @@ def test_adapted_with_the_dense_whole_as_teacher(
         device="cpu",
         text_only=text_only,
     )
-    summary = frugal_bonsai.adapt_pruned(str(whole), out, options)
+    summary = frugal_bonsai.adapt(str(whole), out, options)
     assert summary["multimodal"]["carried"] is not text_only
     assert summary["verify"]["max_relative_difference"] < 1e-4
     answer = answers(fresh, random_windows(2, 13, vocabulary=250), out)["adapted"]

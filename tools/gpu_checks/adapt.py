@@ -8,7 +8,7 @@ from typing import Any
 
 from frugal_bonsai.int8 import has_bitsandbytes
 from frugal_bonsai.memory.meter import peak_resident_bytes
-from frugal_bonsai.run.adapt import adapt_pruned
+from frugal_bonsai.run.adapt import adapt as run_adapt
 from frugal_bonsai.run.options import AdaptOptions
 from gpu_checks.check import Check
 from gpu_checks.machine import pinned_peak_bytes, reserved_peak_bytes, reset_peaks
@@ -45,7 +45,7 @@ def _train(
     tokens = {"tokens": _STEPS * batch * window, "batch": batch, "evaluations": 1}
     reset_peaks(check.device)
     out = check.work / f"adapted-{name.partition(',')[0]}-{len(settings)}"
-    summary = adapt_pruned(
+    summary = run_adapt(
         model,
         out,
         AdaptOptions(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from frugal_bonsai.adapt.teacher_cache import Targets, TeacherCache
+from frugal_bonsai.adaptation.teacher_cache import Targets, TeacherCache
 
 
 @dataclass(frozen=True)

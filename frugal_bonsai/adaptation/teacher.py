@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from frugal_bonsai.accelerator import sum_dtype
-from frugal_bonsai.adapt.teacher_cache import (
+from frugal_bonsai.adaptation.teacher_cache import (
     CACHE_FILE,
     HIDDEN,
     IDS,

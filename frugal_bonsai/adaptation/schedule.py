@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from frugal_bonsai.adapt.settings import DEFAULT_PASSES, AdaptSettings
+from frugal_bonsai.adaptation.settings import DEFAULT_PASSES, AdaptSettings
 
 
 class Schedule:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from frugal_bonsai.adapt.settings import Objective
+from frugal_bonsai.adaptation.settings import Objective
 
 # Smallest mass of the student's other tokens. fp32 probabilities sum to one with an error of this
 # size, so a smaller mass is rounding and gets no gradient.

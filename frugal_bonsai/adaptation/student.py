@@ -25,11 +25,11 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from frugal_bonsai.accelerator import has_streams
-from frugal_bonsai.adapt.head import DENSE, INT8, STORED, StudentHead
-from frugal_bonsai.adapt.objective import Sums, hidden_error
-from frugal_bonsai.adapt.settings import Objective
-from frugal_bonsai.adapt.stored_linear import StoredLinear
-from frugal_bonsai.adapt.training_data import MicroBatch
+from frugal_bonsai.adaptation.head import DENSE, INT8, STORED, StudentHead
+from frugal_bonsai.adaptation.objective import Sums, hidden_error
+from frugal_bonsai.adaptation.settings import Objective
+from frugal_bonsai.adaptation.stored_linear import StoredLinear
+from frugal_bonsai.adaptation.training_data import MicroBatch
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.int8 import quantise_rows

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from frugal_bonsai.adapt.student import Student
+from frugal_bonsai.adaptation.student import Student
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import open_tensors
 from frugal_bonsai.int8 import has_bitsandbytes

@@ -17,13 +17,13 @@ from typing import Any
 
 from torch import nn
 
-from frugal_bonsai.adapt.objective import Sums
-from frugal_bonsai.adapt.optimiser import make_optimiser
-from frugal_bonsai.adapt.schedule import Schedule
-from frugal_bonsai.adapt.settings import AdaptSettings, Objective
-from frugal_bonsai.adapt.state import TrainingFolder, TrainingState
-from frugal_bonsai.adapt.student import Student
-from frugal_bonsai.adapt.training_data import MicroBatch, TrainingData
+from frugal_bonsai.adaptation.objective import Sums
+from frugal_bonsai.adaptation.optimiser import make_optimiser
+from frugal_bonsai.adaptation.schedule import Schedule
+from frugal_bonsai.adaptation.settings import AdaptSettings, Objective
+from frugal_bonsai.adaptation.state import TrainingFolder, TrainingState
+from frugal_bonsai.adaptation.student import Student
+from frugal_bonsai.adaptation.training_data import MicroBatch, TrainingData
 from frugal_bonsai.errors import BudgetError, CheckpointError
 from frugal_bonsai.memory.training_items import ADAMW
 from frugal_bonsai.progress import Progress

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from frugal_bonsai.adapt.objective import TopTokens
+from frugal_bonsai.adaptation.objective import TopTokens
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import open_tensors
 from frugal_bonsai.errors import CheckpointError, StateError

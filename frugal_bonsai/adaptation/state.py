@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from frugal_bonsai.adapt.optimiser import kept_state, restore_state
+from frugal_bonsai.adaptation.optimiser import kept_state, restore_state
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint

@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import torch
 
-from frugal_bonsai.adapt.objective import (
+from frugal_bonsai.adaptation.objective import (
     Sums,
     TopTokens,
     divergence,
     divergence_bounds,
     negative_log_likelihood,
 )
-from frugal_bonsai.adapt.settings import Objective
-from frugal_bonsai.adapt.stored_linear import StoredLinear
-from frugal_bonsai.adapt.training_data import MicroBatch
+from frugal_bonsai.adaptation.settings import Objective
+from frugal_bonsai.adaptation.stored_linear import StoredLinear
+from frugal_bonsai.adaptation.training_data import MicroBatch
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.int8 import quantise_rows
