@@ -2,7 +2,8 @@
 
 In: an engine, settings, layout rules, calibration windows, a run directory. Out: the final mask,
 the refit projections and one report per round. A search resumes after its last finished round and
-ends in the same masks, because every round draws from generators seeded by seed and round alone.
+ends in the same masks, because every round draws from generators seeded by seed and round alone. Of
+an unfinished round it keeps the importance scores, the masks evaluated and the candidates compared.
 
 Holds the memory of its sweeps. On disk: the dense and the working store, two rounds' refits.
 """
@@ -27,6 +28,7 @@ from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Utility
 from frugal_bonsai.bonsai.masks.sampling import Estimate
 from frugal_bonsai.bonsai.reconstruction.bias import compensate_by_bias
 from frugal_bonsai.bonsai.reconstruction.rounds import RoundReconstruction
+from frugal_bonsai.bonsai.round_log import ROUND_LOG, RoundLog
 from frugal_bonsai.bonsai.selection.candidates import equal_width_cuts, select_cut
 from frugal_bonsai.bonsai.selection.curves import Curve
 from frugal_bonsai.bonsai.selection.cut import cut_round
@@ -96,6 +98,7 @@ class Search:
     ) -> None:
         self._engine, self._settings, self._rules = engine, settings, rules
         self._folder, self._utility = state, utility
+        self._log = RoundLog(state.folder / ROUND_LOG)
         self._stores = Stores(engine, state, work, settings.weights)
         columns = max(group.columns for group in engine.spec.table.groups)
         self._windows = RoundWindows(windows_NS, settings, columns)
@@ -112,6 +115,7 @@ class Search:
             keep_updates=keep_updates,
             written_together=written_together,
             utility=utility,
+            log=self._log,
         )
         whole = KeepMask(engine.spec.table)
         check_reachable(whole, settings.sparsity, rules, self._blocks, settings.allocation)
@@ -119,6 +123,8 @@ class Search:
     def run(self, *, resume: bool) -> SearchResult:
         """Run all rounds that are still to do."""
         table = self._engine.spec.table
+        if not resume:
+            self._log.clear()
         state = self._folder.load(table) if resume else PruneState(mask=KeepMask(table))
         dense, store = None, None
         if self._goes_on(state.mask):
@@ -126,6 +132,8 @@ class Search:
         earlier_tokens = state.forward_tokens - self._engine.sweep.forward_tokens
         if state.importance is None and store is not None:
             state.importance = self._measure_importance(store, state.mask, 0)
+            state.forward_tokens = earlier_tokens + self._engine.sweep.forward_tokens
+            self._folder.save(state)
         while self._goes_on(state.mask):
             assert store is not None
             started, number, before = time.monotonic(), len(state.rounds) + 1, state.mask
@@ -142,6 +150,7 @@ class Search:
             report["forward_tokens"] = state.forward_tokens
             state.rounds.append(report)
             self._folder.save(state)
+            self._log.clear()
         self._stores.remove()
         return SearchResult(
             mask=state.mask,
@@ -235,6 +244,7 @@ class Search:
             self._settings,
             self._windows.all_NS,
             round_generator(self._settings.seed, number),
+            log=self._log,
             imputations=imputations,
             utility=self._utility,
         )

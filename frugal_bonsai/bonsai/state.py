@@ -1,4 +1,4 @@
-"""The state of a prune, saved atomically after every round.
+"""The state of a prune, saved atomically after the first scores and after every round.
 
 In: the search's state. Out: a folder ``round_NNN`` (importance scores, imputations, refit
 projections) and ``state.json``, which names it and is replaced last, so that a run stopped at any
@@ -40,7 +40,7 @@ _KEYS = ["forward_tokens", "identity", "prior", "refit", "removed", "rounds", "v
 
 @dataclass(kw_only=True)
 class PruneState:
-    """The state of a prune after a round.
+    """The state of a prune after a round, or before the first one.
 
     Attributes:
         mask: Units alive.
@@ -78,7 +78,7 @@ class StateFolder:
         return self.folder / f"round_{number:03d}"
 
     def save(self, state: PruneState) -> None:
-        """Commit the state of a finished round, whose refits are in its folder already."""
+        """Commit the state after a round, whose refits are in its folder already."""
         number = len(state.rounds)
         folder = self.round_folder(number)
         _make_folder(folder)

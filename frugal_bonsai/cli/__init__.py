@@ -76,11 +76,10 @@ def main() -> None:
 
 
 def _kept_hint(out: str | None) -> str:
-    """Return how to resume, if the run directory is kept: a finished round is in it."""
+    """Return how to resume, if the run directory is kept."""
     if out is None or not Path(f"{out}.run").is_dir():
         return ""
-    kept = "what was done is" if sys.argv[1:2] == ["adapt"] else "finished rounds are"
-    return f"; {kept} in {out}.run, add --resume to continue"
+    return f"; what was done is in {out}.run, add --resume to continue"
 
 
 def _option_value(name: str) -> str | None:

@@ -2,7 +2,7 @@
 
 In: a model, options, an output folder. Out: a physically smaller checkpoint in that folder, which
 appears only when it is complete and verified, and a summary as plain values. The run directory
-``OUT.run`` beside it holds the state after every round and is removed at the end.
+``OUT.run`` beside it holds the state, from the first scores on, and is removed at the end.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def prune(
         finally:
             remove_folder(folder / STORE)
             if not (folder / STATE_FILE).exists():
-                empty(folder)  # no round is finished
+                empty(folder)  # nothing that a resume could use
         empty(folder)
         if options.report:
             write_page_beside(out, progress)
@@ -178,9 +178,7 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
     }
     state = StateFolder(folder, identity)
     if resume and not state.exists:
-        run.engine.progress.note(
-            f"--resume: {folder} holds no finished round, starting with the first"
-        )
+        run.engine.progress.note(f"--resume: {folder} holds no state, starting anew")
     run.engine.sweep.forward_tokens = 0  # count what the search spends, not the reports
     search = Search(
         run.engine,

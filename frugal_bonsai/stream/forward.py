@@ -132,18 +132,19 @@ class Sweep:
         masker: Masker | None,
         name: str | Callable[[slice], str],
         then: LayerSource | None = None,
+        first: int = 0,
     ) -> Iterator[tuple[slice, HiddenStates]]:
-        """Run all pairs in waves; yield each wave with its last hidden states.
+        """Run the pairs from ``first`` on in waves; yield each wave with its last hidden states.
 
         ``name`` is the sweep's name for the progress, or a function of the wave that returns it;
         ``then`` is the source that the caller reads after each wave, such as the head.
         """
-        for wave in self.waves(len(tokens_NS)):
+        for wave in self.waves(len(tokens_NS), first):
             called = name if isinstance(name, str) else name(wave)
-            mine_NS, first = tokens_NS[wave], wave.start
+            mine_NS, number = tokens_NS[wave], wave.start
             yield (
                 wave,
-                self.run(stream, mine_NS, masker=masker, first=first, name=called, then=then),
+                self.run(stream, mine_NS, masker=masker, first=number, name=called, then=then),
             )
 
     def run(
@@ -248,10 +249,10 @@ class Sweep:
             resident=self.limits.resident_windows,
         )
 
-    def waves(self, windows: int) -> Iterator[slice]:
-        """Yield slices of at most ``windows_in_flight`` windows."""
+    def waves(self, windows: int, first: int = 0) -> Iterator[slice]:
+        """Yield slices of at most ``windows_in_flight`` windows, from ``first`` on."""
         step = self.limits.windows_in_flight
-        for start in range(0, windows, step):
+        for start in range(first, windows, step):
             yield slice(start, min(start + step, windows))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -91,11 +92,12 @@ def _search(
     utility: Utility | None = None,
     keep_inputs: bool = True,
     unit_milliseconds: dict[str, float] | None = None,
+    flight: int = 1000,
     **options: Any,
 ) -> SearchResult:
     settings = make_settings(method, {**QUICK, **options})
     return Search(
-        tiny.engine(progress=progress, micro_batch=16),
+        tiny.engine(progress=progress, micro_batch=16, windows_in_flight=flight),
         settings,
         layout_rules(tiny.spec, layout),
         tokens,
@@ -484,6 +486,19 @@ class InterruptInRecovery(Silent):
             raise Interrupt
 
 
+class Sweeps(Silent):
+    """Counts the sweeps of each name; interrupts as the given one begins."""
+
+    def __init__(self, name: str = "", stop_at: int = 0) -> None:
+        self.name, self.stop_at, self.begun = name, stop_at, Counter[str]()
+
+    def sweep(self, name: str, steps: int, tokens_per_step: int) -> None:
+        name = name.partition(",")[0]
+        self.begun[name] += 1
+        if name == self.name and self.begun[name] == self.stop_at:
+            raise Interrupt
+
+
 def _without_time(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in report.items() if k != "seconds"} for report in rounds]
 
@@ -534,6 +549,30 @@ def test_stop_in_the_middle_of_a_round_leaves_the_round_before_whole(
         _search(tiny, tokens, folder, progress=InterruptInRecovery(2))
     assert (folder / "state" / "round_001").is_dir() and (folder / "state" / "round_002").is_dir()
     _assert_same(_search(tiny, tokens, folder, resume=True), whole)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "options"),
+    [
+        ("masked evaluation", {"certainty": 0.999, "masks": 8}),
+        ("masked evaluation", {"level": "unit", "masks": 8, "design": "shared"}),
+        ("trial", {"level": "none", "step": 0.3}),
+    ],
+    ids=["masks", "shared masks", "candidates"],
+)
+def test_a_round_that_is_cut_off_keeps_its_scores_masks_and_candidates(
+    sweep: str, options: dict[str, Any], tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    folder, all_sweeps, rest = tmp_path / "cut", Sweeps(), Sweeps()
+    options = {"flight": 6, **options}
+    whole = _search(tiny, tokens, tmp_path / "whole", progress=all_sweeps, **options)
+    for resume in (False, True):
+        with pytest.raises(Interrupt):
+            _search(tiny, tokens, folder, progress=Sweeps(sweep, 2), resume=resume, **options)
+    resumed = _search(tiny, tokens, folder, progress=rest, resume=True, **options)
+    _assert_same(resumed, whole)
+    assert all_sweeps.begun[sweep] >= 3 and rest.begun[sweep] == all_sweeps.begun[sweep] - 2
+    assert all_sweeps.begun["statistics"] == 1 and rest.begun["statistics"] == 0
 
 
 def test_resume_with_other_settings_names_the_setting(

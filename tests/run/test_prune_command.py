@@ -221,7 +221,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_run_for_a_resume(
         patched.setattr("frugal_bonsai.rewrite.shrink.require_free_space", full)
         errors = fail(*words)
     run = tmp_path / "out.run"
-    assert f"the disk is full; finished rounds are in {run}, add --resume" in errors
+    assert f"the disk is full; what was done is in {run}, add --resume" in errors
     assert list(tmp_path.iterdir()) == [run]
     summary = succeed(*words, "--resume")
     assert len(summary["rounds"]) == 1 and not run.exists()

@@ -2,8 +2,9 @@
 
 In: designs, calibration windows, the working store. Out: the loss increase of each masked sub-model
 over the unmasked one on the same window (its control variate). The windows of a round and their
-unmasked utilities are shared by all of its batches. Holds the memory of a sweep; with a user's
-utility also the logits of one window.
+unmasked utilities are shared by all of its batches. The utilities of each finished wave go to the
+round's log, which a resumed run reads instead of evaluating the same pairs again. Holds the memory
+of a sweep; with a user's utility also the logits of one window.
 
 Shape suffixes: M masks, N calibration windows, W mask windows, I (mask, window) pairs, B pairs of a
 micro-batch, C columns, S tokens, V vocabulary.
@@ -19,7 +20,9 @@ import torch
 
 from frugal_bonsai.bonsai.importance.imputation import Imputations
 from frugal_bonsai.bonsai.masks.design import Design
+from frugal_bonsai.bonsai.round_log import RoundLog
 from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.state import fingerprint
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.stream.engine import Engine
@@ -95,6 +98,7 @@ class MaskEvaluator:
         settings: Settings of the prune.
         windows_NS: Calibration windows; the round's own are drawn from them with the first batch.
         generator: Draws the windows; the masks of the round may come from it, too.
+        log: Log of the round; None keeps nothing for a resumed run.
         imputations: Imputed values for units that are off; None puts zeros there.
         utility: The user's own utility; None uses the one of the settings.
     """
@@ -108,9 +112,11 @@ class MaskEvaluator:
         windows_NS: torch.Tensor,
         generator: torch.Generator,
         *,
+        log: RoundLog | None = None,
         imputations: Imputations | None = None,
         utility: Utility | None = None,
     ) -> None:
+        self._log = log or RoundLog()
         self._engine, self._store, self._head = engine, store, head
         self._settings, self._windows_NS, self.generator = settings, windows_NS, generator
         self._imputations, self._utility = imputations, utility
@@ -182,17 +188,31 @@ class MaskEvaluator:
         self, design: Design, masks_I: torch.Tensor, tokens_IS: torch.Tensor
     ) -> torch.Tensor:
         """Return the utility of each pair, float64 ``[I]``: -mean NLL, or the user's own."""
-        masker = DesignMasker(design, masks_I, self._imputations)
-        sweep, head, name = self._engine.sweep, self._head(), self._progress_name(len(masks_I))
-        with self._engine.evaluation_stream(self._store) as stream:
-            if self._utility is None:
-                losses_IS = sweep.losses(stream, head, tokens_IS, masker=masker, name=name)
-                return -losses_IS.double().mean(1)
-            found: list[float] = []
-            for wave, hidden in sweep.hidden_waves(stream, tokens_IS, masker=masker, name=name):
-                found += window_utilities(head, hidden, tokens_IS[wave], self._utility)
-                del hidden  # frees it before the next wave runs
+        key, window = _key(design, masks_I, tokens_IS), tokens_IS.shape[1]
+        logged = self._log.find(key)
+        found, sweep = logged.values, self._engine.sweep
+        sweep.forward_tokens += logged.tokens
+        if len(found) < len(tokens_IS):
+            masker = DesignMasker(design, masks_I, self._imputations)
+            head, name = self._head(), self._progress_name(len(masks_I))
+            with self._engine.evaluation_stream(self._store) as stream:
+                for wave, hidden in sweep.hidden_waves(
+                    stream, tokens_IS, masker=masker, name=name, then=head.to_read, first=len(found)
+                ):
+                    mine = self._wave_utilities(head, hidden, tokens_IS[wave])
+                    del hidden  # frees it before the next wave runs
+                    self._log.append(key, mine, len(mine) * window)
+                    found += mine
         return torch.tensor(found, dtype=torch.float64)
+
+    def _wave_utilities(
+        self, head: Head, hidden: HiddenStates, tokens_NS: torch.Tensor
+    ) -> list[float]:
+        if self._utility is not None:
+            return window_utilities(head, hidden, tokens_NS, self._utility)
+        with torch.inference_mode():
+            utility_N = -head.nll(hidden, tokens_NS).double().mean(1)
+        return [float(utility) for utility in utility_N]
 
     def _means(self, utility_I: torch.Tensor) -> torch.Tensor:
         """Return the utility of each observation; shared masks have one for all windows."""
@@ -213,6 +233,13 @@ class MaskEvaluator:
             return f"masked evaluation, masks {begun:,}-{last:,} of {most:,}"
 
         return name
+
+
+def _key(design: Design, masks_I: torch.Tensor, tokens_IS: torch.Tensor) -> str:
+    """Return the key of these masks on these windows in the round's log."""
+    pools = design.pools
+    parts = (pools.mask.keep_N, *pools.members, design.rows(masks_I), tokens_IS)
+    return fingerprint(*(part.contiguous().numpy().tobytes() for part in parts))
 
 
 def window_utilities(

@@ -21,8 +21,9 @@ from frugal_bonsai.bonsai.masks.evaluate import Utility, window_utilities
 from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.logit_scale import find_logit_scale, scaled_norm
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
+from frugal_bonsai.bonsai.round_log import RoundLog
 from frugal_bonsai.bonsai.settings import PruneSettings
-from frugal_bonsai.bonsai.state import PruneState
+from frugal_bonsai.bonsai.state import PruneState, fingerprint
 from frugal_bonsai.bonsai.stores import Stores
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
@@ -42,6 +43,7 @@ class RoundReconstruction:
         keep_updates: Targets and slopes of the channel updates may be held (from the plan).
         written_together: Number of texts that the dense model writes at a time (from the plan).
         utility: The user's utility judges candidates; None judges them by mean NLL.
+        log: Log of the round.
     """
 
     engine: Engine
@@ -52,6 +54,7 @@ class RoundReconstruction:
     keep_updates: bool
     written_together: int
     utility: Utility | None
+    log: RoundLog
 
     def refit(
         self,
@@ -133,8 +136,22 @@ class RoundReconstruction:
         """Return the losses of a candidate after reconstruction, float64 ``[N]``.
 
         They are measured on windows that the candidate was not fitted to; with a single calibration
-        window, on that one. With a user's utility they are its negative.
+        window, on that one. With a user's utility they are its negative. Losses that the round's
+        log holds are not measured again.
         """
+        key, sweep = fingerprint(b"candidate", mask.keep_N.numpy().tobytes()), self.engine.sweep
+        logged = self.log.find(key)
+        if logged.values:
+            sweep.forward_tokens += logged.tokens
+            return torch.tensor(logged.values, dtype=torch.float64)
+        earlier = sweep.forward_tokens
+        loss_N = self._measure_candidate(state, number, dense, mask)
+        self.log.append(key, loss_N.tolist(), sweep.forward_tokens - earlier)
+        return loss_N
+
+    def _measure_candidate(
+        self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
+    ) -> torch.Tensor:
         windows_NS, held_out = self.windows.of_trial(number)
         first = len(windows_NS) - held_out if held_out else 0
         store = self.stores.working(replace(state, mask=mask), number - 1)
