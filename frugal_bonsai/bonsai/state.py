@@ -179,10 +179,18 @@ class StateFolder:
 
         The layer None stands for the final norm.
         """
-        folder = self.round_folder(number)
-        _make_folder(folder)
+        path = self._refit_path(number, layer)
+        _make_folder(path.parent)
+        write_tensors(path, weights, dtypes=dtypes)
+
+    def layer_refits(self, number: int, layer: int) -> dict[str, Callable[[], torch.Tensor]]:
+        """Return readers of one layer's refit projections of round ``number``, uncut."""
+        path = self._refit_path(number, layer)
+        return {name: partial(read_tensor, path, name) for name in read_header(path)[0]}
+
+    def _refit_path(self, number: int, layer: int | None) -> Path:
         name = _NORM_FILE if layer is None else f"refit_{layer:05d}.safetensors"
-        write_tensors(folder / name, weights, dtypes=dtypes)
+        return self.round_folder(number) / name
 
     def refits(
         self, number: int, spec: ModelSpec, refit_mask: KeepMask, mask: KeepMask
@@ -198,7 +206,7 @@ class StateFolder:
         readers: dict[str, Callable[[], torch.Tensor]] = {}
         cuts = slices_by_tensor(spec.table)
         for layer in range(spec.layers):
-            path = self.round_folder(number) / f"refit_{layer:05d}.safetensors"
+            path = self._refit_path(number, layer)
             entries, _ = read_header(path)
             for name in entries:
                 if name not in cuts:  # a bias of an output projection: nothing is cut from it
@@ -209,7 +217,7 @@ class StateFolder:
                 then_K = kept_indices(extent, cuts[name], refit_mask)
                 stay_K = torch.isin(then_K, kept_indices(extent, cuts[name], mask))
                 readers[name] = partial(_read_rest, path, name, axis, stay_K.nonzero().flatten())
-        norm = self.round_folder(number) / _NORM_FILE
+        norm = self._refit_path(number, None)
         if norm.exists():
             readers |= {name: partial(read_tensor, norm, name) for name in read_header(norm)[0]}
         return readers

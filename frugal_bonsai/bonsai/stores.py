@@ -97,6 +97,10 @@ class Stores:
             return {}
         return self._folder.refits(number, self._engine.spec, state.refit_mask, state.mask)
 
+    def layer_refits(self, number: int, layer: int) -> Refits:
+        """Return the readers of the refits of round ``number`` that are saved for one layer."""
+        return self._folder.layer_refits(number, layer)
+
     def saved_dtype(self, name: str) -> torch.dtype:
         """Return the source's dtype, which the rewriter writes; a new bias has its weight's."""
         tensors = self._engine.checkpoint.tensors

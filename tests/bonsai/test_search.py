@@ -20,6 +20,7 @@ from tiny_models import (
     hugging_face_losses,
     random_windows,
     sampled_windows,
+    tiny_family,
     tiny_llama,
 )
 
@@ -28,6 +29,7 @@ from frugal_bonsai.bonsai.masks.design import Design
 from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Observations, Utility
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.reconstruction import layer_pass
+from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.bonsai.search import Search, SearchResult
 from frugal_bonsai.bonsai.selection import candidates, schedule
 from frugal_bonsai.bonsai.selection.candidates import WITH_ATTENTION
@@ -469,10 +471,10 @@ class InterruptAtRound(Silent):
 
 
 class InterruptInRecovery(Silent):
-    """In the middle of a round: after two layers of its recovery have been saved."""
+    """In the middle of a round: after ``layers`` layers of its recovery have been saved."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.now, self.name, self.steps = number, 0, "", 0
+    def __init__(self, number: int, layers: int = 2) -> None:
+        self.number, self.layers, self.now, self.name, self.steps = number, layers, 0, "", 0
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
         self.now = number
@@ -482,7 +484,7 @@ class InterruptInRecovery(Silent):
 
     def step(self, detail: str = "") -> None:
         self.steps += 1
-        if (self.now, self.name, self.steps) == (self.number, "recovery", 2):
+        if (self.now, self.name, self.steps) == (self.number, "recovery", self.layers):
             raise Interrupt
 
 
@@ -573,6 +575,37 @@ def test_a_round_that_is_cut_off_keeps_its_scores_masks_and_candidates(
     _assert_same(resumed, whole)
     assert all_sweeps.begun[sweep] >= 3 and rest.begun[sweep] == all_sweeps.begun[sweep] - 2
     assert all_sweeps.begun["statistics"] == 1 and rest.begun["statistics"] == 0
+
+
+# Norms behind the projections, experts, and attention of another kind in every layer.
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_5"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_reconstruction_that_is_cut_off_keeps_its_layers(
+    last: bool,
+    family: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = tiny_family(tmp_path / "m", family, dtype=torch.bfloat16)
+    tokens = random_windows(WINDOWS, WINDOW)
+    whole = _search(tiny, tokens, tmp_path / "whole", refine=2)
+    rounds = len(whole.rounds)
+    number = rounds if last else 1
+    with pytest.raises(Interrupt):
+        _search(tiny, tokens, tmp_path / "cut", refine=2, progress=InterruptInRecovery(number, 1))
+    refitted: list[int] = []
+    refit = Reconstruction._refit_layer
+
+    def counted(reconstruction: Reconstruction, work: layer_pass.LayerPass) -> None:
+        if not work.pair.held_out:  # not a candidate's
+            refitted.append(work.layer)
+        refit(reconstruction, work)
+
+    monkeypatch.setattr(Reconstruction, "_refit_layer", counted)
+    _assert_same(_search(tiny, tokens, tmp_path / "cut", refine=2, resume=True), whole)
+    # Of the round that was cut off, the layer before the interruption is not refitted again.
+    layers = list(range(tiny.spec.layers))
+    assert refitted == layers[1:] + layers * (rounds - number)
 
 
 def test_resume_with_other_settings_names_the_setting(

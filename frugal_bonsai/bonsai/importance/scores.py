@@ -22,7 +22,7 @@ tokens of a window, T tokens, R tokens routed to an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -195,6 +195,19 @@ class ImportanceBuilder:
             self._means[group.output_weight] = moments.mean_C.float().cpu()
         # The slice is a view: the boolean index writes into the flat vector.
         self._score_N[self._mask.table.span(group)][self._mask.of(group)] = score_U.cpu().double()
+
+    def of_layer(self, layer: int) -> list[float]:
+        """Return the scores of a layer's units, the removed ones included."""
+        groups = self._mask.table.of_layer(layer)
+        return [x for group in groups for x in self._score_N[self._mask.table.span(group)].tolist()]
+
+    def restore(self, layer: int, scores: Sequence[float]) -> None:
+        """Set the scores of a layer's units to those of :meth:`of_layer`."""
+        start = 0
+        for group in self._mask.table.of_layer(layer):
+            own = torch.tensor(scores[start : start + group.count], dtype=torch.float64)
+            self._score_N[self._mask.table.span(group)] = own
+            start += group.count
 
     def build(self) -> ImportanceScores:
         """Return the scores of all groups added so far."""

@@ -24,6 +24,7 @@ from frugal_bonsai.accelerator import fast_products, is_accelerator
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.input_rows import input_projections
 from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.row_blocks import block_rows
 from frugal_bonsai.stream.call import call_layer, capture_input, capture_outputs, replaced
 from frugal_bonsai.stream.forward import Sweep
 from frugal_bonsai.stream.hidden import HiddenStates
@@ -129,14 +130,16 @@ class LayerPass:
 
     # -- weights --------------------------------------------------------------------------------
     def adopt(self, name: str, weight: torch.Tensor) -> None:
-        """Compute with a refit weight from now on, and keep it to be saved.
+        """Compute with a refit weight from now on, as it is saved, and keep it to be saved.
 
         It overwrites the parameter. A second copy, on the host, exists only where the compute dtype
         would lose precision that the saved dtype has.
         """
         parameter, full = self.pruned[name], self.spec.prefix(self.layer) + name
-        parameter.copy_(weight)
         saved = self.pair.options.saved_dtype(full)
+        rows = block_rows(weight.shape[1], weight.element_size())
+        for mine, refit in zip(parameter.split(rows), weight.split(rows), strict=True):
+            mine.copy_(refit.to(saved))
         exact = parameter.dtype in (weight.dtype, saved)
         self.refits[full] = parameter if exact else weight.to(device="cpu", dtype=saved)
 

@@ -33,6 +33,7 @@ import torch
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder, ImportanceScores
 from frugal_bonsai.bonsai.reconstruction.channels import update_channels
 from frugal_bonsai.bonsai.reconstruction.experts import refit_experts
+from frugal_bonsai.bonsai.reconstruction.finished import FinishedLayers
 from frugal_bonsai.bonsai.reconstruction.inputs import refit_inputs
 from frugal_bonsai.bonsai.reconstruction.layer_pass import (
     LayerPass,
@@ -92,6 +93,7 @@ class Reconstruction:
         scores: ImportanceBuilder | None = None,
         *,
         held_out: int = 0,
+        finished: FinishedLayers | None = None,
     ) -> Reconstructed:
         """Refit all projections, layer by layer.
 
@@ -102,6 +104,7 @@ class Reconstruction:
             scores: computes the next round's importance from the refit model; None computes none.
             held_out: number of windows, the last ones, that only the pruned model passes through:
                 refits and scores do not see them.
+            finished: layers that a stopped run had finished; None notes and restores none.
         """
         skeleton = self._sweep.skeleton
         pair = self._prepare(tokens_NS, scores, held_out)
@@ -111,8 +114,11 @@ class Reconstruction:
         with torch.inference_mode():
             for (layer, mine), (_, theirs) in zip(pruned.visit(), dense.visit(), strict=True):
                 work = LayerPass(pair, layer, theirs, mine, kwargs[layer])
-                self._refit_layer(work)
-                self._save(layer, work.refits)
+                if finished is None or not finished.restore(work):
+                    self._refit_layer(work)
+                    self._save(layer, work.refits)
+                    if finished is not None:
+                        finished.note(work)
                 residual += work.residual
                 extra_passes += work.extra_passes
                 self._sweep.progress.step(f"layer {layer}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from frugal_bonsai.bonsai.calibration import RoundWindows, write_windows
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.masks.evaluate import Utility, window_utilities
+from frugal_bonsai.bonsai.reconstruction.finished import FinishedLayers
 from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.logit_scale import find_logit_scale, scaled_norm
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
@@ -91,7 +93,9 @@ class RoundReconstruction:
             fast=last,
         )
         with engine.dense_stream(dense) as parent, engine.dense_stream(pruned) as mine:
-            result = reconstruction.run(parent, mine, windows_NS, importance)
+            result = reconstruction.run(
+                parent, mine, windows_NS, importance, finished=self._finished(state.mask, number)
+            )
         state.importance, state.refit_mask = result.scores, state.mask
         scale = None
         with torch.inference_mode():
@@ -112,6 +116,9 @@ class RoundReconstruction:
             "recovery_residual": sum(result.residual) / len(result.residual),
             "logit_scale": scale,
         }
+
+    def _finished(self, mask: KeepMask, number: int) -> FinishedLayers:
+        return FinishedLayers(self.log, mask, partial(self.stores.layer_refits, number))
 
     def _write_text(self, dense: LayerStore) -> torch.Tensor:
         """Let the dense model write the windows that join the calibration, int64 ``[n, S]``."""
