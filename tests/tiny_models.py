@@ -222,6 +222,26 @@ _GPT2: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Latent attention: of a head, 4 are rotated and 5 are not. The first layer has no experts.
+_SHARED: dict[str, Any] = {
+    "intermediate_size": 28,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 7,
+    "kv_lora_rank": 9,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 5,
+    "v_head_dim": 3,
+}
 # Test name -> model_type and config.
 FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _SIZES),
@@ -432,6 +452,25 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 8.0,
         },
     ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        {**_without(_SIZES, "head_dim"), **_SHARED, **_LATENT},
+    ),
+    "glm4-moe": ("glm4_moe", {**_SIZES, **_SHARED, "use_qk_norm": True}),
+    "glm4-moe-lite": (
+        "glm4_moe_lite",
+        {**_without(_SIZES, "head_dim"), **_without(_SHARED, "first_k_dense_replace"), **_LATENT},
+    ),
+    "dots1": (
+        "dots1",
+        {
+            **_SIZES,
+            **_SHARED,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     # Its gates reach the limit.
     "gpt-oss": (
         "gpt_oss",
@@ -488,11 +527,13 @@ PRUNED = (
 )
 # Pruned end to end by test_experts_command.py.
 EXPERTS_PRUNED = ("mixtral", "qwen3-moe", "olmoe")
+# Whose experts keep their channels: test_shared_experts_command.py drops whole ones.
+WHOLE_EXPERTS_PRUNED = ("deepseek-v3", "glm4-moe", "glm4-moe-lite", "dots1")
 
 
 def _first_of_each_other_family() -> tuple[str, ...]:
     """Return a tiny model of each family without one in the lists above."""
-    pruned = {FAMILY_CONFIGS[name][0] for name in (*PRUNED, *EXPERTS_PRUNED)}
+    pruned = {FAMILY_CONFIGS[name][0] for name in (*PRUNED, *EXPERTS_PRUNED, *WHOLE_EXPERTS_PRUNED)}
     first: dict[str, str] = {}
     for name, (model_type, _) in FAMILY_CONFIGS.items():
         if model_type not in pruned:

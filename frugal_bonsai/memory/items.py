@@ -22,6 +22,7 @@ from frugal_bonsai.int8 import PRODUCT_TOKENS, product_scratch_bytes, product_to
 from frugal_bonsai.memory.budget import Budget
 from frugal_bonsai.memory.work import GPU, HOST, Choice, PlanItem, SweepWorkload
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.model.family_schema import GATED_PEAKS
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.row_blocks import block_bytes, block_rows, multiplied_in_blocks
 from frugal_bonsai.sizes import format_bytes
@@ -56,6 +57,9 @@ class SweepItems:
         self._chosen = max(1, spec.experts_chosen)
         copies = spec.activation_copies
         self._peaks = tuple(peak.with_copies(copies) for peak in spec.family.peaks)
+        self._dense = GATED_PEAKS[0].elements(
+            hidden=spec.hidden, ffn=spec.dense_channels, attention=0, key=0, scores=0
+        )
 
     def stored_bytes(self, weights: str | None) -> int:
         """Return the bytes of one layer as stored; None is the checkpoint itself."""
@@ -222,7 +226,7 @@ class SweepItems:
     def _per_token(self) -> int:
         """Return the peak number of elements per token of a Hugging Face layer, traced in tests."""
         spec = self.spec
-        return max(
+        most = max(
             peak.elements(
                 hidden=spec.hidden,
                 ffn=self._ffn,
@@ -232,6 +236,7 @@ class SweepItems:
             )
             for peak in self._peaks
         )
+        return max(most, self._dense)
 
 
 def pinned_bytes(size: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -35,11 +36,23 @@ def describe_checkpoint(
         UnsupportedModelError: unknown ``model_type``, or a variant of it that is not supported.
         CheckpointError: a tensor is missing, or its shape contradicts the config.
     """
-    family = find_family(checkpoint.config, source=source, assume=assume)
+    family = _with_further_layers(
+        find_family(checkpoint.config, source=source, assume=assume), checkpoint.config
+    )
     may_be_tied = checkpoint.config.get("tie_word_embeddings") is not False
     tensors = canonical_tensors(family, checkpoint.tensors, may_be_tied=may_be_tied)
     checkpoint.rename_tensors(tensors)
     return describe_model(checkpoint.config, checkpoint.shapes, source=source, assume=assume)
+
+
+def _with_further_layers(family: Family, config: Mapping[str, Any]) -> Family:
+    """Return the family without the layers behind the last one, which no model reads."""
+    first = config.get(family.layers_key)
+    if family.further_layers_key is None or not isinstance(first, int):
+        return family
+    last = first + (config.get(family.further_layers_key) or 0)
+    further = tuple(family.layer_prefix.format(layer=layer) for layer in range(first, last))
+    return replace(family, unread=(*family.unread, *further))
 
 
 def canonical_tensors(

@@ -126,6 +126,11 @@ class ConfigReader:
             )
         return chosen
 
+    def dense_channels(self) -> int:
+        """Return the FFN channels of layers without experts in a mixture; 0 if there are none."""
+        rule = self.family.experts
+        return 0 if rule is None or rule.dense_key is None else self.number(rule.dense_key)
+
     def _of_layer(self, layer: int | None) -> Mapping[str, Any]:
         """Return the config with the overrides of one layer."""
         own = {} if layer is None else self._overrides.get(layer)

@@ -16,6 +16,8 @@ from frugal_bonsai.model.units import KeepMask
 
 # Config keys of transformers that hold one entry per layer.
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
+# Config key for the number of layers without experts, which are the first.
+_FIRST_DENSE = "first_k_dense_replace"
 
 
 def dropped_expert_tensors(spec: ModelSpec, mask: KeepMask, layer: int) -> set[str]:
@@ -42,6 +44,9 @@ def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
     config = {**spec.config, spec.family.layers_key: spec.layers - len(dropped)}
     for key, values in _layer_lists(spec).items():
         config[key] = [value for at, value in enumerate(values) if at not in dropped]
+    dense = spec.config.get(_FIRST_DENSE)
+    if isinstance(dense, int):
+        config[_FIRST_DENSE] = dense - sum(layer < dense for layer in dropped)
     if "attention_types" in config:  # GPT-Neo computes its list from pairs ([kinds], repeats)
         config["attention_types"] = [[[kind], 1] for kind in config["attention_layers"]]
     return replace(spec, config=config)

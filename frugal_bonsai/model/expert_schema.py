@@ -53,6 +53,11 @@ class Experts:
         chosen_default: number of experts per token if the config does not state it.
         stacks: tensors of all experts of a layer, which a checkpoint may have in place of a tensor
             for each expert.
+        whole_channels: reason why the experts keep their channels and can only be removed whole;
+            None if channels are units.
+        dense_key: config key for the width of the FFN in layers without experts, which stays
+            whole; None if every layer has experts.
+        least: number of experts that the router needs.
     """
 
     module: str = "mlp.experts"
@@ -62,6 +67,9 @@ class Experts:
     chosen_key: str = "num_experts_per_tok"
     chosen_default: int = 8
     stacks: tuple[Stack, ...] = STACKS
+    whole_channels: str | None = None
+    dense_key: str | None = None
+    least: int = 1
 
     @property
     def router_tensors(self) -> tuple[str, ...]:

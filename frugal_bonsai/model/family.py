@@ -36,6 +36,8 @@ class ModelSpec:
         intermediate: I, FFN channels of the widest layer, or of one of its experts.
         experts: experts of the layer that has most; 0 for a model without experts.
         experts_chosen: experts that process one token; 0 for a model without experts.
+        dense_channels: channels of the FFN in layers without experts beside layers with them; 0 if
+            all layers are alike.
         vocabulary: V, rows of the token embedding.
         positions: longest window in tokens.
         tied: the output head shares the token embedding's weight.
@@ -56,6 +58,7 @@ class ModelSpec:
     intermediate: int
     experts: int = 0
     experts_chosen: int = 0
+    dense_channels: int = 0
     vocabulary: int
     positions: int
     tied: bool
@@ -182,6 +185,7 @@ def describe_model(
     if tied:
         other_tensors = {name: s for name, s in other_tensors.items() if name != family.head}
     experts = max(sizes.experts(layer) for layer in layers)
+    routed = len({group.layer for group in groups if group.kind == FFN})
     return ModelSpec(
         family=family,
         config=dict(config),
@@ -193,6 +197,7 @@ def describe_model(
         intermediate=max(sizes.ffn_channels(layer) for layer in layers),
         experts=experts,
         experts_chosen=sizes.experts_chosen(experts),
+        dense_channels=sizes.dense_channels() if routed < len(layers) else 0,
         vocabulary=builder.shape_of(family.embedding)[0],
         positions=sizes.number(family.positions_key, default=2048),
         tied=tied,

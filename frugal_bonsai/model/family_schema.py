@@ -65,6 +65,7 @@ class Condition:
         if self.differs_from is not None:
             return found is not None and bool(found != config.get(self.differs_from))
         if self.other_than is not None:
+            found = self.default if found is None else found
             return found is not None and bool(found != self.other_than)
         return bool((self.default if found is None else found) == self.value)
 
@@ -202,6 +203,8 @@ class Family:
     ffn_times_hidden: int | None = None
     # Kind of unit -> config key that gives a bias to all projections of this kind.
     bias_keys: Mapping[str, str] = field(default_factory=dict)
+    # Key for the number of layers behind the last one, for further tokens, which are not read.
+    further_layers_key: str | None = None
     # The config class requires hidden_size % num_attention_heads == 0 (see docs/formats.md).
     heads_divide_hidden: bool = False
     # -- wiring -----------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ class GroupBuilder:
         experts = self._sizes.experts(layer)
         prefix = self._family.layer_prefix.format(layer=layer)
         routers = [prefix + name for name in self._family.experts.router_tensors]
+        if self._family.experts.dense_key is not None and routers[0] not in self._shapes:
+            return groups  # an ordinary FFN, which stays whole
         for name, shape in zip(routers, ((experts, self._hidden), (experts,)), strict=False):
             self._require_shape(name, shape)
         own = self._hidden + len(routers) - 1

@@ -98,7 +98,10 @@ def layout_rules(
         raise OptionError(f"--tile: {tile} is outside 1..{spec.intermediate} (the FFN's channels)")
     if tile is None:
         tile = _default_tile(spec, default_tile) if layout == UNIFORM else 1
-    if spec.experts and layout == UNIFORM:
+    rule = spec.family.experts
+    if rule is not None and rule.whole_channels is not None:
+        tile = spec.intermediate  # no other number of channels is legal
+    elif spec.experts and layout == UNIFORM:
         tile = _expert_tile(spec, tile)
     if as_mistral:
         _require_mistral(spec, layout)

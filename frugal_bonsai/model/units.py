@@ -242,6 +242,15 @@ class KeepMask:
             for _, groups in iterate_layers(self.table)
         ]
 
+    def layers_with(self, kind: str) -> list[int]:
+        """Return the layers that are left and have units of a kind."""
+        dropped = self.dropped_layers()
+        return [
+            layer
+            for layer, groups in iterate_layers(self.table)
+            if layer not in dropped and any(group.kind == kind for group in groups)
+        ]
+
     def counts_with_experts(self) -> dict[str, list[int]]:
         """Return :meth:`counts`, with :meth:`experts` under ``experts`` if there are any."""
         experts = {"experts": self.experts()} if self.table.has_experts else {}

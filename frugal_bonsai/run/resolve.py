@@ -18,7 +18,7 @@ from frugal_bonsai.bonsai.calibration import window_count
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.selection.reach import check_reachable
 from frugal_bonsai.bonsai.selection.whole import check_experts
-from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, PruneSettings
+from frugal_bonsai.bonsai.settings import EXPERTS, LATENCY, LAYERS, PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.latency import LatencyModel
 from frugal_bonsai.hardware.profile import INT8, HardwareProfile
@@ -203,6 +203,12 @@ def _check_method(
                 "leave it out, or take another --method"
             )
         return ()
+    reason = None if spec.family.experts is None else spec.family.experts.whole_channels
+    if reason is not None and settings.allocation not in (EXPERTS, LAYERS):
+        raise OptionError(
+            f"--method: the experts of a {spec.family.model_type} keep their channels, {reason}; "
+            "take --method experts, which removes whole experts, or --method depth"
+        )
     if given.get("refine"):
         raise OptionError(
             f"--refine {given['refine']}: moves the channels of one FFN, a "
@@ -231,7 +237,7 @@ def _check_layout(settings: PruneSettings, rules: LayoutRules, spec: ModelSpec) 
     whole = KeepMask(spec.table)
     check_reachable(whole, settings.sparsity, rules, spec.block_parameters, settings.allocation)
     if settings.allocation == EXPERTS:
-        check_experts(whole, settings.sparsity, spec.block_parameters)
+        check_experts(whole, settings.sparsity, spec)
     if rules.as_mistral:
         as_mistral(spec, shared_config(spec))
     with tempfile.TemporaryDirectory() as folder:

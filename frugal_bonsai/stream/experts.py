@@ -144,6 +144,8 @@ def split_experts(model: nn.Module, spec: ModelSpec) -> None:
     for layer in range(spec.layers):
         prefix = spec.prefix(layer)
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        if not any(group.expert is not None for group in spec.table.of_layer(layer)):
+            continue
         for name, shape in spec.layer_tensors[layer].items():
             if name.startswith(f"{rule.module}."):
                 expert, _, own = name.removeprefix(f"{rule.module}.").partition(".")
@@ -157,7 +159,9 @@ def split_experts(model: nn.Module, spec: ModelSpec) -> None:
 
 def _clamp_chosen(chosen: int) -> Callable[[nn.Module, Any], None]:
     def clamp(router: nn.Module, _: Any) -> None:
-        router.top_k = min(chosen, len(cast(torch.Tensor, router.weight)))  # type: ignore[assignment]
+        experts = len(cast(torch.Tensor, router.weight))
+        for name, number in (("top_k", min(chosen, experts)), ("num_experts", experts)):
+            setattr(router, name, number)
 
     return clamp
 

@@ -207,7 +207,8 @@ class CheckpointSource:
         prefix, rule = self._spec.prefix(layer), self._spec.family.experts
         gone = dropped_expert_tensors(self._spec, self._mask, layer)
         kept = {name: shape for name, shape in shapes.items() if prefix + name not in gone}
-        for router in () if rule is None else rule.router_tensors:
+        routers = () if rule is None else rule.router_tensors
+        for router in (name for name in routers if name in kept):
             kept[router] = cut_shape(kept[router], self._cuts[prefix + router], self._mask)
         return kept
 

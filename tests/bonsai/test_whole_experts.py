@@ -139,11 +139,11 @@ def test_the_least_salient_experts_go_from_every_layer(tiny: Tiny) -> None:
 def test_shares_that_whole_experts_cannot_give_are_refused(tiny: Tiny) -> None:
     mask, blocks = KeepMask(tiny.spec.table), tiny.spec.block_parameters
     one = 2 * (20 * 3 * 24 + 24) / blocks
-    check_experts(mask, 0.51 * one, blocks)
-    check_experts(mask, 3 * one, blocks)
+    check_experts(mask, 0.51 * one, tiny.spec)
+    check_experts(mask, 3 * one, tiny.spec)
     for sparsity in (0.49 * one, 3.01 * one):
         with pytest.raises(OptionError, match="cannot be had from whole experts"):
-            check_experts(mask, sparsity, blocks)
+            check_experts(mask, sparsity, tiny.spec)
 
 
 def test_an_expert_without_tokens_keeps_its_weights(tmp_path: Path) -> None:

@@ -76,6 +76,15 @@ def legal_mask(tiny: Tiny, layout: str, *, seed: int = 1) -> KeepMask:
         count = legal[min(max(0, at), len(legal) - 1)]
         order = torch.randperm(group.count, generator=generator)
         mask.of(group)[order[count:]] = False
+    return _without_experts(tiny, mask)
+
+
+def _without_experts(tiny: Tiny, mask: KeepMask) -> KeepMask:
+    """Drop an expert of each layer where experts keep their channels."""
+    rule = tiny.spec.family.experts
+    for group in tiny.spec.table.groups:
+        if rule is not None and rule.whole_channels is not None and group.expert == 1:
+            mask.of(group)[:] = False
     return mask
 
 
@@ -86,6 +95,7 @@ def random_refit(tiny: Tiny, mask: KeepMask, *, seed: int = 5) -> Refit:
         group.output_weight: 0.3
         * torch.randn(tiny.spec.hidden, int(mask.columns(group).sum()), generator=generator)
         for group in tiny.spec.table.groups[1:]
+        if group.expert is None or mask.kept(group)
     }
     return {name: (lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
 
@@ -386,12 +396,14 @@ class FamilyContract:
     def _sparse_mask(self, tiny: Tiny) -> KeepMask:
         """Remove some channels of every layer, and an attention unit of layer 1 if possible."""
         mask = KeepMask(tiny.spec.table)
+        rule = tiny.spec.family.experts
+        whole = rule is not None and rule.whole_channels is not None
         for group in tiny.spec.table.groups:
             if group.kind == FFN:
-                mask.of(group)[:: 3 + group.layer] = False
+                mask.of(group)[:: 3 + group.layer] = whole
             elif group.layer == 1 and group.removable and group.count > 1:
                 mask.of(group)[1] = False
-        return mask
+        return _without_experts(tiny, mask)
 
     def test_the_working_store_computes_what_the_masked_parent_does(
         self, tiny: Tiny, tokens_NS: torch.Tensor, tmp_path: Path

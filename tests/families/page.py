@@ -9,7 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from export import test_llama_cpp_families as in_llama_cpp
-from tiny_models import EXPERTS_PRUNED, FAMILY_CONFIGS, PRUNED, PRUNED_BRIEFLY
+from tiny_models import (
+    EXPERTS_PRUNED,
+    FAMILY_CONFIGS,
+    PRUNED,
+    PRUNED_BRIEFLY,
+    WHOLE_EXPERTS_PRUNED,
+)
 
 from families import test_families
 from families.contract import FamilyContract
@@ -56,7 +62,10 @@ def _row(family: Family) -> tuple[str, ...]:
 
 def _pruned(family: Family) -> str:
     real = {"llama": "yes, and real ones", "gpt2": "yes, and a real one"}
-    names = {FAMILY_CONFIGS[name][0] for name in (*PRUNED, *PRUNED_BRIEFLY, *EXPERTS_PRUNED)}
+    names = {
+        FAMILY_CONFIGS[name][0]
+        for name in (*PRUNED, *PRUNED_BRIEFLY, *EXPERTS_PRUNED, *WHOLE_EXPERTS_PRUNED)
+    }
     return real.get(family.model_type, "yes" if family.model_type in names else "-")
 
 

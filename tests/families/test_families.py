@@ -264,3 +264,25 @@ class TestGraniteMoe(FamilyContract):
 class TestGptOss(FamilyContract):
     name = "gpt-oss"
     refines = False
+
+
+class TestDeepSeekV3(FamilyContract):
+    name = "deepseek-v3"
+    refines = False
+    attention = ()
+
+
+class TestGlm4Moe(FamilyContract):
+    name = "glm4-moe"
+    refines = False
+
+
+class TestGlm4MoeLite(FamilyContract):
+    name = "glm4-moe-lite"
+    refines = False
+    attention = ()
+
+
+class TestDots1(FamilyContract):
+    name = "dots1"
+    refines = False

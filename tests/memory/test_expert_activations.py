@@ -39,6 +39,26 @@ SHAPES = {
 }
 
 
+_SHARED = {
+    **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_shared_experts": 1},
+    "use_qk_norm": True,
+}
+
+
+DENSE_FIRST = {
+    **{"hidden_size": 64, "intermediate_size": 3000, "moe_intermediate_size": 96},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    **{"n_routed_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "vocab_size": 64},
+}
+
+
+def _latent(head_dim: int, heads: int) -> dict[str, Any]:
+    """Latent attention in the proportions of DeepSeek-V3."""
+    own = {"qk_nope_head_dim": head_dim, "qk_rope_head_dim": head_dim // 2, "v_head_dim": head_dim}
+    own |= {"num_key_value_heads": heads}
+    return own | {"q_lora_rank": 24, "kv_lora_rank": 16, "mlp_layer_types": ["sparse"]}
+
+
 def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
     hidden, channels, heads, kv_heads, head_dim = shape
     family = FAMILIES[model_type]
@@ -52,7 +72,8 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
             "shared_expert_intermediate_size": channels,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
+            **({"head_dim": head_dim} if family.head_dim_key else _latent(head_dim, heads)),
+            **_SHARED,
             # As wide as in real models: chunks of tokens hold more in narrower heads.
             "linear_num_value_heads": 2,
             "linear_num_key_heads": 1,
@@ -66,7 +87,12 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
     )
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    entries = {}
+    return _describe(model_type, config, model)
+
+
+def _describe(model_type: str, config: Any, model: Any) -> ModelSpec:
+    """Describe the model as a checkpoint of its parameters."""
+    family, entries = FAMILIES[model_type], {}
     for name, value in model.state_dict().items():
         if model_type == "granitemoe":  # its checkpoints name experts and router otherwise
             name = name.replace("experts.gate_up_proj", "input_linear.weight")
@@ -85,7 +111,8 @@ def traced_bytes(spec: ModelSpec, *, masked: bool = True, tapped: bool = False) 
     kwargs, layer = skeleton.layer_kwargs(WINDOW)[0], skeleton.layers[0]
     parameters = {name: torch.ones(size) for name, size in spec.layer_tensors[0].items()}
     assert spec.family.experts is not None
-    parameters[spec.family.experts.router][:-CHOSEN] = -1.0
+    if spec.family.experts.router in parameters:
+        parameters[spec.family.experts.router][:-CHOSEN] = -1.0
     hidden_BSH = torch.rand(BATCH, WINDOW, spec.hidden)
     seen: list[torch.Tensor] = []
 
@@ -157,3 +184,14 @@ def test_gram_matrices_of_all_experts_are_planned(family: str) -> None:
     assert items.gram().size_bytes == 4 * sum(columns.values())
     cross = spec.hidden * EXPERTS * spec.intermediate
     assert items.gram_of_reconstruction().size_bytes == 4 * (columns[FFN] + cross)
+
+
+def test_a_layer_without_experts_is_planned_too() -> None:
+    """The first layers of DeepSeek-V3 have an FFN that is much wider than an expert."""
+    config = AutoConfig.for_model("glm4_moe", **DENSE_FIRST)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    spec = _describe("glm4_moe", config, model)
+    assert spec.dense_channels == 3000
+    assert planned_bytes(spec) == pytest.approx(traced_bytes(spec), rel=0.1)
+    assert [len(spec.table.of_layer(layer)) for layer in (0, 1)] == [1, 1 + EXPERTS]

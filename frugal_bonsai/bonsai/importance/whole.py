@@ -80,6 +80,8 @@ def _saliency(
     norms, tokens = defaultdict[str, float](float), defaultdict[str, int](int)
     experts = [group for group in groups if group.expert is not None]
     names = [group.output for group in experts]
+    if not experts:
+        return _influence(sweep, visit, tokens_NS, [])
 
     def body(items: slice) -> None:
         hidden_BSH = visit.hidden.read(items)

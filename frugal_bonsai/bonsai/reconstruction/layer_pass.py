@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from frugal_bonsai.accelerator import fast_products, is_accelerator
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.input_rows import input_projections
-from frugal_bonsai.model.units import KeepMask, UnitGroup
+from frugal_bonsai.model.units import FFN, KeepMask, UnitGroup
 from frugal_bonsai.row_blocks import block_rows
 from frugal_bonsai.stream.call import call_layer, capture_input, capture_outputs, replaced
 from frugal_bonsai.stream.forward import Sweep
@@ -256,7 +256,8 @@ class LayerPass:
     def _kept_input(self) -> str | None:
         """Return the module whose dense input the refit of the last sublayer's inputs needs."""
         last = self.spec.table.of_layer(self.layer)[-1]
-        if self.pair.options.mask is None or last.expert is not None:
+        channels = last.kind == FFN and last.expert is None
+        if self.pair.options.mask is None or not channels:
             return None
         return input_projections(self.spec, last)[0]
 

@@ -163,7 +163,7 @@ class Reconstruction:
                 continue
             if self._options.mask is not None:
                 refit_inputs(work, group, first=at == 0)
-            self._refit_sublayer(work, group, last=at == len(groups) - 1)
+            self._refit_sublayer(work, group, last=group.kind == FFN)
         experts = [
             g for g in groups if g.expert is not None and f"{g.output}.weight" in work.pruned
         ]

@@ -68,7 +68,8 @@ def check_reachable(
 
 def _check_equal_layers(mask: KeepMask, rules: LayoutRules) -> None:
     """Refuse a model with layers of different size where the layout needs equal ones."""
-    experts = set(mask.experts())
+    numbers = mask.experts()
+    experts = {numbers[layer] for layer in mask.layers_with(FFN) if numbers}
     if rules.layout != PER_LAYER and len(experts) > 1:
         raise OptionError(
             f"--layout: {rules.layout} keeps the same number of experts in every layer, but this "

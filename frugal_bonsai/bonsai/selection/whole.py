@@ -39,8 +39,8 @@ def drop_whole(
         dropped = ", ".join(map(str, after.dropped_layers()))
         gone = f"layers {dropped} of {spec.layers} (counted from 0) are dropped"
     else:
-        after = drop_experts(mask, score_N, target)
-        count = len(after.dropped_experts(0))
+        after = drop_experts(mask, score_N, target, least=_least(spec))
+        count = max(len(after.dropped_experts(layer)) for layer in range(spec.layers))
         gone = f"{count} of {spec.experts} experts of every layer are dropped"
     share = after.removed_parameters() / spec.block_parameters
     return after, f"{gone}, {share:.1%}: the number of {what} nearest to {settings.sparsity:.1%}"
@@ -62,20 +62,24 @@ def drop_layers(mask: KeepMask, score_N: torch.Tensor, target_parameters: int) -
     return _nearest(masks, target_parameters)
 
 
-def drop_experts(mask: KeepMask, score_N: torch.Tensor, target_parameters: int) -> KeepMask:
+def drop_experts(
+    mask: KeepMask, score_N: torch.Tensor, target_parameters: int, *, least: int = 1
+) -> KeepMask:
     """Drop the least important experts; the number per layer comes nearest to the target.
 
     Args:
         mask: the remaining units.
         score_N: score of each unit's expert.
         target_parameters: removed parameters of the dense model, those of ``mask`` included.
+        least: number of experts that stay in a layer.
     """
     order = [
         sorted(_experts(mask, groups), key=lambda g: (_score(mask, score_N, g), g.expert))
         for _, groups in iterate_layers(mask.table)
+        if _experts(mask, groups)
     ]
     masks = []
-    for count in range(min(map(len, order))):
+    for count in range(min(map(len, order)) - least + 1):
         keep_N = mask.keep_N.clone()
         for experts in order:
             for group in experts[:count]:
@@ -84,17 +88,17 @@ def drop_experts(mask: KeepMask, score_N: torch.Tensor, target_parameters: int) 
     return _nearest(masks, target_parameters)
 
 
-def check_experts(mask: KeepMask, sparsity: float, blocks: int) -> None:
+def check_experts(mask: KeepMask, sparsity: float, spec: ModelSpec) -> None:
     """Check that dropping whole experts can reach the sparsity.
 
     Args:
         mask: the remaining units.
         sparsity: share of the block parameters that is to be removed.
-        blocks: number of block parameters of the dense model.
+        spec: the dense model.
 
     Raises:
         OptionError: the model has no experts, or the sparsity is less than half of one expert a
-            layer or more than all but one.
+            layer or more than all that can go.
     """
     if not mask.table.has_experts:
         raise OptionError("--allocation experts: this model's layers have no experts; leave it out")
@@ -102,17 +106,21 @@ def check_experts(mask: KeepMask, sparsity: float, blocks: int) -> None:
         group.layer: group.count * group.unit_parameters + group.joint_parameters
         for group in _experts(mask, mask.table.groups)
     }
-    zeros_N = torch.zeros(mask.table.units)
-    one, all_but_one = (
-        drop_experts(mask, zeros_N, target).removed_parameters() / blocks
+    zeros_N, blocks, least = torch.zeros(mask.table.units), spec.block_parameters, _least(spec)
+    one, most = (
+        drop_experts(mask, zeros_N, target, least=least).removed_parameters() / blocks
         for target in (sum(one_each.values()), blocks)
     )
-    if not one / 2 < sparsity <= all_but_one:
+    if not one / 2 < sparsity <= most:
         raise OptionError(
             f"--sparsity: {sparsity:g} cannot be had from whole experts: one expert of every layer "
-            f"is {one:.3f} of the block parameters, and one expert must stay; ask for more than "
-            f"{one / 2:.3f} and at most {all_but_one:.3f}"
+            f"is {one:.3f} of the block parameters, and {'one expert' if least == 1 else least} "
+            f"must stay; ask for more than {one / 2:.3f} and at most {most:.3f}"
         )
+
+
+def _least(spec: ModelSpec) -> int:
+    return 1 if spec.family.experts is None else spec.family.experts.least
 
 
 def _experts(mask: KeepMask, groups: Sequence[UnitGroup]) -> list[UnitGroup]:

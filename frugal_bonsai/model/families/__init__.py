@@ -8,6 +8,8 @@ from frugal_bonsai.model.families.apertus import APERTUS
 from frugal_bonsai.model.families.arcee import ARCEE
 from frugal_bonsai.model.families.cohere import COHERE
 from frugal_bonsai.model.families.cohere2 import COHERE2
+from frugal_bonsai.model.families.deepseek_v3 import DEEPSEEK_V3
+from frugal_bonsai.model.families.dots1 import DOTS1
 from frugal_bonsai.model.families.ernie4_5 import ERNIE4_5
 from frugal_bonsai.model.families.exaone4 import EXAONE4
 from frugal_bonsai.model.families.falcon import FALCON
@@ -16,6 +18,8 @@ from frugal_bonsai.model.families.gemma2 import GEMMA2
 from frugal_bonsai.model.families.gemma3 import GEMMA3
 from frugal_bonsai.model.families.glm import GLM
 from frugal_bonsai.model.families.glm4 import GLM4
+from frugal_bonsai.model.families.glm4_moe import GLM4_MOE
+from frugal_bonsai.model.families.glm4_moe_lite import GLM4_MOE_LITE
 from frugal_bonsai.model.families.gpt2 import GPT2
 from frugal_bonsai.model.families.gpt_neo import GPT_NEO
 from frugal_bonsai.model.families.gpt_neox import GPT_NEOX
@@ -96,6 +100,10 @@ _TABLES = (
     MINIMAX_M2,
     GRANITEMOE,
     GPT_OSS,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    DOTS1,
 )
 FAMILIES = {family.model_type: family for family in _TABLES}
 # Text models inside models of several modalities that compute the same as a family as long as all

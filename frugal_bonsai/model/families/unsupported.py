@@ -8,15 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_SHARED = (
-    "its shared experts are as wide as the routed ones times their number, so that no config can "
-    "hold routed experts of another width beside them"
-)
+_SHARED = "no one has written its table; its experts could go whole, as those of deepseek_v3 do"
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("deepseek_v2", "deepseek_v3", "mistral4", "dots1"), _SHARED),
-        **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "exaone_moe", "ernie4_5_moe"), _SHARED),
+        **dict.fromkeys(("deepseek_v2", "exaone_moe", "ernie4_5_moe"), _SHARED),
+        "mistral4": "transformers has no language model of it alone (AutoModelForCausalLM)",
         "llama4_text": "its router multiplies what its experts read, not what they return",
         "flex_olmo": "a norm follows the sum of its experts, whose outputs cannot be refitted then",
         "phimoe": "its router is a linear layer that chooses experts by itself",

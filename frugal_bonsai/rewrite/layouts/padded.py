@@ -59,8 +59,8 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     require_units(spec, mask)
     counts = padded_counts(spec, mask, rules)
     assert counts is not None
-    dropped = mask.dropped_layers()
-    experts = {n for layer, n in enumerate(mask.experts()) if layer not in dropped} or {0}
+    numbers = mask.experts()
+    experts = {numbers[layer] for layer in mask.layers_with(FFN) if numbers} or {0}
     if len(experts) > 1:
         raise OptionError(
             f"padded layout: layers keep {min(experts)} to {max(experts)} experts, and zeros "

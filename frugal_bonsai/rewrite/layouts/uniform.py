@@ -13,7 +13,7 @@ from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import LayoutRules, heads_fit
-from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.model.units import FFN, KeepMask
 from frugal_bonsai.rewrite.layouts.widths import equal_layers_config, layer_widths
 
 
@@ -41,12 +41,12 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
 
 def _require_equal(spec: ModelSpec, mask: KeepMask) -> None:
     """Check that all kept layers keep the same numbers of units and experts."""
-    dropped = mask.dropped_layers()
     whole = {} if spec.family.experts is None else {"expert": mask.experts()}
     for kind, counts in {**whole, **mask.counts()}.items():
-        first = next(at for at in range(len(counts)) if at not in dropped)
+        layers = mask.layers_with(FFN if kind == "expert" else kind)
+        first = layers[0]
         for layer, count in enumerate(counts):
-            if count != counts[first] and layer not in dropped:
+            if count != counts[first] and layer in layers:
                 raise OptionError(
                     f"uniform layout: layer {layer} keeps {count} {kind} units, layer {first} "
                     f"keeps {counts[first]}; keep the same number in every layer, or take --layout "

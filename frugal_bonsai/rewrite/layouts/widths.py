@@ -40,6 +40,9 @@ def layer_widths(spec: ModelSpec, mask: KeepMask) -> list[dict[str, int]]:
                 "take --layout padded"
             )
         widths.append(count_widths(spec, counts, experts[layer] if experts else 0))
+    # A layer without experts has no widths of them: those of another layer do no harm.
+    every = {key: width for layer in widths for key, width in layer.items()}
+    widths = [every | layer for layer in widths]
     return widths
 
 
@@ -53,12 +56,12 @@ def count_widths(spec: ModelSpec, counts: Mapping[str, int], experts: int = 0) -
             if they are fewer.
     """
     family = spec.family
-    widths = {family.ffn_key: counts[FFN]}
+    widths = {family.ffn_key: counts[FFN]} if FFN in counts else {}
     if spec.whole_attention is None:
         widths[family.kv_heads_key] = counts[ATTENTION]
         # The query heads last: some families have one key for both.
         widths[family.heads_key] = counts[ATTENTION] * spec.query_heads_per_group
-    if family.experts is None:
+    if family.experts is None or not experts:
         return widths
     own = [key for key in family.experts.count_keys if spec.config.get(key) is not None]
     widths |= dict.fromkeys(own, experts)
@@ -91,7 +94,14 @@ def require_units(spec: ModelSpec, mask: KeepMask) -> None:
     dropped = mask.dropped_layers()
     if len(dropped) == spec.layers:
         raise OptionError("keep mask: drops every layer; keep at least one")
-    experts = mask.experts()
+    experts, rule = mask.experts(), spec.family.experts
+    least = 1 if rule is None else rule.least
+    for layer in mask.layers_with(FFN) if experts else ():
+        if 0 < experts[layer] < least:
+            raise OptionError(
+                f"keep mask: layer {layer} keeps {experts[layer]} experts, but the router of a "
+                f"{spec.family.model_type} needs {least}; keep more"
+            )
     for group in spec.table.groups:
         if group.layer in dropped or mask.kept(group):
             continue
@@ -117,6 +127,9 @@ def shared_config(spec: ModelSpec) -> dict[str, Any]:
         config[spec.family.head_dim_key] = spec.head_dim
     if spec.tied:
         config["tie_word_embeddings"] = True
+    further = spec.family.further_layers_key
+    if further is not None and further in config:
+        config[further] = 0
     bundled = find_bundled(spec.family.model_type)
     if config.get("architectures") == [bundled.model_class]:
         config["architectures"] = [bundled.standard_class]
