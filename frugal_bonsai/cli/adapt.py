@@ -10,6 +10,7 @@ import cloup
 
 from frugal_bonsai.cli import options
 from frugal_bonsai.cli.command import COMMON, Command
+from frugal_bonsai.cli.config import config_option
 from frugal_bonsai.cli.running import print_result, set_threads, watched
 from frugal_bonsai.run.keywords import adapt_options
 
@@ -141,6 +142,7 @@ _loss_group = cloup.option_group(
         is_flag=True,
         help="Predict the memory, item by item, and write nothing; needs no --out.",
     ),
+    config_option(),
     options.json_output,
 )
 @_training_group

@@ -10,6 +10,7 @@ import cloup
 
 from frugal_bonsai.cli import options
 from frugal_bonsai.cli.command import COMMON, Command
+from frugal_bonsai.cli.config import config_option
 from frugal_bonsai.cli.running import print_result, watched
 
 
@@ -80,6 +81,7 @@ def inspect_command(model: str, assume_family: str | None, as_json: bool) -> Non
         show_default=True,
         help="llama.cpp takes a GGUF file, or a folder with one in it.",
     ),
+    config_option(),
     options.json_output,
 )
 @cloup.option_group(

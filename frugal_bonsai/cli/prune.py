@@ -10,10 +10,23 @@ import cloup
 
 from frugal_bonsai.cli import options, search_options
 from frugal_bonsai.cli.command import COMMON, Command
+from frugal_bonsai.cli.config import config_option
 from frugal_bonsai.cli.running import print_result, set_threads, watched
 from frugal_bonsai.run.keywords import prune_options
 
 _MODEL = 'A folder, a GGUF file, a hub id, or "example", a small model that is part of the package.'
+# Options of prune that plan lacks: plan takes the same file, and ignores them.
+_PRUNE_ONLY = (
+    "out",
+    "resume",
+    "overwrite",
+    "dry-run",
+    "eval-tasks",
+    "task-data",
+    "eval-limit",
+    "max-shard-size",
+    "no-report",
+)
 
 
 @cloup.command(
@@ -43,6 +56,7 @@ _MODEL = 'A folder, a GGUF file, a hub id, or "example", a small model that is p
     options.resume,
     options.overwrite,
     options.dry_run,
+    config_option(),
     options.json_output,
 )
 @cloup.option_group(
@@ -112,6 +126,7 @@ def prune_command(model: str, out: str, dry_run: bool, as_json: bool, **given: A
     options.max_gpu_mem,
     options.max_cpu_mem,
     options.profile,
+    config_option(ignored=_PRUNE_ONLY),
     options.json_output,
 )
 @cloup.option_group("Text", options.eval_text, search_options.self_windows)

@@ -8,7 +8,6 @@ device is touched: a prune on a GPU is planned on machines without one. Holds a 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from frugal_bonsai.accelerator import ACCELERATORS, CPU, CUDA, shares_host_memory
 from frugal_bonsai.checkpoint.commit import write_bytes
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.plain_toml import toml_literal
 from frugal_bonsai.sizes import GIB, MIB
 
 if sys.version_info >= (3, 11):
@@ -222,7 +222,6 @@ def format_profile(profile: HardwareProfile) -> str:
 
 def _literal(value: str | float) -> str:
     if isinstance(value, str):
-        # TOML has JSON's escapes except for a slash, which JSON leaves here. It forbids DEL.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return toml_literal(value)
     # A measurement is worth four digits.
     return f"{value:_}" if isinstance(value, int) else f"{value:.3e}"

@@ -49,6 +49,7 @@ from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.output import replaceable
 from frugal_bonsai.run.report import write_page_beside
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
+from frugal_bonsai.run.settings_file import write_adapt_settings
 from frugal_bonsai.run.training_data import make_training_data
 from frugal_bonsai.stream.engine import compute_dtype
 
@@ -110,6 +111,7 @@ def adapt(
         summary = describe_adaptation(job, plans, data, trained, before, written, out)
         summary["seconds"] = time.monotonic() - started + trained.earlier_seconds
         write_papers(staged, summary)
+        write_adapt_settings(staged, job, plans)
         stack.close()  # the output appears
         if data.cache is not None:
             data.cache.close()

@@ -19,21 +19,21 @@ from frugal_bonsai.sizes import parse_count
 
 T = TypeVar("T")
 # Settings without an option: they are passed as PruneOptions(settings=...), AdaptOptions likewise.
-_PRUNE_SETTINGS_ONLY = {"utility", "pool"}
-_ADAPT_SETTINGS_ONLY = {"warm_up", "clip"}
+PRUNE_SETTINGS_ONLY = {"utility", "pool"}
+ADAPT_SETTINGS_ONLY = {"warm_up", "clip"}
 # Settings whose option has another name.
-_ADAPT_RENAMED = {"optimizer": "optimiser", "minutes": "seconds"}
+ADAPT_RENAMED = {"optimizer": "optimiser", "minutes": "seconds"}
 
 
 def _names(options: type) -> set[str]:
     return {field.name for field in fields(options)} - {"settings"}
 
 
-PRUNE_KEYWORDS = _names(PruneOptions) | (_names(PruneSettings) - _PRUNE_SETTINGS_ONLY)
+PRUNE_KEYWORDS = _names(PruneOptions) | (_names(PruneSettings) - PRUNE_SETTINGS_ONLY)
 ADAPT_KEYWORDS = (
     _names(AdaptOptions)
-    | (_names(AdaptSettings) - _ADAPT_SETTINGS_ONLY - set(_ADAPT_RENAMED.values()))
-    | set(_ADAPT_RENAMED)
+    | (_names(AdaptSettings) - ADAPT_SETTINGS_ONLY - set(ADAPT_RENAMED.values()))
+    | set(ADAPT_RENAMED)
 )
 
 
@@ -79,7 +79,7 @@ def adapt_options(named: Mapping[str, Any], options: AdaptOptions | None = None)
         given["minutes"] = 60.0 * given["minutes"]
     own = _names(AdaptOptions)
     settings = {
-        _ADAPT_RENAMED.get(name, name): given.pop(name) for name in list(given) if name not in own
+        ADAPT_RENAMED.get(name, name): given.pop(name) for name in list(given) if name not in own
     }
     return AdaptOptions(settings=settings, **given)
 

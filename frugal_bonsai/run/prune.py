@@ -43,6 +43,7 @@ from frugal_bonsai.run.provenance import read_provenance, with_step
 from frugal_bonsai.run.prune_tasks import add_task_scores, check_tasks
 from frugal_bonsai.run.report import write_page_beside
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
+from frugal_bonsai.run.settings_file import write_prune_settings
 from frugal_bonsai.run.summary import describe_run, write_papers
 from frugal_bonsai.run.warnings import (
     calibration_warning,
@@ -161,6 +162,7 @@ def _search_and_write(
         add_task_scores(summary, run, options, staged)
         summary["seconds"] = time.monotonic() - started
         write_papers(staged, summary, run.model.spec, found.mask)
+        write_prune_settings(staged, run, options)
     return summary
 
 

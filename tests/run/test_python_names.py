@@ -45,7 +45,7 @@ def test_keywords_are_the_names_of_the_options(name: str) -> None:
     }
     options -= PROCESS | ({"kind"} if name == "export" else set())  # one format: export_gguf
     if name == "plan":  # keywords of prune that change no plan
-        named = named - {"max_shard_size", "eval_tasks", "task_data", "eval_limit"}
+        named = named - {"max_shard_size", "eval_tasks", "task_data", "eval_limit", "report"}
     assert (parameters - PYTHON) | named == options
 
 
