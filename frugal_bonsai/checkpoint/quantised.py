@@ -12,6 +12,7 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.dtypes import FLOATING
+from frugal_bonsai.errors import CheckpointError
 
 CONFIG_KEY = "quantization_config"
 # Keys under which programs describe quantisation: MLX writes the second one.
@@ -58,6 +59,20 @@ def quantised_by(config: Mapping[str, Any], tensors: Mapping[str, TensorEntry]) 
     if sign is None and not (packed and stated):
         return None
     return stated or sign
+
+
+def require_floating(tensors: Mapping[str, TensorEntry]) -> None:
+    """Check that all weights are numbers to compute with.
+
+    Raises:
+        CheckpointError: a tensor has another dtype, as quantised weights do.
+    """
+    for name, entry in tensors.items():
+        if entry.dtype not in FLOATING:
+            raise CheckpointError(
+                f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, expected one of "
+                f"{', '.join(FLOATING)}; use the checkpoint in its original precision"
+            )
 
 
 def drop_left_over(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def require_loadable(whole: Multimodal, *, source: str = "config.json") -> None:
         config = AutoConfig.for_model(**copy.deepcopy(dict(whole.config)))
         model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     empty = {name: torch.empty(entry.shape, device="meta") for name, entry in whole.tensors.items()}
-    with _silent_transformers():
+    with silent_transformers():
         _, found = model_class.from_pretrained(
             None,
             config=config,
@@ -66,7 +66,7 @@ def require_loadable(whole: Multimodal, *, source: str = "config.json") -> None:
 
 
 @contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """Keep transformers from reporting: what it finds is read from its result."""
     from transformers.utils import logging
 

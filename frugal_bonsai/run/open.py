@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.checkpoint.gguf_reader import GgufCheckpoint
 from frugal_bonsai.checkpoint.locate import find_model, local_model
-from frugal_bonsai.checkpoint.quantised import drop_left_over
+from frugal_bonsai.checkpoint.quantised import drop_left_over, require_floating
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.recognise import (
     recognise_contents,
@@ -23,8 +23,6 @@ from frugal_bonsai.checkpoint.recognise import (
 )
 from frugal_bonsai.checkpoint.recognised import MULTIMODAL, Recognised, require_recognised
 from frugal_bonsai.checkpoint.remote import open_headers
-from frugal_bonsai.dtypes import FLOATING
-from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.from_gguf.open import open_gguf
 from frugal_bonsai.from_gguf.summary import gguf_note
 from frugal_bonsai.model.canonical_names import describe_checkpoint
@@ -58,6 +56,8 @@ class Model:
         multimodal: The whole whose text model this is. None for a plain text model.
         left_over: Keys of ``config.json`` that describe a quantisation which the weights do not
             have. The checkpoint's config is without them.
+        difference: Largest relative difference of logits that the check of an assumed family found.
+            None where nothing was assumed, or checked.
     """
 
     name: str
@@ -65,11 +65,16 @@ class Model:
     spec: ModelSpec
     multimodal: Multimodal | None = None
     left_over: tuple[str, ...] = ()
+    difference: float | None = None
 
     @property
     def notes(self) -> list[str]:
         """Notes for the user about this model."""
-        notes = [] if self.spec.family.assumed is None else [_assumption(self)]
+        notes = []
+        if self.spec.family.assumed is not None:
+            from frugal_bonsai.run.assumed import assumption_note  # imports torch
+
+            notes.append(assumption_note(self.spec, self.difference))
         if self.multimodal is not None:
             notes.append(_text_model_note(self, self.multimodal))
         if isinstance(self.checkpoint, GgufCheckpoint):
@@ -150,13 +155,20 @@ def open_model(
         if found.kind == MULTIMODAL:
             whole = split_text_model(checkpoint, source=source, assume=assume_family)
         spec = describe_checkpoint(checkpoint, source=source, assume=assume_family)
-        _require_floating(checkpoint)
+        require_floating(checkpoint.tensors)
+        difference = None
         if check_config:
             require_accepted_config(spec, source=source)
+            difference = _check_assumed(spec, source)
         if whole is not None and not text_only:
             spec = _carry_along(checkpoint, spec, whole, source, check=check_config)
         yield Model(
-            name=name, checkpoint=checkpoint, spec=spec, multimodal=whole, left_over=left_over
+            name=name,
+            checkpoint=checkpoint,
+            spec=spec,
+            multimodal=whole,
+            left_over=left_over,
+            difference=difference,
         )
 
 
@@ -254,14 +266,13 @@ def note_model(model: Model, progress: Progress) -> None:
         progress.note(note)
 
 
-def _assumption(model: Model) -> str:
-    """Return the warning about a family that the user named with ``--assume-family``."""
-    family = model.spec.family
-    return (
-        f"ASSUMED: model_type {family.model_type!r} has no table of its own and is taken for a "
-        f"{family.assumed}: the names of its tensors agree, their meaning was not checked; compare "
-        "`frugal-bonsai eval` with a perplexity that you know"
-    )
+def _check_assumed(spec: ModelSpec, source: str) -> float | None:
+    """Return what the check of an assumed family finds; None where nothing is assumed."""
+    if spec.family.assumed is None:
+        return None
+    from frugal_bonsai.run.assumed import check_assumption  # imports torch
+
+    return check_assumption(spec, source=source)
 
 
 def _text_model_note(model: Model, whole: Multimodal) -> str:
@@ -283,13 +294,3 @@ def _text_model_note(model: Model, whole: Multimodal) -> str:
         f"a {whole.model_type} of several modalities: parameters and sparsity are those of its "
         f"text model ({model.spec.family.title}){rest}{heads}"
     )
-
-
-def _require_floating(checkpoint: Checkpoint) -> None:
-    """Raise for weights that are quantised or not numbers to compute with."""
-    for name, entry in checkpoint.tensors.items():
-        if entry.dtype not in FLOATING:
-            raise CheckpointError(
-                f"{entry.file}: tensor {name!r} has dtype {entry.dtype}, expected one of "
-                f"{', '.join(FLOATING)}; use the checkpoint in its original precision"
-            )

@@ -53,6 +53,7 @@ def test_it_runs_as_the_family_and_says_so_loudly(model: Path, text: Path, tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "ASSUMED: model_type 'cwm' has no table of its own" in done.stderr
+    assert "gives transformers' logits, dense and pruned" in " ".join(done.stderr.split())
     summary = json.loads(done.stdout)
     assert summary["family"] == "cwm, assumed to be like llama"
     assert "cwm, assumed to be like llama" in (out / "README.md").read_text()
@@ -92,6 +93,24 @@ def test_tensors_of_other_names_are_refused(model: Path, tmp_path: Path) -> None
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     message = fail("inspect", folder, "--assume-family", "llama")
     assert f"the checkpoint has no tensor '{name}'" in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("hyperclovax", "a reconstruction of the whole model changes model.layers.0.mlp.down_proj"),
+        ("vaultgemma", "its final norm does not follow its weight"),
+        ("granite_swa", "transformers does not load it pruned"),
+        ("jais2", "the checkpoint has no tensor 'model.layers.0.mlp.gate_proj.weight'"),
+    ],
+)
+def test_an_architecture_that_is_not_like_it_is_refused(
+    model_type: str, reason: str, tmp_path: Path
+) -> None:
+    """Multipliers, norms with one added, a tensor for each head, an FFN without a gate."""
+    save_tiny(tmp_path / "m", model_type, **{**CONFIG, "num_hidden_layers": 4})
+    message = fail("inspect", tmp_path / "m", "--assume-family", "llama")
+    assert reason in message
 
 
 def test_a_family_with_a_table_keeps_its_own(tmp_path: Path) -> None:
