@@ -27,6 +27,7 @@ from frugal_bonsai.run.run_folder import locked, run_folder
 from frugal_bonsai.run.summary import load_line
 from frugal_bonsai.run.warnings import note_warnings, pruned_before_warning
 from frugal_bonsai.sizes import parse_bytes
+from frugal_bonsai.text.windows import has_tokenizer
 from frugal_bonsai.version import package_version
 
 NO_REFITS = (
@@ -120,7 +121,7 @@ def _shrink(
             "multimodal": model.whole,
             "layout": rules.layout,
             "out": str(out),
-            "load": load_line(out, rules.layout, spec),
+            "load": load_line(out, rules.layout, spec, tokenizer=has_tokenizer(model.folder)),
             "notes": [NO_REFITS, *model.notes],
             "warnings": warnings,
         }

@@ -118,13 +118,26 @@ def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
     return shares
 
 
-def load_line(out: Path, layout: str, spec: ModelSpec) -> str:
-    """Return the line of Python that loads the output of this model in this layout."""
-    if spec.multimodal is not None:
-        return f"AutoModelForImageTextToText.from_pretrained({str(out)!r})"
-    if layout == PER_LAYER:
-        return f"frugal_bonsai.load_pruned({str(out)!r})"
-    return f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+def load_line(out: Path, layout: str, spec: ModelSpec, *, tokenizer: bool = True) -> str:
+    """Return a line of Python that loads the output, and runs as it is.
+
+    Args:
+        out: Folder of the output, as the user names it.
+        layout: Its layout.
+        spec: The dense model.
+        tokenizer: The folder has a tokenizer, which the line loads too.
+    """
+    folder = f"({str(out)!r})"
+    if layout == PER_LAYER and spec.multimodal is None:
+        loaded = ["frugal_bonsai.load_pruned", "frugal_bonsai.load_tokenizer"]
+        imports = "import frugal_bonsai"
+    else:
+        kind = "CausalLM" if spec.multimodal is None else "ImageTextToText"
+        names = [f"AutoModelFor{kind}", "AutoTokenizer"][: 1 + tokenizer]
+        imports = f"from transformers import {', '.join(names)}"
+        loaded = [f"{name}.from_pretrained" for name in names]
+    line = f"{imports}; model = {loaded[0]}{folder}"
+    return f"{line}; tokenizer = {loaded[1]}{folder}" if tokenizer else line
 
 
 def write_report(path: Path, summary: Mapping[str, Any]) -> None:

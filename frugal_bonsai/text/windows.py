@@ -25,6 +25,11 @@ CHARACTERS_PER_TOKEN = 8
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """Load the tokenizer of a checkpoint folder from local files, without running its code.
 
@@ -43,7 +48,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         CheckpointError: the folder has no tokenizer, or transformers cannot read it.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise CheckpointError(
             f"{folder}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); copy the "
             "tokenizer's files from the model's source"

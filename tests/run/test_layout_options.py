@@ -111,7 +111,7 @@ def test_per_layer_at_a_head_count_that_llamas_config_forbids(
     write_mask(tmp_path / "mask.json", "stories260K", spec, mask)
     words = ("--mask", tmp_path / "mask.json", "--layout", "per-layer", "--out", tmp_path / "out")
     result = succeed("shrink", stories260k, *words)
-    assert result["load"].startswith("frugal_bonsai.load_pruned")
+    assert result["load"].startswith("import frugal_bonsai; model = frugal_bonsai.load_pruned(")
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little girl. " * 40, encoding="utf-8")
     measured = succeed("eval", tmp_path / "out", "--text", text, "--window", "64")
