@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from frugal_bonsai.run.profile import profile
     from frugal_bonsai.run.prune import prune
     from frugal_bonsai.run.report import report_page
+    from frugal_bonsai.run.runs import list_runs
     from frugal_bonsai.run.shrink import shrink
     from frugal_bonsai.text.windows import load_tokenizer
 
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "inspect",
+    "list_runs",
     "load_pruned",
     "load_tokenizer",
     "plan",
@@ -53,6 +55,7 @@ _HOMES = {
     "evaluate": "frugal_bonsai.run.evaluate",
     "export_gguf": "frugal_bonsai.run.export",
     "inspect": "frugal_bonsai.run.inspect",
+    "list_runs": "frugal_bonsai.run.runs",
     "load_pruned": "frugal_bonsai.rewrite.load",
     "load_tokenizer": "frugal_bonsai.text.windows",
     "plan": "frugal_bonsai.run.plan",

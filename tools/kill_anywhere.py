@@ -30,7 +30,10 @@ from typing import Any
 
 QUICK = ["--window", "32", "--windows", "12", "--max-cpu-mem", "2GB"]
 # They state seconds, memory and dates.
-TIMED = {"README.md", "pruning_report.json", "adaptation_report.json", "report.html"}
+TIMED = {
+    *("README.md", "pruning_report.json", "adaptation_report.json", "report.html"),
+    "events.jsonl",
+}
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,9 @@ class Search:
         """Estimate, cut and select; set the state's mask and return the report."""
         assert state.importance is not None
         evaluator, estimate = self._evaluator(store, number), Estimate(curves=())
+        score_N = state.importance.score_N
         if self._settings.allocation in WHOLE:
-            spec, score_N = self._engine.spec, state.importance.score_N
+            spec = self._engine.spec
             state.mask, note = drop_whole(state.mask, score_N, self._settings, spec)
             self._engine.progress.note(note)
             more: dict[str, Any] = {"note": note}
@@ -213,7 +214,7 @@ class Search:
             estimate = estimate_round(
                 RoundInputs(
                     mask=state.mask,
-                    score_N=state.importance.score_N,
+                    score_N=score_N,
                     schedule=self._schedule,
                     evaluator=evaluator,
                 )
@@ -222,6 +223,7 @@ class Search:
         return {
             "round": number,
             **estimate.describe(),
+            "evidence": estimate.evidence(score_N),
             "mask_tokens": evaluator.tokens,
             "mask_budget_tokens": evaluator.budget_tokens,
             **more,

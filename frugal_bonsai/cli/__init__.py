@@ -14,7 +14,7 @@ import cloup
 from frugal_bonsai.cli.adapt import adapt_command
 from frugal_bonsai.cli.measure import eval_command, inspect_command, profile_command
 from frugal_bonsai.cli.prune import plan_command, prune_command
-from frugal_bonsai.cli.report import report_command
+from frugal_bonsai.cli.report import report_command, runs_command
 from frugal_bonsai.cli.rewrite import bench_command, export_command, shrink_command
 from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 
@@ -22,7 +22,8 @@ _SECTIONS = (
     cloup.Section("Prune", [plan_command, prune_command, adapt_command, shrink_command]),
     cloup.Section("Measure and look", [eval_command, bench_command, inspect_command]),
     cloup.Section(
-        "Reports, machines, other runtimes", [report_command, profile_command, export_command]
+        "Reports, machines, other runtimes",
+        [report_command, runs_command, profile_command, export_command],
     ),
 )
 

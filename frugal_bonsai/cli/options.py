@@ -100,7 +100,8 @@ max_shard_size = click.option(
 profile = click.option(
     "--profile",
     metavar="FILE",
-    help="Hardware profile: plan for that machine; prune predicts its time.",
+    help="Hardware profile, a file or a name such as rtx-12gb: plan for that machine; prune "
+    "predicts its time.",
 )
 assume = click.option(
     "--assume-family",

@@ -1,4 +1,4 @@
-"""``report``."""
+"""``report`` and ``runs``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import cloup
 
 from frugal_bonsai.cli import options
 from frugal_bonsai.cli.command import COMMON, Command
+from frugal_bonsai.cli.running import print_result
 
 
 @cloup.command(
@@ -17,10 +18,16 @@ from frugal_bonsai.cli.command import COMMON, Command
     short_help="Write one page on what prune or adapt did.",
     examples=(
         "frugal-bonsai report out/example-50 --out report.html",
-        "frugal-bonsai report out/example-50 --format md",
+        "frugal-bonsai report out/example-30 out/example-50 --out compare.html",
     ),
 )
-@cloup.argument("output", help="A folder that prune or adapt wrote.")
+@cloup.argument(
+    "outputs",
+    metavar="OUTPUT...",
+    nargs=-1,
+    required=True,
+    help="Folders that prune or adapt wrote; several are compared on one page.",
+)
 @cloup.option_group(
     COMMON,
     click.option(
@@ -41,14 +48,37 @@ from frugal_bonsai.cli.command import COMMON, Command
     ),
     options.verbose,
 )
-def report_command(output: str, out: str | None, kind: str, overwrite: bool) -> None:
-    """Write one page on OUTPUT, a folder that prune or adapt wrote: what was done, at what cost."""
+def report_command(outputs: tuple[str, ...], out: str | None, kind: str, overwrite: bool) -> None:
+    """Write one page on OUTPUT, a folder that prune or adapt wrote: what was done, at what cost.
+
+    With several OUTPUTs the page compares them: perplexity, sparsity, tokens, parameters.
+    """
     from frugal_bonsai.run.report import report_page, write_page
 
-    text = report_page(output, kind=kind)
+    text = report_page(*outputs, kind=kind)
     if out is None and kind != "html":
         click.echo(text)
         return
     path = Path(out or "report.html")
     write_page(path, text, overwrite=overwrite)
     click.echo(f"written: {path}")
+
+
+@cloup.command(
+    name="runs",
+    cls=Command,
+    short_help="List runs and how to resume them.",
+    examples=("frugal-bonsai runs", "frugal-bonsai runs out --json"),
+)
+@cloup.argument("folder", required=False, default=".", help="Where to look.  [default: here]")
+@cloup.option_group(COMMON, options.json_output, options.verbose)
+def runs_command(folder: str, as_json: bool) -> None:
+    """List the runs below FOLDER: finished, interrupted, running; and the line that resumes each.
+
+    Looks four levels deep, for outputs and for run directories (OUT.run).
+    """
+    from frugal_bonsai.report.run_tables import render_runs
+    from frugal_bonsai.run.runs import list_runs
+
+    found = {"folder": folder, "runs": list_runs(folder)}
+    print_result(found, render_runs, as_json=as_json)

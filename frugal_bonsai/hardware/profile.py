@@ -33,6 +33,8 @@ DEFAULT_ARITHMETIC = {CPU: FP32, **dict.fromkeys(ACCELERATORS, BF16)}
 # transformers; with a GPU also its libraries and the host side of its context.
 NOMINAL_BASE_BYTES = {CPU: 600 * MIB, **dict.fromkeys(ACCELERATORS, 2 * GIB)}
 _TEXTS = ("name", "source")
+# Profiles of the package, which are addressed by name.
+_PACKAGED = Path(__file__).parent / "profiles"
 _OF_OWN_MEMORY = ("gpu_bytes", "copy_bytes_per_second")
 
 
@@ -151,6 +153,21 @@ def _require_positive(name: str, value: object) -> None:
     raise OptionError(f"{name} is {value!r}, expected a positive {kind}")
 
 
+def profile_names() -> list[str]:
+    """Return the names of the profiles of the package."""
+    return sorted(path.stem for path in _PACKAGED.glob("*.toml"))
+
+
+def find_profile(name: str | Path) -> Path:
+    """Return the file of a profile: a file of the user's, or a profile of the package by its name.
+
+    A name that is neither is returned as it is; reading it says what there is.
+    """
+    packaged = _PACKAGED / f"{name}.toml"
+    is_name = str(name) in profile_names() and not Path(name).is_file()
+    return packaged if is_name else Path(name).expanduser()
+
+
 def read_profile(path: Path) -> HardwareProfile:
     """Read a profile.
 
@@ -162,7 +179,7 @@ def read_profile(path: Path) -> HardwareProfile:
     except OSError as error:
         raise OptionError(
             f"--profile {path}: cannot be read ({error.strerror or error}); `frugal-bonsai profile "
-            f"--out FILE` measures this machine, profiles/ of the repository holds others"
+            f"--out FILE` measures this machine; profiles by name: {', '.join(profile_names())}"
         ) from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise OptionError(f"--profile {path}: is no TOML file: {error}") from error

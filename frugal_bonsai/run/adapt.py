@@ -41,9 +41,11 @@ from frugal_bonsai.run.adapt_output import (
 )
 from frugal_bonsai.run.adapt_plan import AdaptPlans, plan_adaptation
 from frugal_bonsai.run.adaptation import Adaptation, prepare_adaptation
+from frugal_bonsai.run.arguments import command_arguments
 from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.early import check_adapt
 from frugal_bonsai.run.engine import enforce_caps
+from frugal_bonsai.run.events import copy_events, recorded
 from frugal_bonsai.run.keywords import adapt_options
 from frugal_bonsai.run.options import AdaptOptions
 from frugal_bonsai.run.output import replaceable
@@ -87,7 +89,12 @@ def adapt(
     options = adapt_options(named, options)
     check_adapt(pruned, out, options, resume=resume, overwrite=overwrite)
     folder = run_folder(out)
-    with locked(folder), ExitStack() as stack:
+    arguments = command_arguments("adapt", pruned, out, options)
+    with (
+        locked(folder),
+        recorded(folder, progress, "adapt", pruned, arguments, resume=resume) as progress,
+        ExitStack() as stack,
+    ):
         job = prepare_adaptation(
             pruned, options, folder, stack=stack, progress=progress, resume=resume
         )
@@ -112,6 +119,7 @@ def adapt(
         summary["seconds"] = time.monotonic() - started + trained.earlier_seconds
         write_papers(staged, summary)
         write_adapt_settings(staged, job, plans)
+        copy_events(folder, staged)
         stack.close()  # the output appears
         if data.cache is not None:
             data.cache.close()

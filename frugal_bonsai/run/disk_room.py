@@ -13,6 +13,7 @@ from pathlib import Path
 from frugal_bonsai.checkpoint.commit import nearest_folder, output_errors
 from frugal_bonsai.errors import OutputError
 from frugal_bonsai.memory.disk import DiskPhase, DiskPlan
+from frugal_bonsai.run.run_folder import EVENTS_FILE
 from frugal_bonsai.sizes import format_bytes
 
 Fits = Callable[[DiskPlan], bool]
@@ -68,8 +69,12 @@ def require_room(
 
 
 def _held_bytes(folder: Path) -> int:
-    """Return the bytes of the files in a folder; 0 if it does not exist."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Return the bytes of the files in a run directory, without its log; 0 if there is none."""
+    return sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != EVENTS_FILE
+    )
 
 
 def _too_small(

@@ -15,7 +15,7 @@ from frugal_bonsai.checkpoint.locate import local_model
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.evaluation.harness import find_task_data, require_harness, split_names
 from frugal_bonsai.evaluation.llama_cpp import LLAMA_CPP, require_llama_cpp
-from frugal_bonsai.hardware.profile import read_profile, require_replaceable
+from frugal_bonsai.hardware.profile import find_profile, read_profile, require_replaceable
 from frugal_bonsai.memory.budget import require_device_name
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import layout_rules
@@ -56,7 +56,7 @@ def check_prune(
     if out is not None and not resume and (run_folder(out) / STATE_FILE).exists():
         raise _unfinished(run_folder(out))
     if options.profile is not None:
-        read_profile(Path(options.profile))
+        read_profile(find_profile(options.profile))
     if out is not None:
         require_source(options.source_for(model), "--calibration", sampled=True)
         if options.eval_text is not None:

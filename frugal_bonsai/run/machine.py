@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
 from frugal_bonsai.accelerator import CPU
 from frugal_bonsai.errors import OptionError
-from frugal_bonsai.hardware.profile import HardwareProfile, read_profile
+from frugal_bonsai.hardware.profile import HardwareProfile, find_profile, read_profile
 from frugal_bonsai.memory.budget import Budget, Caps, find_device, make_budget
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.profile import quick_profile
 from frugal_bonsai.sizes import GIB, format_bytes
 
-# Memory of a card in GB -> the profile of such a machine, a file in profiles/.
+# Memory of a card in GB -> the profile of such a machine, of the package.
 NOMINAL_PROFILES = {8: "rtx-8gb", 12: "rtx-12gb", 24: "rtx-24gb", 48: "a6000-48gb", 141: "h200"}
 
 # Left to the rest of a profile's machine where the user names no cap.
@@ -60,7 +59,7 @@ def find_machine(options: PruneOptions, *, elsewhere: bool) -> Machine:
         BudgetError: This machine has no such device.
         OptionError: The profile cannot be read, or is of another kind of device.
     """
-    profile = None if options.profile is None else read_profile(Path(options.profile))
+    profile = None if options.profile is None else read_profile(find_profile(options.profile))
     wanted = options.device
     if elsewhere and profile is not None:
         if wanted is not None and wanted.partition(":")[0] != profile.device:
@@ -117,5 +116,5 @@ def no_gpu_advice(options: PruneOptions, device: torch.device) -> str | None:
     name = NOMINAL_PROFILES[min(fitting, default=max(NOMINAL_PROFILES))]
     return (
         f"There is no GPU here, so this is a plan for the CPU. For a GPU with this --max-gpu-mem "
-        f"add --profile profiles/{name}.toml"
+        f"add --profile {name}"
     )

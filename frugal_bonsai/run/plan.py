@@ -134,10 +134,15 @@ def plan_prune(model: Model, resolved: ResolvedPrune, work: PruneWorkload) -> Me
 
 def predict(planned: PlannedPrune) -> dict[str, Any] | None:
     """Return the predicted time as plain values; None if the user names no profile."""
-    machine = planned.resolved.machine
-    if machine.profile is None:
+    if planned.resolved.machine.profile is None:
         return None
-    return {**_describe_time(planned.estimate()), "profile": machine.profile.source}
+    return time_model(planned)
+
+
+def time_model(planned: PlannedPrune) -> dict[str, Any]:
+    """Return the time by the machine's rates as plain values: those of a profile, else measured."""
+    rates = planned.resolved.machine.rates
+    return {**_describe_time(planned.estimate()), "profile": rates.source}
 
 
 def sampling_note(planned: PlannedPrune) -> str:

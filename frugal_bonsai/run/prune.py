@@ -32,8 +32,10 @@ from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.bar import choose_progress
 from frugal_bonsai.rewrite.verify import compare_logits
+from frugal_bonsai.run.arguments import command_arguments
 from frugal_bonsai.run.early import check_prune
 from frugal_bonsai.run.engine import in_fp32, make_engine
+from frugal_bonsai.run.events import copy_events, recorded
 from frugal_bonsai.run.keywords import prune_options
 from frugal_bonsai.run.open import Model, note_model, open_model, write_output
 from frugal_bonsai.run.options import PruneOptions
@@ -96,7 +98,12 @@ def prune(
     check_tasks(options)
     folder = run_folder(out)
     family, text_only = options.assume_family, options.text_only
-    with locked(folder), open_model(model, assume_family=family, text_only=text_only) as opened:
+    arguments = command_arguments("prune", model, out, options)
+    with (
+        locked(folder),
+        recorded(folder, progress, "prune", model, arguments, resume=resume) as progress,
+        open_model(model, assume_family=family, text_only=text_only) as opened,
+    ):
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
         begun, finished = saved_progress(folder) if resume else ({}, 0)
@@ -163,6 +170,7 @@ def _search_and_write(
         summary["seconds"] = time.monotonic() - started
         write_papers(staged, summary, run.model.spec, found.mask)
         write_prune_settings(staged, run, options)
+        copy_events(folder, staged)
     return summary
 
 

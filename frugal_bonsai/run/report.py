@@ -16,9 +16,11 @@ from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.plain_json import json_text
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.pages.adapt import adapt_page
+from frugal_bonsai.report.pages.compare import compare_page
 from frugal_bonsai.report.pages.figures import draw_figures, require_plots
 from frugal_bonsai.report.pages.page import GENERATOR, render_html, render_markdown
 from frugal_bonsai.report.pages.prune import prune_page
+from frugal_bonsai.run.events import read_events
 from frugal_bonsai.run.provenance import ADAPT_REPORT_FILE, REPORT_FILE, read_report
 
 PAGE_FILE = "report.html"
@@ -26,18 +28,21 @@ _OF_PRUNE = {"model", "before", "after", "kept", "dense", "rounds", "memory", "s
 _OF_ADAPT = {"model", "before", "after", "training", "data", "memory", "settings"}
 
 
-def report_page(folder: str | Path, *, kind: str = "html") -> str:
-    """Return the page of a pruned or an adapted model.
+def report_page(*folders: str | Path, kind: str = "html") -> str:
+    """Return the page of a pruned or an adapted model, or of several side by side.
 
     Args:
-        folder: The folder that ``prune`` or ``adapt`` wrote.
+        folders: Folders that ``prune`` or ``adapt`` wrote.
         kind: ``html``, ``md`` or ``json``. ``html`` needs matplotlib.
 
     Raises:
-        CheckpointError: The folder is missing, or has no complete report.
+        CheckpointError: A folder is missing, or has no complete report.
         OptionError: matplotlib is not installed.
     """
-    return _render(_page(Path(folder).expanduser()), kind)
+    places = [Path(folder).expanduser() for folder in folders]
+    if len(places) == 1:
+        return _render(_page(places[0]), kind)
+    return _render(compare_page([(place.resolve().name, *_read(place)) for place in places]), kind)
 
 
 def _render(page: Mapping[str, Any], kind: str) -> str:
@@ -48,16 +53,23 @@ def _render(page: Mapping[str, Any], kind: str) -> str:
 
 def _page(folder: Path) -> dict[str, Any]:
     """Read the reports of an output, and make its page as plain values."""
+    summary, pruned = _read(folder)
+    commands, events = _commands(folder.resolve().name, summary), read_events(folder)
+    if "training" in summary:
+        return adapt_page(summary, pruned, commands, events)
+    return prune_page(summary, commands, events)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the report of an output; of an adapted one also the report of the prune before it."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give the folder that prune wrote")
-    name = folder.resolve().name
     adapted, pruned = (read_report(folder / file) for file in (ADAPT_REPORT_FILE, REPORT_FILE))
     if (folder / ADAPT_REPORT_FILE).exists():
         _require(adapted, _OF_ADAPT, folder / ADAPT_REPORT_FILE, "adapt")
-        known = pruned if pruned.keys() >= _OF_PRUNE else None
-        return adapt_page(adapted, known, _commands(name, adapted))
+        return adapted, pruned if pruned.keys() >= _OF_PRUNE else None
     _require(pruned, _OF_PRUNE, folder / REPORT_FILE, "prune")
-    return prune_page(pruned, _commands(name, pruned))
+    return pruned, None
 
 
 def _require(summary: Mapping[str, Any], keys: set[str], path: Path, command: str) -> None:

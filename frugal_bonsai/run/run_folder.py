@@ -17,13 +17,23 @@ from filelock import FileLock, Timeout
 from frugal_bonsai.checkpoint.commit import output_errors, remove_partials
 from frugal_bonsai.errors import StateError
 
-LOCK_FILE = "lock"
+LOCK_FILE, EVENTS_FILE = "lock", "events.jsonl"
 _SUFFIX = ".run"
 
 
 def run_folder(out: Path) -> Path:
     """Return the run directory of an output folder."""
     return out.with_name(out.name + _SUFFIX)
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Return whether a folder has the name of a run directory."""
+    return folder.name.endswith(_SUFFIX) and folder.name != _SUFFIX
+
+
+def output_of(folder: Path) -> Path:
+    """Return the output folder of a run directory."""
+    return folder.with_name(folder.name.removesuffix(_SUFFIX))
 
 
 @contextmanager
@@ -43,7 +53,7 @@ def locked(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK_FILE)
     try:
         _acquire(lock, folder)
-        remove_partials(folder.with_name(folder.name.removesuffix(_SUFFIX)))
+        remove_partials(output_of(folder))
         try:
             yield
         finally:
@@ -69,8 +79,18 @@ def empty(folder: Path) -> None:
 
 
 def holds_files(folder: Path) -> bool:
-    """Return whether a run directory holds anything but its lock."""
-    return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
+    """Return whether a run directory holds anything but its lock and its log."""
+    without = (LOCK_FILE, EVENTS_FILE)
+    return folder.is_dir() and any(path.name not in without for path in folder.iterdir())
+
+
+def is_locked(folder: Path) -> bool:
+    """Return whether a run works in this run directory now."""
+    try:
+        require_unlocked(folder)
+    except StateError:
+        return True
+    return False
 
 
 def require_unlocked(folder: Path) -> None:

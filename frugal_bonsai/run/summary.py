@@ -26,7 +26,7 @@ from frugal_bonsai.report.card import model_card
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.rewrite.mask_file import write_mask
 from frugal_bonsai.run.open import Model
-from frugal_bonsai.run.plan import plan_items, predict
+from frugal_bonsai.run.plan import plan_items, plan_phases, predict, time_model
 from frugal_bonsai.run.prepare import PruneRun
 from frugal_bonsai.run.provenance import MASK_FILE, REPORT_FILE
 from frugal_bonsai.stream.engine import Engine
@@ -70,6 +70,7 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
         "multimodal": model.whole,
         "method": resolved.method,
         "predicted": predict(run),
+        "time_model": time_model(run),
     }
 
 
@@ -80,6 +81,7 @@ def describe_memory(memory: MemoryPlan, engine: Engine) -> dict[str, Any]:
         "planned_micro_batch": engine.sweep.batches.planned,
         "final_micro_batch": engine.sweep.batches.size,
         "plan": plan_items(memory),
+        "phases": plan_phases(memory),
     }
 
 

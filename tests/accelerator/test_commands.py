@@ -26,10 +26,11 @@ from frugal_bonsai.adaptation.settings import AdaptSettings
 from frugal_bonsai.adaptation.state import TrainingFolder
 from frugal_bonsai.adaptation.stored_linear import StoredLinear
 from frugal_bonsai.errors import VerifyError
+from frugal_bonsai.hardware.profile import find_profile
 from frugal_bonsai.progress import Silent
 from frugal_bonsai.run import plan as plans
 
-PROFILE = Path(__file__).parents[2] / "profiles" / "rtx-12gb.toml"
+PROFILE = find_profile("rtx-12gb")
 WINDOW, WEIGHTS = 16, "model.safetensors"
 # bf16 against fp32: rounding moves a perplexity, and with it a cut where two are nearly as good.
 ROUNDING, CUTS = 0.02, 0.1

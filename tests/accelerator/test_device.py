@@ -36,7 +36,7 @@ def test_without_a_number_the_cap_cannot_be_set(
     from frugal_bonsai import PruneOptions, prune
 
     monkeypatch.setattr(machines, "find_device", lambda _=None: torch.device("cuda"))
-    options = PruneOptions(window=16, windows=2, profile="profiles/rtx-12gb.toml")
+    options = PruneOptions(window=16, windows=2, profile="rtx-12gb")
     with pytest.raises(ValueError, match="index"):
         prune("example", "never", options)
     assert not Path("never").exists()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import profiles
 import pytest
 
-import profiles
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.profile import (
     HardwareProfile,
+    find_profile,
     format_profile,
+    profile_names,
     read_profile,
     write_profile,
 )
 
-SHIPPED = sorted((Path(__file__).parents[2] / "profiles").glob("*.toml"))
+SHIPPED = [find_profile(name) for name in profile_names()]
 
 
 def saved(tmp_path: Path, profile: HardwareProfile) -> Path:

@@ -61,6 +61,8 @@ def test_the_readmes_commands_end_in_a_better_model_and_a_gguf_file(tmp_path: Pa
     assert found["eval"]["perplexity"] == pytest.approx(after["eval_perplexity"], rel=1e-4)
     report = json.loads((adapted / "adaptation_report.json").read_text(encoding="utf-8"))
     assert report["teacher"] == "example" and report["cache"]["top"] == 64
+    page = (adapted / "report.html").read_text(encoding="utf-8")
+    assert "Kept units" in page and str(tmp_path) not in page
 
     assert found["export"]["out"] == str(file)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}

@@ -9,7 +9,9 @@ import pytest
 from fresh_process import FreshProcesses
 from run.commands import fail, succeed
 
-PROFILES = Path(__file__).parents[2] / "profiles"
+from frugal_bonsai.hardware.profile import find_profile
+
+PROFILES = find_profile("rtx-12gb").parent
 WORDS = ("--windows", "8", "--window", "64", "--max-cpu-mem", "2GB")
 # Perplexity of the held-out windows, by transformers alone.
 EVALUATE = """

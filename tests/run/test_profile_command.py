@@ -9,10 +9,10 @@ import pytest
 import torch
 from commands import fail, frugal_bonsai, python, succeed
 
-from frugal_bonsai.hardware.profile import read_profile
+from frugal_bonsai.hardware.profile import find_profile, read_profile
 from frugal_bonsai.run.machine import NOMINAL_PROFILES
 
-PROFILES = Path(__file__).parents[2] / "profiles"
+PROFILES = find_profile("rtx-12gb").parent
 SMALL = (
     *("--windows", "8", "--window", "64", "--masks", "2", "--mask-windows", "2"),
     *("--sparsity", "0.3", "--step", "0.3"),
@@ -54,9 +54,7 @@ def test_plan_for_a_card_that_is_not_here() -> None:
     assert (base["size_bytes"], base["formula"]) == (2 * 2**30, "nominal")
     assert plan["seconds"] == pytest.approx(sum(phase["seconds"] for phase in plan["phases"]))
     assert any(phase["copy"] > 0 for phase in plan["phases"])
-    smaller = succeed(
-        "plan", "example", "--profile", PROFILES / "rtx-12gb.toml", "--max-gpu-mem", "4GB"
-    )
+    smaller = succeed("plan", "example", "--profile", "rtx-12gb", "--max-gpu-mem", "4GB")
     assert smaller["caps"]["gpu"] == 4 * 10**9
 
 
@@ -68,7 +66,7 @@ def test_a_plan_for_a_gpu_that_is_not_here_says_so_first(cap: str, name: str) ->
     shown = frugal_bonsai("plan", "example", "--max-gpu-mem", cap).stdout
     first = " ".join(shown.partition("\n\n")[0].split())
     assert first.startswith("There is no GPU here, so this is a plan for the CPU.")
-    assert first.endswith(f"with this --max-gpu-mem add --profile profiles/{name}.toml")
+    assert first.endswith(f"with this --max-gpu-mem add --profile {name}")
     assert (PROFILES / f"{name}.toml").is_file()
     assert succeed("plan", "example", "--max-gpu-mem", cap)["advice"] == first
     assert succeed("plan", "example")["advice"] is None

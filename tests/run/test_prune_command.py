@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from commands import ENVIRONMENT, fail, frugal_bonsai, succeed
 from fresh_process import FreshProcesses
 
 from frugal_bonsai.errors import OutputError
+from frugal_bonsai.run.runs import list_runs
 
 # Small, but the whole method: rounds, masks, regression, recovery, verify.
 QUICK = ("--windows", "12", "--window", "128", "--masks", "4", "--mask-windows", "4")
@@ -179,13 +181,19 @@ def test_ctrl_c_keeps_the_state_and_resume_ends_in_the_same_mask(tmp_path: Path)
     assert len(json.loads(state.read_text(encoding="utf-8"))["rounds"]) < 2
     assert "--resume" in fail(*words, "--out", out)
     assert "masks" in fail(*words, "--out", out, "--resume", "--masks", "6")
-    summary = succeed(*words, "--out", out, "--resume")
+    [run] = list_runs(tmp_path)
+    assert (run["state"], run["command"], run["out"]) == ("interrupted", "prune", "stopped")
+    summary = succeed(*shlex.split(run["resume"])[1:])
     expected = succeed(*words, "--out", whole)
     assert summary["kept"] == expected["kept"]
     assert summary["forward_tokens"] == expected["forward_tokens"]
     mask = (out / "pruning_mask.json").read_text(encoding="utf-8")
     assert (whole / "pruning_mask.json").read_text(encoding="utf-8") == mask
     assert not (tmp_path / "stopped.run").exists()
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    starts = [event["resumed"] for event in events if event["event"] == "start"]
+    assert starts == [False, True, True]  # the second was refused for its options
+    assert events[-1]["state"] == "finished"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are sent another way on Windows")

@@ -114,6 +114,30 @@ class Estimate:
             "stopped": self.stopped,
         }
 
+    def evidence(self, score_N: torch.Tensor) -> dict[str, list[list[float]]]:
+        """Return what importance and what masks say of the candidates; empty without masks.
+
+        Args:
+            score_N: Importance of each unit.
+
+        Returns:
+            For each kind of unit, one list for each layer that has candidates: layer, sum of their
+            importance, predicted loss of removing them all. Four digits.
+        """
+        if self.fit is None:
+            return {}
+        sums: dict[str, dict[int, list[float]]] = {}
+        for curve in self.curves:
+            if len(curve.order):
+                layers = sums.setdefault(curve.group.kind, {})
+                found = layers.setdefault(curve.group.layer, [0.0, 0.0])
+                found[0] += float(score_N[curve.order].sum())
+                found[1] += float(curve.loss[-1])
+        return {
+            kind: [[layer, *(float(f"{x:.4g}") for x in pair)] for layer, pair in layers.items()]
+            for kind, layers in sums.items()
+        }
+
 
 def _finite(value: float | None) -> float | None:
     """Return None for NaN, which JSON does not know."""

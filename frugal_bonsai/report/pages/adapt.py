@@ -19,6 +19,13 @@ from frugal_bonsai.report.pages.prune import (
     settings_section,
     steps_section,
 )
+from frugal_bonsai.report.pages.timeline import (
+    Events,
+    memory_charts,
+    slowest_phase,
+    time_chart,
+    time_section,
+)
 from frugal_bonsai.report.words import duration, number, peak_words, plural
 from frugal_bonsai.sizes import format_bytes
 
@@ -26,7 +33,7 @@ Values = Mapping[str, Any]
 
 
 def adapt_page(
-    summary: Values, pruned: Values | None, commands: Sequence[str] = ()
+    summary: Values, pruned: Values | None, commands: Sequence[str] = (), events: Events = ()
 ) -> dict[str, Any]:
     """Return the page of an adaptation.
 
@@ -34,12 +41,15 @@ def adapt_page(
         summary: Values of an ``adaptation_report.json``.
         pruned: Values of the pruned model's report. None without one.
         commands: Lines that use the result.
+        events: Events of its ``events.jsonl``; none of an older run.
     """
     charts = {
         "perplexity": _history_chart(summary, "perplexity"),
         "loss": _history_chart(summary, "loss"),
     }
     charts["divergence"] = _history_chart(summary, "kl")
+    charts["time"] = time_chart(events, None)
+    charts |= memory_charts(events, {"plan": _largest_part(summary), **summary["memory"]})
     sections = [
         make_section(
             "Before and after",
@@ -48,8 +58,14 @@ def adapt_page(
             text=bounds_text(summary),
         ),
         make_section("Training", *_history(summary), figures=("perplexity", "loss", "divergence")),
+        time_section(events, None),
+        make_section(
+            "Memory",
+            ("part", "host, planned", "GPU, planned", "largest item"),
+            _memory(summary),
+            figures=("memory_gpu", "memory_host", "plan"),
+        ),
         make_section("Run", ("", ""), _run(summary)),
-        make_section("Memory", ("part", "most in", "host", "GPU"), _memory(summary)),
     ]
     if pruned is not None:
         charts["kept"] = kept_chart(pruned)
@@ -59,11 +75,11 @@ def adapt_page(
         f"{parent_name(summary['model'])}, adapted",
         sections,
         version=summary["version"],
-        lead=_lead(summary),
+        lead=[*_lead(summary), *filter(None, [slowest_phase(events)])],
         tiles=_tiles(summary),
         notes=page_notes(summary),
         commands=commands,
-        charts={name: chart for name, chart in charts.items() if chart},
+        charts=charts,
     )
 
 
@@ -116,9 +132,17 @@ def _run(summary: Values) -> Iterator[tuple[str, str]]:
 
 def _memory(summary: Values) -> Iterator[tuple[str, str, str, str]]:
     for name, part in summary["memory"].get("plans", {}).items():
-        place = "gpu_bytes" if any(phase["gpu_bytes"] for phase in part["phases"]) else "host_bytes"
-        most = max(part["phases"], key=lambda phase: phase[place])
-        yield name, most["name"], *(format_bytes(most[f"{w}_bytes"]) for w in ("host", "gpu"))
+        largest = max(part["items"], key=lambda item: item["size_bytes"])
+        sizes = (format_bytes(part[f"{where}_bytes"]) for where in ("host", "gpu"))
+        yield name, *sizes, f"{largest['name']}, {format_bytes(largest['size_bytes'])}"
+
+
+def _largest_part(summary: Values) -> list[Any]:
+    """Return the items of the part that holds most."""
+    parts = summary["memory"].get("plans", {}).values()
+    where = "host" if summary["memory"].get("gpu_peak_bytes") is None else "gpu"
+    most = max(parts, key=lambda part: part[f"{where}_bytes"], default=None)
+    return [] if most is None else list(most["items"])
 
 
 def _history(summary: Values) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

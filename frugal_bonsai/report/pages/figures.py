@@ -66,6 +66,7 @@ def draw_figures(charts: Mapping[str, Chart]) -> dict[str, str]:
         "lines": _lines,
         "bars": _bars,
         "scatter": _scatter,
+        "panels": _panels,
     }
     drawn = {}
     with matplotlib.rc_context(_STYLE):
@@ -113,8 +114,7 @@ def _lines(figure: Any, chart: Chart) -> None:
         axes.axhline(level, linestyle=dashes, linewidth=1, color=COLOURS[-1], label=name)
     if chart.get("logarithmic"):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(_plain)
-        axes.yaxis.set_minor_formatter(_plain)
+        _label_logarithms(axes.yaxis)
     else:
         axes.set_ylim(bottom=chart.get("least"), top=chart.get("most"))
     if chart.get("whole"):
@@ -160,29 +160,61 @@ def _scatter(figure: Any, chart: Chart) -> None:
     """Draw ``groups`` of points by name; a third value of a point is its label."""
     figure.set_size_inches(7.5, 3.6)
     axes = figure.subplots()
-    for at, (name, points) in enumerate(chart["groups"].items()):
-        colour = COLOURS[at % len(COLOURS)]
-        x, y = [p[0] for p in points], [p[1] for p in points]
-        axes.scatter(x, y, s=28, color=colour, label=name, alpha=0.85)
-        for point in points:
-            if len(point) > 2:
-                axes.annotate(
-                    point[2], point[:2], xytext=(4, 3), textcoords="offset points", fontsize=8
-                )
-    for scale, setter in (("log_x", axes.set_xscale), ("log_y", axes.set_yscale)):
-        if chart.get(scale):
-            setter("log")
+    _points(axes, chart["groups"], dict(zip(chart["groups"], COLOURS, strict=False)))
+    if chart.get("log_x"):
+        axes.set_xscale("log")
+        _label_logarithms(axes.xaxis)
+        axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel(chart["x"])
     axes.set_ylabel(chart["y"])
     _legend(axes)
 
 
+def _panels(figure: Any, chart: Chart) -> None:
+    """Draw several ``panels`` of grouped points that share their vertical axis."""
+    panels = chart["panels"]
+    names = dict.fromkeys(name for panel in panels for name in panel["groups"])
+    colours = {name: COLOURS[at % len(COLOURS)] for at, name in enumerate(names)}
+    colours |= dict.fromkeys(chart.get("references", ()), _INK)
+    figure.set_size_inches(9.5, 3.8 + 0.06 * len(names))
+    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(every, panels, strict=True):
+        _points(axes, panel["groups"], colours)
+        axes.set_xlabel(panel["x"])
+        axes.margins(0.12)
+    if chart.get("logarithmic"):
+        every[0].set_yscale("log")
+        _label_logarithms(every[0].yaxis)
+    every[0].set_ylabel(chart["y"])
+    _legend(every[0])
+
+
+def _points(axes: Any, groups: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+    """Draw groups of points in their colours, with their labels."""
+    for name, points in groups.items():
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        axes.scatter(x, y, s=28, color=colours.get(name, COLOURS[-1]), label=name, alpha=0.85)
+        for point in points:
+            if len(point) > 2:
+                axes.annotate(
+                    point[2], point[:2], xytext=(4, 3), textcoords="offset points", fontsize=8
+                )
+
+
+def _label_logarithms(axis: Any) -> None:
+    """Write plain numbers, and those between powers of ten only where these are few."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_major_formatter(_plain)
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.5)))
+
+
 def _legend(axes: Any) -> None:
     """Put the legend outside of the data, if there is more than one entry."""
-    names = axes.get_legend_handles_labels()[1]
+    handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
-        columns = max(1, min(len(names), 90 // (max(map(len, names)) + 8)))
-        axes.figure.legend(loc="outside upper left", ncols=columns, fontsize=9)
+        columns = max(1, min(len(names), 100 // (max(map(len, names)) + 8)))
+        axes.figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=9)
 
 
 def _percent(value: float, _: int | None = None) -> str:

@@ -10,6 +10,15 @@ from typing import Any
 
 from frugal_bonsai.report.card_parts import parent_name, source_name, without_paths
 from frugal_bonsai.report.pages.page import make_page, make_section
+from frugal_bonsai.report.pages.rounds import round_charts, round_sections
+from frugal_bonsai.report.pages.timeline import (
+    Events,
+    memory_charts,
+    plan_rows,
+    slowest_phase,
+    time_chart,
+    time_section,
+)
 from frugal_bonsai.report.words import (
     KIND_NAMES,
     duration,
@@ -20,48 +29,40 @@ from frugal_bonsai.report.words import (
     size_rows,
     task_figure_rows,
 )
-from frugal_bonsai.sizes import GIB, MIB, format_bytes
+from frugal_bonsai.sizes import format_bytes
 
 Values = Mapping[str, Any]
-_CANDIDATES = {
-    "cut": "the masks' own cut",
-    "even": "equal FFN widths",
-    "even_attention": "equal widths, attention too",
-    "even_attention_x2": "equal widths, twice the attention",
-    "even_attention_x3": "equal widths, three times the attention",
-}
-# Bars of a memory plan; smaller items are summed.
-_MOST_ITEMS = 6
 
 
-def prune_page(summary: Values, commands: Sequence[str] = ()) -> dict[str, Any]:
+def prune_page(
+    summary: Values, commands: Sequence[str] = (), events: Events = ()
+) -> dict[str, Any]:
     """Return the page of a prune.
 
     Args:
         summary: Values of a ``pruning_report.json``.
         commands: Lines that use the result.
+        events: Events of its ``events.jsonl``; none of an older run.
     """
+    model = summary.get("time_model")
     charts = {
         "kept": kept_chart(summary),
-        "rounds": _perplexity_chart(summary),
-        "quality": _quality_chart(summary),
-        "candidates": _candidates_chart(summary),
-        "plan": plan_chart(summary["memory"]),
+        **round_charts(summary),
+        "time": time_chart(events, model),
+        **memory_charts(events, summary["memory"]),
     }
     sections = [
         make_section("Before and after", ("", "before", "after", "ratio"), _before_after(summary)),
         kept_section(summary),
-        make_section("Rounds", *_rounds(summary), text=_ROUNDS_TEXT, figures=("rounds", "quality")),
+        *round_sections(summary),
+        time_section(events, model),
         make_section(
-            "Candidates",
-            *_candidates(summary),
-            text="Each round compares its cut with cuts of equal widths after reconstruction, on "
-            "windows that none was fitted to. Another cut replaces the first of equal widths only "
-            "where it is better beyond the error of the difference.",
-            figures=("candidates",),
-        ),
-        make_section(
-            "Memory", ("item", "where", "size"), plan_rows(summary["memory"]), figures=("plan",)
+            "Memory",
+            ("item of the plan's peak", "where", "formula", "size"),
+            plan_rows(summary["memory"]),
+            text="Items of memory are held together in the phase of the plan's peak; items of the "
+            "disk are those of the whole run.",
+            figures=("memory_gpu", "memory_host", "phases", "plan"),
         ),
         make_section("Run", ("", ""), _run(summary)),
         steps_section(summary),
@@ -71,19 +72,12 @@ def prune_page(summary: Values, commands: Sequence[str] = ()) -> dict[str, Any]:
         f"{parent_name(summary['model'])}, {summary['sparsity']:.1%} removed",
         sections,
         version=summary["version"],
-        lead=_lead(summary),
+        lead=[*_lead(summary), *filter(None, [slowest_phase(events)])],
         tiles=_tiles(summary),
         notes=page_notes(summary),
         commands=commands,
         charts=charts,
     )
-
-
-_ROUNDS_TEXT = (
-    "R2 and tau compare the regression's predictions with losses that were held out from it (1 is "
-    "best, 0 is no better than the mean). Certainty is the share of the predicted loss that the "
-    "chosen cut has of the best cuts of the posterior."
-)
 
 
 def page_notes(summary: Values) -> list[str]:
@@ -180,115 +174,17 @@ def kept_chart(summary: Values) -> dict[str, Any]:
     }
 
 
-# -- rounds -------------------------------------------------------------------------------------
-def _rounds(summary: Values) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    head = ("round", "removed", "search perplexity", "tokens so far", "time", "masks", "R2")
-    rows: list[tuple[str, ...]] = [
-        (
-            str(row["round"]),
-            f"{row['sparsity']:.1%}",
-            number(row.get("perplexity")),
-            f"{row['forward_tokens']:,}",
-            duration(row["seconds"]),
-            f"{row['observations']:,}",
-            number(row["r2"]),
-            number(row["tau"]),
-            number(row["certainty"]),
-            row.get("stopped") or "",
-        )
-        for row in summary["rounds"]
-    ]
-    return (*head, "tau", "certainty", "sampling ended"), rows
-
-
-def _perplexity_chart(summary: Values) -> dict[str, Any] | None:
-    found = [row for row in summary["rounds"] if row.get("perplexity") is not None]
-    if len(found) < 2:
-        return None
-    return {
-        "kind": "lines",
-        "caption": "Perplexity of the search's own windows after each round.",
-        "series": {"search": [[100 * row["sparsity"], row["perplexity"]] for row in found]},
-        "x": "block weights removed (%)",
-        "y": "search perplexity",
-    }
-
-
-def _quality_chart(summary: Values) -> dict[str, Any] | None:
-    names = {"r2": "R2", "tau": "Kendall's tau", "certainty": "certainty"}
-    series = {
-        name: [[row["round"], row[key]] for row in summary["rounds"] if row.get(key) is not None]
-        for key, name in names.items()
-    }
-    series = {name: points for name, points in series.items() if points}
-    if not series or len(summary["rounds"]) < 2:
-        return None
-    return {
-        "kind": "lines",
-        "caption": "Quality of the regression of masks on losses, and certainty of the cut.",
-        "series": series,
-        "whole": True,
-        "most": 1.05,
-        "x": "round",
-        "y": "",
-    }
-
-
-def _candidates(summary: Values) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    rows: list[tuple[str, ...]] = [
-        (str(row["round"]), _CANDIDATES.get(name, name), number(loss, 4))
-        for row in summary["rounds"]
-        for name, loss in row.get("trial", {}).items()
-    ]
-    return ("round", "candidate", "loss after reconstruction"), rows
-
-
-def _candidates_chart(summary: Values) -> dict[str, Any] | None:
-    series: dict[str, list[list[float]]] = {}
-    for row in summary["rounds"]:
-        for name, loss in row.get("trial", {}).items():
-            series.setdefault(_CANDIDATES.get(name, name), []).append([row["round"], loss])
-    if not series or len(summary["rounds"]) < 2:
-        return None
-    return {
-        "kind": "lines",
-        "caption": "Loss of each candidate after reconstruction; lower is better.",
-        "series": series,
-        "whole": True,
-        "x": "round",
-        "y": "mean loss",
-    }
-
-
-# -- memory -------------------------------------------------------------------------------------
-def plan_rows(memory: Values) -> list[tuple[str, str, str]]:
-    """Return the items of a memory plan, the largest first."""
-    items = sorted(memory["plan"], key=lambda item: -item["size_bytes"])
-    return [(item["name"], item["where"], format_bytes(item["size_bytes"])) for item in items]
-
-
-def plan_chart(memory: Values) -> dict[str, Any] | None:
-    """Return the plan's items in memory beside the measured peak and the cap."""
-    items = [item for item in memory["plan"] if item["where"] != "disk"]
-    if not items:
-        return None
-    items = sorted(items, key=lambda item: -item["size_bytes"])
-    scale, unit = (GIB, "GiB") if items[0]["size_bytes"] >= GIB else (MIB, "MiB")
-    shown = items[:12]
-    return {
-        "kind": "bars",
-        "caption": "The largest items of the memory plan. They are not all held at once.",
-        "labels": [f"{item['name']} ({item['where']})" for item in shown],
-        "parts": {"planned": [item["size_bytes"] / scale for item in shown]},
-        "x": unit,
-    }
-
-
 # -- settings -----------------------------------------------------------------------------------
 def settings_section(summary: Values) -> dict[str, Any]:
     """Return the section of settings."""
-    rows = [(name, str(value)) for name, value in summary["settings"].items()]
+    rows = [(name, settings_text(value)) for name, value in summary["settings"].items()]
     return make_section("Settings", ("setting", "value"), rows)
+
+
+def settings_text(value: Any) -> str:
+    """Return the value of a setting as text."""
+    words = {None: "default", True: "yes", False: "no"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def steps_section(summary: Values) -> dict[str, Any]:
