@@ -118,8 +118,8 @@ _loss_group = cloup.option_group(
         required=True,
         multiple=True,
         metavar="SOURCE",
-        help="Text file, .jsonl with a text key, wikitext2, c4, hub id, stdlib or self (sampled "
-        "from DENSE); may be given several times.",
+        help="Text file, .jsonl with text or messages, wikitext2, c4, hub id, stdlib or self "
+        "(sampled from DENSE); may be given several times.",
     ),
     click.option("--out", metavar="DIR", help="Output folder; appears when complete."),
     click.option(

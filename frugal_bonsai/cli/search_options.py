@@ -44,7 +44,7 @@ sparsity = click.option(
 calibration = click.option(
     "--calibration",
     metavar="SOURCE",
-    help="Text file, .jsonl with a text key, wikitext2, c4, hub id, stdlib or self.  "
+    help="Text file, .jsonl with text or messages, wikitext2, c4, hub id, stdlib or self.  "
     "[default: wikitext2; stdlib for example]",
 )
 windows = click.option(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.run.open import Model
+from frugal_bonsai.text.chat import ChatTemplate
+from frugal_bonsai.text.sources import Text as SourceText
 from frugal_bonsai.text.sources import load_text
 from frugal_bonsai.text.windows import (
     CHARACTERS_PER_TOKEN,
@@ -136,8 +138,8 @@ def read_windows(
         CheckpointError: The tokenizer cannot be read, or makes a token without an embedding row.
     """
     characters = None if windows is None else windows * window * CHARACTERS_PER_TOKEN
-    text = load_text(source, characters=characters)
-    tokenizer, what = load_tokenizer(model.folder), f"{option} {text.name}"
+    text, tokenizer = _load(model, source, characters)
+    what = f"{option} {text.name}"
     tokens_T = tokenise(text.text, tokenizer)
     windows_nS = cut_windows(tokens_T, window, limit=windows, what=what, stride=stride)
     require_embedded(windows_nS, tokenizer, model.spec.vocabulary, what=what)
@@ -153,11 +155,18 @@ def read_spread_windows(
     text that the windows need is read.
     """
     characters = _SPREAD * windows * window * CHARACTERS_PER_TOKEN
-    text = load_text(source, characters=characters)
-    tokenizer, what = load_tokenizer(model.folder), f"{option} {text.name}"
+    text, tokenizer = _load(model, source, characters)
+    what = f"{option} {text.name}"
     windows_nS = spread_windows(text.text, tokenizer, window, limit=windows, what=what)
     require_embedded(windows_nS, tokenizer, model.spec.vocabulary, what=what)
     return Text(text.name, windows_nS)
+
+
+def _load(model: Model, source: str, characters: int | None) -> tuple[SourceText, Any]:
+    """Return a text and the model's tokenizer, whose chat template renders conversations."""
+    tokenizer = load_tokenizer(model.folder)
+    chat = ChatTemplate(tokenizer, model.name)
+    return load_text(source, characters=characters, chat=chat), tokenizer
 
 
 def bytes_per_token(model: Model, windows_nS: torch.Tensor, stride: int | None) -> float:

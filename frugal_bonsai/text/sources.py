@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from frugal_bonsai.errors import CalibrationError
+from frugal_bonsai.text.chat import NO_TEMPLATE, Chat, ChatTemplate, document_text
 
 SOURCES = (
-    "a text file (UTF-8), a JSON-lines file (.jsonl or .json, key 'text'), stdlib (documentation "
-    "that every Python carries, works offline), self (text that the model writes), wikitext2, c4, "
-    "or a hub data set org/name[:config]"
+    "a text file (UTF-8), a JSON-lines file (.jsonl or .json, key 'text', or 'messages' for "
+    "chats), stdlib (documentation that every Python carries, works offline), self (text that the "
+    "model writes), wikitext2, c4, or a hub data set org/name[:config]"
 )
 STDLIB, SELF, WIKITEXT = "stdlib", "self", "wikitext2"
 
@@ -55,13 +56,16 @@ class Text:
     text: str
 
 
-def load_text(source: str, *, characters: int | None = None) -> Text:
+def load_text(
+    source: str, *, characters: int | None = None, chat: ChatTemplate = NO_TEMPLATE
+) -> Text:
     """Read a text source.
 
     Args:
         source: see ``SOURCES``. Write ``./`` before a file that is named like a keyword.
         characters: number of characters to read; None reads the whole text, or the first
             ``HUB_CHARACTERS`` of a hub data set.
+        chat: template of the model, for records with ``messages`` instead of ``text``.
 
     Returns:
         The text, which is not empty. Windows line ends are converted.
@@ -79,11 +83,14 @@ def load_text(source: str, *, characters: int | None = None) -> Text:
         )
     path = Path(source)
     if _is_file(path):
-        read = _read_json_lines if path.suffix.lower() in _JSON_SUFFIXES else _read_plain
-        return _finish(f"file {path.name}", read(path, characters), characters)
+        if path.suffix.lower() in _JSON_SUFFIXES:
+            text = _read_json_lines(path, characters, chat)
+        else:
+            text = _read_plain(path, characters)
+        return _finish(f"file {path.name}", text, characters)
     characters = HUB_CHARACTERS if characters is None else characters
     name, dataset, config = _hub_set(source)
-    return _finish(name, _read_hub(source, dataset, config, characters), characters)
+    return _finish(name, _read_hub(source, dataset, config, characters, chat), characters)
 
 
 def require_source(source: str, option: str, *, sampled: bool = False) -> None:
@@ -189,16 +196,16 @@ def _read_plain(path: Path, characters: int | None) -> str:
     return "".join(parts).removeprefix("\ufeff")
 
 
-def _read_json_lines(path: Path, characters: int | None) -> str:
-    """Read the ``text`` of every line, up to about ``characters``."""
+def _read_json_lines(path: Path, characters: int | None, chat: ChatTemplate) -> str:
+    """Read the ``text`` or the ``messages`` of every line, up to about ``characters``."""
     try:
         with path.open("rb") as file:
-            return _join(_json_texts(path, file), characters)
+            return _join(_json_texts(path, file, chat), characters)
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def _json_texts(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
+def _json_texts(path: Path, lines: Iterable[bytes], chat: ChatTemplate) -> Iterator[str]:
     """Yield the document of each line. Blank lines are skipped."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -211,27 +218,31 @@ def _json_texts(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
                 f"{where}: is not JSON ({error}); write one object per line, such as "
                 '{"text": "..."}'
             ) from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        text = document_text(record, where, chat)
+        if text is None:
             found = f"keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
             raise CalibrationError(
-                f"{where}: expected an object with a text under 'text', found {found[:200]}; write "
-                'one object per line, such as {"text": "..."}'
+                f"{where}: expected an object with a text under 'text', or a chat under "
+                f"'messages', found {found[:200]}; write one object per line, such as "
+                '{"text": "..."}'
             )
-        if any("\ud800" <= character <= "\udfff" for character in record["text"]):
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise CalibrationError(
                 f"{where}: its text holds half of a surrogate pair, which is no character; remove "
                 "the line"
             )
-        yield record["text"]
+        yield text
 
 
-def _read_hub(source: str, dataset: str, config: str | None, characters: int) -> str:
+def _read_hub(
+    source: str, dataset: str, config: str | None, characters: int, chat: ChatTemplate
+) -> str:
     """Stream the training split of a hub data set."""
     import datasets
 
     try:
         rows = datasets.load_dataset(dataset, config, split="train", streaming=True)
-        return _join(_hub_texts(source, rows), characters)
+        return _join(_hub_texts(source, rows, chat), characters)
     except hub_errors() as error:
         lines = str(error).strip().splitlines() or ["no details"]
         raise CalibrationError(
@@ -252,27 +263,30 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError, *transport)
 
 
-def _hub_texts(source: str, rows: Iterable[Any]) -> Iterator[str]:
-    """Yield the ``text`` column, empty rows included, as other methods read WikiText-2."""
-    for row in rows:
-        if not isinstance(row.get("text"), str):
+def _hub_texts(source: str, rows: Iterable[Any], chat: ChatTemplate) -> Iterator[str]:
+    """Yield ``text`` or ``messages``, empty rows included, as other methods read WikiText-2."""
+    for number, row in enumerate(rows, start=1):
+        text = document_text(row, f"source {source!r}, row {number}", chat)
+        if text is None:
             raise CalibrationError(
-                f"source {source!r}: the data set has no 'text' column, found "
+                f"source {source!r}: the data set has no 'text' or 'messages' column, found "
                 f"{sorted(row)}; write the column that you need to a JSON-lines file"
             )
-        yield row["text"]
+        yield text
 
 
 def _join(documents: Iterator[str], characters: int | None) -> str:
-    """Join documents with blank lines until there are enough characters."""
+    """Join documents, texts with blank lines before, until there are enough characters."""
     parts: list[str] = []
     held = 0
     for document in documents:
+        if parts and not isinstance(document, Chat):
+            parts.append(_SEPARATOR)
         parts.append(document)
         held += len(document) + len(_SEPARATOR)
         if characters is not None and held >= characters + len(_SEPARATOR):
             break
-    return _SEPARATOR.join(parts)
+    return "".join(parts)
 
 
 def _unreadable(path: Path, error: OSError) -> CalibrationError:

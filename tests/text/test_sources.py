@@ -119,9 +119,9 @@ class TestFiles:
         [
             ("{'text': 1}", "is not JSON (Expecting property name"),
             (b'{"text": "\xff"}', "is not JSON ("),
-            ('{"content": "x", "id": 1}', "under 'text', found keys ['content', 'id']"),
-            ('{"text": 3}', "under 'text', found keys ['text']"),
-            ("[1]", "under 'text', found list"),
+            ('{"content": "x", "id": 1}', "under 'messages', found keys ['content', 'id']"),
+            ('{"text": 3}', "under 'messages', found keys ['text']"),
+            ("[1]", "under 'messages', found list"),
             ('{"text": "\\ud800"}', "half of a surrogate pair"),
             ('{"a":' * 100_000, "is not JSON ("),
         ],
@@ -251,7 +251,9 @@ class TestHub:
 
     def test_no_text_column(self, monkeypatch: pytest.MonkeyPatch) -> None:
         install(monkeypatch, [{"question": "x", "answer": "y"}])
-        with pytest.raises(CalibrationError, match=r"no 'text' column, found \['answer', 'quest"):
+        with pytest.raises(
+            CalibrationError, match=r"or 'messages' column, found \['answer', 'quest"
+        ):
             load_text("org/name")
 
 
