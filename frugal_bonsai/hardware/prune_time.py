@@ -222,8 +222,11 @@ class PruneTime:
             made_bytes = (3 if stored_bytes == 1 else 1) * element_bytes
             seconds += self._rates.traffic(elements * (stored_bytes + made_bytes))
         spilled = max(0, min(windows, limits.windows_in_flight) - limits.resident_windows) * waves
-        spilled_bytes = 2 * self.spec.layers * spilled * tokens * self.spec.hidden * element_bytes
-        return seconds + self._rates.copy(elements * stored_bytes + spilled_bytes)
+        spilled_bytes = self.spec.layers * spilled * tokens * self.spec.hidden * element_bytes
+        seconds += self._rates.copy(elements * stored_bytes)
+        if limits.on_disk:  # its pages leave the cache, if they do not fit
+            return seconds + self._disk(spilled_bytes, spilled_bytes)
+        return seconds + self._rates.copy(2 * spilled_bytes)
 
     def _head(self, windows: int, *, int8: bool = False) -> TimePhase:
         """Return the time of the logits and their log-sum-exp."""

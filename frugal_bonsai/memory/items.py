@@ -182,18 +182,28 @@ class SweepItems:
     def _host(self, name: str, size: int, formula: str) -> PlanItem:
         return PlanItem(name=name, where=HOST, size_bytes=size, formula=formula)
 
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a window's hidden states."""
+        return self.work.window * self.spec.hidden * self._compute
+
     def hidden(self, choice: Choice, windows: int, *, states: int = 1) -> list[PlanItem]:
         """Hidden states of windows in flight: resident ones on the device, the others on the host.
 
         Args:
-            choice: Gives resident windows and the micro-batch.
+            choice: Gives resident windows, the place of the others and the micro-batch.
             windows: Number of windows in flight.
             states: Number of hidden states of each window.
         """
-        each = self.work.window * self.spec.hidden * self._compute
-        if self.near == HOST:
+        each = self.hidden_bytes
+        if self.near == HOST and not choice.on_disk:
             size = states * windows * each
             return [self._near("hidden states", size, f"{states} x n*S*H*c")]
+        if self.near == HOST:
+            batch, resident = min(choice.micro_batch, windows), min(choice.resident, windows)
+            size = states * (resident + 2 * batch) * each
+            formula = f"{states} x (resident + 2*m)*S*H*c, the others on disk"
+            return [self._near("hidden states", size, formula)]
         resident = min(choice.resident, windows)
         formula = f"{states} x resident*S*H*c"
         items = [self._near("hidden states on the device", states * resident * each, formula)]

@@ -148,6 +148,10 @@ class CommandPhases:
         always = (item for item in self._always if item.size_bytes)
         return MemoryPhase(name=name, items=(*always, *own, *slack))
 
+    def spilled_bytes(self, choice: Choice) -> int:
+        """Return the bytes of the hidden states that lie on disk, at most."""
+        return 0
+
     def limits(self, choice: Choice) -> SweepLimits:
         """Return the limits of the sweeps for a choice."""
         rows, tokens = self._items.head_sizes(choice)
@@ -158,6 +162,7 @@ class CommandPhases:
             head_rows=rows,
             head_tokens=tokens,
             layer_buffers=choice.buffers,
+            on_disk=choice.on_disk,
         )
 
     def of(self, choice: Choice) -> list[MemoryPhase]:

@@ -58,12 +58,14 @@ class MemoryPlan(PlannedPhases):
         limits: Limits of the sweeps.
         keep_inputs: Reconstruction holds the inputs of a layer's projections.
         keep_updates: Channel updates hold their targets and slopes.
+        spilled_bytes: Hidden states that lie on disk, at most.
         disk: Files that lie on disk meanwhile.
     """
 
     limits: SweepLimits
     keep_inputs: bool
     keep_updates: bool
+    spilled_bytes: int = 0
     disk: DiskPlan = field(default_factory=DiskPlan)
 
     @property
@@ -105,13 +107,15 @@ def plan_memory(
     choice = _choose(build, spec, budget, work, base_bytes)
     if isinstance(work, PruneWorkload):
         choice = _keep(build, choice, work)
+    spilled = build.spilled_bytes(choice)
     return MemoryPlan(
         phases=tuple(build.of(choice)),
         budget=budget,
         limits=build.limits(choice),
         keep_inputs=choice.keep_inputs,
         keep_updates=choice.keep_updates,
-        disk=plan_disk(spec, work),
+        spilled_bytes=spilled,
+        disk=plan_disk(spec, work, spilled_bytes=spilled),
     )
 
 
@@ -126,11 +130,16 @@ def _choose(
 ) -> Choice:
     """Choose two layer buffers, the largest micro-batch, windows in flight, resident windows.
 
-    Each is as large as fits with the ones before it.
+    Each is as large as fits with the ones before it. A prune on a CPU spills hidden states to disk
+    only where it does not fit without.
     """
-    choice = Choice(micro_batch=1, in_flight=1, resident=0, keep_inputs=False)
-    if not build.planned(choice).fits:
-        choice = least = replace(choice, buffers=1)  # no reading ahead
+    first = Choice(micro_batch=1, in_flight=1, resident=0, keep_inputs=False)
+    choices = [first, replace(first, buffers=1)]  # one buffer: no reading ahead
+    if budget.gpu_bytes is None and isinstance(work, PruneWorkload):
+        choices += [replace(choice, on_disk=True) for choice in choices]
+    least = choices[-1]
+    choice = next((c for c in choices if build.planned(c).fits), least)
+    if choice == least:
 
         def fits(smaller: SweepWorkload) -> bool:
             return _phases(spec, budget, smaller, base_bytes).planned(least).fits
@@ -139,8 +148,10 @@ def _choose(
     most = max(1, min(work.most_windows, step_tokens(spec, budget) // work.window))
     choice = _largest(build, choice, "micro_batch", most)
     most = min(work.most_windows, most_windows_in_flight(budget, work))
+    if choice.on_disk:  # more would take more room on disk than the reconstruction does
+        most = min(most, work.windows)
     choice = _largest(build, choice, "in_flight", most)
-    if budget.gpu_bytes is None:
+    if budget.gpu_bytes is None and not choice.on_disk:
         return choice
     return _largest(build, choice, "resident", max(choice.in_flight, work.windows))
 

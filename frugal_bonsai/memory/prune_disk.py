@@ -12,10 +12,13 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 
 
-def plan_disk(spec: ModelSpec, work: SweepWorkload) -> DiskPlan:
-    """Predict the files of a command."""
+def plan_disk(spec: ModelSpec, work: SweepWorkload, *, spilled_bytes: int = 0) -> DiskPlan:
+    """Predict the files of a command; ``spilled_bytes`` of hidden states lie there meanwhile."""
     if isinstance(work, PruneWorkload):
-        return DiskPlan(phases=tuple(_PruneFiles(spec, work).phases()))
+        formula = "states*(n-resident)*S*H*c"
+        spilled = DiskItem(name="hidden states", size_bytes=spilled_bytes, formula=formula)
+        phases = _PruneFiles(spec, work).phases()
+        return DiskPlan(phases=tuple(phase(p.name, [*p.items, spilled], p.round) for p in phases))
     if work.weights is None:
         return DiskPlan()
     store = ModelFiles(spec, source_element_bytes(spec)).store(work.weights, name="working store")

@@ -64,17 +64,32 @@ class PrunePhases(CommandPhases):
             self._held("statistics: scores", [*held, *scored]),
         ]
 
+    def spilled_bytes(self, choice: Choice) -> int:
+        """Return the bytes of the hidden states that lie on disk, at most."""
+        if not choice.on_disk:
+            return 0
+        work = self._items.work
+        windows = max(work.windows, choice.in_flight) - choice.resident
+        if work.reconstruction:
+            windows = max(windows, self._states(choice) * (work.last_windows - choice.resident))
+        return max(0, windows) * self._items.hidden_bytes
+
+    def _states(self, choice: Choice) -> int:
+        """Return the number of hidden states of each window in a reconstruction.
+
+        Those of both models; a sublayer's dense inputs, or its own for channel updates; targets of
+        the updates; the dense layer's last projection if a norm follows it.
+        """
+        work = self._items.work
+        states = 2 + int(work.refit_inputs or work.channel_updates > 0)
+        return states + choice.keep_updates + int(self._items.spec.family.ffn_norm is not None)
+
     def _reconstruction(self, choice: Choice) -> list[MemoryPhase]:
         items, work = self._items, self._items.work
         windows = work.last_windows
-        # Hidden states of both models; a sublayer's dense inputs, or its own for channel updates;
-        # targets of the updates; the dense layer's last projection if a norm follows it.
-        states = 2 + int(work.refit_inputs or work.channel_updates > 0)
-        states += int(choice.keep_updates)
-        states += int(items.spec.family.ffn_norm is not None)
         held = [
             *items.paired_streams(choice, self._items.work.weights),
-            *items.hidden(choice, windows, states=states),
+            *items.hidden(choice, windows, states=self._states(choice)),
         ]
         layer = [*held, items.refits(), items.gram_of_reconstruction()]
         if choice.keep_inputs:

@@ -18,8 +18,7 @@ BASE = "Python and libraries"
 _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
 # Conjugate-gradient steps of one update of the FFN's channels.
 UPDATE_ITERATIONS = 4
-# Tokens that their curvature is measured on, for each row of the weights that are updated together.
-# Fewer are learnt by heart.
+# Tokens of their curvature for each row of the weights updated together. Fewer are learnt by heart.
 _CURVATURE_TOKENS = 64
 # Longest text that the dense model writes at once. A longer window holds several: sampling sweeps
 # over all layers once for each token of a text.
@@ -27,11 +26,9 @@ _WRITTEN_TOKENS = 256
 _CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
 # Bytes of the windows of a teacher's cache that are computed and written together.
 SHARD_BYTES = 64 * MIB
-# Number of held-out windows, and of their first tokens, whose logits a verification compares: few,
-# so that the logits are small.
+# Held-out windows, and tokens of each, whose logits a verification compares; logits are large.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 64
-# Bytes of a stored weight that are dense at the same time (adaptation/stored_linear.py): an int8
-# head of 128,256 tokens would take a gigabyte in fp32.
+# Bytes of a stored weight that are dense at the same time (adaptation/stored_linear.py).
 DENSE_BLOCK_BYTES = 32 * MIB
 
 
@@ -90,6 +87,7 @@ class SweepLimits:
         head_rows: Vocabulary rows of the head held at a time.
         head_tokens: Tokens whose logits are held at a time.
         layer_buffers: Layers held as stored: two, or one if two do not fit.
+        on_disk: On a CPU, hidden states of the other windows in flight lie on disk.
     """
 
     micro_batch: int
@@ -98,6 +96,7 @@ class SweepLimits:
     head_rows: int
     head_tokens: int
     layer_buffers: int = 2
+    on_disk: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +289,7 @@ class Choice:
         keep_inputs: Reconstruction holds the inputs of a layer's projections.
         keep_updates: Channel updates hold their targets and slopes.
         buffers: Layers held as stored.
+        on_disk: On a CPU, hidden states of the windows that are not resident lie on disk.
     """
 
     micro_batch: int
@@ -298,3 +298,4 @@ class Choice:
     keep_inputs: bool
     keep_updates: bool = False
     buffers: int = 2
+    on_disk: bool = False

@@ -6,6 +6,8 @@ measures what this process holds before the model.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from frugal_bonsai.int8 import has_bitsandbytes
@@ -33,11 +35,12 @@ def make_engine(
     *,
     arithmetic: str = FLOAT,
     dtype: torch.dtype | None = None,
+    disk: Path | None = None,
 ) -> Engine:
     """Return a model's engine within the limits of its plan.
 
     ``arithmetic`` is that of masked evaluation, ``"float"`` or ``"int8"``. A compute dtype of None
-    is the device's default.
+    is the device's default. ``disk`` is the folder for hidden states that spill to disk.
     """
     enforce_caps(plan, device)
     return Engine(
@@ -48,6 +51,7 @@ def make_engine(
         limits=plan.limits,
         arithmetic=arithmetic,
         progress=progress,
+        disk=disk,
     )
 
 
@@ -69,6 +73,7 @@ def in_fp32(engine: Engine, plan: MemoryPlan) -> Engine:
         dtype=torch.float32,
         limits=plan.limits,
         progress=engine.progress,
+        disk=engine.disk,
     )
 
 

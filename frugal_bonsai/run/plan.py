@@ -24,6 +24,7 @@ from frugal_bonsai.run.open import Model, open_model
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.workload import forward_tokens, prune_workload
+from frugal_bonsai.sizes import format_bytes
 
 # Windows that the dense model writes, as a multiple of the calibration windows: docs/method.md.
 WRITTEN_SHARE = 2
@@ -156,6 +157,19 @@ def sampling_note(planned: PlannedPrune) -> str:
     )
 
 
+def spill_note(planned: PlannedPrune) -> str:
+    """Return a note on the hidden states that lie on disk, and what that costs in time."""
+    memory = planned.memory
+    kept = replace(memory, limits=replace(memory.limits, on_disk=False))
+    in_memory = replace(planned, memory=kept).estimate().total_seconds
+    seconds = max(0.0, planned.estimate().total_seconds - in_memory)
+    return (
+        f"--max-cpu-mem {format_bytes(memory.budget.host_bytes)} is too small for all hidden "
+        f"states: up to {format_bytes(memory.spilled_bytes)} of them lie in the run folder, which "
+        f"takes about {duration(seconds)} of the predicted time"
+    )
+
+
 def describe_plan(planned: PlannedPrune) -> dict[str, Any]:
     """Return a memory plan and the predicted time as plain values."""
     model, resolved, work, memory = planned.model, planned.resolved, planned.work, planned.memory
@@ -163,6 +177,8 @@ def describe_plan(planned: PlannedPrune) -> dict[str, Any]:
     notes = [*machine.budget.notes, *resolved.notes, *model.notes]
     if work.sampled:
         notes.append(sampling_note(planned))
+    if memory.spilled_bytes:
+        notes.append(spill_note(planned))
     return {
         "model": model.name,
         "family": model.spec.family.title,

@@ -30,7 +30,7 @@ from frugal_bonsai.run.disk_room import require_room
 from frugal_bonsai.run.engine import make_engine
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.options import PruneOptions
-from frugal_bonsai.run.plan import PlannedPrune, plan_fitting, predict, sampling_note
+from frugal_bonsai.run.plan import PlannedPrune, plan_fitting, predict, sampling_note, spill_note
 from frugal_bonsai.run.resolve import ResolvedPrune, resolve
 from frugal_bonsai.run.texts import Text, read_eval_text, read_spread_windows
 from frugal_bonsai.stream.engine import Engine
@@ -99,10 +99,12 @@ def prepare_run(
     predicted = predict(planned)
     if predicted is not None:
         progress.note(f"predicted: about {duration(predicted['seconds'])}")
+    if planned.memory.spilled_bytes:
+        progress.note(spill_note(planned))
     if text is None:
         progress.note(sampling_note(planned))
     require_run_room(planned, folders, finished)
-    engine = _make_engine(planned, progress)
+    engine = _make_engine(planned, progress, folders[RUN])
     text = text or _sample(planned, engine)
     return PruneRun(
         **vars(planned),
@@ -127,19 +129,21 @@ def require_run_room(planned: PlannedPrune, folders: Mapping[str, Path], finishe
         resumed=finished > 0,
         advise=lambda fits: advise(
             smaller_files(planned.work),
-            lambda other: fits(plan_disk(planned.model.spec, other)),
+            lambda other: fits(
+                plan_disk(planned.model.spec, other, spilled_bytes=planned.memory.spilled_bytes)
+            ),
             where="On this disk",
         ),
     )
 
 
-def _make_engine(planned: PlannedPrune, progress: Progress) -> Engine:
+def _make_engine(planned: PlannedPrune, progress: Progress, disk: Path) -> Engine:
     """Return the dense model's engine, once the weights outside the layers are checked."""
     model, resolved = planned.model, planned.resolved
     # The layers' weights are checked as the working store is written.
     require_finite(model.checkpoint, model.spec.other_tensors)
     device, arithmetic = resolved.machine.device, resolved.settings.arithmetic
-    return make_engine(model, planned.memory, device, progress, arithmetic=arithmetic)
+    return make_engine(model, planned.memory, device, progress, arithmetic=arithmetic, disk=disk)
 
 
 def _read_calibration(model: Model, resolved: ResolvedPrune) -> Text | None:

@@ -212,7 +212,8 @@ def _write(run: PruneRun, found: SearchResult, staged: Path) -> dict[str, Any]:
     with write_output(
         staged, run.model, found.mask, rules, refit=found.refits, max_shard_bytes=shard_bytes
     ) as (output, rewritten):
-        engine = make_engine(output, run.memory, run.engine.device, run.engine.progress)
+        parent = run.engine
+        engine = make_engine(output, run.memory, parent.device, parent.progress, disk=parent.disk)
         windows_NS = run.calibration.held_out_NS[:VERIFY_WINDOWS]
         difference = _verify(run, found, engine, windows_NS)
         return {

@@ -7,6 +7,7 @@ embeddings) and, where it fits in one chunk, the head.
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Engine:
         arithmetic: of masked evaluation. ``"float"`` multiplies in the compute dtype, ``"int8"``
             multiplies the stored codes.
         progress: receives each layer visit.
+        disk: folder for hidden states that spill to disk; None is the system's for temporary files.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Engine:
         limits: SweepLimits,
         arithmetic: str = FLOAT,
         progress: Progress | None = None,
+        disk: Path | None = None,
     ) -> None:
+        self.disk = disk or Path(tempfile.gettempdir())
         self.checkpoint, self.spec, self.device, self.dtype = checkpoint, spec, device, dtype
         self.int8_products = arithmetic == INT8_PRODUCTS
         self.progress: Progress = progress or Silent()
@@ -65,7 +69,7 @@ class Engine:
         self._limits = limits
         rows = HeadSource(checkpoint, spec, limits.head_rows)
         self.head = self._head(rows, ROWS)
-        self.sweep = Sweep(self.skeleton, limits, progress=self.progress)
+        self.sweep = Sweep(self.skeleton, limits, progress=self.progress, disk=self.disk)
 
     def stream(self, source: LayerSource) -> LayerStream:
         """Open a stream of layers for forward passes in the compute dtype; close it after use."""

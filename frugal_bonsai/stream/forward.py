@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from frugal_bonsai.accelerator import to_device
 from frugal_bonsai.memory.plan import SweepLimits
-from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.progress import Progress, Silent
 from frugal_bonsai.stream.call import InputHook, call_layer
 from frugal_bonsai.stream.head import Head
@@ -32,32 +31,7 @@ from frugal_bonsai.stream.layers import LayerStream, Parameters
 from frugal_bonsai.stream.micro_batch import MicroBatches
 from frugal_bonsai.stream.skeleton import Skeleton
 from frugal_bonsai.stream.source import LayerSource
-
-
-class Masker(Protocol):
-    """Gives the kept columns of each (mask, window) pair."""
-
-    def columns(self, group: UnitGroup, items: slice) -> torch.Tensor | None:
-        """Return bool ``[B, C]`` over the columns of the streamed layer; None keeps all."""
-
-    def impute(
-        self, group: UnitGroup, input_BSC: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return all removable columns ``[P]``, imputed ``[B, S, P]``; None imputes zeros."""
-
-
-class Tap(Protocol):
-    """Sees the inputs of the output projections, and the end of each layer."""
-
-    def inputs(self, group: UnitGroup, input_BSC: torch.Tensor) -> None:
-        """Take one micro-batch's input of an output projection, in the compute dtype.
-
-        When memory runs out it is called again with parts of the micro-batch, so it must allocate
-        all that it needs before it changes anything.
-        """
-
-    def end_layer(self, layer: int, parameters: Parameters) -> None:
-        """Finish a layer that all windows have passed; its parameters are still valid."""
+from frugal_bonsai.stream.taps import Masker, Tap, make_hooks, show_inputs
 
 
 @dataclass(frozen=True)
@@ -96,12 +70,18 @@ class Sweep:
         skeleton: the model without weights.
         limits: from the memory plan.
         progress: receives each layer visit.
+        disk: folder for hidden states that spill to disk.
     """
 
     def __init__(
-        self, skeleton: Skeleton, limits: SweepLimits, *, progress: Progress | None = None
+        self,
+        skeleton: Skeleton,
+        limits: SweepLimits,
+        *,
+        progress: Progress | None = None,
+        disk: Path | None = None,
     ) -> None:
-        self.skeleton, self.limits = skeleton, limits
+        self.skeleton, self.limits, self._disk = skeleton, limits, disk
         self.progress: Progress = progress or Silent()
         self.batches = MicroBatches(limits.micro_batch, progress=self.progress)
         self.forward_tokens = 0
@@ -179,10 +159,10 @@ class Sweep:
 
             def body(items: slice) -> None:
                 numbers = slice(items.start + first, items.stop + first)
-                hooks, seen = _hooks(groups, masker, tap, numbers)
+                hooks, seen = make_hooks(groups, masker, tap, numbers)
                 visit.hidden.write(items, visit.call(visit.hidden.read(items), hooks))
                 if tap is not None:
-                    _show(tap, seen, self.batches, items.stop - items.start)
+                    show_inputs(tap, seen, self.batches, items.stop - items.start)
 
             self.batches.run(len(tokens_NS), body, most=most)
             if tap is not None:
@@ -247,6 +227,7 @@ class Sweep:
             device=skeleton.device,
             dtype=skeleton.dtype,
             resident=self.limits.resident_windows,
+            disk=self._disk if self.limits.on_disk else None,
         )
 
     def waves(self, windows: int, first: int = 0) -> Iterator[slice]:
@@ -254,47 +235,3 @@ class Sweep:
         step = self.limits.windows_in_flight
         for start in range(first, windows, step):
             yield slice(start, min(start + step, windows))
-
-
-def _hooks(
-    groups: tuple[UnitGroup, ...], masker: Masker | None, tap: Tap | None, items: slice
-) -> tuple[dict[str, InputHook], list[tuple[UnitGroup, torch.Tensor]]]:
-    """Make hooks that mask the inputs and keep them for the tap until the layer has succeeded."""
-    hooks: dict[str, InputHook] = {}
-    seen: list[tuple[UnitGroup, torch.Tensor]] = []
-
-    def make(group: UnitGroup, keep_BC: torch.Tensor | None) -> InputHook:
-        def hook(input_BSC: torch.Tensor) -> torch.Tensor | None:
-            if keep_BC is not None and masker is not None:
-                _mask(masker, group, to_device(keep_BC, input_BSC.device), input_BSC)
-            if tap is not None:
-                seen.append((group, input_BSC))
-            return None
-
-        return hook
-
-    for group in groups:
-        keep_BC = None if masker is None else masker.columns(group, items)
-        if keep_BC is not None or tap is not None:
-            hooks[group.output] = make(group, keep_BC)
-    return hooks, seen
-
-
-def _mask(masker: Masker, group: UnitGroup, keep_BC: torch.Tensor, input_BSC: torch.Tensor) -> None:
-    """Replace removed columns by their imputed inputs, or by zeros, in place."""
-    imputed = masker.impute(group, input_BSC)
-    if imputed is None:
-        input_BSC.mul_(keep_BC.to(input_BSC.dtype)[:, None, :])
-        return
-    columns_P, imputed_BSP = imputed
-    input_BSC[..., columns_P] = torch.where(
-        keep_BC[:, None, columns_P], input_BSC[..., columns_P], imputed_BSP
-    )
-
-
-def _show(
-    tap: Tap, seen: list[tuple[UnitGroup, torch.Tensor]], batches: MicroBatches, windows: int
-) -> None:
-    """Show a finished layer's inputs to the tap, in smaller parts where it runs out of memory."""
-    for group, input_BSC in seen:
-        batches.run(windows, lambda part, g=group, x=input_BSC: tap.inputs(g, x[part]))  # type: ignore[misc]

@@ -2,16 +2,19 @@
 
 In: the first layer's inputs. Out: slices on the compute device, which are written back after each
 layer. Memory: windows * S * H elements. The planned number of windows is on the device, the rest in
-host memory (spill.py).
+host memory (spill.py), or on disk (disk_spill.py) where the host computes and has too little.
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from frugal_bonsai.accelerator import shares_host_memory
+from frugal_bonsai.stream.disk_spill import DiskSpill
 from frugal_bonsai.stream.micro_batch import memory_for
 from frugal_bonsai.stream.spill import Spill
 
@@ -26,7 +29,11 @@ class HiddenStates:
         device: where micro-batches are computed.
         dtype: compute dtype.
         resident: number of windows kept on the device; the rest spills to the host. A device that
-            computes in the host's memory keeps all.
+            computes in the host's memory keeps all, or spills the rest to disk.
+        disk: folder for what spills to disk; None spills nothing there.
+
+    Raises:
+        OutputError: the disk has too little room.
     """
 
     def __init__(
@@ -38,12 +45,19 @@ class HiddenStates:
         device: torch.device,
         dtype: torch.dtype,
         resident: int,
+        disk: Path | None = None,
     ) -> None:
         self.windows, self.window, self.device = windows, window, device
-        self._resident = windows if shares_host_memory(device) else min(windows, resident)
+        keeps_all = shares_host_memory(device) and disk is None
+        self._resident = windows if keeps_all else min(windows, resident)
         with memory_for(f"hidden states of {windows} windows"):
             self._near = torch.empty(self._resident, window, hidden, dtype=dtype, device=device)
-            self._far = Spill(windows - self._resident, window, hidden, device=device, dtype=dtype)
+            far = windows - self._resident
+            self._far: Spill | DiskSpill
+            if shares_host_memory(device) and disk is not None and far:
+                self._far = DiskSpill(far, window, hidden, device=device, dtype=dtype, folder=disk)
+            else:
+                self._far = Spill(far, window, hidden, device=device, dtype=dtype)
 
     def resident_like(self, columns: int) -> HiddenStates:
         """Allocate ``columns`` values for each token of the same windows, all on the device."""

@@ -94,12 +94,12 @@ def _search(
     utility: Utility | None = None,
     keep_inputs: bool = True,
     unit_milliseconds: dict[str, float] | None = None,
-    flight: int = 1000,
+    limits: dict[str, int] | None = None,
     **options: Any,
 ) -> SearchResult:
     settings = make_settings(method, {**QUICK, **options})
     return Search(
-        tiny.engine(progress=progress, micro_batch=16, windows_in_flight=flight),
+        tiny.engine(progress=progress, micro_batch=16, **(limits or {})),
         settings,
         layout_rules(tiny.spec, layout),
         tokens,
@@ -456,6 +456,17 @@ def test_a_lower_certainty_asks_for_fewer_masks(
     assert "settled" in stopped[0] and stopped[1] == {"fixed budget"}
 
 
+def test_hidden_states_on_disk_end_in_the_same_model(
+    tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    options = {"refine": 2, "self_windows": 2}
+    whole = _search(tiny, tokens, tmp_path / "memory", **options)
+    for resident in (0, 5):
+        folder = tmp_path / f"disk {resident}"
+        limits = {"on_disk": True, "resident_windows": resident}
+        _assert_same(_search(tiny, tokens, folder, limits=limits, **options), whole)
+
+
 # -- resume -----------------------------------------------------------------------------------
 class Interrupt(Exception):
     """Stands for Ctrl-C."""
@@ -566,7 +577,7 @@ def test_a_round_that_is_cut_off_keeps_its_scores_masks_and_candidates(
     sweep: str, options: dict[str, Any], tiny: Tiny, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
     folder, all_sweeps, rest = tmp_path / "cut", Sweeps(), Sweeps()
-    options = {"flight": 6, **options}
+    options = {"limits": {"windows_in_flight": 6}, **options}
     whole = _search(tiny, tokens, tmp_path / "whole", progress=all_sweeps, **options)
     for resume in (False, True):
         with pytest.raises(Interrupt):

@@ -11,7 +11,7 @@ from plan_shapes import LLAMA_1B, LLAMA_8B, LLAMA_70B
 
 from frugal_bonsai.errors import BudgetError
 from frugal_bonsai.memory.budget import Budget
-from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, plan_memory
+from frugal_bonsai.memory.plan import MemoryPlan, PruneWorkload, SweepWorkload, plan_memory
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.sizes import GIB, MIB
 
@@ -164,6 +164,49 @@ def test_a_cpu_holds_everything_on_the_host() -> None:
     assert plan.total_bytes("gpu") == 0
     assert plan.total_bytes("host") <= 32 * GIB
     assert item(plan, "dequantised layer", "host") == 2 * 4 * 218_112_000
+
+
+def refused_bytes(spec: ModelSpec, work: PruneWorkload) -> int:
+    """The smallest cap of a CPU."""
+    with pytest.raises(BudgetError) as refusal:
+        plan_memory(spec, Budget(device="cpu", host_bytes=1), work, base_bytes=500 * MIB)
+    needed = refusal.value.needed_bytes
+    assert needed is not None
+    return needed
+
+
+@pytest.mark.parametrize(("spec", "gib"), [(LLAMA_1B, 1.9), (LLAMA_8B, 4.5)])
+def test_hidden_states_lie_on_disk_where_the_host_is_too_small(spec: ModelSpec, gib: float) -> None:
+    work = replace(WORK, written=64)
+    smallest = refused_bytes(spec, work)
+    # More windows take more disk, not more memory.
+    assert smallest == refused_bytes(spec, replace(work, written=640)) < gib * GIB
+    plans = [
+        plan_memory(spec, Budget(device="cpu", host_bytes=cap), work, base_bytes=500 * MIB)
+        for cap in (smallest, smallest + 3 * GIB, 32 * GIB)
+    ]
+    for plan in plans[:2]:
+        assert plan.limits.on_disk and plan.total_bytes("host") <= plan.budget.host_bytes
+        assert plan.disk.total_bytes - plans[2].disk.total_bytes == plan.spilled_bytes > 0
+    # Both models' hidden states, and those of a sublayer.
+    each = 2048 * spec.hidden * 4
+    assert plans[0].limits.resident_windows == 0 and plans[0].spilled_bytes == 3 * 96 * each
+    assert plans[1].limits.resident_windows > 0
+    assert plans[1].spilled_bytes < plans[0].spilled_bytes
+    # Memory is preferred.
+    assert not plans[2].limits.on_disk and plans[2].spilled_bytes == 0
+
+
+def test_only_a_prune_on_a_cpu_spills_to_disk() -> None:
+    assert not plan_memory(LLAMA_8B, cuda(12), WORK, base_bytes=500 * MIB).limits.on_disk
+    evaluation = SweepWorkload(window=2048, measured=(512,), weights=None)
+    with pytest.raises(BudgetError) as refusal:
+        budget = Budget(device="cpu", host_bytes=1)
+        plan_memory(LLAMA_8B, budget, evaluation, base_bytes=500 * MIB)
+    assert refusal.value.needed_bytes is not None
+    budget = Budget(device="cpu", host_bytes=refusal.value.needed_bytes)
+    plan = plan_memory(LLAMA_8B, budget, evaluation, base_bytes=500 * MIB)
+    assert not plan.limits.on_disk and plan.limits.windows_in_flight == 1
 
 
 def test_recovery_needs_all_its_windows_in_flight() -> None:

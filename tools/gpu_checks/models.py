@@ -151,7 +151,7 @@ def make_engine(check: Check, model: Model, **limits: int) -> Engine:
         model.spec,
         device=check.device,
         dtype=compute_dtype(check.device),
-        limits=SweepLimits(**{**values, **limits}),
+        limits=SweepLimits(**{**values, **limits}),  # type: ignore[arg-type]
     )
 
 

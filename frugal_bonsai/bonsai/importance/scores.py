@@ -126,7 +126,7 @@ SCORES: dict[str, Callable[[_GroupStatistics], torch.Tensor]] = {
 
 
 class ImportanceBuilder:
-    """Computes :class:`ImportanceScores` group by group; a ``forward.Tap`` of an unmasked sweep.
+    """Computes :class:`ImportanceScores` group by group; a ``taps.Tap`` of an unmasked sweep.
 
     Args:
         name: one of :data:`SCORES`.

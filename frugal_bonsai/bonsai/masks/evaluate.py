@@ -58,7 +58,7 @@ class Observations:
 
 
 class DesignMasker:
-    """Gives a sweep the masks of its pairs; a ``forward.Masker``.
+    """Gives a sweep the masks of its pairs; a ``taps.Masker``.
 
     Args:
         design: The masks.
