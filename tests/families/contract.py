@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.model.cut import Refit
+from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup
 from frugal_bonsai.rewrite.shrink import shrink
@@ -157,6 +158,26 @@ def _route_without(expert: int, forward: Any, *inputs: torch.Tensor) -> Any:
         return forward(*inputs)
 
 
+@cache
+def first_of_their_form() -> frozenset[str]:
+    """Return the first tiny model of each form: tensors of units, norms and multipliers.
+
+    Reconstruction works on these alone; whatever else families differ in, transformers' own layers
+    compute.
+    """
+    first: dict[Any, str] = {}
+    for name, (model_type, _) in FAMILY_CONFIGS.items():
+        family = FAMILIES[model_type]
+        form = (
+            *(family.attention_parts, family.attention_output, family.other_mixers),
+            *(family.ffn_parts, family.ffn_output, family.ffn_activation, family.activation),
+            *(family.attention_norm, family.ffn_norm, family.residual_scale_key),
+            *(family.returns_tuple, family.transposed, tuple(family.sized_by)),
+        )
+        first.setdefault(form, name)
+    return frozenset(first.values())
+
+
 class FamilyContract:
     """Inherit from this class, name an entry of ``FAMILY_CONFIGS``, and state the family's limits.
 
@@ -166,7 +187,8 @@ class FamilyContract:
         layouts: layouts that the family has.
         refines: recovery can move the FFN's channels.
         updates_on_device: channel updates run on the simulated device, too. They depend on the form
-            of the FFN alone: one family of each form has them.
+            of the FFN alone: one family of each form has them. A reconstruction on the device and
+            channel updates on a CPU depend on the layer's form: see ``first_of_their_form``.
         rounding: largest relative change by inputs of 16 bits in int8 products.
     """
 
@@ -366,8 +388,9 @@ class FamilyContract:
         found = {
             "outputs": self._recover(tiny, mask, tmp_path / "a"),
             "all": self._recover(tiny, mask, tmp_path / "b", inputs=True),
-            "refined": self._recover(tiny, mask, tmp_path / "c", inputs=True, updates=4),
         }
+        if self.name in first_of_their_form():
+            found["refined"] = self._recover(tiny, mask, tmp_path / "c", inputs=True, updates=4)
         away = {"none": self._distance(tiny, mask, {}, tokens_NS, dense)}
         for what, (tensors, _) in found.items():
             away[what] = self._distance(tiny, mask, tensors, tokens_NS, dense)
@@ -375,6 +398,8 @@ class FamilyContract:
         assert away["outputs"] < 0.97 * away["none"], away
         assert away["all"] < 0.97 * away["none"], away
         left = {what: sum(residual) for what, (_, residual) in found.items()}
+        if "refined" not in found:
+            return
         if self.refines:
             assert left["refined"] < 0.95 * left["all"], left
         else:
@@ -420,6 +445,8 @@ class FamilyContract:
     def test_an_accelerator_computes_it_in_bf16(self, tmp_path: Path) -> None:
         """Statistics, masked losses and a reconstruction equal a CPU's in the same arithmetic.
 
+        A reconstruction runs for the first family of each form.
+
         On the stand-in device: no tensors of two devices meet, and no access lacks its order.
         """
         tiny = tiny_family(tmp_path / "m", self.name, dtype=torch.bfloat16)
@@ -428,6 +455,7 @@ class FamilyContract:
         # tests/accelerator/test_sweep.py has the order of all accesses.
         tokens_NS = random_windows(4, WINDOW, seed=4, vocabulary=tiny.spec.vocabulary)
         parts = {"whole": whole, "pruned": mask}
+        reconstructs = self.updates_on_device or self.name in first_of_their_form()
         stores = {
             name: build_store(tmp_path / name, tiny.checkpoint, tiny.spec, weights=INT8, mask=kept)
             for name, kept in parts.items()
@@ -440,22 +468,22 @@ class FamilyContract:
             prior = ImportanceBuilder("exact", whole, damping=1e-2, generator=torch.Generator())
             with engine.stream(stores["whole"]) as stream:
                 engine.sweep.run(stream, tokens_NS, tap=prior)
-            native = tiny.source(mask=mask)
+            with engine.stream(tiny.source(mask=mask)) as stream:
+                found = {
+                    "scores": prior.build().score_N,
+                    "masked": engine.losses(stream, tokens_NS, "masked"),
+                }
+            if not reconstructs:
+                return found
             updates = int(self.updates_on_device)
             options = ReconstructionOptions(ridge=1e-1, mask=mask, channel_updates=updates)
             reconstruction = Reconstruction(engine.sweep, options, save=lambda layer, weights: None)
             with (
-                engine.stream(native) as stream,
                 engine.dense_stream(stores["whole"]) as dense,
                 engine.dense_stream(stores["pruned"]) as pruned,
             ):
-                masked = engine.losses(stream, tokens_NS, "masked")
                 left = reconstruction.run(dense, pruned, tokens_NS).residual
-            return {
-                "scores": prior.build().score_N,
-                "masked": masked,
-                "left": torch.tensor(left),
-            }
+            return found | {"left": torch.tensor(left)}
 
         expected = measure(CPU)
         with installed() as machine:
@@ -465,7 +493,8 @@ class FamilyContract:
         assert machine.order.races == [] and machine.memory.max_reserved > 0
         assert relative(found["masked"], expected["masked"]) < 2e-2
         assert relative(found["scores"], expected["scores"]) < 5e-2
-        assert torch.allclose(found["left"], expected["left"], atol=0.1)
+        if reconstructs:
+            assert torch.allclose(found["left"], expected["left"], atol=0.1)
 
     def _recover(
         self, tiny: Tiny, mask: KeepMask, folder: Path, *, inputs: bool = False, updates: int = 0
