@@ -177,6 +177,48 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             keys={"add_layer_norm_eps": "layer_norm_epsilon"},
             switches={"parallel_attn": True},
         ),
+        "gemma": Architecture(
+            name="gemma",
+            activations=GELU,
+            norm_offset=1.0,
+            switches={"use_bidirectional_attention": False},
+        ),
+        "seed_oss": Architecture(name="seed_oss", biases=_QKV),
+        "arcee": Architecture(name="arcee", activations=("relu2",), interleaved=True),
+        "starcoder2": Architecture(
+            name="starcoder2",
+            fixed_rows=_Q,
+            biases=(*_GPT2.biases, *_QKV),
+            activations=GELU,
+            keys={"add_layer_norm_eps": "norm_epsilon"},
+        ),
+        "nemotron": Architecture(
+            name="nemotron",
+            fixed_rows=_Q,
+            biases=("attn_norm", "ffn_norm"),
+            activations=("relu2",),
+            keys={"add_layer_norm_eps": "norm_eps"},
+            norm_offset=1.0,
+            rotates="part",
+        ),
+        # transformers rotates neighbouring dimensions here, too.
+        "ernie4_5": Architecture(name="ernie4_5"),
+        "glm4": Architecture(name="glm4", biases=_QKV, rotates="part"),
+        "glm": Architecture(name="chatglm", fixed_rows=_Q, biases=_QKV, rotates="part"),
+        "cohere": Architecture(
+            name="command-r",
+            keys={"add_layer_norm_eps": "layer_norm_eps", "add_logit_scale": "logit_scale"},
+            switches={"use_qk_norm": False},
+        ),
+        "cohere2": Architecture(
+            name="cohere2",
+            biases=_QKV,
+            keys={"add_layer_norm_eps": "layer_norm_eps", "add_logit_scale": "logit_scale"},
+            window_period=4,
+        ),
+        # With sliding windows (32B) the graph depends on the number of layers.
+        "exaone4": Architecture(name="exaone4", fixed_rows=_Q),
+        "hunyuan_v1_dense": Architecture(name="hunyuan-dense"),
         "mixtral": replace(_LLAMA, biases=()),
         "qwen3_moe": Architecture(name="qwen3moe", switches={"norm_topk_prob": True}),
         "olmoe": Architecture(

@@ -26,6 +26,7 @@ from frugal_bonsai.model.family import ModelSpec
 
 # What the gguf package can quantise to, without the ternary formats.
 DTYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+_BY_NAME = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
 # Matrices that llama.cpp wants in f32, as it wants all vectors.
 _EXACT = ("ffn_gate_inp", "position_embd", "attn_q_norm", "attn_k_norm")
 
@@ -43,7 +44,7 @@ def list_tensors(
         UnsupportedModelError: The GGUF architecture has no name for a tensor.
     """
     kind = gguf.GGMLQuantizationType[dtype.upper()]
-    architecture = gguf.MODEL_ARCH[shape.architecture.upper()]
+    architecture = _BY_NAME[shape.architecture]
     names = gguf.get_tensor_name_map(architecture, spec.layers)
     tensors: dict[str, GgufTensor] = {}
     for source in sorted(checkpoint.tensors, key=_in_numeric_order):
@@ -163,5 +164,5 @@ def _finish(tensor: GgufTensor, spec: ModelSpec, shape: Shape) -> GgufTensor:
         kind=kind,
         reorder=reorder,
         factor=shape.query_factor if role == traits.query_tensor else 1.0,
-        offset=traits.norm_offset if role.endswith("norm") else 0.0,
+        offset=traits.norm_offset if tensor.name.endswith("norm.weight") else 0.0,
     )

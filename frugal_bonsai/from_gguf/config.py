@@ -41,6 +41,18 @@ MODEL_TYPES = {
     "gpt2": "gpt2",
     "gptneox": "gpt_neox",
     "falcon": "falcon",
+    "gemma": "gemma",
+    "seed_oss": "seed_oss",
+    "arcee": "arcee",
+    "starcoder2": "starcoder2",
+    "nemotron": "nemotron",
+    "ernie4_5": "ernie4_5",
+    "glm4": "glm4",
+    "chatglm": "glm",
+    "command-r": "cohere",
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
+    "hunyuan-dense": "hunyuan_v1_dense",
 }
 # model_type -> transformers' class. Its own table is in a module that imports torch.
 CLASSES = {
@@ -61,6 +73,18 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
     "falcon": "FalconForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "arcee": "ArceeForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+    "nemotron": "NemotronForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "glm4": "Glm4ForCausalLM",
+    "glm": "GlmForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
 }
 _TOKEN_IDS = {
     "bos_token_id": "bos_token_id",

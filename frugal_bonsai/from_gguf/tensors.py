@@ -56,6 +56,18 @@ _ROLES = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
     "olmo2": _GEMMA,
+    "exaone4": _GEMMA,
+    "seed_oss": _LLAMA | {"post_attention_norm": "post_attention_layernorm"},
+    "starcoder2": _LLAMA | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    "glm": _LLAMA | {"ffn_up": "mlp.gate_up_proj"},
+    "glm4": _LLAMA
+    | {
+        "ffn_up": "mlp.gate_up_proj",
+        "post_attention_norm": "post_self_attn_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+    },
+    "hunyuan_v1_dense": _LLAMA
+    | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
     "phi3": _LLAMA | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     "gpt2": {
         "attn_norm": "ln_1",

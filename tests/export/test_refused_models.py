@@ -57,7 +57,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "smollm3-biases": ("smollm3", {**SMOLLM3, "attention_bias": True}, r"o_proj\.bias, and llama"),
     "smollm3-rope": ("smollm3", {}, r"no_rope_layers is \[1, 0\]; .* a multiple of 4 \(dropped"),
-    "opt": ("opt", {}, "model_type 'opt' is not exported to GGUF; exported are: falcon, gemma2"),
+    "opt": ("opt", {}, "model_type 'opt' is not exported to GGUF; exported are: arcee, cohere, "),
     "gpt-neo": ("gpt-neo", {}, "model_type 'gpt_neo' is not exported to GGUF"),
     "gemma2-caps": (
         "gemma2",

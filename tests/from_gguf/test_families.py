@@ -27,7 +27,7 @@ def test_every_exported_architecture_is_read() -> None:
 
 
 # The one is added to and taken from norms in fp32.
-ROUNDED = ("gemma2", "gemma3")
+ROUNDED = ("gemma", "gemma2", "gemma3", "nemotron")
 SCALED = {"gemma2": "q_proj", "gemma3": "q_norm"}  # by another query_pre_attn_scalar
 
 
