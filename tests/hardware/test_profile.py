@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import profiles
 import pytest
 import torch
 
-import profiles
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.measure import device_name
 from frugal_bonsai.memory.budget import parse_caps

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import profiles
 import pytest
 import torch
 
-import profiles
 from frugal_bonsai.hardware.profile import HardwareProfile
 from frugal_bonsai.hardware.prune_time import PruneTime
 from frugal_bonsai.hardware.throughput import TimeEstimate, TimePhase

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import profiles
 import pytest
 
-import profiles
 from frugal_bonsai.hardware.throughput import LayerOperations, Rates, int8_wins
 
 # H 4, one KV group of two query heads of 2, I 6.
