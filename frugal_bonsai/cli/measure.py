@@ -13,6 +13,9 @@ from frugal_bonsai.cli.command import COMMON, Command
 from frugal_bonsai.cli.config import config_option
 from frugal_bonsai.cli.running import print_result, watched
 
+# Value of --report without a file, and name of this machine among profiles.
+_TABLE, _HERE = "-", "here"
+
 
 @cloup.command(
     name="inspect",
@@ -125,14 +128,32 @@ def eval_command(
     cls=Command,
     short_help="Measure this machine's rates.",
     examples=(
-        "frugal-bonsai profile --quick",
-        "frugal-bonsai profile --out mine.toml --report --dir /data",
+        "frugal-bonsai profile --out mine.toml --report machine.html --dir /data",
+        "frugal-bonsai profile --profile rtx-12gb --profile rtx-24gb --report cards.html",
     ),
 )
 @cloup.option_group(
     COMMON,
     click.option("--out", metavar="FILE", help="TOML file to write; replaced if it is a profile."),
-    click.option("--report", is_flag=True, help="Print the table with --out too."),
+    click.option(
+        "--report",
+        metavar="[FILE]",
+        is_flag=False,
+        flag_value=_TABLE,
+        help="Write a page (.html, .md, .json): rates, and which models fit at which cap in what "
+        "time; without FILE, print the table with --out too.",
+    ),
+    click.option(
+        "--profile",
+        "names",
+        metavar="NAME",
+        multiple=True,
+        help="With --report FILE: machines side by side, a file or a name such as rtx-12gb each; "
+        "here measures this one too; repeatable.",
+    ),
+    click.option(
+        "--overwrite", is_flag=True, help="Let --report replace a file that is no such page."
+    ),
     click.option(
         "--dir",
         "folder",
@@ -147,18 +168,65 @@ def eval_command(
     options.quiet,
     options.verbose,
 )
-def profile_command(report: bool, threads: int | None, as_json: bool, **given: Any) -> None:
-    """Measure this machine: disk, memory, matrix products, copies; under a minute."""
-    from frugal_bonsai.report.plan_tables import render_profile
-    from frugal_bonsai.run.early import check_profile
+def profile_command(
+    report: str | None,
+    names: tuple[str, ...],
+    overwrite: bool,
+    threads: int | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure this machine: disk, memory, matrix products, copies; under a minute.
 
-    out = given["out"]
-    check_profile(None if out is None else Path(out), Path(given["folder"]), given["device"])
+    The page of --report FILE plans models from 1B to 70B on it, and on machines of --profile.
+    """
+    page = None if report in (None, _TABLE) else Path(str(report))
+    if names and page is None:
+        raise click.UsageError("--profile is for --report FILE; plan --profile plans one model.")
+    others = [name for name in names if name != _HERE]
+    measures = not names or _HERE in names
+    from frugal_bonsai.run.early import check_page, check_profile
+
+    if page is not None:
+        check_page(page, others, overwrite=overwrite)
+    out, measured = given["out"], None
+    if measures:
+        check_profile(None if out is None else Path(out), Path(given["folder"]), given["device"])
     with watched(threads) as progress:
-        from frugal_bonsai.run.profile import profile
+        if measures:
+            from frugal_bonsai.run.profile import profile
 
-        measured = profile(progress=progress, **given)
-    if as_json or report or measured["out"] is None:
+            measured = profile(progress=progress, **given)
+        if page is not None:
+            _write_machines(page, others, measured, overwrite, progress)
+    _print_profile(measured, page, as_json=as_json, table=report == _TABLE)
+
+
+def _write_machines(
+    page: Path, names: list[str], measured: dict[str, Any] | None, overwrite: bool, progress: Any
+) -> None:
+    """Write the page on what machines can prune."""
+    from frugal_bonsai.hardware.profile import HardwareProfile
+    from frugal_bonsai.run.profile_report import profile_report
+    from frugal_bonsai.run.report import page_kind, write_page
+
+    here = None
+    if measured is not None:
+        here = HardwareProfile(**{name: v for name, v in measured.items() if name != "out"})
+    text = profile_report(names, measured=here, kind=page_kind(page), progress=progress)
+    write_page(page, text, overwrite=overwrite)
+
+
+def _print_profile(
+    measured: dict[str, Any] | None, page: Path | None, *, as_json: bool, table: bool
+) -> None:
+    """Print the rates that were measured, and the files that were written."""
+    from frugal_bonsai.report.plan_tables import render_profile
+
+    out = None if measured is None else measured["out"]
+    if measured is not None and (as_json or table or out is None):
         print_result(measured, render_profile, as_json=as_json)
-    if measured["out"] is not None:
-        click.echo(f"saved: {measured['out']}", err=as_json)
+    if out is not None:
+        click.echo(f"saved: {out}", err=as_json)
+    if page is not None:
+        click.echo(f"written: {page}", err=as_json)

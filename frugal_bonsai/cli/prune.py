@@ -147,7 +147,8 @@ def prune_command(model: str, out: str, dry_run: bool, as_json: bool, **given: A
 def plan_command(model: str, as_json: bool, **given: Any) -> None:
     """Predict the memory and the time of pruning MODEL; run nothing.
 
-    Reads config and tensor headers only, so a hub model is not downloaded.
+    Reads config and tensor headers only, so a hub model is not downloaded. A config.json alone is
+    enough: MODEL is that file, or a folder without weights.
     """
     from frugal_bonsai.report.plan_tables import render_plan
     from frugal_bonsai.run.early import check_prune

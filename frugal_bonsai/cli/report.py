@@ -60,7 +60,7 @@ def report_command(outputs: tuple[str, ...], out: str | None, kind: str, overwri
         click.echo(text)
         return
     path = Path(out or "report.html")
-    write_page(path, text, overwrite=overwrite)
+    write_page(path, text, option="--out", overwrite=overwrite)
     click.echo(f"written: {path}")
 
 

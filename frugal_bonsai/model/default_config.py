@@ -73,7 +73,7 @@ def default_config(spec: ModelSpec) -> dict[str, Any]:
     group, or, if the class computes the width of a head from it, the number that gives this width.
     """
     values = {key: value for key, value in spec.config.items() if key not in _LAYOUT_KEYS}
-    values = dict(_with_floats(values))  # a copy: transformers changes nested values
+    values = dict(with_floats(values))  # a copy: transformers changes nested values
     if heads_fit(spec, spec.heads):
         return values
     family, groups = spec.family, 1
@@ -87,10 +87,10 @@ def default_config(spec: ModelSpec) -> dict[str, Any]:
     return values
 
 
-def _with_floats(value: Any) -> Any:
+def with_floats(value: Any) -> Any:
     """Return a copy with the numbers that transformers writes as ``{"__float__": "Infinity"}``."""
     if isinstance(value, Mapping):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
-        return {key: _with_floats(one) for key, one in value.items()}
-    return [_with_floats(one) for one in value] if isinstance(value, list) else copy.copy(value)
+        return {key: with_floats(one) for key, one in value.items()}
+    return [with_floats(one) for one in value] if isinstance(value, list) else copy.copy(value)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from frugal_bonsai.report.sheet import Sheet
-from frugal_bonsai.report.words import NOTHING, all_printable, duration, plural
+from frugal_bonsai.report.words import NOTHING, all_printable, duration, plural, rate_rows
 from frugal_bonsai.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -131,27 +131,5 @@ def render_profile(profile: Values, console: Console) -> None:
     """
     profile, sheet = all_printable(profile, console.encoding), Sheet(console)
     sheet.heading(f"{profile['name']} ({profile['device']})")
-    rows = [("host memory", format_bytes(profile["host_bytes"]))]
-    if profile["gpu_bytes"] is not None:
-        rows.append(("GPU memory", format_bytes(profile["gpu_bytes"])))
-    for key, name in (
-        ("disk_cold_bytes_per_second", "disk, cold read"),
-        ("disk_warm_bytes_per_second", "disk, read from the page cache"),
-        ("disk_write_bytes_per_second", "disk, write with fsync"),
-        ("copy_bytes_per_second", "host to GPU, pinned"),
-        ("memory_bytes_per_second", "memory, elementwise operations"),
-        ("fresh_bytes_per_second", "memory, first write to new blocks"),
-    ):
-        if profile[key] is not None:
-            rows.append((name, f"{profile[key] / 1e9:,.2f} GB/s"))
-    for name, rate in profile["products"].items():
-        rows.append((f"matrix products, {name}", f"{rate / 1e12:,.3f} Tflop/s"))
-    for key, name in (
-        ("attention_flops_per_second", "attention"),
-        ("solve_flops_per_second", "Cholesky factors and solves, fp32"),
-    ):
-        rows.append((name, f"{profile[key] / 1e12:,.3f} Tflop/s"))
-    rows.append(("a layer call beside its arithmetic", f"{profile['call_seconds'] * 1e3:,.2f} ms"))
-    rows.append(("a command's start", f"{profile['start_seconds']:,.1f} s"))
-    sheet.table(("", ""), rows)
+    sheet.table(("", ""), list(rate_rows(profile)))
     sheet.say(f"source: {profile['source']}")

@@ -145,3 +145,35 @@ def peak_words(memory: Mapping[str, Any], where: str) -> str:
         f"peak {format_bytes(memory[f'{where}_peak_bytes'])} (predicted {format_bytes(predicted)})"
     )
     return peak if cap is None else f"{peak} of {format_bytes(cap)}"
+
+
+def rate(value: float, unit: str) -> str:
+    """Return three digits with a prefix: ``47.3 Gflop/s``; small rates are not zero."""
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:#.3g}".rstrip(".") + f" {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def rate_rows(profile: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the memory and the rates of a hardware profile: names and values with units."""
+    yield "host memory", format_bytes(profile["host_bytes"])
+    if profile["gpu_bytes"] is not None:
+        yield "GPU memory", format_bytes(profile["gpu_bytes"])
+    for key, name in (
+        ("disk_cold_bytes_per_second", "disk, cold read"),
+        ("disk_warm_bytes_per_second", "disk, read from the page cache"),
+        ("disk_write_bytes_per_second", "disk, write with fsync"),
+        ("copy_bytes_per_second", "host to GPU, pinned"),
+        ("memory_bytes_per_second", "memory, elementwise operations"),
+        ("fresh_bytes_per_second", "memory, first write to new blocks"),
+    ):
+        if profile[key] is not None:
+            yield name, rate(profile[key], "B/s")
+    for name, found in profile["products"].items():
+        yield f"matrix products, {name}", rate(found, "flop/s")
+    yield "attention", rate(profile["attention_flops_per_second"], "flop/s")
+    solves = rate(profile["solve_flops_per_second"], "flop/s")
+    yield "Cholesky factors and solves, fp32", solves
+    yield "a layer call beside its arithmetic", f"{profile['call_seconds'] * 1e3:.3g} ms"
+    yield "a command's start", f"{profile['start_seconds']:.3g} s"

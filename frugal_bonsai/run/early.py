@@ -6,6 +6,7 @@ for its headers. Hub models, weights and texts are left to the command, which ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from frugal_bonsai.bonsai.methods import make_settings
@@ -19,8 +20,10 @@ from frugal_bonsai.hardware.profile import find_profile, read_profile, require_r
 from frugal_bonsai.memory.budget import require_device_name
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import layout_rules
+from frugal_bonsai.report.pages.figures import require_plots
 from frugal_bonsai.rewrite.mask_file import read_mask
 from frugal_bonsai.run.evaluate_gguf import find_gguf
+from frugal_bonsai.run.from_config import config_folder
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.options import (
     AdaptOptions,
@@ -30,6 +33,7 @@ from frugal_bonsai.run.options import (
     PruneOptions,
 )
 from frugal_bonsai.run.output import require_output_file, require_output_folder
+from frugal_bonsai.run.report import page_kind, require_page
 from frugal_bonsai.run.run_folder import holds_files, run_folder
 from frugal_bonsai.run.texts import DEFAULT_WINDOW, choose_window, require_stride
 from frugal_bonsai.sizes import parse_bytes
@@ -64,6 +68,8 @@ def check_prune(
         if options.eval_tasks:
             find_task_data(split_names(options.eval_tasks), options.task_data)
             require_harness("--eval-tasks")
+    if out is None and config_folder(model) is not None:
+        return  # planned from shapes that transformers' class has, which takes torch
     spec = _local_spec(model, options.assume_family, text_only=options.text_only)
     if spec is not None:
         choose_window(spec, options.window)
@@ -218,6 +224,21 @@ def check_profile(out: Path | None, folder: Path, device: str | None) -> None:
     if out is not None:
         require_replaceable(out)
         require_writable(out)
+
+
+def check_page(page: Path, profiles: Sequence[str], *, overwrite: bool) -> None:
+    """Check the options of a page on machines.
+
+    Raises:
+        OptionError: Another file is there, a profile cannot be read, or matplotlib is missing.
+        OutputError: Nothing can be written there.
+    """
+    for name in profiles:
+        read_profile(find_profile(name))
+    if page_kind(page) == "html":
+        require_plots()
+    require_page(page, overwrite=overwrite)
+    require_writable(page)
 
 
 def _check_window(window: int | None) -> None:

@@ -36,13 +36,11 @@ from frugal_bonsai.model.text_model import split_text_model, text_family
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.rewrite.companions import write_companions
+from frugal_bonsai.run.from_config import config_folder, open_config
+from frugal_bonsai.run.text_model_note import text_model_note
 
 if TYPE_CHECKING:
     from frugal_bonsai.rewrite.shrink import RewriteSummary
-
-_CARRIED = (
-    "carried along bit for bit; how well it works with the changed text model is not measured"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +56,7 @@ class Model:
             have. The checkpoint's config is without them.
         difference: Largest relative difference of logits that the check of an assumed family found.
             None where nothing was assumed, or checked.
+        from_config: The shapes come from ``config.json`` alone; there are no weights.
     """
 
     name: str
@@ -66,6 +65,7 @@ class Model:
     multimodal: Multimodal | None = None
     left_over: tuple[str, ...] = ()
     difference: float | None = None
+    from_config: bool = False
 
     @property
     def notes(self) -> list[str]:
@@ -76,7 +76,9 @@ class Model:
 
             notes.append(assumption_note(self.spec, self.difference))
         if self.multimodal is not None:
-            notes.append(_text_model_note(self, self.multimodal))
+            notes.append(text_model_note(self.spec, self.multimodal))
+        if self.from_config:
+            notes.append("shapes are from config.json alone: those of transformers' own class")
         if isinstance(self.checkpoint, GgufCheckpoint):
             notes += [gguf_note(self.checkpoint), *self.checkpoint.notes]
         return notes + [
@@ -128,6 +130,7 @@ def open_model(
     assume_family: str | None = None,
     text_only: bool = True,
     check_config: bool = True,
+    config_alone: bool = False,
 ) -> Iterator[Model]:
     """Find, open and describe a model.
 
@@ -138,14 +141,17 @@ def open_model(
         text_only: Of a model of several modalities, take the text model alone. False carries the
             other parts along: what is written has them too.
         check_config: Ask transformers' class whether it accepts the config. Imports transformers.
+        config_alone: Take a model too of which only ``config.json`` is at hand.
 
     Raises:
         UnsupportedModelError: The model is quantised, an encoder, or of another unsupported kind.
         CheckpointError: It is no model, transformers refuses its config, or a tensor's dtype is not
             a floating point dtype.
     """
-    _require_model(name, assume_family, downloads=not headers_only)
-    with _open(name, headers_only=headers_only) as checkpoint:
+    folder = config_folder(name) if config_alone else None
+    if folder is None:
+        _require_model(name, assume_family, downloads=not headers_only)
+    with _open(name, folder, headers_only=headers_only) as checkpoint:
         source, config = str(checkpoint.config_file), checkpoint.config
         found = recognise_contents(name, config, checkpoint.tensors)
         _require_usable(name, found, config, assume_family)
@@ -169,11 +175,14 @@ def open_model(
             multimodal=whole,
             left_over=left_over,
             difference=difference,
+            from_config=folder is not None,
         )
 
 
-def _open(name: str, *, headers_only: bool) -> Checkpoint:
-    """Open a folder, a GGUF file or a hub model."""
+def _open(name: str, config: Path | None, *, headers_only: bool) -> Checkpoint:
+    """Open a folder, a GGUF file, a hub model, or the folder of a config alone."""
+    if config is not None:
+        return open_config(config)
     path = local_model(name)
     if path is None:
         return open_headers(name) if headers_only else Checkpoint.open(find_model(name))
@@ -273,24 +282,3 @@ def _check_assumed(spec: ModelSpec, source: str) -> float | None:
     from frugal_bonsai.run.assumed import check_assumption  # imports torch
 
     return check_assumption(spec, source=source)
-
-
-def _text_model_note(model: Model, whole: Multimodal) -> str:
-    """Return the note on what happens to the parts of a model of several modalities."""
-    carried = model.spec.multimodal is not None
-    heads = ""
-    if carried and whole.head_dim_key is None:
-        heads = (
-            f"; attention stays whole, because a {whole.model_type} computes the width of a head "
-            "from their number (--text-only can prune it)"
-        )
-    rest = ""
-    if whole.carried:
-        rest = (
-            f"; the rest ({', '.join(whole.parts)}: {whole.carried_parameters:,} parameters) is "
-            f"{_CARRIED if carried else 'left aside'}"
-        )
-    return (
-        f"a {whole.model_type} of several modalities: parameters and sparsity are those of its "
-        f"text model ({model.spec.family.title}){rest}{heads}"
-    )

@@ -34,7 +34,7 @@ def plan(model: str, options: PruneOptions | None = None, **named: Any) -> dict[
     """Predict the memory and the time of a prune.
 
     Args:
-        model: Folder, GGUF file, hub id or ``example``.
+        model: Folder, GGUF file, hub id, ``example``, or a ``config.json`` without weights.
         options: Options of the prune as one object, instead of keywords. With a profile, its
             machine is planned for.
         named: Options of the prune by name: those of ``frugal-bonsai plan``, with underscores.
@@ -52,6 +52,7 @@ def plan(model: str, options: PruneOptions | None = None, **named: Any) -> dict[
         headers_only=True,
         assume_family=options.assume_family,
         text_only=options.text_only,
+        config_alone=True,
     ) as opened:
         resolved = resolve(opened, options, elsewhere=options.profile is not None)
         values = describe_plan(plan_fitting(opened, resolved, resolved.windows))

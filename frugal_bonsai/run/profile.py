@@ -56,6 +56,8 @@ _NOMINAL_START_SECONDS = 6.0
 # Seconds of each measurement, and of a quick one.
 _SECONDS, _QUICK_SECONDS = 1.0, 0.1
 _CALLS = 10
+# Others may take this share of the processors before a measurement says so.
+_BUSY_SHARE = 0.15
 
 
 def profile(
@@ -103,32 +105,65 @@ def quick_profile(device: torch.device) -> HardwareProfile:
 def _measured(
     device: torch.device, disk: DiskRates, *, start: float, quick: bool, progress: Progress
 ) -> HardwareProfile:
-    timer = Timer(device=device, seconds=_QUICK_SECONDS if quick else _SECONDS)
+    timer, others = Timer(device=device, seconds=_QUICK_SECONDS if quick else _SECONDS), _Others()
     progress.note("measuring matrix products")
     products = measure_products(timer, quick=quick)
     progress.note("measuring attention, solves, memory and calls")
+    rates: dict[str, Any] = {
+        "copy_bytes_per_second": measure_copy(timer),
+        "memory_bytes_per_second": measure_memory(timer),
+        "fresh_bytes_per_second": measure_fresh(timer),
+        "attention_flops_per_second": measure_attention(timer),
+        "solve_flops_per_second": _measure_solves(timer, columns=512 if quick else 2048),
+        "call_seconds": _measure_call(timer),
+    }
+    notes = [disk.note]
+    if busy := others.note():
+        progress.note(busy)
+        notes.append(busy)
     gpu_bytes = None if shares_host_memory(device) else free_and_total_bytes(device)[1]
     return HardwareProfile(
         name=device_name(device),
         device=device.type,
         source=(
             f"measured {time.strftime('%Y-%m-%d')} by frugal-bonsai {package_version()}, "
-            f"torch {torch.__version__}{', quick' if quick else ''}; {disk.note}"
+            f"torch {torch.__version__}{', quick' if quick else ''}; {'; '.join(notes)}"
         ),
         host_bytes=int(psutil.virtual_memory().total),
         gpu_bytes=gpu_bytes,
         disk_cold_bytes_per_second=disk.cold,
         disk_warm_bytes_per_second=disk.warm,
         disk_write_bytes_per_second=disk.write,
-        copy_bytes_per_second=measure_copy(timer),
-        memory_bytes_per_second=measure_memory(timer),
-        fresh_bytes_per_second=measure_fresh(timer),
-        attention_flops_per_second=measure_attention(timer),
-        solve_flops_per_second=_measure_solves(timer, columns=512 if quick else 2048),
-        call_seconds=_measure_call(timer),
         start_seconds=start,
         products=products,
+        **rates,
     )
+
+
+class _Others:
+    """The share of this machine's processors that other programs take, from now on."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._wall = self._read()
+
+    def _read(self) -> tuple[float, float, float]:
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # Linux counts the time of guests twice.
+        guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+        return sum(times) - idle - guests, own.user + own.system, time.monotonic()
+
+    def note(self) -> str | None:
+        """Return a note if it is large; None if this machine was idle enough."""
+        busy, own, wall = self._read()
+        seconds = (wall - self._wall) * (psutil.cpu_count() or 1)
+        share = (busy - self._busy - (own - self._own)) / max(seconds, 1e-9)
+        if share < _BUSY_SHARE:
+            return None
+        return (
+            f"BUSY: other programs took {min(share, 1):.0%} of the processors meanwhile, so these "
+            f"rates may be too low; measure again when nothing else runs"
+        )
 
 
 def _measure_start(device: torch.device) -> float:

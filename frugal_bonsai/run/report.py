@@ -23,7 +23,7 @@ from frugal_bonsai.report.pages.prune import prune_page
 from frugal_bonsai.run.events import read_events
 from frugal_bonsai.run.provenance import ADAPT_REPORT_FILE, REPORT_FILE, read_report
 
-PAGE_FILE = "report.html"
+PAGE_FILE, KINDS = "report.html", ("html", "md", "json")
 _OF_PRUNE = {"model", "before", "after", "kept", "dense", "rounds", "memory", "settings"}
 _OF_ADAPT = {"model", "before", "after", "training", "data", "memory", "settings"}
 
@@ -41,11 +41,14 @@ def report_page(*folders: str | Path, kind: str = "html") -> str:
     """
     places = [Path(folder).expanduser() for folder in folders]
     if len(places) == 1:
-        return _render(_page(places[0]), kind)
-    return _render(compare_page([(place.resolve().name, *_read(place)) for place in places]), kind)
+        return render_page(_page(places[0]), kind)
+    return render_page(
+        compare_page([(place.resolve().name, *_read(place)) for place in places]), kind
+    )
 
 
-def _render(page: Mapping[str, Any], kind: str) -> str:
+def render_page(page: Mapping[str, Any], kind: str) -> str:
+    """Return a page as ``html``, ``md`` or ``json``."""
     if kind == "html":
         return render_html(page, draw_figures(page["charts"]))
     return json_text(page, indent=2) if kind == "json" else render_markdown(page)
@@ -81,18 +84,39 @@ def _require(summary: Mapping[str, Any], keys: set[str], path: Path, command: st
         )
 
 
-def write_page(path: Path, text: str, *, overwrite: bool = False) -> None:
+def page_kind(path: Path) -> str:
+    """Return the format of a page by the ending of its file; html if it has none.
+
+    Raises:
+        OptionError: There is no such format.
+    """
+    kind = path.suffix.removeprefix(".") or "html"
+    if kind not in KINDS:
+        raise OptionError(f"--report {path}: ends in {path.suffix}, expected .html, .md or .json")
+    return kind
+
+
+def require_page(path: Path, *, option: str = "--report", overwrite: bool = False) -> None:
+    """Raise unless a path is free, or holds a page.
+
+    Raises:
+        OptionError: Another file is there.
+    """
+    if not overwrite and path.exists() and not _is_page(path):
+        raise OptionError(
+            f"{option} {path}: exists and is no page of this command, so it is not replaced; name "
+            f"another file, or add --overwrite"
+        )
+
+
+def write_page(path: Path, text: str, *, option: str = "--report", overwrite: bool = False) -> None:
     """Write a page as a file. It replaces another page, and any other file only if asked to.
 
     Raises:
         OptionError: Another file is there.
         OutputError: It cannot be written.
     """
-    if not overwrite and path.exists() and not _is_page(path):
-        raise OptionError(
-            f"--out {path}: exists and is no page of this command, so it is not replaced; name "
-            f"another file, or add --overwrite"
-        )
+    require_page(path, option=option, overwrite=overwrite)
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, text.encode())

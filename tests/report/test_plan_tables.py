@@ -62,9 +62,12 @@ def test_a_profiles_rates() -> None:
     text = printed(render_profile, PROFILE)
     assert row(text, "GPU memory")[-1] == "48.00 GiB"
     assert row(text, "disk, cold read")[-1] == "3.46 GB/s"
-    assert row(text, "host to GPU, pinned")[-1] == "25.40 GB/s"
-    assert row(text, "matrix products, bf16")[-1] == "108.400 Tflop/s"
+    assert row(text, "host to GPU, pinned")[-1] == "25.4 GB/s"
+    assert row(text, "matrix products, bf16")[-1] == "108 Tflop/s"
     assert row(text, "a layer call")[-1] == "0.96 ms"
+    slow = printed(render_profile, {**PROFILE, "call_seconds": 2e-6, "products": {"fp32": 4.2e8}})
+    assert row(slow, "matrix products, fp32")[-1] == "420 Mflop/s"  # not zero
+    assert row(slow, "a layer call")[-1] == "0.002 ms"
     assert "new blocks" not in text and "a file of 1.00 GiB" in words(text)
     cpu = {**PROFILE, "gpu_bytes": None, "copy_bytes_per_second": None}
     text = printed(render_profile, {**cpu, "name": "a CPU", "fresh_bytes_per_second": 2.8e9})
