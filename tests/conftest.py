@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from fresh_process import FreshProcesses, plain_transformers
 from stand_in_device import Machine, installed
 
+from frugal_bonsai.run import machine as run_machine
 from frugal_bonsai.run import profile, report
 
+CPU = torch.device("cpu")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TESTS = Path(__file__).parent
 # Files and folders that `tools/test.sh --fast` leaves out: whole commands, every family, other
@@ -62,9 +65,18 @@ def quick_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_measurements() -> Iterator[None]:
-    """A prune without a profile measures each rate twice, not for a tenth of a second."""
+    """A prune without a profile measures each rate twice, not for a tenth of a second.
+
+    The rates of the processor are measured once for all tests of a process.
+    """
+    measure, once = run_machine.quick_profile, cache(run_machine.quick_profile)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(profile, "_QUICK_SECONDS", 0.0)
+        patched.setattr(
+            run_machine,
+            "quick_profile",
+            lambda device: (once if device == CPU else measure)(device),
+        )
         yield
 
 

@@ -6,8 +6,10 @@ import atexit
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,29 @@ with contextlib.suppress(ImportError):
     import bitsandbytes
 logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
 """
-# As in conftest.py, a prune without a profile measures each rate twice only, and the page beside an
-# output has no figures, which take a second.
-_MAIN = """
-import sys
+# As in conftest.py, a prune without a profile measures each rate twice only, and the processor's
+# once for all commands; the page beside an output has no figures, which take a second.
+_RATES = Path(tempfile.mkdtemp(prefix="rates-"), "rates.pickle")
+_MAIN = f"""
+import pathlib, pickle, sys
 from frugal_bonsai.cli import main
-from frugal_bonsai.run import profile, report
+from frugal_bonsai.run import machine, profile, report
 profile._QUICK_SECONDS = 0.0
-report.require_plots, report.draw_figures = lambda: None, lambda charts: {}
+measure, path = machine.quick_profile, pathlib.Path({str(_RATES)!r})
+def rates(device):
+    if device.type != "cpu":
+        return measure(device)
+    if not path.exists():
+        path.write_bytes(pickle.dumps(measure(device)))
+    return pickle.loads(path.read_bytes())
+machine.quick_profile = rates
+report.require_plots, report.draw_figures = lambda: None, lambda charts: {{}}
 sys.argv[0] = "frugal-bonsai"
 main()
 """
 _processes = FreshProcesses(_LIBRARIES, ENVIRONMENT)
 atexit.register(_processes.close)
+atexit.register(shutil.rmtree, _RATES.parent, ignore_errors=True)
 
 
 def frugal_bonsai(

@@ -10,11 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 from tiny_models import save_byte_tokenizer, tiny_llama
@@ -26,7 +24,6 @@ from frugal_bonsai.errors import OutputError
 from frugal_bonsai.export import gguf_file
 from frugal_bonsai.memory.disk import OUT, RUN, DiskItem, DiskPhase, DiskPlan
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.run import machine
 from frugal_bonsai.run.adapt import adapt
 from frugal_bonsai.run.adapt_plan import plan_adapt
 from frugal_bonsai.run.disk_room import require_room
@@ -57,13 +54,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tiny_llama(folder, vocab_size=259, **sizes)
     save_byte_tokenizer(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_profile() -> Iterator[None]:
-    """Measure this machine once, not for a second in every run."""
-    with mock.patch.object(machine, "quick_profile", cache(machine.quick_profile)):
-        yield
 
 
 def options(**given: Any) -> PruneOptions:
