@@ -13,7 +13,7 @@ import frugal_bonsai
 OUT = Path(sys.argv[1] if len(sys.argv) > 1 else "out/notebook")
 
 # %% What would it need? Nothing is run.
-plan = frugal_bonsai.plan("example", sparsity=0.3, windows=16, window=128, max_cpu_mem="3GB")
+plan = frugal_bonsai.plan("example", sparsity=0.3, windows=8, window=128, max_cpu_mem="3GB")
 print(f"peak: {plan['totals']['host'] / 1e6:.0f} MB, about {plan['seconds']:.0f} s")
 
 # %% Prune. In a notebook a bar shows progress; progress=False shows none.
@@ -22,7 +22,7 @@ summary = frugal_bonsai.prune(
     OUT / "pruned",
     sparsity=0.3,
     method="local-only",
-    windows=16,
+    windows=8,
     window=128,
     self_windows=0,
     refine=0,
@@ -38,7 +38,7 @@ for layer, share in enumerate(summary["layer_sparsity"]):
 
 # %% Measure on other text, and generate.
 measured = frugal_bonsai.evaluate(
-    str(OUT / "pruned"), text="stdlib", window=128, windows=8, max_cpu_mem="3GB"
+    str(OUT / "pruned"), text="stdlib", window=128, windows=4, max_cpu_mem="3GB"
 )
 print(f"perplexity of other text: {measured['perplexity']:.2f}")
 
