@@ -46,6 +46,13 @@ def test_results_stand_side_by_side(outputs: list[Path]) -> None:
     assert parameters["groups"]["dense"][0][0] == pytest.approx(6738.415616)
 
 
+def test_settings_that_one_result_alone_has_are_not_listed(tmp_path: Path) -> None:
+    left = write(tmp_path, "left", settings={"seed": 1, "rank": 4})
+    right = write(tmp_path, "right", settings={"seed": 2})
+    page = json.loads(report_page(left, right, kind="json"))
+    assert page["sections"][1]["rows"] == [["seed", "1", "2"]]
+
+
 def test_different_texts_are_said_not_to_compare(outputs: list[Path], tmp_path: Path) -> None:
     text = {"name": "file other.txt", "window": 256, "windows": 40}
     other = write(tmp_path, "other", eval_text=text)

@@ -176,6 +176,11 @@ def test_time_and_memory_by_phase() -> None:
     section = time_section(EVENTS, {"phases": [phase], "profile": "measured"})
     assert section["rows"][0] == ["statistics", "3 s", "30%", "2 s", "arithmetic"]
     assert ["masked evaluation", "1 s", "10%", "-", "-"] in section["rows"]
+    adapting = {"event": "sweep", "seconds": 5.0, "name": "adapting, best held-out perplexity 9.1"}
+    alone = time_section([*EVENTS, adapting, {"event": "end", "seconds": 25.0}], None)
+    assert alone["head"] == ["phase", "measured", "share"]
+    assert alone["rows"][-1] == ["training", "20 s", "65%"]
+    assert time_section([], None)["rows"] == []
 
 
 def test_memory_over_time_is_drawn_against_a_cap_that_is_near() -> None:

@@ -67,7 +67,7 @@ def test_html_has_the_figures_and_refers_to_nothing(output: Path) -> None:
     HTMLParser().feed(page)
     for text in ("9.039", "12.291", "1,333,680", "3 of 4", "192 of 512", "192,512", "576.00 MiB"):
         assert text in page
-    assert "layer 0 (50%), layer 1 (25%)" in page
+    assert "layer 0 (50.0%), layer 1 (25.0%)" in page
     assert "<script" not in page and "&lt;script&gt;x" in page
     assert not re.search(r"""(src|href)=["'](?!#)""", page)
     assert "/home/" not in page and str(output) not in page

@@ -75,7 +75,7 @@ def adapt_page(
         f"{parent_name(summary['model'])}, adapted",
         sections,
         version=summary["version"],
-        lead=[*_lead(summary), *filter(None, [slowest_phase(events)])],
+        lead=[*_lead(summary), *filter(None, [slowest_phase(events, None)])],
         tiles=_tiles(summary),
         notes=page_notes(summary),
         commands=commands,

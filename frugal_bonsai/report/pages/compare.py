@@ -80,8 +80,8 @@ def _row(at: int, name: str, summary: Values, pruned: Values | None) -> dict[str
         "after": summary["after"],
         "dense": summary.get("provenance", {}).get("dense") or parent_name(summary["model"]),
         "text": None if not text else f"{source_name(text['name'])}, window {text['window']}",
-        "held_out": f"held-out windows of {source_name(source)}, "
-        f"window {calibration.get('window')}",
+        "held_out": f"{calibration.get('held_out_windows')} held-out windows of "
+        f"{source_name(source)}, window {calibration.get('window')}",
         "settings": {"layout": summary["layout"], **summary["settings"]},
         "adapted": adapted,
     }
@@ -104,12 +104,12 @@ def _cells(row: Values, key: str) -> tuple[str, ...]:
 
 
 def _differences(rows: Sequence[Values]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the settings that are not equal everywhere."""
+    """Return the settings that differ between results that have them."""
     names = dict.fromkeys(name for row in rows for name in row["settings"])
     found = []
     for name in names:
         values = [settings_text(row["settings"].get(name, NOTHING)) for row in rows]
-        if len(set(values)) > 1:
+        if len(set(values) - {NOTHING}) > 1:
             found.append((name, *values))
     return ("setting", *(str(row["number"]) for row in rows)), found
 

@@ -21,7 +21,7 @@ COLOURS = ("#2f86d0", "#e07b1a", "#1f9e77", "#cc5fa5", "#8b7bd8", "#a8962a", "#7
 _STYLE = {
     "svg.hashsalt": "frugal-bonsai",
     "svg.fonttype": "none",
-    "font.size": 10,
+    "font.size": 11,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
@@ -96,13 +96,13 @@ def _heat(figure: Any, chart: Chart) -> None:
         for column, share in enumerate(row):
             colour = "black" if share > 0.6 else "white"
             axes.text(
-                column, at, f"{share:.0%}", color=colour, ha="center", va="center", fontsize=8
+                column, at, f"{share:.0%}", color=colour, ha="center", va="center", fontsize=9
             )
 
 
 def _lines(figure: Any, chart: Chart) -> None:
     """Draw ``series`` of points by name, and horizontal ``levels`` by name, such as caps."""
-    figure.set_size_inches(7.5, 3.2)
+    figure.set_size_inches(6.2, 3.1)
     axes = figure.subplots()
     marker = "" if chart.get("dense") else "o"
     for at, (name, points) in enumerate(chart["series"].items()):
@@ -127,7 +127,7 @@ def _lines(figure: Any, chart: Chart) -> None:
 def _bars(figure: Any, chart: Chart) -> None:
     """Draw horizontal bars with ``labels``, of stacked ``parts``, and ``marks`` beside them."""
     labels, left = chart["labels"], [0.0] * len(chart["labels"])
-    figure.set_size_inches(8.5, 1.3 + 0.3 * len(labels) + 0.1 * len(chart["parts"]))
+    figure.set_size_inches(6.8, 1.3 + 0.3 * len(labels) + 0.1 * len(chart["parts"]))
     axes = figure.subplots()
     for at, (name, sizes) in enumerate(chart["parts"].items()):
         axes.barh(labels, sizes, left=left, color=COLOURS[at % len(COLOURS)], label=name)
@@ -158,13 +158,13 @@ def _bars(figure: Any, chart: Chart) -> None:
 
 def _scatter(figure: Any, chart: Chart) -> None:
     """Draw ``groups`` of points by name; a third value of a point is its label."""
-    figure.set_size_inches(7.5, 3.6)
+    figure.set_size_inches(6.2, 3.4)
     axes = figure.subplots()
     _points(axes, chart["groups"], dict(zip(chart["groups"], COLOURS, strict=False)))
     if chart.get("log_x"):
         axes.set_xscale("log")
         _label_logarithms(axes.xaxis)
-        axes.tick_params(axis="x", which="both", labelsize=8)
+        axes.tick_params(axis="x", which="both", labelsize=9)
     axes.set_xlabel(chart["x"])
     axes.set_ylabel(chart["y"])
     _legend(axes)
@@ -197,7 +197,7 @@ def _points(axes: Any, groups: Mapping[str, Any], colours: Mapping[str, str]) ->
         for point in points:
             if len(point) > 2:
                 axes.annotate(
-                    point[2], point[:2], xytext=(4, 3), textcoords="offset points", fontsize=8
+                    point[2], point[:2], xytext=(4, 3), textcoords="offset points", fontsize=9
                 )
 
 
@@ -213,8 +213,8 @@ def _legend(axes: Any) -> None:
     """Put the legend outside of the data, if there is more than one entry."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
-        columns = max(1, min(len(names), 100 // (max(map(len, names)) + 8)))
-        axes.figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=9)
+        columns = max(1, min(len(names), 82 // (max(map(len, names)) + 8)))
+        axes.figure.legend(handles, names, loc="outside upper left", ncols=columns, fontsize=10)
 
 
 def _percent(value: float, _: int | None = None) -> str:

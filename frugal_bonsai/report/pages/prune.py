@@ -72,7 +72,7 @@ def prune_page(
         f"{parent_name(summary['model'])}, {summary['sparsity']:.1%} removed",
         sections,
         version=summary["version"],
-        lead=[*_lead(summary), *filter(None, [slowest_phase(events)])],
+        lead=[*_lead(summary), *filter(None, [slowest_phase(events, model)])],
         tiles=_tiles(summary),
         notes=page_notes(summary),
         commands=commands,
@@ -94,14 +94,14 @@ def _lead(summary: Values) -> Iterator[str]:
     if max(shares) - min(shares) < 0.01:
         yield f"Every layer lost the same share of its weights ({max(shares):.1%})."
         return
-    most = ", ".join(f"layer {layer} ({shares[layer]:.0%})" for layer in order[:3])
-    least = f"layer {order[-1]} ({shares[order[-1]]:.0%})"
+    most = ", ".join(f"layer {layer} ({shares[layer]:.1%})" for layer in order[:3])
+    least = f"layer {order[-1]} ({shares[order[-1]]:.1%})"
     yield f"The layers that lost most of their weights: {most}. The least: {least}."
 
 
 def _tiles(summary: Values) -> Iterator[tuple[str, str]]:
     before, after = summary["before"], summary["after"]
-    yield "block weights removed", f"{summary['sparsity']:.1%}"
+    yield "weights removed", f"{summary['sparsity']:.1%}"
     yield "parameters left", f"{after['parameters'] / before['parameters']:.1%}"
     key = "perplexity" if before.get("eval_perplexity") is None else "eval_perplexity"
     if before.get(key) is not None and after.get(key) is not None:

@@ -43,9 +43,9 @@ def round_sections(summary: Values) -> list[dict[str, Any]]:
         make_section(
             "Candidates",
             *_candidates(summary),
-            text="Each round compares its cut with cuts of equal widths after reconstruction, on "
-            "windows that none was fitted to. Another cut replaces the first of equal widths only "
-            "where it is better beyond the error of the difference.",
+            text="Each round compares its cut with cuts of equal widths: the loss after "
+            "reconstruction, on windows that none was fitted to. Another cut replaces the first of "
+            "equal widths only where it is better beyond the error of the difference.",
             figures=("candidates",),
         ),
         make_section(
@@ -118,7 +118,7 @@ def _candidates(summary: Values) -> tuple[tuple[str, ...], list[tuple[str, ...]]
         for row in summary["rounds"]
         for name, loss in row.get("trial", {}).items()
     ]
-    return ("round", "candidate", "loss after reconstruction"), rows
+    return ("round", "candidate", "loss"), rows
 
 
 def _candidates_chart(summary: Values) -> dict[str, Any] | None:
@@ -140,12 +140,12 @@ def _candidates_chart(summary: Values) -> dict[str, Any] | None:
 
 def _evidence(summary: Values) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = [
-        (str(row["round"]), KIND_NAMES.get(kind, kind), *map(str, point))
+        (KIND_NAMES.get(kind, kind), *map(str, point))
         for row in summary["rounds"][-1:]
         for kind, points in row.get("evidence", {}).items()
         for point in points
     ]
-    return ("round", "units", "layer", "importance of the candidates", "relevance"), rows
+    return ("units", "layer", "importance", "relevance"), rows
 
 
 def _evidence_chart(summary: Values) -> dict[str, Any] | None:

@@ -26,8 +26,10 @@ _PHASES = (
     ("sampling", "sampling text", "sampling text"),
     ("statistics", "statistics", "statistics"),
     ("verify", "rewriting", "verifying"),
+    ("adapting", "training", "training"),
 )
 _STARTING = "starting"
+_TIME_HEAD, _TIME = ("phase", "measured", "share", "time model", "bound by"), ("time",)
 # Phases of the memory plan that are part of another one in the events.
 _WITHIN = {"refinement": "recovery", "rewriting": "verifying"}
 _RESOURCES = {
@@ -93,7 +95,7 @@ def time_section(events: Events, model: Values | None) -> dict[str, Any]:
     names = [phase["name"] for phase in phases]
     names += [name for name in measured if name not in names]
     modelled = {phase["name"]: phase for phase in phases}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in names:
         seconds, phase = measured.get(name, (0.0, None))[0], modelled.get(name)
         rows.append(
@@ -105,15 +107,16 @@ def time_section(events: Events, model: Values | None) -> dict[str, Any]:
                 "-" if phase is None else _BOUND[phase["binds"]],
             )
         )
-    text = (
-        "Measured from the run's events: a phase lasts from the start of its sweep to the next. "
-        "The time model counts operations and bytes, and divides them by the machine's rates; a "
+    text = "Measured from the run's events: a phase lasts from the start of its sweep to the next."
+    if model is None:
+        rows = [row[:3] for row in rows]
+        return make_section("Where the time went", _TIME_HEAD[:3], rows, text=text, figures=_TIME)
+    text += (
+        " The time model counts operations and bytes, and divides them by the machine's rates; a "
         "run that shares its machine with others takes longer."
     )
-    if model is not None:
-        text += f" Rates: {model['profile']}."
-    head = ("phase", "measured", "share", "time model, at most", "bound by")
-    return make_section("Where the time went", head, rows, text=text, figures=("time",))
+    text += f" Rates: {model['profile']}."
+    return make_section("Where the time went", _TIME_HEAD, rows, text=text, figures=_TIME)
 
 
 def _seconds(seconds: float) -> str:
@@ -131,6 +134,14 @@ def time_chart(events: Events, model: Values | None) -> dict[str, Any] | None:
     modelled = {phase["name"]: phase for phase in phases}
     if len(names) < 2:
         return None
+    if model is None:
+        return {
+            "kind": "bars",
+            "caption": "Measured seconds of each phase.",
+            "labels": names,
+            "parts": {"measured": [measured[name][0] for name in names]},
+            "x": "seconds",
+        }
     parts = {
         title: [modelled.get(name, {}).get(key, 0.0) for name in names]
         for key, title in _RESOURCES.items()
@@ -147,14 +158,17 @@ def time_chart(events: Events, model: Values | None) -> dict[str, Any] | None:
     }
 
 
-def slowest_phase(events: Events) -> str | None:
+def slowest_phase(events: Events, model: Values | None) -> str | None:
     """Return a sentence on the phase that took most of the time; None without events."""
     measured = phase_seconds(events)
     whole = sum(seconds for seconds, _ in measured.values())
     if len(measured) < 2 or not whole:
         return None
     name, (seconds, _) = max(measured.items(), key=lambda item: item[1][0])
-    return f"Most of the time went into {name}: {duration(seconds)}, {seconds / whole:.0%} of it."
+    phases = {} if model is None else {phase["name"]: phase for phase in model["phases"]}
+    pace = f"; {_BOUND[phases[name]['binds']]} sets its pace" if name in phases else ""
+    share = f"{duration(seconds)}, {seconds / whole:.0%} of it"
+    return f"Most of the time went into {name}: {share}{pace}."
 
 
 # -- memory -------------------------------------------------------------------------------------
