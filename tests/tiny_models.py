@@ -328,6 +328,18 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", {**_SIZES, "tie_word_embeddings": True}),
     "ernie4_5-biases": ("ernie4_5", {**_SIZES, "use_bias": True}),
     "hunyuan": ("hunyuan_v1_dense", _SIZES),
+    "internlm3": ("internlm3", {**_SIZES, "attention_bias": True, "mlp_bias": True}),
+    # Its FFN has 8 * ceil(2/3 * 36 * 0.8 / 8) = 24 channels.
+    "lfm2": (
+        "lfm2",
+        {
+            **_without(_SIZES, "head_dim"),
+            "layer_types": ["conv", "full_attention"],
+            "intermediate_size": 36,
+            "block_ffn_dim_multiplier": 0.8,
+            "block_multiple_of": 8,
+        },
+    ),
     "seed-oss": ("seed_oss", {**_SIZES, "attention_bias": True}),
     "helium": ("helium", _SIZES),
     "cohere": ("cohere", {**_SIZES, "logit_scale": 0.3}),
@@ -471,6 +483,27 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "exaone-moe": (
+        "exaone_moe",
+        {
+            **_SIZES,
+            **_without(_SHARED, "n_routed_experts", "n_shared_experts", "first_k_dense_replace"),
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
+    "deepseek-v2": (
+        "deepseek_v2",
+        {
+            **_without(_SIZES, "head_dim"),
+            **_without(_SHARED, "n_group", "topk_group", "num_nextn_predict_layers"),
+            **_LATENT,
+            **{"qk_nope_head_dim": 6, "kv_lora_rank": 10},  # pairs are rotated as complex numbers
+        },
+    ),
     # Its gates reach the limit.
     "gpt-oss": (
         "gpt_oss",
@@ -528,7 +561,10 @@ PRUNED = (
 # Pruned end to end by test_experts_command.py.
 EXPERTS_PRUNED = ("mixtral", "qwen3-moe", "olmoe")
 # Whose experts keep their channels: test_shared_experts_command.py drops whole ones.
-WHOLE_EXPERTS_PRUNED = ("deepseek-v3", "glm4-moe", "glm4-moe-lite", "dots1")
+WHOLE_EXPERTS_PRUNED = (
+    *("deepseek-v3", "glm4-moe", "glm4-moe-lite", "dots1"),
+    *("exaone-moe", "deepseek-v2"),
+)
 
 
 def _first_of_each_other_family() -> tuple[str, ...]:

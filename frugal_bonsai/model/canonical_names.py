@@ -42,6 +42,7 @@ def describe_checkpoint(
     may_be_tied = checkpoint.config.get("tie_word_embeddings") is not False
     tensors = canonical_tensors(family, checkpoint.tensors, may_be_tied=may_be_tied)
     checkpoint.rename_tensors(tensors)
+    checkpoint.config = _with_stated_width(family, checkpoint.config, checkpoint.shapes)
     return describe_model(checkpoint.config, checkpoint.shapes, source=source, assume=assume)
 
 
@@ -53,6 +54,17 @@ def _with_further_layers(family: Family, config: Mapping[str, Any]) -> Family:
     last = first + (config.get(family.further_layers_key) or 0)
     further = tuple(family.layer_prefix.format(layer=layer) for layer in range(first, last))
     return replace(family, unread=(*family.unread, *further))
+
+
+def _with_stated_width(
+    family: Family, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Return the config with the width of layer 0's FFN, where configs state another."""
+    output = family.layer_prefix.format(layer=0) + family.ffn_output + ".weight"
+    if not family.stated or output not in shapes:
+        return config
+    changed = config | {family.ffn_key: shapes[output][1]} | dict(family.stated)
+    return {key: value for key, value in changed.items() if family.stated.get(key, key) is not None}
 
 
 def canonical_tensors(

@@ -199,6 +199,9 @@ class Family:
     head_dim_key: str | None = "head_dim"
     # Values that transformers takes for keys that a config may omit.
     defaults: Mapping[str, float] = field(default_factory=dict)
+    # Values that a config gets together with the width of the FFN's tensors, which it then states;
+    # a key with None is removed. For architectures whose config states another width.
+    stated: Mapping[str, Any] = field(default_factory=dict)
     # FFN channels as a multiple of the hidden size, for configs that omit them.
     ffn_times_hidden: int | None = None
     # Kind of unit -> config key that gives a bias to all projections of this kind.

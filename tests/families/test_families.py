@@ -104,6 +104,15 @@ class TestHunyuan(FamilyContract):
     name = "hunyuan"
 
 
+class TestInternLm3(FamilyContract):
+    name = "internlm3"
+
+
+class TestLfm2(FamilyContract):
+    name = "lfm2"
+    attention = ()
+
+
 class TestSeedOss(FamilyContract):
     name = "seed-oss"
 
@@ -286,3 +295,14 @@ class TestGlm4MoeLite(FamilyContract):
 class TestDots1(FamilyContract):
     name = "dots1"
     refines = False
+
+
+class TestExaoneMoe(FamilyContract):
+    name = "exaone-moe"
+    refines = False
+
+
+class TestDeepSeekV2(FamilyContract):
+    name = "deepseek-v2"
+    refines = False
+    attention = ()

@@ -38,6 +38,7 @@ SHAPES = {
 EXTRAS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global"], 1]]},
     "granitemoehybrid": {"num_local_experts": 0, "layers_block_type": ["mamba"]},
+    "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["full_attention"]},
     "falcon": {"new_decoder_architecture": True},
 }
 

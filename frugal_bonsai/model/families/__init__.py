@@ -8,10 +8,12 @@ from frugal_bonsai.model.families.apertus import APERTUS
 from frugal_bonsai.model.families.arcee import ARCEE
 from frugal_bonsai.model.families.cohere import COHERE
 from frugal_bonsai.model.families.cohere2 import COHERE2
+from frugal_bonsai.model.families.deepseek_v2 import DEEPSEEK_V2
 from frugal_bonsai.model.families.deepseek_v3 import DEEPSEEK_V3
 from frugal_bonsai.model.families.dots1 import DOTS1
 from frugal_bonsai.model.families.ernie4_5 import ERNIE4_5
 from frugal_bonsai.model.families.exaone4 import EXAONE4
+from frugal_bonsai.model.families.exaone_moe import EXAONE_MOE
 from frugal_bonsai.model.families.falcon import FALCON
 from frugal_bonsai.model.families.gemma import GEMMA
 from frugal_bonsai.model.families.gemma2 import GEMMA2
@@ -29,6 +31,8 @@ from frugal_bonsai.model.families.granitemoe import GRANITEMOE
 from frugal_bonsai.model.families.granitemoehybrid import GRANITEMOEHYBRID
 from frugal_bonsai.model.families.helium import HELIUM
 from frugal_bonsai.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
+from frugal_bonsai.model.families.internlm3 import INTERNLM3
+from frugal_bonsai.model.families.lfm2 import LFM2
 from frugal_bonsai.model.families.llama import LLAMA
 from frugal_bonsai.model.families.mellum import MELLUM
 from frugal_bonsai.model.families.minimax_m2 import MINIMAX_M2
@@ -78,6 +82,8 @@ _TABLES = (
     ERNIE4_5,
     HUNYUAN_V1_DENSE,
     SEED_OSS,
+    INTERNLM3,
+    LFM2,
     HELIUM,
     COHERE,
     COHERE2,
@@ -104,6 +110,8 @@ _TABLES = (
     GLM4_MOE,
     GLM4_MOE_LITE,
     DOTS1,
+    EXAONE_MOE,
+    DEEPSEEK_V2,
 )
 FAMILIES = {family.model_type: family for family in _TABLES}
 # Text models inside models of several modalities that compute the same as a family as long as all

@@ -12,7 +12,7 @@ _SHARED = "no one has written its table; its experts could go whole, as those of
 
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("deepseek_v2", "exaone_moe", "ernie4_5_moe"), _SHARED),
+        "ernie4_5_moe": _SHARED,
         "mistral4": "transformers has no language model of it alone (AutoModelForCausalLM)",
         "llama4_text": "its router multiplies what its experts read, not what they return",
         "flex_olmo": "a norm follows the sum of its experts, whose outputs cannot be refitted then",
@@ -21,7 +21,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
             "its layers scale the residual stream, share keys and values, and have heads of two "
             "widths"
         ),
-        "lfm2": "its config states another width of the FFN than its tensors have",
         "nemotron_h": "its layers have attention, a state space or an FFN alone, not two of them",
         "olmo": "its norms have no weights, and the last one cannot be scaled",
     }
