@@ -191,13 +191,14 @@ def _panels(figure: Any, chart: Chart) -> None:
 
 def _points(axes: Any, groups: Mapping[str, Any], colours: Mapping[str, str]) -> None:
     """Draw groups of points in their colours, with their labels."""
+    size = 9 if sum(map(len, groups.values())) < 40 else 7
     for name, points in groups.items():
         x, y = [p[0] for p in points], [p[1] for p in points]
         axes.scatter(x, y, s=28, color=colours.get(name, COLOURS[-1]), label=name, alpha=0.85)
         for point in points:
             if len(point) > 2:
                 axes.annotate(
-                    point[2], point[:2], xytext=(4, 3), textcoords="offset points", fontsize=9
+                    point[2], point[:2], xytext=(4, 3), textcoords="offset points", fontsize=size
                 )
 
 

@@ -140,10 +140,10 @@ def _candidates_chart(summary: Values) -> dict[str, Any] | None:
 
 def _evidence(summary: Values) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = [
-        (KIND_NAMES.get(kind, kind), *map(str, point))
+        (KIND_NAMES.get(kind, kind), str(layer), f"{importance:.4g}", f"{loss:.4g}")
         for row in summary["rounds"][-1:]
         for kind, points in row.get("evidence", {}).items()
-        for point in points
+        for layer, importance, loss in points
     ]
     return ("units", "layer", "importance", "relevance"), rows
 

@@ -134,27 +134,30 @@ def time_chart(events: Events, model: Values | None) -> dict[str, Any] | None:
     modelled = {phase["name"]: phase for phase in phases}
     if len(names) < 2:
         return None
+    scale, unit = _clock(max(seconds for seconds, _ in measured.values()) if measured else 0.0)
     if model is None:
         return {
             "kind": "bars",
-            "caption": "Measured seconds of each phase.",
+            "caption": "Measured time of each phase.",
             "labels": names,
-            "parts": {"measured": [measured[name][0] for name in names]},
-            "x": "seconds",
+            "parts": {"measured": [measured[name][0] / scale for name in names]},
+            "x": unit,
         }
     parts = {
-        title: [modelled.get(name, {}).get(key, 0.0) for name in names]
+        title: [modelled.get(name, {}).get(key, 0.0) / scale for name in names]
         for key, title in _RESOURCES.items()
     }
     return {
         "kind": "bars",
-        "caption": "Seconds of each resource by the time model, and the measured seconds. Products "
+        "caption": "Time of each resource by the time model, and the measured time. Products "
         "and elementwise work add up; disk and copies run beside them where buffers allow it, so "
         "the longest of the three sets the pace.",
         "labels": names,
         "parts": {title: seconds for title, seconds in parts.items() if any(seconds)},
-        "marks": {"measured": [measured.get(name, (None, None))[0] for name in names]},
-        "x": "seconds",
+        "marks": {
+            "measured": [measured[n][0] / scale if n in measured else None for n in names],
+        },
+        "x": unit,
     }
 
 
@@ -192,6 +195,7 @@ def _over_time(events: Events, memory: Values, where: str) -> dict[str, Any] | N
         return None
     peak = memory[f"{where}_peak_bytes"] or max(event[key] for event in found)
     scale, unit = _unit(peak)
+    ticks, clock = _clock(found[-1]["seconds"])
     levels = {"predicted peak": memory[f"{where}_predicted_bytes"], "measured peak": peak}
     cap, place = memory[f"{where}_cap_bytes"], "GPU" if where == "gpu" else "host"
     caption = f"{place} memory between layers".capitalize()
@@ -203,10 +207,10 @@ def _over_time(events: Events, memory: Values, where: str) -> dict[str, Any] | N
         "kind": "lines",
         "caption": caption,
         "dense": True,
-        "series": {f"{place} memory": [[e["seconds"], e[key] / scale] for e in found]},
+        "series": {f"{place} memory": [[e["seconds"] / ticks, e[key] / scale] for e in found]},
         "levels": {name: size / scale for name, size in levels.items() if size is not None},
         "least": 0,
-        "x": "seconds",
+        "x": clock,
         "y": unit,
     }
 
@@ -260,6 +264,14 @@ def _by_item(memory: Values) -> dict[str, Any] | None:
         "parts": parts,
         "x": unit,
     }
+
+
+def _clock(seconds: float) -> tuple[float, str]:
+    """Return the unit of a time axis that ends here."""
+    for scale, name in ((3600.0, "hours"), (60.0, "minutes")):
+        if seconds > 3 * scale:
+            return scale, name
+    return 1.0, "seconds"
 
 
 def _unit(size_bytes: int) -> tuple[int, str]:
