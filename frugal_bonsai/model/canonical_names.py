@@ -61,8 +61,9 @@ def _with_stated_width(
 ) -> dict[str, Any]:
     """Return the config with the width of layer 0's FFN, where configs state another."""
     output = family.layer_prefix.format(layer=0) + family.ffn_output + ".weight"
-    if not family.stated or output not in shapes:
-        return config
+    stated = all(config.get(key) == value for key, value in family.stated.items())
+    if stated or output not in shapes:
+        return config  # an output, whose layers may differ in width
     changed = config | {family.ffn_key: shapes[output][1]} | dict(family.stated)
     return {key: value for key, value in changed.items() if family.stated.get(key, key) is not None}
 

@@ -10,7 +10,8 @@ from tiny_models import open_tiny, relative, tiny_family
 from transformers import AutoModelForCausalLM
 
 from families.contract import legal_mask, logits_of, masked_parent
-from frugal_bonsai.model.layout import UNIFORM, layout_rules
+from frugal_bonsai.model.layout import PER_LAYER, UNIFORM, layout_rules
+from frugal_bonsai.model.units import FFN
 from frugal_bonsai.rewrite.shrink import shrink
 
 
@@ -34,3 +35,19 @@ def test_an_output_states_the_width_of_its_tensors(tmp_path: Path) -> None:
     assert "block_ff_dim" not in written
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert relative(logits_of(found, tokens_NS), expected) < 1e-5
+
+
+def test_layers_of_an_output_may_differ_in_width(tmp_path: Path) -> None:
+    """The widths are those of the config, not layer 0's."""
+    tiny = tiny_family(tmp_path / "dense", "lfm2")
+    mask = legal_mask(tiny, PER_LAYER)
+    mask.of(tiny.spec.table.groups[1])[:20] = False
+    mask.of(tiny.spec.table.groups[3])[:] = True
+    (tmp_path / "out").mkdir()
+    rules = layout_rules(tiny.spec, PER_LAYER, tile=1)
+    shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
+    tiny.checkpoint.close()
+    again = open_tiny(tmp_path / "out")
+    widths = [group.count for group in again.spec.table.groups if group.kind == FFN]
+    assert widths[0] < widths[1] == again.spec.intermediate == 24
+    again.checkpoint.close()
