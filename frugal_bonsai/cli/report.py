@@ -26,7 +26,7 @@ from frugal_bonsai.cli.running import print_result
     metavar="OUTPUT...",
     nargs=-1,
     required=True,
-    help="Folders that prune or adapt wrote; several are compared on one page.",
+    help="Folders that prune or adapt wrote, several to compare them; or a run directory, OUT.run.",
 )
 @cloup.option_group(
     COMMON,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import output_errors, write_bytes
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.plain_json import json_text
@@ -20,8 +21,11 @@ from frugal_bonsai.report.pages.compare import compare_page
 from frugal_bonsai.report.pages.figures import draw_figures, require_plots
 from frugal_bonsai.report.pages.page import GENERATOR, render_html, render_markdown
 from frugal_bonsai.report.pages.prune import prune_page
+from frugal_bonsai.report.pages.unfinished import unfinished_page
 from frugal_bonsai.run.events import read_events
 from frugal_bonsai.run.provenance import ADAPT_REPORT_FILE, REPORT_FILE, read_report
+from frugal_bonsai.run.run_folder import EVENTS_FILE, is_run_folder
+from frugal_bonsai.run.runs import describe_run
 
 PAGE_FILE, KINDS = "report.html", ("html", "md", "json")
 _OF_PRUNE = {"model", "before", "after", "kept", "dense", "rounds", "memory", "settings"}
@@ -56,11 +60,30 @@ def render_page(page: Mapping[str, Any], kind: str) -> str:
 
 def _page(folder: Path) -> dict[str, Any]:
     """Read the reports of an output, and make its page as plain values."""
+    if folder.is_dir() and is_run_folder(folder.resolve()):
+        return _unfinished(folder.resolve())
     summary, pruned = _read(folder)
     commands, events = _commands(folder.resolve().name, summary), read_events(folder)
     if "training" in summary:
         return adapt_page(summary, pruned, commands, events)
     return prune_page(summary, commands, events)
+
+
+def _unfinished(folder: Path) -> dict[str, Any]:
+    """Return the page of a run directory.
+
+    Raises:
+        CheckpointError: There is no log of a run in it.
+    """
+    run, events = describe_run(folder, folder.parent), read_events(folder)
+    if run is None or not events:
+        raise CheckpointError(
+            f"{folder / EVENTS_FILE}: there is no log of a run; give the folder of an output, or a "
+            f"run directory that frugal-bonsai runs lists"
+        )
+    saved = read_report(folder / STATE_FILE)
+    settings = saved.get("identity", {}).get("settings", {})
+    return unfinished_page(run, {"rounds": [], "settings": settings, **saved}, events)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -65,7 +65,7 @@ def _folders(folder: Path) -> Iterator[Path]:
 def _describe(place: Path, folder: Path) -> dict[str, Any] | None:
     """Describe a run directory or an output; None for any other folder."""
     if is_run_folder(place):
-        return _describe_run(place, folder)
+        return describe_run(place, folder)
     for name, command in ((ADAPT_REPORT_FILE, "adapt"), (REPORT_FILE, "prune")):
         report = read_report(place / name)
         if {"model", "before", "after"} <= report.keys():
@@ -80,7 +80,8 @@ def _describe(place: Path, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _describe_run(place: Path, folder: Path) -> dict[str, Any] | None:
+def describe_run(place: Path, folder: Path) -> dict[str, Any] | None:
+    """Describe a run directory as :func:`list_runs` does; None if there is nothing to resume."""
     events = read_events(place)
     running = (place / LOCK_FILE).exists() and is_locked(place)
     if not running and not holds_files(place):

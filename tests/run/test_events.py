@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from commands import fail
 from commands_here import here, result
+from report.summaries import make_round
 
 from frugal_bonsai.cli.adapt import adapt_command
 from frugal_bonsai.cli.prune import prune_command
@@ -148,6 +149,23 @@ def test_runs_names_each_state_and_how_to_resume(
     assert "resume with:" in shown and "interrupted" in shown
     assert "no such folder" in fail("runs", tmp_path / "absent")
     assert "no runs in" in here("runs", done.parent / "unborn.run")
+
+
+def test_a_run_that_was_stopped_has_a_page(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "half")
+    run.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        record(run, fails=True)
+    round_1 = {**make_round(1, 0.25), "evidence": {"ffn": [[0, 3.0, 0.5]]}}
+    state = {"rounds": [round_1], "identity": {"settings": {"seed": 3}}}
+    (run / "state.json").write_text(json.dumps(state))
+    page = here("report", run, "--format", "md")
+    assert "# half: prune of mine, interrupted" in page
+    assert "It was in round 2 of 3, statistics." in page and "frugal-bonsai runs" in page
+    assert "| 1 | 25.0% | 34.57 |" in page and "| seed | 3 |" in page
+    assert "| read from model |" in page and str(tmp_path) not in page and "/home" not in page
+    (run / "events.jsonl").unlink()
+    assert "there is no log of a run" in fail("report", run)
 
 
 EVENTS = [
