@@ -390,6 +390,17 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 6,
         },
     ),
+    "vaultgemma": (
+        "vaultgemma",
+        {
+            **_SIZES,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 6,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "phi3": ("phi3", {**_SIZES, "sliding_window": 5, "partial_rotary_factor": 0.5}),
     "gpt2": ("gpt2", _GPT2),
     "gpt2-untied": ("gpt2", {**_GPT2, "tie_word_embeddings": False, "n_inner": None}),

@@ -214,6 +214,10 @@ class TestFalconSequential(FamilyContract):
     attention = (PER_LAYER,)
 
 
+class TestVaultGemma(FamilyContract):
+    name = "vaultgemma"
+
+
 class TestPhi3(FamilyContract):
     name = "phi3"
     updates_on_device = True

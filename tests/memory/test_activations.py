@@ -47,7 +47,7 @@ TRACED = [name for name, family in FAMILIES.items() if family.experts is None]
 
 # Families whose layers hold most inside attention.
 ATTENTION_PEAKS = {
-    *("gemma2", "olmo2", "olmo3", "gpt_neo", "gpt_neox", "falcon"),
+    *("gemma2", "vaultgemma", "olmo2", "olmo3", "gpt_neo", "gpt_neox", "falcon"),
     *("granitemoehybrid", "qwen3_5_text", "ernie4_5", "cohere", "cohere2", "starcoder2"),
 }
 

@@ -99,7 +99,7 @@ def test_tensors_of_other_names_are_refused(model: Path, tmp_path: Path) -> None
     ("model_type", "reason"),
     [
         ("hyperclovax", "a reconstruction of the whole model changes model.layers.0.mlp.down_proj"),
-        ("vaultgemma", "its final norm does not follow its weight"),
+        ("olmo", "its final norm does not follow its weight"),
         ("granite_swa", "transformers does not load it pruned"),
         ("jais2", "the checkpoint has no tensor 'model.layers.0.mlp.gate_proj.weight'"),
     ],
@@ -107,7 +107,7 @@ def test_tensors_of_other_names_are_refused(model: Path, tmp_path: Path) -> None
 def test_an_architecture_that_is_not_like_it_is_refused(
     model_type: str, reason: str, tmp_path: Path
 ) -> None:
-    """Multipliers, norms with one added, a tensor for each head, an FFN without a gate."""
+    """Multipliers, norms without weights, a tensor for each head, an FFN without a gate."""
     save_tiny(tmp_path / "m", model_type, **{**CONFIG, "num_hidden_layers": 4})
     message = fail("inspect", tmp_path / "m", "--assume-family", "llama")
     assert reason in message

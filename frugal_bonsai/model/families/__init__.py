@@ -57,6 +57,7 @@ from frugal_bonsai.model.families.seed_oss import SEED_OSS
 from frugal_bonsai.model.families.smollm3 import SMOLLM3
 from frugal_bonsai.model.families.stablelm import STABLELM
 from frugal_bonsai.model.families.starcoder2 import STARCODER2
+from frugal_bonsai.model.families.vaultgemma import VAULTGEMMA
 
 _TABLES = (
     LLAMA,
@@ -75,6 +76,7 @@ _TABLES = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    VAULTGEMMA,
     PHI3,
     GLM,
     GLM4,
