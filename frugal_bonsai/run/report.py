@@ -6,6 +6,7 @@ weights.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from frugal_bonsai.run.provenance import ADAPT_REPORT_FILE, REPORT_FILE, read_re
 from frugal_bonsai.run.run_folder import EVENTS_FILE, is_run_folder
 from frugal_bonsai.run.runs import describe_run
 
+# The path in a line that loads an output, which may lie elsewhere by now.
+_QUOTED = re.compile(r"""\((?:'[^']*'|"[^"]*")\)""")
 PAGE_FILE, KINDS = "report.html", ("html", "md", "json")
 _OF_PRUNE = {"model", "before", "after", "kept", "dense", "rounds", "memory", "settings"}
 _OF_ADAPT = {"model", "before", "after", "training", "data", "memory", "settings"}
@@ -173,11 +176,16 @@ def write_page_beside(out: Path, progress: Progress) -> None:
 def _commands(name: str, summary: Mapping[str, Any]) -> list[str]:
     """Return the lines that use the output, quoted for a shell."""
     quoted = shlex.quote(name)
-    load = str(summary.get("load", "")).partition("(")[0]
+    load = _QUOTED.sub(lambda _: f"({name!r})", str(summary.get("load", "")))
     return [
-        *([f"# Python: {load}({name!r})"] if load else []),
+        *([f"python -i -c {_quoted_code(load)}"] if load else []),
         f"frugal-bonsai eval {quoted} --text FILE",
         f"frugal-bonsai adapt {quoted} --teacher MODEL --data SOURCE --out DIR",
         f"frugal-bonsai bench MODEL {quoted}",
         f"frugal-bonsai export {quoted} --format gguf --out FILE",
     ]
+
+
+def _quoted_code(code: str) -> str:
+    """Return code quoted for a shell, in double quotes where these change nothing."""
+    return shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"'

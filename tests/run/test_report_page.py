@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_figures_are_the_same_each_time(output: Path, drawn: None) -> None:
 def test_markdown_and_json(output: Path) -> None:
     assert "| 0 | 3 of 4 | 192 of 512 | 50.0% |" in report_page(output, kind="md")
     page = json.loads(report_page(output, kind="json"))
+    load = f"AutoModelForCausalLM.from_pretrained({output.name!r})"
+    assert shlex.split(page["commands"][0]) == ["python", "-i", "-c", load]
     assert page["charts"]["kept"]["rows"] == ["KV groups", "FFN channels"]
     assert page["charts"]["kept"]["values"][1] == [0.375, 0.625]
 
