@@ -229,3 +229,28 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
     }
 )
+
+# config.model_type -> llama.cpp's architecture, for families that its own conversion takes.
+CONVERTED_ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    {
+        "apertus": "apertus",
+        "deepseek_v2": "deepseek2",
+        "deepseek_v3": "deepseek2",
+        "dots1": "dots1",
+        "exaone_moe": "exaone-moe",
+        "glm4_moe": "glm4moe",
+        "glm4_moe_lite": "deepseek2",
+        "gpt_oss": "gpt-oss",
+        "granitemoe": "granitemoe",
+        "granitemoehybrid": "granitehybrid",
+        "internlm3": "llama",
+        "lfm2": "lfm2",
+        "minimax_m2": "minimax-m2",
+        "ministral3": "mistral3",
+        "olmo3": "olmo2",
+        "qwen2_moe": "qwen2moe",
+        "qwen3_5_moe_text": "qwen35moe",
+        "qwen3_5_text": "qwen35",
+        "qwen3_next": "qwen3next",
+    }
+)

@@ -16,7 +16,12 @@ import gguf
 from transformers import AutoConfig
 
 from frugal_bonsai.errors import UnsupportedModelError
-from frugal_bonsai.export.architecture import ARCHITECTURES, PER_LAYER_ARCHITECTURE, Architecture
+from frugal_bonsai.export.architecture import (
+    ARCHITECTURES,
+    CONVERTED_ELSEWHERE,
+    PER_LAYER_ARCHITECTURE,
+    Architecture,
+)
 from frugal_bonsai.export.rope import Factors, Keys, describe_rope
 from frugal_bonsai.model.default_config import default_config
 from frugal_bonsai.model.family import ModelSpec
@@ -58,8 +63,8 @@ def describe_shape(spec: ModelSpec) -> Shape:
     model_type = spec.family.model_type
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not exported to GGUF; exported are: "
-            f"{', '.join(sorted(ARCHITECTURES))}"
+            f"model_type {model_type!r} is not exported to GGUF; {_way_out(model_type)}; exported "
+            f"are: {', '.join(sorted(ARCHITECTURES))}"
         )
     own = ARCHITECTURES[model_type]
     kv_heads, channels = KeepMask(spec.table).counts()[ATTENTION], _channels(spec)
@@ -80,6 +85,17 @@ def describe_shape(spec: ModelSpec) -> Shape:
         query_factor=_query_factor(config, architecture, spec, heads[0]),
         keys=keys | rope | _window(config, architecture, spec),
         factors=factors,
+    )
+
+
+def _way_out(model_type: str) -> str:
+    """Return what to do with a family that is not exported, as a part of a sentence."""
+    name = CONVERTED_ELSEWHERE.get(model_type)
+    if name is None:
+        return "llama.cpp does not have this architecture"
+    return (
+        f"llama.cpp has it as {name!r}: try its own convert_hf_to_gguf.py with an output whose "
+        "layers are alike (--layout uniform or padded)"
     )
 
 

@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from tiny_models import save_pair_tokenizer, tiny_family
 
 from export.test_llama_cpp import export
 from export.test_llama_cpp_families import DECI, FAMILIES, FULL
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
+from frugal_bonsai.export.architecture import ARCHITECTURES, CONVERTED_ELSEWHERE
 from frugal_bonsai.export.shape import describe_shape
+from frugal_bonsai.model import families
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, UnitTable
 
@@ -24,6 +27,11 @@ def refused(folder: Path, tmp_path: Path, text: str, dtype: str = "f32") -> None
     with pytest.raises((UnsupportedModelError, CheckpointError), match=text):
         export(folder, tmp_path / "m.gguf", dtype)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_refusal_names_architectures_that_exist() -> None:
+    assert set(CONVERTED_ELSEWHERE.values()) <= set(gguf.MODEL_ARCH_NAMES.values())
+    assert CONVERTED_ELSEWHERE.keys() <= families.FAMILIES.keys() - ARCHITECTURES.keys()
 
 
 def ragged(spec: ModelSpec) -> ModelSpec:
@@ -57,7 +65,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "smollm3-biases": ("smollm3", {**SMOLLM3, "attention_bias": True}, r"o_proj\.bias, and llama"),
     "smollm3-rope": ("smollm3", {}, r"no_rope_layers is \[1, 0\]; .* a multiple of 4 \(dropped"),
-    "opt": ("opt", {}, "model_type 'opt' is not exported to GGUF; exported are: arcee, cohere, "),
+    "opt": (
+        "opt",
+        {},
+        "'opt' is not exported to GGUF; llama.cpp does not have this architecture; exported are",
+    ),
+    "gpt-oss": (
+        "gpt-oss",
+        {},
+        "llama.cpp has it as 'gpt-oss': try its own convert_hf_to_gguf.py with an output whose",
+    ),
     "gpt-neo": ("gpt-neo", {}, "model_type 'gpt_neo' is not exported to GGUF"),
     "gemma2-caps": (
         "gemma2",

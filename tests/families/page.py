@@ -19,6 +19,7 @@ from tiny_models import (
 
 from families import test_families
 from families.contract import FamilyContract
+from frugal_bonsai.export.architecture import CONVERTED_ELSEWHERE
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.families.unsupported import UNSUPPORTED
 from frugal_bonsai.model.family_schema import Condition, Family
@@ -26,7 +27,6 @@ from frugal_bonsai.model.layout import LAYOUTS, PER_LAYER
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
 REFUSED = "refused by name"
-NOT_IN_LLAMA_CPP = ("gpt_neo", "opt")
 TITLES = (
     *("family", "`model_type`", "attention units", *LAYOUTS, "whole prune tested"),
     *("GGUF, layers alike", "GGUF, per-layer", "attention whole, why"),
@@ -73,7 +73,7 @@ def _gguf(family: Family) -> tuple[str, str]:
     alike = {"llama", *(FAMILY_CONFIGS[name][0] for name in in_llama_cpp.FAMILIES)}
     by_layer = {"llama", *(FAMILY_CONFIGS[name][0] for name in in_llama_cpp.DECI)}
     if family.model_type not in alike:
-        why = "no (G1)" if family.model_type in NOT_IN_LLAMA_CPP else "no (G3)"
+        why = "no (G3)" if family.model_type in CONVERTED_ELSEWHERE else "no (G1)"
         return why, why
     return "yes", "yes" if family.model_type in by_layer else "no (G2)"
 
