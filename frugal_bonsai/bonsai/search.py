@@ -1,11 +1,9 @@
 """The rounds: importance, masks, cut, reconstruction, state, until the target sparsity.
 
 In: an engine, settings, layout rules, calibration windows, a run directory. Out: the final mask,
-the refit projections and one report per round. A search resumes after its last finished round and
-ends in the same masks, because every round draws from generators seeded by seed and round alone. Of
-an unfinished round it keeps the importance scores, the masks evaluated and the candidates compared.
-
-Holds the memory of its sweeps. On disk: the dense and the working store, two rounds' refits.
+the refit projections and one report per round. A search resumes in its last round and ends in the
+same masks, because every round draws from generators seeded by seed and round alone. Holds the
+memory of its sweeps. On disk: the dense and the working store, two rounds' refits.
 """
 
 from __future__ import annotations
@@ -102,7 +100,7 @@ class Search:
         self._stores = Stores(engine, state, work, settings.weights)
         columns = max(group.columns for group in engine.spec.table.groups)
         self._windows = RoundWindows(windows_NS, settings, columns)
-        self._blocks = engine.spec.block_parameters
+        self._blocks, whole = engine.spec.block_parameters, KeepMask(engine.spec.table)
         self._schedule = Schedule(
             settings=settings, rules=rules, blocks=self._blocks, latency=unit_milliseconds
         )
@@ -117,7 +115,6 @@ class Search:
             utility=utility,
             log=self._log,
         )
-        whole = KeepMask(engine.spec.table)
         check_reachable(whole, settings.sparsity, rules, self._blocks, settings.allocation)
 
     def run(self, *, resume: bool) -> SearchResult:
@@ -145,10 +142,9 @@ class Search:
                 break  # the layout leaves nothing to remove
             store, more = self._rebuild(state, number, dense, before)
             state.forward_tokens = earlier_tokens + self._engine.sweep.forward_tokens
-            report |= more
-            report["seconds"] = round(time.monotonic() - started, 2)
-            report["forward_tokens"] = state.forward_tokens
-            state.rounds.append(report)
+            seconds = round(time.monotonic() - started, 2)
+            more |= {"seconds": seconds, "forward_tokens": state.forward_tokens}
+            state.rounds.append(report | more)
             self._folder.save(state)
             self._log.clear()
         self._stores.remove()
@@ -161,16 +157,18 @@ class Search:
 
     def _goes_on(self, mask: KeepMask) -> bool:
         """Tell whether another round can bring the mask nearer to the target."""
-        final = self._schedule.final_parameters
-        return can_go_nearer(mask, final, self._rules, self._settings.allocation)
+        schedule, settings = self._schedule, self._settings
+        return can_go_nearer(mask, schedule.final_parameters, self._rules, settings.allocation)
 
-    # -- importance -----------------------------------------------------------------------------
     def _measure_importance(
         self, store: LayerStore, mask: KeepMask, number: int
     ) -> ImportanceScores:
         """Score the units for the round after ``number`` in one unmasked sweep."""
-        engine, windows_NS = self._engine, self._windows.of_round(number)
-        name = self._settings.prior
+        engine, windows_NS, name = (
+            self._engine,
+            self._windows.of_round(number),
+            self._settings.prior,
+        )
         with engine.stream(store) as stream:
             if name in WHOLE.values():
                 return measure_whole(name, engine.sweep, stream, windows_NS, mask)
@@ -197,7 +195,6 @@ class Search:
             keep_means=settings.bias,
         )
 
-    # -- masks and cut --------------------------------------------------------------------------
     def _cut(
         self, state: PruneState, number: int, store: LayerStore, dense: LayerStore | None
     ) -> dict[str, Any]:
@@ -276,7 +273,6 @@ class Search:
         )
         return mask, {"trial": losses}
 
-    # -- after the cut --------------------------------------------------------------------------
     def _rebuild(
         self, state: PruneState, number: int, dense: LayerStore | None, before: KeepMask
     ) -> tuple[LayerStore | None, dict[str, Any]]:

@@ -20,8 +20,7 @@ _LEAST_CHANNELS, _MOST_BLOCKS = 512, 4
 UPDATE_ITERATIONS = 4
 # Tokens of their curvature for each row of the weights updated together. Fewer are learnt by heart.
 _CURVATURE_TOKENS = 64
-# Longest text that the dense model writes at once. A longer window holds several: sampling sweeps
-# over all layers once for each token of a text.
+# Longest text that the dense model writes at once. A longer window holds several.
 _WRITTEN_TOKENS = 256
 _CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
 # Bytes of the windows of a teacher's cache that are computed and written together.

@@ -11,8 +11,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,29 +104,43 @@ def adapt(
         job = replace(job, settings=resolved)
         data = make_training_data(job, plans.teacher)
         gc.collect()  # the teacher
-        before = measure(job.pruned, plans.writing, job, None, what="pruned")
-        trained = _train(job, plans.training, data)
-        student_NSV = _student_logits(job, plans.training, data.held_out_NS)
-        gc.collect()  # the student
-        staged = stack.enter_context(staged_directory(out, replaces=replaceable(overwrite)))
-        written = write_adapted(
-            job,
-            plans.writing,
-            staged,
-            held_out_NS=data.held_out_NS,
-            student_NSV=student_NSV,
-        )
-        summary = describe_adaptation(job, plans, data, trained, before, written, out)
-        summary["seconds"] = time.monotonic() - started + trained.earlier_seconds
-        write_papers(staged, summary)
-        write_adapt_settings(staged, job, plans)
-        copy_events(folder, staged)
+        staged = partial(staged_directory, out, replaces=replaceable(overwrite))
+        summary = _train_and_write(job, plans, data, out, stack, staged, started)
         stack.close()  # the output appears
         if data.cache is not None:
             data.cache.close()
         empty(folder)
         if options.report:
             write_page_beside(out, progress)
+    return summary
+
+
+def _train_and_write(
+    job: Adaptation,
+    plans: AdaptPlans,
+    data: TrainingData,
+    out: Path,
+    stack: ExitStack,
+    stage: Callable[[], AbstractContextManager[Path]],
+    started: float,
+) -> dict[str, Any]:
+    """Train, write the merged model with its papers to a staging folder, return the summary.
+
+    ``stage`` opens the staging folder, which ``stack`` holds.
+    """
+    before = measure(job.pruned, plans.writing, job, None, what="pruned")
+    trained = _train(job, plans.training, data)
+    student_NSV = _student_logits(job, plans.training, data.held_out_NS)
+    gc.collect()  # the student
+    staged = stack.enter_context(stage())
+    written = write_adapted(
+        job, plans.writing, staged, held_out_NS=data.held_out_NS, student_NSV=student_NSV
+    )
+    summary = describe_adaptation(job, plans, data, trained, before, written, out)
+    summary["seconds"] = time.monotonic() - started + trained.earlier_seconds
+    write_papers(staged, summary)
+    write_adapt_settings(staged, job, plans)
+    copy_events(job.folder, staged)
     return summary
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ STORE = "store"
 WORSE = "train it with adapt, calibrate with more text, or remove less (--sparsity)"
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """The arguments of a prune, and the time at which it started."""
+
+    options: PruneOptions
+    out: Path
+    folder: Path
+    resume: bool
+    overwrite: bool
+    utility: Utility | None
+    started: float
+
+
 def prune(
     model: str,
     out: str | Path,
@@ -106,50 +120,51 @@ def prune(
     ):
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
-        begun, finished = saved_progress(folder) if resume else ({}, 0)
-        try:
-            run = prepare_run(
-                opened,
-                options,
-                {RUN: folder, OUT: out},
-                begun=begun,
-                finished=finished,
-                custom_utility=utility is not None,
-                progress=progress,
-                on_plan=on_plan,
-            )
-            summary = _search_and_write(
-                run,
-                options,
-                folder,
-                out,
-                resume=resume,
-                overwrite=overwrite,
-                utility=utility,
-                started=started,
-            )
-        finally:
-            remove_folder(folder / STORE)
-            if not (folder / STATE_FILE).exists():
-                empty(folder)  # nothing that a resume could use
+        request = _Request(
+            options=options,
+            out=out,
+            folder=folder,
+            resume=resume,
+            overwrite=overwrite,
+            utility=utility,
+            started=started,
+        )
+        summary = _run(request, opened, progress, on_plan)
         empty(folder)
         if options.report:
             write_page_beside(out, progress)
     return summary
 
 
-def _search_and_write(
-    run: PruneRun,
-    options: PruneOptions,
-    folder: Path,
-    out: Path,
-    *,
-    resume: bool,
-    overwrite: bool,
-    utility: Utility | None,
-    started: float,
+def _run(
+    request: _Request,
+    opened: Model,
+    progress: Progress,
+    on_plan: Callable[[MemoryPlan], None] | None,
 ) -> dict[str, Any]:
-    """Search, write the pruned model with its papers to ``out``, and return the summary."""
+    """Run a prune in its folder, where it leaves nothing but what a resume could use."""
+    folder = request.folder
+    begun, finished = saved_progress(folder) if request.resume else ({}, 0)
+    try:
+        run = prepare_run(
+            opened,
+            request.options,
+            {RUN: folder, OUT: request.out},
+            begun=begun,
+            finished=finished,
+            custom_utility=request.utility is not None,
+            progress=progress,
+            on_plan=on_plan,
+        )
+        return _search_and_write(run, request)
+    finally:
+        remove_folder(folder / STORE)
+        if not (folder / STATE_FILE).exists():
+            empty(folder)
+
+
+def _search_and_write(run: PruneRun, request: _Request) -> dict[str, Any]:
+    """Search, write the pruned model with its papers to the output, and return the summary."""
     provenance, settings = read_provenance(run.model), run.resolved.settings
     warned = (
         pruned_before_warning(run.model.name, provenance),
@@ -157,26 +172,27 @@ def _search_and_write(
     )
     warnings = note_warnings(run.engine.progress, warned)
     before = _measure(run, run.model, run.engine, "dense")
-    found = _search(run, folder, resume=resume, utility=utility)
-    with staged_directory(out, replaces=replaceable(overwrite)) as staged:
-        summary = describe_run(run, found, out) | {"before": before}
+    found = _search(run, request)
+    with staged_directory(request.out, replaces=replaceable(request.overwrite)) as staged:
+        summary = describe_run(run, found, request.out) | {"before": before}
         summary |= _write(run, found, staged)
-        if utility is not None:
-            summary["settings"]["utility"] = utility_name(utility)
+        if request.utility is not None:
+            summary["settings"]["utility"] = utility_name(request.utility)
         worse = figure_warnings(before, summary["after"], advice=WORSE)
         summary["warnings"] = [*warnings, *worse]
         summary["provenance"] = with_step(provenance, "prune", summary)
-        add_task_scores(summary, run, options, staged)
-        summary["seconds"] = time.monotonic() - started
+        add_task_scores(summary, run, request.options, staged)
+        summary["seconds"] = time.monotonic() - request.started
         write_papers(staged, summary, run.model.spec, found.mask)
-        write_prune_settings(staged, run, options)
-        copy_events(folder, staged)
+        write_prune_settings(staged, run, request.options)
+        copy_events(request.folder, staged)
     return summary
 
 
-def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | None) -> SearchResult:
-    """Search for the units to keep, in rounds that ``folder`` resumes from."""
+def _search(run: PruneRun, request: _Request) -> SearchResult:
+    """Search for the units to keep, in rounds that the run directory resumes from."""
     resolved, calibration = run.resolved, run.calibration
+    folder, utility = request.folder, request.utility
     identity = {
         "settings": resolved.settings.to_json(),
         "layout": resolved.rules.layout,
@@ -187,7 +203,7 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
         "utility": None if utility is None else utility_name(utility),
     }
     state = StateFolder(folder, identity)
-    if resume and not state.exists:
+    if request.resume and not state.exists:
         run.engine.progress.note(f"--resume: {folder} holds no state, starting anew")
     run.engine.sweep.forward_tokens = 0  # count what the search spends, not the reports
     search = Search(
@@ -203,7 +219,7 @@ def _search(run: PruneRun, folder: Path, *, resume: bool, utility: Utility | Non
         utility=utility,
         unit_milliseconds=None if resolved.latency is None else resolved.latency.unit,
     )
-    return search.run(resume=resume and state.exists)
+    return search.run(resume=request.resume and state.exists)
 
 
 def _write(run: PruneRun, found: SearchResult, staged: Path) -> dict[str, Any]:
