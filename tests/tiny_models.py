@@ -306,6 +306,22 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 8.0,
         },
     ),
+    "granite4-experts": (
+        "granitemoehybrid",
+        {
+            **_SIZES,
+            "layers_block_type": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 9,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 12,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
     "olmo2": ("olmo2", _SIZES),
     "olmo3": (
         "olmo3",

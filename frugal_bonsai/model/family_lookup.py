@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
-from frugal_bonsai.model.families import FAMILIES
+from frugal_bonsai.model.families import FAMILIES, VARIANTS
 from frugal_bonsai.model.families.unsupported import UNSUPPORTED
 from frugal_bonsai.model.family_schema import Family
 
@@ -32,7 +32,9 @@ def find_family(
     """
     model_type, known = config.get("model_type"), ", ".join(sorted(FAMILIES))
     if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
+        variants = VARIANTS.get(model_type, ())
+        own = (family for condition, family in variants if condition.holds(config))
+        return next(own, FAMILIES[model_type])
     if assume is not None and isinstance(model_type, str):
         if assume not in FAMILIES:
             raise OptionError(f"--assume-family: {assume!r} is not one of {known}")

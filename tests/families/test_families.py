@@ -52,6 +52,12 @@ class TestGranite4(FamilyContract):
     attention = ()
 
 
+class TestGranite4Experts(FamilyContract):
+    name = "granite4-experts"
+    refines = False
+    attention = ()
+
+
 class TestOlmo2(FamilyContract):
     name = "olmo2"
     attention = ()

@@ -1,4 +1,4 @@
-"""Mixtures whose shared experts are as wide as a multiple of the routed ones: whole experts go."""
+"""Mixtures with shared experts, as wide as a multiple of the routed ones: whole experts go."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import WHOLE_EXPERTS_PRUNED, open_tiny, save_byte_tokenizer, tiny_family
 
 import frugal_bonsai
+from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import OptionError, UnsupportedModelError
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.units import FFN, KeepMask
@@ -58,6 +59,20 @@ def test_experts_go_whole(name: str, dense: dict[str, Path], tmp_path: Path) -> 
         + sum(b.numel() for n, b in model.named_buffers() if n.endswith("correction_bias"))
         == summary["after"]["parameters"]
     )
+
+
+def test_an_architecture_with_and_without_experts(tmp_path: Path) -> None:
+    """Granite 4: its config decides which table describes it."""
+    tiny_family(tmp_path / "dense", "granite4-experts", vocab_size=256).checkpoint.close()
+    save_byte_tokenizer(tmp_path / "dense")
+    summary = prune(tmp_path / "dense", tmp_path / "out")
+    assert summary["kept"]["experts"] == [3, 3]
+    assert summary["verify"]["max_relative_difference"] < 1e-5
+    with Checkpoint.open(tmp_path / "out") as checkpoint:
+        stacked = checkpoint.shapes["model.layers.0.block_sparse_moe.input_linear.weight"]
+        assert stacked == (3, 2 * 20, 24)
+        assert checkpoint.shapes["model.layers.0.shared_mlp.input_linear.weight"] == (2 * 9, 24)
+    frugal_bonsai.load_pruned(tmp_path / "out")
 
 
 def test_channels_are_refused(dense: dict[str, Path], tmp_path: Path) -> None:

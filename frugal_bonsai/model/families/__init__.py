@@ -29,6 +29,7 @@ from frugal_bonsai.model.families.gpt_oss import GPT_OSS
 from frugal_bonsai.model.families.granite import GRANITE
 from frugal_bonsai.model.families.granitemoe import GRANITEMOE
 from frugal_bonsai.model.families.granitemoehybrid import GRANITEMOEHYBRID
+from frugal_bonsai.model.families.granitemoehybrid_experts import GRANITEMOEHYBRID_EXPERTS
 from frugal_bonsai.model.families.helium import HELIUM
 from frugal_bonsai.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from frugal_bonsai.model.families.internlm3 import INTERNLM3
@@ -58,6 +59,7 @@ from frugal_bonsai.model.families.smollm3 import SMOLLM3
 from frugal_bonsai.model.families.stablelm import STABLELM
 from frugal_bonsai.model.families.starcoder2 import STARCODER2
 from frugal_bonsai.model.families.vaultgemma import VAULTGEMMA
+from frugal_bonsai.model.family_schema import Condition
 
 _TABLES = (
     LLAMA,
@@ -116,6 +118,12 @@ _TABLES = (
     DEEPSEEK_V2,
 )
 FAMILIES = {family.model_type: family for family in _TABLES}
+# Another table for some configs of an architecture: the first whose condition holds.
+VARIANTS = {
+    "granitemoehybrid": (
+        (Condition(key="num_local_experts", other_than=0, default=8), GRANITEMOEHYBRID_EXPERTS),
+    ),
+}
 # Text models inside models of several modalities that compute the same as a family as long as all
 # tokens are text. Those of Qwen2-VL compute the width of a head from the number of heads.
 TEXT_MODELS = {

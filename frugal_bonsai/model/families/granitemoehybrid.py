@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.granite import GRANITE
-from frugal_bonsai.model.family_schema import Condition, Mixer, Part, Peak, always
+from frugal_bonsai.model.family_schema import Mixer, Part, Peak, always
 
 GRANITEMOEHYBRID = replace(
     GRANITE,
     model_type="granitemoehybrid",
-    models="Granite 4 without experts",
+    models="Granite 4",
     attention_parts=(),
     other_mixers=(Mixer(output="mamba.out_proj"),),
     ffn_parts=(
@@ -24,11 +24,4 @@ GRANITEMOEHYBRID = replace(
     # State spaces in torch's own operations, with heads of 64 and chunks of 256 tokens.
     peaks=(Peak(hidden=2, ffn=4), Peak(hidden=1, attention=69)),
     whole_attention=(always("most layers have state spaces in the place of attention"),),
-    refused=(
-        Condition(
-            key="num_local_experts",
-            other_than=0,
-            reason="its table has the FFN without experts",
-        ),
-    ),
 )
