@@ -344,7 +344,6 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("ernie4_5", {**_SIZES, "tie_word_embeddings": True}),
     "ernie4_5-biases": ("ernie4_5", {**_SIZES, "use_bias": True}),
     "hunyuan": ("hunyuan_v1_dense", _SIZES),
-    "internlm3": ("internlm3", {**_SIZES, "attention_bias": True, "mlp_bias": True}),
     # Its FFN has 8 * ceil(2/3 * 36 * 0.8 / 8) = 24 channels.
     "lfm2": (
         "lfm2",

@@ -243,7 +243,6 @@ CONVERTED_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "gpt_oss": "gpt-oss",
         "granitemoe": "granitemoe",
         "granitemoehybrid": "granitehybrid",
-        "internlm3": "llama",
         "lfm2": "lfm2",
         "minimax_m2": "minimax-m2",
         "ministral3": "mistral3",

@@ -110,10 +110,6 @@ class TestHunyuan(FamilyContract):
     name = "hunyuan"
 
 
-class TestInternLm3(FamilyContract):
-    name = "internlm3"
-
-
 class TestLfm2(FamilyContract):
     name = "lfm2"
     attention = ()

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILY_CONFIGS, random_windows, relative, tiny_family
+from tiny_models import (
+    FAMILY_CONFIGS,
+    WHOLE_EXPERTS_PRUNED,
+    random_windows,
+    relative,
+    tiny_family,
+)
 
 from families.contract import legal_mask, logits_of, masked_parent
 from frugal_bonsai.model.layout import PER_LAYER, layout_rules
@@ -36,13 +42,28 @@ torch.save(found, sys.argv[1] + ".found")
 """
 
 
+LAYERS = "num_hidden_layers"
+# Of families whose experts only go whole, and not from layer 0: two layers have experts.
+THREE_LAYERS = {
+    LAYERS: 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """Return folder of the rewritten model -> logits of the masked parent."""
     root, tokens_NS, expected = tmp_path_factory.mktemp("remote"), random_windows(2, 13), {}
     for name in FAMILY_CONFIGS:
-        tiny = tiny_family(root / f"{name}-dense", name)
+        changes = THREE_LAYERS if name in WHOLE_EXPERTS_PRUNED else {}
+        own = {key: changes[key] for key in changes if key in {*FAMILY_CONFIGS[name][1], LAYERS}}
+        tiny = tiny_family(root / f"{name}-dense", name, **own)
         mask = legal_mask(tiny, PER_LAYER)
+        if changes:
+            for group in tiny.spec.table.groups:
+                if (group.layer, group.expert) == (2, 0):
+                    mask.of(group)[:] = False
         (root / name).mkdir()
         rules = layout_rules(tiny.spec, PER_LAYER, tile=1)
         shrink(tiny.checkpoint, tiny.spec, mask, root / name, rules=rules)

@@ -32,7 +32,6 @@ from frugal_bonsai.model.families.granitemoehybrid import GRANITEMOEHYBRID
 from frugal_bonsai.model.families.granitemoehybrid_experts import GRANITEMOEHYBRID_EXPERTS
 from frugal_bonsai.model.families.helium import HELIUM
 from frugal_bonsai.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
-from frugal_bonsai.model.families.internlm3 import INTERNLM3
 from frugal_bonsai.model.families.lfm2 import LFM2
 from frugal_bonsai.model.families.llama import LLAMA
 from frugal_bonsai.model.families.mellum import MELLUM
@@ -86,7 +85,6 @@ _TABLES = (
     ERNIE4_5,
     HUNYUAN_V1_DENSE,
     SEED_OSS,
-    INTERNLM3,
     LFM2,
     HELIUM,
     COHERE,
