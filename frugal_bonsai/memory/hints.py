@@ -24,7 +24,7 @@ def advise(
 ) -> str:
     """Return the options that would make the work fit into the same room; empty without any.
 
-    Of several values of one option the first that fits is named, which changes least.
+    Of several values of one option, the text names the first that fits: it changes least.
     """
     found: dict[str, str] = {}
     for option, work in changes:

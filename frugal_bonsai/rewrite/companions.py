@@ -31,11 +31,11 @@ PROCESSOR = ("processor_config.json", "*preprocessor_config.json")
 
 
 def companions(source_folder: Path, *, processor: bool = False) -> list[Path]:
-    """Return those of the files in :data:`COMPANIONS` that a model's folder has, sorted.
+    """Return the files of a model's folder that match :data:`COMPANIONS`, sorted.
 
     Args:
         source_folder: the model's folder.
-        processor: with the files in :data:`PROCESSOR`.
+        processor: whether files that match :data:`PROCESSOR` are returned too.
     """
     patterns = (*COMPANIONS, *(PROCESSOR if processor else ()))
     found = {path for pattern in patterns for path in source_folder.glob(pattern)}

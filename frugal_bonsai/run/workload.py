@@ -133,8 +133,8 @@ def _element_bytes(checkpoint: Checkpoint) -> int:
 def forward_tokens(spec: ModelSpec, work: PruneWorkload, plan: MemoryPlan) -> int:
     """Return the largest number of tokens that a search takes through the whole model.
 
-    Every round may spend all masks and try all candidate cuts. The scale of the logits takes
-    passes of the head, counted by the head's share of the model. A channel update passes through a
+    Every round may spend all masks and try all candidate cuts. The logit scale takes passes of
+    the head, counted by the head's share of the model. A channel update passes through a
     part of the remaining model, counted as all of it: forward and back and for a solve in each
     step, and once at the end.
 

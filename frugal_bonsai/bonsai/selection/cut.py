@@ -81,8 +81,8 @@ def cut(
             in the published code, where a KV group competes with a channel whatever its size. With
             ``latency`` both layouts divide by milliseconds.
         latency: Milliseconds of one unit of each kind, for ``latency``.
-        allocation: ``equal`` and ``ffn`` take from the group with the smallest share removed; the
-            loss decides between equals.
+        allocation: ``equal`` and ``ffn`` take from the group with the smallest removed share; the
+            loss breaks ties.
 
     Returns:
         A new mask. ``per-layer``: at most the target, and short of it by less than the finest step.
