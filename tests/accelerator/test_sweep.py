@@ -14,7 +14,7 @@ from tiny_models import Tiny, random_mask, random_windows, relative, sweep_limit
 from frugal_bonsai.bonsai.importance.imputation import Imputations, Tensors
 from frugal_bonsai.model.units import UnitGroup
 from frugal_bonsai.progress import Silent
-from frugal_bonsai.stream import forward, layers
+from frugal_bonsai.stream import forward, layers, taps
 from frugal_bonsai.stream.engine import Engine, compute_dtype
 from frugal_bonsai.stream.hidden import HiddenStates
 from frugal_bonsai.stream.spill import Spill
@@ -155,11 +155,11 @@ def test_no_micro_batch_waits_for_the_device(
 def test_a_sweep_that_waits_for_each_micro_batch_would_be_seen(
     tiny: Tiny, store: LayerStore, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forward, "to_device", lambda mask, device: mask.to(device))
+    monkeypatch.setattr(taps, "to_device", lambda mask, device: mask.to(device))
     engine = _engine(tiny, machine.device, resident_windows=WINDOWS, micro_batch=1)
     _losses(engine, store, Masks(tiny, machine.device))
     pageable = {where.split()[0].partition(":")[0]: n for (_, where), n in machine.pageable.items()}
-    assert pageable["stream/forward.py"] == WINDOWS * len(tiny.spec.table.groups)
+    assert pageable["stream/taps.py"] == WINDOWS * len(tiny.spec.table.groups)
 
 
 # -- the order of the streams --------------------------------------------------------------------
