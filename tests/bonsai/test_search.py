@@ -72,8 +72,10 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def small_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four settings of the published regression instead of 60."""
+def small_grid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six settings of the published regression instead of 60, and few epochs but for golden."""
+    if "golden" not in request.node.name:
+        monkeypatch.setattr(paper_regression, "EPOCHS", 8)
     for name, values in (
         ("PENALTIES", (1e-4, 0.0)),
         ("RATE_FACTORS", (10.0, 1.0)),

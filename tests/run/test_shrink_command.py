@@ -96,6 +96,7 @@ def test_a_prune_without_recovery_and_its_mask_give_the_same_files(
         "pruning_report.json",
         "report.html",
         "run.toml",
+        "events.jsonl",
     }
     assert {path.name for path in out.iterdir()} == names
     for name in names - {"README.md"}:

@@ -93,7 +93,7 @@ def test_commands_calibrate_and_train_with_chats(model: Path, tmp_path: Path) ->
     import frugal_bonsai
 
     file = write(tmp_path / "chats.jsonl", *[{"messages": CHAT}] * 400)
-    caps = {"window": 64, "windows": 8, "max_cpu_mem": "3GB", "report": False}
+    caps = {"window": 64, "windows": 8, "max_cpu_mem": "8GB", "report": False}
     pruned, adapted = tmp_path / "pruned", tmp_path / "adapted"
     summary = frugal_bonsai.prune(
         str(model), pruned, sparsity=0.2, method="magnitude", calibration=file, **caps
