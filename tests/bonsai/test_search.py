@@ -593,7 +593,9 @@ def test_a_round_that_is_cut_off_keeps_its_scores_masks_and_candidates(
 # Norms behind the projections, experts, and attention of another kind in every layer.
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_5"])
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("prior", ["exact", "random"])
 def test_a_reconstruction_that_is_cut_off_keeps_its_layers(
+    prior: str,
     last: bool,
     family: str,
     tmp_path: Path,
@@ -601,11 +603,12 @@ def test_a_reconstruction_that_is_cut_off_keeps_its_layers(
 ) -> None:
     tiny = tiny_family(tmp_path / "m", family, dtype=torch.bfloat16)
     tokens = random_windows(WINDOWS, WINDOW)
-    whole = _search(tiny, tokens, tmp_path / "whole", refine=2)
+    options = {"refine": 2, "prior": prior}
+    whole = _search(tiny, tokens, tmp_path / "whole", **options)
     rounds = len(whole.rounds)
     number = rounds if last else 1
     with pytest.raises(Interrupt):
-        _search(tiny, tokens, tmp_path / "cut", refine=2, progress=InterruptInRecovery(number, 1))
+        _search(tiny, tokens, tmp_path / "cut", **options, progress=InterruptInRecovery(number, 1))
     refitted: list[int] = []
     refit = Reconstruction._refit_layer
 
@@ -615,7 +618,7 @@ def test_a_reconstruction_that_is_cut_off_keeps_its_layers(
         refit(reconstruction, work)
 
     monkeypatch.setattr(Reconstruction, "_refit_layer", counted)
-    _assert_same(_search(tiny, tokens, tmp_path / "cut", refine=2, resume=True), whole)
+    _assert_same(_search(tiny, tokens, tmp_path / "cut", **options, resume=True), whole)
     # Of the round that was cut off, the layer before the interruption is not refitted again.
     layers = list(range(tiny.spec.layers))
     assert refitted == layers[1:] + layers * (rounds - number)

@@ -202,9 +202,14 @@ class ImportanceBuilder:
         return [x for group in groups for x in self._score_N[self._mask.table.span(group)].tolist()]
 
     def restore(self, layer: int, scores: Sequence[float]) -> None:
-        """Set the scores of a layer's units to those of :meth:`of_layer`."""
+        """Set the scores of a layer's units to those of :meth:`of_layer`.
+
+        ``random`` draws as often as if it scored them, so that later layers get the same scores.
+        """
         start = 0
         for group in self._mask.table.of_layer(layer):
+            if self.name == "random" and self._mask.kept(group):
+                torch.rand(self._mask.kept(group), generator=self._generator, dtype=torch.float64)
             own = torch.tensor(scores[start : start + group.count], dtype=torch.float64)
             self._score_N[self._mask.table.span(group)] = own
             start += group.count

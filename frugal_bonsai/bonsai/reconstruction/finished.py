@@ -27,11 +27,13 @@ class FinishedLayers:
 
     Attributes:
         log: Log of the round.
+        number: The round.
         mask: The remaining units.
         read: Returns the readers of a layer's saved refits, by full name.
     """
 
     log: RoundLog
+    number: int
     mask: KeepMask
     read: Callable[[int], Readers]
 
@@ -59,7 +61,8 @@ class FinishedLayers:
         return True
 
     def _key(self, layer: int) -> str:
-        return fingerprint(b"layer", str(layer).encode(), self.mask.keep_N.numpy().tobytes())
+        at = f"layer {layer} of round {self.number}"
+        return fingerprint(at.encode(), self.mask.keep_N.numpy().tobytes())
 
 
 def _advance_dense(work: LayerPass) -> None:

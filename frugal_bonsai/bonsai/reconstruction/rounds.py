@@ -118,7 +118,7 @@ class RoundReconstruction:
         }
 
     def _finished(self, mask: KeepMask, number: int) -> FinishedLayers:
-        return FinishedLayers(self.log, mask, partial(self.stores.layer_refits, number))
+        return FinishedLayers(self.log, number, mask, partial(self.stores.layer_refits, number))
 
     def _write_text(self, dense: LayerStore) -> torch.Tensor:
         """Let the dense model write the windows that join the calibration, int64 ``[n, S]``."""
@@ -146,7 +146,8 @@ class RoundReconstruction:
         window, on that one. With a user's utility they are its negative. Losses that the round's
         log holds are not measured again.
         """
-        key, sweep = fingerprint(b"candidate", mask.keep_N.numpy().tobytes()), self.engine.sweep
+        name, sweep = f"candidate of round {number}", self.engine.sweep
+        key = fingerprint(name.encode(), mask.keep_N.numpy().tobytes())
         logged = self.log.find(key)
         if logged.values:
             sweep.forward_tokens += logged.tokens
