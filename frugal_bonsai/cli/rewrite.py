@@ -37,11 +37,12 @@ from frugal_bonsai.cli.running import print_result, watched
     options.max_shard_size,
     options.assume,
     options.overwrite,
+    options.no_report,
     options.dry_run,
     options.json_output,
     options.verbose,
 )
-def shrink_command(dry_run: bool, as_json: bool, **given: Any) -> None:
+def shrink_command(dry_run: bool, as_json: bool, report: bool, **given: Any) -> None:
     """Prune MODEL with a mask from elsewhere; needs no text and the memory of one tensor.
 
     A mask holds no weights, so projections that prune refitted are not in it.
@@ -61,7 +62,7 @@ def shrink_command(dry_run: bool, as_json: bool, **given: Any) -> None:
         return
     from frugal_bonsai.run.shrink import shrink
 
-    print_result(shrink(**given), render_shrink, as_json=as_json)
+    print_result(shrink(**given, report=report), render_shrink, as_json=as_json)
 
 
 @cloup.command(

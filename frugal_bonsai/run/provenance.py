@@ -53,6 +53,12 @@ def with_step(provenance: Mapping[str, Any], command: str, summary: Mapping[str,
     return {**provenance, "steps": [*provenance["steps"], step]}
 
 
+def last_command(report: Mapping[str, Any]) -> str | None:
+    """Return the command that wrote a report; None if it records no steps."""
+    steps = (report.get("provenance") or {}).get("steps")
+    return None if not steps else str(steps[-1]["command"])
+
+
 def _earlier(folder: Path) -> Mapping[str, Any]:
     """Return the provenance that the run which wrote a model has recorded."""
     for name, command in ((ADAPT_REPORT_FILE, "adapt"), (REPORT_FILE, "prune")):

@@ -1,4 +1,4 @@
-"""``report``: one page on what ``prune`` or ``adapt`` wrote.
+"""``report``: one page on what ``prune``, ``adapt`` or ``shrink`` wrote.
 
 In: the output's folder. Out: the page as text, or a file. Reads the reports in the folder, no
 weights.
@@ -22,6 +22,7 @@ from frugal_bonsai.report.pages.compare import compare_page
 from frugal_bonsai.report.pages.figures import draw_figures, require_plots
 from frugal_bonsai.report.pages.page import GENERATOR, render_html, render_markdown
 from frugal_bonsai.report.pages.prune import prune_page
+from frugal_bonsai.report.pages.shrink import shrink_page
 from frugal_bonsai.report.pages.unfinished import unfinished_page
 from frugal_bonsai.run.events import read_events
 from frugal_bonsai.run.provenance import ADAPT_REPORT_FILE, REPORT_FILE, read_report
@@ -31,6 +32,8 @@ from frugal_bonsai.run.runs import describe_run
 # The path in a line that loads an output, which may lie elsewhere by now.
 _QUOTED = re.compile(r"""\((?:'[^']*'|"[^"]*")\)""")
 PAGE_FILE, KINDS = "report.html", ("html", "md", "json")
+_KEPT = {"kept", "dense", "layer_sparsity", "sparsity"}
+_OF_SHRINK = {"model", "before", "after", "mask", *_KEPT}
 _OF_PRUNE = {"model", "before", "after", "kept", "dense", "rounds", "memory", "settings"}
 _OF_ADAPT = {"model", "before", "after", "training", "data", "memory", "settings"}
 
@@ -39,7 +42,7 @@ def report_page(*folders: str | Path, kind: str = "html") -> str:
     """Return the page of a pruned or an adapted model, or of several side by side.
 
     Args:
-        folders: Folders that ``prune`` or ``adapt`` wrote.
+        folders: Folders that ``prune`` or ``adapt`` wrote, or one that ``shrink`` wrote.
         kind: ``html``, ``md`` or ``json``. ``html`` needs matplotlib.
 
     Raises:
@@ -49,9 +52,14 @@ def report_page(*folders: str | Path, kind: str = "html") -> str:
     places = [Path(folder).expanduser() for folder in folders]
     if len(places) == 1:
         return render_page(_page(places[0]), kind)
-    return render_page(
-        compare_page([(place.resolve().name, *_read(place)) for place in places]), kind
-    )
+    results = [(place.resolve().name, *_read(place)) for place in places]
+    for place, (_, summary, _pruned) in zip(places, results, strict=True):
+        if "mask" in summary:
+            raise CheckpointError(
+                f"{place}: shrink wrote it and measured no perplexity, so there is nothing to "
+                f"compare; leave it out"
+            )
+    return render_page(compare_page(results), kind)
 
 
 def render_page(page: Mapping[str, Any], kind: str) -> str:
@@ -67,6 +75,8 @@ def _page(folder: Path) -> dict[str, Any]:
         return _unfinished(folder.resolve())
     summary, pruned = _read(folder)
     commands, events = _commands(folder.resolve().name, summary), read_events(folder)
+    if "mask" in summary:
+        return shrink_page(summary, commands)
     if "training" in summary:
         return adapt_page(summary, pruned, commands, events)
     return prune_page(summary, commands, events)
@@ -96,8 +106,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     adapted, pruned = (read_report(folder / file) for file in (ADAPT_REPORT_FILE, REPORT_FILE))
     if (folder / ADAPT_REPORT_FILE).exists():
         _require(adapted, _OF_ADAPT, folder / ADAPT_REPORT_FILE, "adapt")
-        return adapted, pruned if pruned.keys() >= _OF_PRUNE else None
-    _require(pruned, _OF_PRUNE, folder / REPORT_FILE, "prune")
+        return adapted, pruned if pruned.keys() >= _KEPT else None
+    if not pruned.keys() >= _OF_SHRINK:
+        _require(pruned, _OF_PRUNE, folder / REPORT_FILE, "prune")
     return pruned, None
 
 

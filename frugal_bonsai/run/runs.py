@@ -15,7 +15,7 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.run.arguments import command_line
 from frugal_bonsai.run.events import read_events
-from frugal_bonsai.run.provenance import ADAPT_REPORT_FILE, REPORT_FILE, read_report
+from frugal_bonsai.run.provenance import ADAPT_REPORT_FILE, REPORT_FILE, last_command, read_report
 from frugal_bonsai.run.run_folder import (
     EVENTS_FILE,
     LOCK_FILE,
@@ -72,7 +72,7 @@ def _describe(place: Path, folder: Path) -> dict[str, Any] | None:
             return {
                 **_common(place, folder, read_events(place)),
                 "state": FINISHED,
-                "command": command,
+                "command": last_command(report) or command,
                 "model": parent_name(report["model"]),
                 "progress": _figures(command, report),
                 "resume": None,
@@ -110,7 +110,7 @@ def _common(out: Path, folder: Path, events: list[dict[str, Any]]) -> dict[str, 
 
 def _figures(command: str, report: Mapping[str, Any]) -> str:
     before, after = report["before"].get("perplexity"), report["after"].get("perplexity")
-    text = f"{report.get('sparsity', 0):.0%} removed" if command == "prune" else "adapted"
+    text = "adapted" if command == "adapt" else f"{report.get('sparsity', 0):.0%} removed"
     if isinstance(before, float) and isinstance(after, float):
         text += f", perplexity {before:.2f} to {after:.2f}"
     return text

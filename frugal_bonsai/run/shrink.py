@@ -1,8 +1,9 @@
 """``shrink``: rewrite a model with a mask from elsewhere.
 
 In: a dense model, a mask file, an output folder. Out: the pruned model in that folder, which
-appears when it is complete, and a summary as plain values. Reads no text, runs no forward pass and
-uses no GPU. Holds one tensor. A mask has no refitted weights, so the result is the masked parent.
+appears when it is complete, with its mask, report and page, and a summary as plain values. Reads no
+text, runs no forward pass and uses no GPU. Holds one tensor. A mask has no refitted weights, so the
+result is the masked parent.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
 from frugal_bonsai.run.early import check_shrink
 from frugal_bonsai.run.open import Model, note_model, open_model, write_output
 from frugal_bonsai.run.output import replaceable
-from frugal_bonsai.run.provenance import MASK_FILE, read_provenance, with_step
+from frugal_bonsai.run.provenance import MASK_FILE, REPORT_FILE, read_provenance, with_step
+from frugal_bonsai.run.report import write_page_beside
 from frugal_bonsai.run.run_folder import locked, run_folder
-from frugal_bonsai.run.summary import load_line
+from frugal_bonsai.run.summary import layer_sparsity, load_line, write_report
 from frugal_bonsai.run.warnings import note_warnings, pruned_before_warning
 from frugal_bonsai.sizes import parse_bytes
 from frugal_bonsai.text.windows import has_tokenizer
@@ -47,6 +49,7 @@ def shrink(
     max_shard_size: str | int = "5GB",
     assume_family: str | None = None,
     overwrite: bool = False,
+    report: bool = True,
     progress: Progress | bool | None = None,
 ) -> dict[str, Any]:
     """Write the pruned model that a mask file describes.
@@ -61,6 +64,7 @@ def shrink(
         max_shard_size: Largest shard of the output: bytes, or text such as ``"5GB"``.
         assume_family: Family whose table is used for an architecture that has none.
         overwrite: Replace ``out`` at the end, if it is a folder that this program wrote.
+        report: Write the page ``report.html`` into the output, if matplotlib is installed.
         progress: Told of notes. None prints them in notebooks, False nowhere.
 
     Returns:
@@ -89,7 +93,11 @@ def shrink(
         rules = layout_rules(opened.spec, layout, tile=1, as_mistral=as_mistral)
         with staged_directory(out, replaces=replaceable(overwrite)) as staged:
             summary = _shrink(opened, Path(mask), staged, out, rules, shard_bytes, progress)
-    return summary | {"seconds": time.monotonic() - started}
+            summary["seconds"] = time.monotonic() - started
+            write_report(staged / REPORT_FILE, summary)
+        if report:
+            write_page_beside(out, progress)
+    return summary
 
 
 def _shrink(
@@ -118,6 +126,8 @@ def _shrink(
             "before": model.sizes,
             "after": output.sizes,
             "sparsity": written.sparsity,
+            "layer_sparsity": layer_sparsity(model, keep),
+            "mask": mask.name,
             "multimodal": model.whole,
             "layout": rules.layout,
             "out": str(out),

@@ -54,7 +54,7 @@ def describe_run(run: PruneRun, found: SearchResult, out: Path) -> dict[str, Any
         "eval_text": None if run.eval_text is None else run.eval_text.describe(),
         "kept": found.mask.counts_with_experts(),
         "dense": KeepMask(model.spec.table).counts_with_experts(),
-        "layer_sparsity": _layer_sparsity(model, found.mask),
+        "layer_sparsity": layer_sparsity(model, found.mask),
         "latency": None if latency is None else latency.describe(found.mask),
         "rounds": found.rounds,
         "forward_tokens": found.forward_tokens,
@@ -104,7 +104,7 @@ def describe_peaks(
     }
 
 
-def _layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
+def layer_sparsity(model: Model, mask: KeepMask) -> list[float]:
     """Return the share of each layer's parameters that is removed."""
     shares = []
     dropped = mask.dropped_layers()

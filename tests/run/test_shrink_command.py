@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.mask_file import read_mask, write_mask
+from frugal_bonsai.run.report import report_page
+from frugal_bonsai.run.runs import list_runs
 
 QUICK = ("--windows", "4", "--window", "64", "--level", "none", "--max-cpu-mem", "2GB")
 
@@ -98,12 +101,28 @@ def test_a_prune_without_recovery_and_its_mask_give_the_same_files(
         "run.toml",
         "events.jsonl",
     }
-    assert {path.name for path in out.iterdir()} == names
+    page = {path.name for path in out.iterdir()} & {"report.html"}
+    assert {path.name for path in out.iterdir()} == names | {"pruning_report.json"} | page
     for name in names - {"README.md"}:
         assert (out / name).read_bytes() == (pruned / name).read_bytes(), name
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "refitted" in card and f"{summary['sparsity']:.1%}" in card
     assert str(tmp_path) not in card
+    report = json.loads((out / "pruning_report.json").read_text(encoding="utf-8"))
+    assert report["mask"] == mask.name and report["kept"] == summary["kept"]
+    assert report["layer_sparsity"] == pytest.approx(summary["layer_sparsity"])
+    text = report_page(out, kind="md")
+    rows = [" ".join(row.split()) for row in text.splitlines()]
+    for layer, share in enumerate(summary["layer_sparsity"]):
+        counts = (f"{summary['kept'][kind][layer]} of" for kind in ("attention", "ffn"))
+        [row] = [row for row in rows if row.startswith(f"| {layer} | ")]
+        assert all(count in row for count in counts) and f"{share:.1%}" in row
+    assert "| shrink | example |" in text and str(tmp_path) not in text
+    [run] = [run for run in list_runs(tmp_path) if run["out"] == "out"]
+    assert (run["command"], run["state"]) == ("shrink", "finished")
+    assert run["progress"] == f"{summary['sparsity']:.0%} removed"
+    with pytest.raises(CheckpointError, match=r"out: shrink wrote it and measured no perplexity"):
+        report_page(out, pruned)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

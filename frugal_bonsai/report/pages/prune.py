@@ -72,7 +72,7 @@ def prune_page(
         f"{parent_name(summary['model'])}, {summary['sparsity']:.1%} removed",
         sections,
         version=summary["version"],
-        lead=[*_lead(summary), *filter(None, [slowest_phase(events, model)])],
+        lead=[most_pruned(summary), *filter(None, [slowest_phase(events, model)])],
         tiles=_tiles(summary),
         notes=page_notes(summary),
         commands=commands,
@@ -88,15 +88,15 @@ def page_notes(summary: Values) -> list[str]:
     ]
 
 
-def _lead(summary: Values) -> Iterator[str]:
+def most_pruned(summary: Values) -> str:
+    """Return a sentence on the layers that lost most and least of their weights."""
     shares = summary["layer_sparsity"]
     order = sorted(range(len(shares)), key=lambda layer: -shares[layer])
     if max(shares) - min(shares) < 0.01:
-        yield f"Every layer lost the same share of its weights ({max(shares):.1%})."
-        return
+        return f"Every layer lost the same share of its weights ({max(shares):.1%})."
     most = ", ".join(f"layer {layer} ({shares[layer]:.1%})" for layer in order[:3])
     least = f"layer {order[-1]} ({shares[order[-1]]:.1%})"
-    yield f"The layers that lost most of their weights: {most}. The least: {least}."
+    return f"The layers that lost most of their weights: {most}. The least: {least}."
 
 
 def _tiles(summary: Values) -> Iterator[tuple[str, str]]:

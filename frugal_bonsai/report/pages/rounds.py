@@ -21,8 +21,8 @@ _CANDIDATES = {
 }
 _ROUNDS_TEXT = (
     "R2 and tau compare the regression's predictions with losses that were held out from it (1 is "
-    "best, 0 is no better than the mean). Certainty is the share of the predicted loss that the "
-    "chosen cut has of the best cuts of the posterior."
+    "best, 0 is no better than the mean). Certainty is 1 minus the share of the cut's predicted "
+    "loss that full knowledge would save."
 )
 
 

@@ -113,7 +113,8 @@ def time_section(events: Events, model: Values | None) -> dict[str, Any]:
         return make_section("Where the time went", _TIME_HEAD[:3], rows, text=text, figures=_TIME)
     text += (
         " The time model counts operations and bytes, and divides them by the machine's rates; a "
-        "run that shares its machine with others takes longer."
+        "run that shares its machine with others takes longer. Masked evaluation is counted with "
+        "all tokens that it may spend; a round that is certain of its cut stops before."
     )
     text += f" Rates: {model['profile']}."
     return make_section("Where the time went", _TIME_HEAD, rows, text=text, figures=_TIME)
