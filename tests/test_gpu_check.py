@@ -30,7 +30,7 @@ TABLES = {
     },
     "gram": {"Gram products", "a factor and its solves"},
     "memory": {"losses after memory ran out"},
-    "adapt": {"trainings of five steps"},
+    "adapt": {"short trainings"},
 }
 
 

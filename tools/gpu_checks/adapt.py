@@ -13,7 +13,8 @@ from frugal_bonsai.run.options import AdaptOptions
 from gpu_checks.check import Check
 from gpu_checks.machine import pinned_peak_bytes, reserved_peak_bytes, reset_peaks
 
-_STEPS = 5
+# Training steps of a measurement, and of a dry run.
+_STEPS, _DRY_STEPS = 5, 2
 # How frozen weights are held, settings of the training.
 _WAYS: tuple[tuple[str, str | None, dict[str, Any]], ...] = (
     ("native", "native", {}),
@@ -42,7 +43,8 @@ def _train(
     check: Check, model: str, name: str, weights: str | None, settings: dict[str, Any]
 ) -> None:
     window, batch = (32, 2) if check.dry else (256, 8)
-    tokens = {"tokens": _STEPS * batch * window, "batch": batch, "evaluations": 1}
+    steps = _DRY_STEPS if check.dry else _STEPS
+    tokens = {"tokens": steps * batch * window, "batch": batch, "evaluations": 1}
     reset_peaks(check.device)
     out = check.work / f"adapted-{name.partition(',')[0]}-{len(settings)}"
     summary = run_adapt(
@@ -61,7 +63,7 @@ def _train(
     )
     training, after = summary["training"], summary["after"]["perplexity"]
     check.figure(
-        "trainings of five steps",
+        "short trainings",
         held=name,
         model=Path(model).name,
         steps=training["steps"],
