@@ -134,11 +134,14 @@ def save_tiny(
         for name, parameter in model.named_parameters():
             parameter.normal_(std=std, generator=generator)
             # Gemma's norms multiply by one and their weight.
-            if ("norm" in name or ".ln_" in name) and not model_type.startswith("gemma"):
+            offset = model_type.startswith("gemma") and not model_type.startswith("gemma4")
+            if ("norm" in name or ".ln_" in name) and not offset:
                 parameter.add_(1.0)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=std, generator=generator)
+            elif name.endswith("layer_scalar"):
+                buffer.normal_(mean=1.0, std=std, generator=generator)
     model.to(dtype).save_pretrained(folder)
 
 
@@ -403,6 +406,21 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 5,
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 6,
+        },
+    ),
+    # Its layers of full attention have wider heads, whose values are the keys.
+    "gemma4": (
+        "gemma4_text",
+        {
+            **_SIZES,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 8,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 3.0,
         },
     ),
     "vaultgemma": (

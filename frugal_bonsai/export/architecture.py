@@ -238,6 +238,7 @@ CONVERTED_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "deepseek_v3": "deepseek2",
         "dots1": "dots1",
         "exaone_moe": "exaone-moe",
+        "gemma4_text": "gemma4",
         "glm4_moe": "glm4moe",
         "glm4_moe_lite": "deepseek2",
         "gpt_oss": "gpt-oss",

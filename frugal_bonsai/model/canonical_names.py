@@ -39,6 +39,7 @@ def describe_checkpoint(
     family = _with_further_layers(
         find_family(checkpoint.config, source=source, assume=assume), checkpoint.config
     )
+    checkpoint.config = _with_global_keys(family, checkpoint.config)
     may_be_tied = checkpoint.config.get("tie_word_embeddings") is not False
     tensors = canonical_tensors(family, checkpoint.tensors, may_be_tied=may_be_tied)
     checkpoint.rename_tensors(tensors)
@@ -54,6 +55,26 @@ def _with_further_layers(family: Family, config: Mapping[str, Any]) -> Family:
     last = first + (config.get(family.further_layers_key) or 0)
     further = tuple(family.layer_prefix.format(layer=layer) for layer in range(first, last))
     return replace(family, unread=(*family.unread, *further))
+
+
+def _with_global_keys(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with the sizes of layers of full attention under their global keys.
+
+    transformers saves them in ``per_layer_config``, which then has the widths of pruned layers
+    alone.
+    """
+    overrides, types = config.get("per_layer_config"), config.get("layer_types") or ()
+    if not family.full_attention_keys or not isinstance(overrides, Mapping):
+        return config
+    changed = {key: value for key, value in config.items() if key != "per_layer_config"}
+    widths = {}
+    for layer, sizes in overrides.items():
+        if int(layer) < len(types) and types[int(layer)] == "full_attention":
+            own = {key: sizes[key] for key in family.full_attention_keys if key in sizes}
+            changed |= {family.full_attention_keys[key]: value for key, value in own.items()}
+        widths[layer] = {k: v for k, v in sizes.items() if k not in family.full_attention_keys}
+    widths = {layer: sizes for layer, sizes in widths.items() if sizes}
+    return changed | {"per_layer_config": widths} if widths else changed
 
 
 def _with_stated_width(

@@ -74,6 +74,11 @@ class ModelSpec:
         return self.heads // self.kv_heads
 
     @property
+    def whole_layers(self) -> str | None:
+        """Reason why no layer can be dropped; None if they can be."""
+        return next((c.reason for c in self.family.whole_layers if c.holds(self.config)), None)
+
+    @property
     def norm_tensors(self) -> tuple[str, ...]:
         """Names of the final norm's tensors."""
         prefix = f"{self.family.base_module}.{self.family.norm_module}."

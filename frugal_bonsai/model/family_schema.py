@@ -202,6 +202,9 @@ class Family:
     # Values that a config gets together with the width of the FFN's tensors, which it then states;
     # a key with None is removed. For architectures whose config states another width.
     stated: Mapping[str, Any] = field(default_factory=dict)
+    # Keys of per_layer_config that are the architecture's own -> the global keys under which its
+    # config class takes the same values, for layers of full attention.
+    full_attention_keys: Mapping[str, str] = field(default_factory=dict)
     # FFN channels as a multiple of the hidden size, for configs that omit them.
     ffn_times_hidden: int | None = None
     # Kind of unit -> config key that gives a bias to all projections of this kind.
@@ -237,6 +240,8 @@ class Family:
     refused: tuple[Condition, ...] = ()
     # If one of these holds, heads depend on each other and attention cannot be pruned.
     whole_attention: tuple[Condition, ...] = ()
+    # If one of these holds, no layer can be dropped.
+    whole_layers: tuple[Condition, ...] = ()
     # If all of these hold, a layer has one KV head, whatever ``kv_heads_key`` states.
     one_kv_head: tuple[Condition, ...] = ()
 

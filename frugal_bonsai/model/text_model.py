@@ -20,7 +20,7 @@ from typing import Any
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.default_config import config_errors
-from frugal_bonsai.model.families import FAMILIES, TEXT_MODELS
+from frugal_bonsai.model.families import FAMILIES, TEXT_MODELS, WHOLES
 from frugal_bonsai.model.family_lookup import find_family
 from frugal_bonsai.model.family_schema import Family
 from frugal_bonsai.model.multimodal import TEXT_KEY, Multimodal
@@ -41,7 +41,8 @@ def text_family(config: Mapping[str, Any], *, assume: str | None = None) -> Fami
     Returns:
         The family, or None if there is no such text model or the other parts are not for images.
     """
-    if config.get("is_encoder_decoder") or any("audio" in key for key in config):
+    hears = any("audio" in key for key in config) and config.get("model_type") not in WHOLES
+    if config.get("is_encoder_decoder") or hears:
         return None
     text_type = _text_type(config)
     if text_type is None:

@@ -196,6 +196,11 @@ def _check_method(
         )
     if settings.bias:
         require_output_biases(spec)
+    if settings.allocation == LAYERS and spec.whole_layers is not None:
+        raise OptionError(
+            f"--method depth: a {spec.family.model_type} keeps its layers, because "
+            f"{spec.whole_layers}; take another --method"
+        )
     if not spec.experts:
         if settings.allocation == EXPERTS:
             raise OptionError(

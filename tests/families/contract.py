@@ -20,6 +20,7 @@ from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.logit_scale import scaled_norm
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
+from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.cut import Refit
 from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.layout import LAYOUTS, PADDED, PER_LAYER, UNIFORM, layout_rules
@@ -338,13 +339,17 @@ class FamilyContract:
     ) -> None:
         """Sliding windows, rotary embeddings and the like stay with their layers."""
         mask = KeepMask(tiny.spec.table).without_layers([0])
+        (tmp_path / "out").mkdir()
+        rules = layout_rules(tiny.spec, UNIFORM, tile=1)
+        if tiny.spec.whole_layers is not None:
+            with pytest.raises(OptionError, match=r"drops layer 0, but a .* keeps its layers"):
+                shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
+            return
         model = tiny.hugging_face()
         layer = model.get_submodule(tiny.spec.prefix(0).rstrip("."))
         tupled = tiny.spec.family.returns_tuple
         layer.forward = lambda hidden, *_, **__: (hidden, None) if tupled else hidden
         expected = logits_of(model, tokens_NS)
-        (tmp_path / "out").mkdir()
-        rules = layout_rules(tiny.spec, UNIFORM, tile=1)
         shrink(tiny.checkpoint, tiny.spec, mask, tmp_path / "out", rules=rules)
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert relative(logits_of(found, tokens_NS), expected) < 1e-5

@@ -169,6 +169,11 @@ class TestGemma3(FamilyContract):
     name = "gemma3"
 
 
+class TestGemma4(FamilyContract):
+    name = "gemma4"
+    attention = ()
+
+
 class TestGpt2(FamilyContract):
     name = "gpt2"
     updates_on_device = True

@@ -39,6 +39,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global"], 1]]},
     "granitemoehybrid": {"num_local_experts": 0, "layers_block_type": ["mamba"]},
     "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["full_attention"]},
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "layer_types": ["full_attention"]},
     "falcon": {"new_decoder_architecture": True},
 }
 
@@ -73,6 +74,8 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
         sizes["mamba_n_heads"] = hidden // 32  # of 64 channels, as in the models
     if family.head_dim_key is not None or model_type == "helium":
         sizes["head_dim"] = head_dim
+    alike = {other: sizes[key] for key, other in family.full_attention_keys.items()}
+    sizes |= alike
     config = AutoConfig.for_model(model_type, **sizes, **EXTRAS.get(model_type, {}))
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
@@ -80,7 +83,7 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
     for name in shapes:
         if name.endswith(family.transposed):
             shapes[name] = shapes[name][::-1]
-    return describe_model(config.to_dict() | {"torch_dtype": "bfloat16"}, shapes)
+    return describe_model(config.to_dict() | alike | {"torch_dtype": "bfloat16"}, shapes)
 
 
 def traced_bytes(spec: ModelSpec, batch: int, window: int, *, tapped: bool = False) -> int:

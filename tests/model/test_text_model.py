@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.contract import stored_elements
 from multimodal_models import KINDS, WHOLES, change_config, flatten_config, name_anew, save_whole
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU, random_windows, relative, sweep_limits
@@ -44,6 +45,7 @@ def whole_logits(folder: Path, tokens_NS: torch.Tensor) -> torch.Tensor:
 
 FAMILY_OF = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "mistral3": "mistral",
     "llava": "llama",
     "qwen2_5_vl": "qwen2",
@@ -76,7 +78,7 @@ def test_streamed_logits_are_those_of_the_whole(kind: str, names: str, tmp_path:
         found = streamed_logits(opened, tokens_NS)
         text = whole.get_decoder()
         of_head = 0 if opened.spec.tied else whole.lm_head.weight.numel()
-        assert opened.spec.parameters == of_head + sum(p.numel() for p in text.parameters())
+        assert opened.spec.parameters == of_head + stored_elements(text)
         carried = opened.multimodal.carried_parameters
         stored = load_file(tmp_path / "model.safetensors")
         assert opened.spec.parameters + carried == sum(t.numel() for t in stored.values())

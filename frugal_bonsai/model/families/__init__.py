@@ -18,6 +18,7 @@ from frugal_bonsai.model.families.falcon import FALCON
 from frugal_bonsai.model.families.gemma import GEMMA
 from frugal_bonsai.model.families.gemma2 import GEMMA2
 from frugal_bonsai.model.families.gemma3 import GEMMA3
+from frugal_bonsai.model.families.gemma4 import GEMMA4
 from frugal_bonsai.model.families.glm import GLM
 from frugal_bonsai.model.families.glm4 import GLM4
 from frugal_bonsai.model.families.glm4_moe import GLM4_MOE
@@ -77,6 +78,7 @@ _TABLES = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    GEMMA4,
     VAULTGEMMA,
     PHI3,
     GLM,
@@ -132,6 +134,15 @@ TEXT_MODELS = {
 # Models of images and text that compute the same as their text model as long as all tokens are
 # text. Others may attend differently: PaliGemma's prompts attend in both directions.
 WHOLES = (
-    *("gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision"),
+    *(
+        "gemma3",
+        "gemma4",
+        "got_ocr2",
+        "idefics3",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+    ),
     *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
 )

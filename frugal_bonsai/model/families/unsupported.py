@@ -17,10 +17,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "llama4_text": "its router multiplies what its experts read, not what they return",
         "flex_olmo": "a norm follows the sum of its experts, whose outputs cannot be refitted then",
         "phimoe": "its router is a linear layer that chooses experts by itself",
-        "gemma4_text": (
-            "its layers scale the residual stream, share keys and values, and have heads of two "
-            "widths"
-        ),
         "nemotron_h": "its layers have attention, a state space or an FFN alone, not two of them",
         "olmo": "its norms have no weights, and the last one cannot be scaled",
     }

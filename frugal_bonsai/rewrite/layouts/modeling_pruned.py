@@ -91,7 +91,7 @@ def _model_class(base):
 
         def __init__(self, config):
             """Build the model with layer 0's sizes, then replace the layers."""
-            super().__init__(_dense_heads(config.layer_configs[0]))
+            super().__init__(_with_own_sizes(_dense_heads(config.layer_configs[0]), config))
             config._attn_implementation_internal = self.config._attn_implementation_internal
             # The model and its base model. Rotary embeddings keep layer 0's config for its sizes.
             for module in self.modules():
@@ -128,6 +128,21 @@ def _dense_heads(config):
         if getattr(config, name, None):
             setattr(dense, name, getattr(config, name) * dense.num_attention_heads // kept)
     return dense
+
+
+def _with_own_sizes(first, config):
+    """Return layer 0's config with the heads of each layer if the architecture's differ in width.
+
+    Rotary embeddings are made from it.
+    """
+    layers = config.layer_configs
+    # Falcon's config computes a width, which is no value of it.
+    if len({vars(layer).get("head_dim") for layer in layers}) > 1:
+        keys = ("head_dim", "num_key_value_heads")
+        first.per_layer_config = {
+            at: {key: getattr(layer, key) for key in keys} for at, layer in enumerate(layers)
+        }
+    return first
 
 
 def _shrink_heads(layer, kept, dense):

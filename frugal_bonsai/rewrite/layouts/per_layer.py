@@ -12,6 +12,7 @@ from pathlib import Path
 
 from frugal_bonsai.checkpoint.commit import write_bytes, write_json
 from frugal_bonsai.checkpoint.folder import CONFIG_FILE
+from frugal_bonsai.model.default_config import default_config
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.family_schema import HEAD_DIM
 from frugal_bonsai.model.layout import LayoutRules, heads_fit
@@ -40,6 +41,9 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
         for index, layer in enumerate(widths)
         if layer != widest
     }
+    if overrides:
+        for index, own in _own_sizes(spec).items():
+            overrides[index] = {**own, **overrides.get(index, {})}
     if overrides or not heads_fit(spec, widest.get(spec.family.heads_key, spec.heads)):
         bundled = find_bundled(spec.family.model_type)
         if spec.family.head_dim_key is None and spec.whole_attention is None:
@@ -50,3 +54,13 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
             config["per_layer_config"] = overrides
         write_bytes(folder / FILE, read_bundled())
     write_json(folder / CONFIG_FILE, config)
+
+
+def _own_sizes(spec: ModelSpec) -> dict[str, dict[str, int]]:
+    """Return the sizes in which the architecture's own layers differ, by the layers' indices."""
+    if not spec.family.full_attention_keys:
+        return {}
+    from transformers import AutoConfig
+
+    own = AutoConfig.for_model(**default_config(spec)).to_dict().get("per_layer_config") or {}
+    return {str(index): dict(sizes) for index, sizes in own.items()}

@@ -94,6 +94,11 @@ def require_units(spec: ModelSpec, mask: KeepMask) -> None:
     dropped = mask.dropped_layers()
     if len(dropped) == spec.layers:
         raise OptionError("keep mask: drops every layer; keep at least one")
+    if dropped and spec.whole_layers is not None:
+        raise OptionError(
+            f"keep mask: drops layer {dropped[0]}, but a {spec.family.model_type} keeps its "
+            f"layers, because {spec.whole_layers}; keep at least one unit of each kind there"
+        )
     experts, rule = mask.experts(), spec.family.experts
     least = 1 if rule is None else rule.least
     for layer in mask.layers_with(FFN) if experts else ():
