@@ -155,7 +155,12 @@ def require_no_output(out: Path, *, replaces: Collection[str] = ()) -> None:
         OutputError: a file or another non-empty directory has the name, or a parent is a file.
     """
     with output_errors(out):
-        if out.is_symlink() or (out.exists() and not out.is_dir()):
+        if out.is_symlink():
+            raise OutputError(
+                f"{out}: is a symbolic link, which an output cannot replace; name the place that "
+                f"it points to"
+            )
+        if out.exists() and not out.is_dir():
             raise OutputError(f"{out}: exists and is no directory; choose a new name")
         if out.is_dir() and any(out.iterdir()):
             _require_replaceable(out, replaces)

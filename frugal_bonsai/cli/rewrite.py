@@ -40,6 +40,7 @@ from frugal_bonsai.cli.running import print_result, watched
     options.no_report,
     options.dry_run,
     options.json_output,
+    options.quiet,
     options.verbose,
 )
 def shrink_command(dry_run: bool, as_json: bool, report: bool, **given: Any) -> None:
@@ -100,6 +101,7 @@ def shrink_command(dry_run: bool, as_json: bool, report: bool, **given: Any) -> 
     options.overwrite,
     options.dry_run,
     options.json_output,
+    options.quiet,
     options.verbose,
 )
 def export_command(kind: str, dry_run: bool, as_json: bool, **given: Any) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from commands import python
 
+from frugal_bonsai.errors import OutputError
+from frugal_bonsai.run.output import require_output_file, require_output_folder
+
 REFUSED = """
 import contextlib, io, json, sys, time
 from frugal_bonsai.cli import main
@@ -48,6 +51,21 @@ def refuse(*words: str | Path) -> str:
 def test_options_of_prune(tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
     assert expected in refuse("prune", "example", "--out", tmp_path / "out", *words)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "folder/.."])
+def test_an_output_without_a_name(out: str) -> None:
+    with pytest.raises(OutputError, match=r"--out .*: ends in no name; .* such as .*pruned"):
+        require_output_folder(Path(out), "example", overwrite=True)
+    with pytest.raises(OutputError, match="ends in no name"):
+        require_output_file(Path(out), "example", overwrite=False)
+
+
+def test_an_output_that_is_a_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "place")
+    with pytest.raises(OutputError, match=r"link: is a symbolic link, .* name the place"):
+        require_output_folder(tmp_path / "link", "example", overwrite=True)
 
 
 def test_an_unfinished_run_and_an_output_that_exists(tmp_path: Path) -> None:
