@@ -512,6 +512,17 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         {**_without(_SIZES, "head_dim"), **_SHARED, **_LATENT},
     ),
+    # A token's experts come from one of two groups. The seed has no token near a tie of groups,
+    # which the rounding of a refit would send to other experts.
+    "deepseek-v3-groups": (
+        "deepseek_v3",
+        {
+            **_without(_SIZES, "head_dim"),
+            **_SHARED,
+            **_LATENT,
+            **{"n_routed_experts": 8, "n_group": 2, "seed": 3},
+        },
+    ),
     "glm4-moe": ("glm4_moe", {**_SIZES, **_SHARED, "use_qk_norm": True}),
     "glm4-moe-lite": (
         "glm4_moe_lite",
@@ -546,6 +557,16 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **_without(_SHARED, "n_group", "topk_group", "num_nextn_predict_layers"),
             **_LATENT,
             **{"qk_nope_head_dim": 6, "kv_lora_rank": 10},  # pairs are rotated as complex numbers
+        },
+    ),
+    "deepseek-v2-groups": (
+        "deepseek_v2",
+        {
+            **_without(_SIZES, "head_dim"),
+            **_without(_SHARED, "num_nextn_predict_layers"),
+            **_LATENT,
+            **{"qk_nope_head_dim": 6, "kv_lora_rank": 10},
+            **{"n_routed_experts": 8, "n_group": 2, "topk_method": "group_limited_greedy"},
         },
     ),
     # Its gates reach the limit.

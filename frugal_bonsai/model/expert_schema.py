@@ -57,7 +57,10 @@ class Experts:
             None if channels are units.
         dense_key: config key for the width of the FFN in layers without experts, which stays
             whole; None if every layer has experts.
-        least: number of experts that the router needs.
+        least: number of experts that the router needs, in each group if it has groups.
+        groups_key: config key for the number of groups among which the router chooses first. Each
+            has the same number of experts, which follow one another.
+        chosen_groups_key: config key for the number of groups that it chooses.
     """
 
     module: str = "mlp.experts"
@@ -70,6 +73,8 @@ class Experts:
     whole_channels: str | None = None
     dense_key: str | None = None
     least: int = 1
+    groups_key: str = "n_group"
+    chosen_groups_key: str = "topk_group"
 
     @property
     def router_tensors(self) -> tuple[str, ...]:

@@ -79,6 +79,25 @@ class ModelSpec:
         return next((c.reason for c in self.family.whole_layers if c.holds(self.config)), None)
 
     @property
+    def expert_groups(self) -> int:
+        """Number of groups of equally many experts among which the router chooses first."""
+        rule = self.family.experts
+        return 1 if rule is None else self._stated(rule.groups_key)
+
+    @property
+    def least_experts(self) -> int:
+        """Number of experts of a layer that the router needs."""
+        rule, groups = self.family.experts, self.expert_groups
+        if rule is None or groups == 1:
+            return 1 if rule is None else rule.least
+        own = math.ceil(self.experts_chosen / self._stated(rule.chosen_groups_key))
+        return groups * max(rule.least, own)
+
+    def _stated(self, key: str) -> int:
+        """Return a number of the config, or the one that transformers takes in its place, or 1."""
+        return int(self.config.get(key) or self.family.defaults.get(key, 1))
+
+    @property
     def norm_tensors(self) -> tuple[str, ...]:
         """Names of the final norm's tensors."""
         prefix = f"{self.family.base_module}.{self.family.norm_module}."
@@ -191,7 +210,7 @@ def describe_model(
         other_tensors = {name: s for name, s in other_tensors.items() if name != family.head}
     experts = max(sizes.experts(layer) for layer in layers)
     routed = len({group.layer for group in groups if group.kind == FFN})
-    return ModelSpec(
+    spec = ModelSpec(
         family=family,
         config=dict(config),
         layers=len(layers),
@@ -211,6 +230,12 @@ def describe_model(
         layer_tensors=layer_tensors,
         other_tensors=other_tensors,
     )
+    if spec.experts % spec.expert_groups:
+        raise CheckpointError(
+            f"{source}: the {spec.experts} experts of a layer do not divide into "
+            f"{spec.expert_groups} groups of equally many; correct the number of groups"
+        )
+    return spec
 
 
 def _require_supported(family: Family, config: Mapping[str, Any], source: str) -> None:

@@ -130,7 +130,7 @@ def test_the_least_salient_experts_go_from_every_layer(tiny: Tiny) -> None:
             score_N[table.span(group)] = 1.0 + order[group.layer].index(group.expert)
     one = 2 * (20 * 3 * 24 + 24)
     for target, gone in ((0.4 * one, 0), (0.6 * one, 1), (2.1 * one, 2), (9 * one, 3)):
-        dropped = drop_experts(mask, score_N, round(target))
+        dropped = drop_experts(mask, score_N, round(target), tiny.spec)
         for layer in (0, 1):
             assert set(dropped.dropped_experts(layer)) == set(order[layer][:gone])
         assert dropped.removed_parameters() == gone * one

@@ -82,10 +82,12 @@ def legal_mask(tiny: Tiny, layout: str, *, seed: int = 1) -> KeepMask:
 
 
 def _without_experts(tiny: Tiny, mask: KeepMask) -> KeepMask:
-    """Drop an expert of each layer where experts keep their channels."""
-    rule = tiny.spec.family.experts
+    """Drop an expert of each group of each layer where experts keep their channels."""
+    rule, own = tiny.spec.family.experts, tiny.spec.experts // tiny.spec.expert_groups
     for group in tiny.spec.table.groups:
-        if rule is not None and rule.whole_channels is not None and group.expert == 1:
+        if rule is None or rule.whole_channels is None or group.expert is None:
+            continue
+        if group.expert % own == 1:
             mask.of(group)[:] = False
     return mask
 

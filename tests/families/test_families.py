@@ -169,6 +169,18 @@ class TestGemma3(FamilyContract):
     name = "gemma3"
 
 
+class TestDeepseekV3Groups(FamilyContract):
+    name = "deepseek-v3-groups"
+    refines = False
+    attention = ()
+
+
+class TestDeepseekV2Groups(FamilyContract):
+    name = "deepseek-v2-groups"
+    refines = False
+    attention = ()
+
+
 class TestGemma4(FamilyContract):
     name = "gemma4"
     attention = ()

@@ -12,13 +12,13 @@ import pytest
 import torch
 from tiny_models import (
     FAMILY_CONFIGS,
-    WHOLE_EXPERTS_PRUNED,
     random_windows,
     relative,
     tiny_family,
 )
 
 from families.contract import legal_mask, logits_of, masked_parent
+from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.layout import PER_LAYER, layout_rules
 from frugal_bonsai.rewrite.shrink import shrink
 
@@ -56,13 +56,15 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor
     """Return folder of the rewritten model -> logits of the masked parent."""
     root, tokens_NS, expected = tmp_path_factory.mktemp("remote"), random_windows(2, 13), {}
     for name in FAMILY_CONFIGS:
-        changes = THREE_LAYERS if name in WHOLE_EXPERTS_PRUNED else {}
+        rule = FAMILIES[FAMILY_CONFIGS[name][0]].experts
+        changes = THREE_LAYERS if rule is not None and rule.whole_channels is not None else {}
         own = {key: changes[key] for key in changes if key in {*FAMILY_CONFIGS[name][1], LAYERS}}
         tiny = tiny_family(root / f"{name}-dense", name, **own)
         mask = legal_mask(tiny, PER_LAYER)
         if changes:
-            for group in tiny.spec.table.groups:
-                if (group.layer, group.expert) == (2, 0):
+            own = tiny.spec.experts // tiny.spec.expert_groups
+            for group in tiny.spec.table.of_layer(2):
+                if group.expert is not None and group.expert % own == 0:
                     mask.of(group)[:] = False
         (root / name).mkdir()
         rules = layout_rules(tiny.spec, PER_LAYER, tile=1)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import WHOLE_EXPERTS_PRUNED, open_tiny, save_byte_tokenizer, tiny_family
 
 import frugal_bonsai
+from frugal_bonsai.bonsai.selection.whole import check_experts
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.errors import OptionError, UnsupportedModelError
+from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.units import FFN, KeepMask
 from frugal_bonsai.rewrite.shrink import shrink
@@ -94,14 +95,28 @@ def test_channels_are_refused(dense: dict[str, Path], tmp_path: Path) -> None:
     tiny.checkpoint.close()
 
 
-def test_a_router_of_groups_is_refused(dense: dict[str, Path], tmp_path: Path) -> None:
-    tiny_family(tmp_path / "m", "deepseek-v3").checkpoint.close()
-    path = tmp_path / "m" / "config.json"
-    config = json.loads(path.read_text())
-    for change in ({"n_group": 2}, {"n_group": None}):  # 8 without the key
-        path.write_text(json.dumps(config | change))
-        with pytest.raises(UnsupportedModelError, match="groups of equally many experts"):
-            open_tiny(tmp_path / "m")
+def test_a_router_of_groups(tmp_path: Path) -> None:
+    """Every group loses as many experts; what leaves them unequal is refused."""
+    tiny = tiny_family(tmp_path / "dense", "deepseek-v3-groups", vocab_size=256)
+    save_byte_tokenizer(tmp_path / "dense")
+    summary = prune(tmp_path / "dense", tmp_path / "out")
+    assert summary["kept"]["experts"] == [0, 6]
+    assert summary["verify"]["max_relative_difference"] < 1e-5
+    frugal_bonsai.load_pruned(tmp_path / "out")
+    mask = KeepMask(tiny.spec.table)
+    rules, refused = layout_rules(tiny.spec, UNIFORM), "drops 0 to 1 experts of each of its 2"
+    for gone, text in (((5,), refused), (range(1, 7), "keeps 2 experts, but .* needs 4")):
+        for group in tiny.spec.table.groups:
+            mask.of(group)[:] = group.expert not in gone
+        with pytest.raises(OptionError, match=text):
+            shrink(tiny.checkpoint, tiny.spec, mask, tmp_path, rules=rules)
+    with pytest.raises(OptionError, match=r"2 experts \(one of each group\) of every layer"):
+        check_experts(KeepMask(tiny.spec.table), 0.9, tiny.spec)
+    tiny.checkpoint.close()
+    path = tmp_path / "dense" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_group": 3}))
+    with pytest.raises(CheckpointError, match="8 experts of a layer do not divide into 3 groups"):
+        open_tiny(tmp_path / "dense")
 
 
 def test_layers_for_further_tokens_are_not_read(dense: dict[str, Path], tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def drop_whole(
         dropped = ", ".join(map(str, after.dropped_layers()))
         gone = f"layers {dropped} of {spec.layers} (counted from 0) are dropped"
     else:
-        after = drop_experts(mask, score_N, target, least=_least(spec))
+        after = drop_experts(mask, score_N, target, spec)
         count = max(len(after.dropped_experts(layer)) for layer in range(spec.layers))
         gone = f"{count} of {spec.experts} experts of every layer are dropped"
     share = after.removed_parameters() / spec.block_parameters
@@ -63,29 +63,43 @@ def drop_layers(mask: KeepMask, score_N: torch.Tensor, target_parameters: int) -
 
 
 def drop_experts(
-    mask: KeepMask, score_N: torch.Tensor, target_parameters: int, *, least: int = 1
+    mask: KeepMask, score_N: torch.Tensor, target_parameters: int, spec: ModelSpec
 ) -> KeepMask:
     """Drop the least important experts; the number per layer comes nearest to the target.
+
+    Where the router chooses among groups, each group loses the same number.
 
     Args:
         mask: the remaining units.
         score_N: score of each unit's expert.
         target_parameters: removed parameters of the dense model, those of ``mask`` included.
-        least: number of experts that stay in a layer.
+        spec: the dense model.
     """
     order = [
-        sorted(_experts(mask, groups), key=lambda g: (_score(mask, score_N, g), g.expert))
+        _least_first(mask, score_N, experts, spec.expert_groups)
         for _, groups in iterate_layers(mask.table)
-        if _experts(mask, groups)
+        if (experts := _experts(mask, groups))
     ]
     masks = []
-    for count in range(min(map(len, order)) - least + 1):
+    for count in range(0, min(map(len, order)) - spec.least_experts + 1, spec.expert_groups):
         keep_N = mask.keep_N.clone()
         for experts in order:
             for group in experts[:count]:
                 keep_N[mask.table.span(group)] = False
         masks.append(KeepMask(mask.table, keep_N))
     return _nearest(masks, target_parameters)
+
+
+def _least_first(
+    mask: KeepMask, score_N: torch.Tensor, experts: Sequence[UnitGroup], groups: int
+) -> list[UnitGroup]:
+    """Return a layer's experts by score: the first of each group of the router, the second, ..."""
+    own = len(experts) // groups
+    ordered = [
+        sorted(experts[at : at + own], key=lambda g: (_score(mask, score_N, g), g.expert))
+        for at in range(0, len(experts), own)
+    ]
+    return [group for rank in zip(*ordered, strict=True) for group in rank]
 
 
 def check_experts(mask: KeepMask, sparsity: float, spec: ModelSpec) -> None:
@@ -106,21 +120,19 @@ def check_experts(mask: KeepMask, sparsity: float, spec: ModelSpec) -> None:
         group.layer: group.count * group.unit_parameters + group.joint_parameters
         for group in _experts(mask, mask.table.groups)
     }
-    zeros_N, blocks, least = torch.zeros(mask.table.units), spec.block_parameters, _least(spec)
+    zeros_N, blocks = torch.zeros(mask.table.units), spec.block_parameters
+    least, groups = spec.least_experts, spec.expert_groups
     one, most = (
-        drop_experts(mask, zeros_N, target, least=least).removed_parameters() / blocks
-        for target in (sum(one_each.values()), blocks)
+        drop_experts(mask, zeros_N, target, spec).removed_parameters() / blocks
+        for target in (groups * sum(one_each.values()), blocks)
     )
     if not one / 2 < sparsity <= most:
+        step = "one expert" if groups == 1 else f"{groups} experts (one of each group)"
         raise OptionError(
-            f"--sparsity: {sparsity:g} cannot be had from whole experts: one expert of every layer "
+            f"--sparsity: {sparsity:g} cannot be had from whole experts: {step} of every layer "
             f"is {one:.3f} of the block parameters, and {'one expert' if least == 1 else least} "
             f"must stay; ask for more than {one / 2:.3f} and at most {most:.3f}"
         )
-
-
-def _least(spec: ModelSpec) -> int:
-    return 1 if spec.family.experts is None else spec.family.experts.least
 
 
 def _experts(mask: KeepMask, groups: Sequence[UnitGroup]) -> list[UnitGroup]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from frugal_bonsai.model.expert_schema import Experts
 from frugal_bonsai.model.families.llama import LLAMA
 from frugal_bonsai.model.families.mixtral import EXPERT_OUTPUT, EXPERT_PARTS, EXPERT_PEAKS
-from frugal_bonsai.model.family_schema import Condition, Peak, always
+from frugal_bonsai.model.family_schema import Peak, always
 
 # Whole experts go, their channels stay.
 SHARED_EXPERTS = Experts(
@@ -17,15 +17,6 @@ SHARED_EXPERTS = Experts(
     dense_key="intermediate_size",
     least=2,
 )
-GROUPED_ROUTER = (
-    Condition(
-        key="n_group",
-        other_than=1,
-        default=8,
-        reason="its router chooses among groups of equally many experts",
-    ),
-)
-
 DEEPSEEK_V3 = replace(
     LLAMA,
     model_type="deepseek_v3",
@@ -39,8 +30,8 @@ DEEPSEEK_V3 = replace(
     heads_divide_hidden=False,
     bias_keys={},
     experts=SHARED_EXPERTS,
+    defaults={"n_group": 8, "topk_group": 4},
     further_layers_key="num_nextn_predict_layers",
     peaks=(*EXPERT_PEAKS[:2], Peak(hidden=1, attention=9.25)),
-    refused=GROUPED_ROUTER,
     whole_attention=(always("its keys and values come from one latent vector for all heads"),),
 )

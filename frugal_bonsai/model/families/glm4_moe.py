@@ -17,6 +17,5 @@ GLM4_MOE = replace(
     head_dim_key="head_dim",
     defaults={"num_key_value_heads": 8},
     peaks=(*EXPERT_PEAKS, Peak(hidden=1, attention=5)),
-    refused=(replace(DEEPSEEK_V3.refused[0], default=1),),
     whole_attention=(),
 )

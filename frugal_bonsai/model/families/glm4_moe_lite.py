@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from frugal_bonsai.model.families.deepseek_v3 import DEEPSEEK_V3
-from frugal_bonsai.model.families.glm4_moe import GLM4_MOE
 
 GLM4_MOE_LITE = replace(
-    DEEPSEEK_V3, model_type="glm4_moe_lite", models="GLM-4.7 Flash", refused=GLM4_MOE.refused
+    DEEPSEEK_V3, model_type="glm4_moe_lite", models="GLM-4.7 Flash", defaults={}
 )

@@ -99,14 +99,9 @@ def require_units(spec: ModelSpec, mask: KeepMask) -> None:
             f"keep mask: drops layer {dropped[0]}, but a {spec.family.model_type} keeps its "
             f"layers, because {spec.whole_layers}; keep at least one unit of each kind there"
         )
-    experts, rule = mask.experts(), spec.family.experts
-    least = 1 if rule is None else rule.least
+    experts = mask.experts()
     for layer in mask.layers_with(FFN) if experts else ():
-        if 0 < experts[layer] < least:
-            raise OptionError(
-                f"keep mask: layer {layer} keeps {experts[layer]} experts, but the router of a "
-                f"{spec.family.model_type} needs {least}; keep more"
-            )
+        _require_experts(spec, mask, layer, experts[layer])
     for group in spec.table.groups:
         if group.layer in dropped or mask.kept(group):
             continue
@@ -115,6 +110,25 @@ def require_units(spec: ModelSpec, mask: KeepMask) -> None:
                 f"keep mask: layer {group.layer} keeps none of its {group.count} {group.kind} "
                 "units; keep at least one unit of each kind, or none of the whole layer"
             )
+
+
+def _require_experts(spec: ModelSpec, mask: KeepMask, layer: int, kept: int) -> None:
+    """Check that a layer keeps experts enough for its router, and as many in each group."""
+    least, groups = spec.least_experts, spec.expert_groups
+    if 0 < kept < least:
+        raise OptionError(
+            f"keep mask: layer {layer} keeps {kept} experts, but the router of a "
+            f"{spec.family.model_type} needs {least}; keep more"
+        )
+    count = sum(group.expert is not None for group in spec.table.of_layer(layer))
+    gone = [0] * groups
+    for expert in mask.dropped_experts(layer):
+        gone[expert * groups // count] += 1
+    if len(set(gone)) > 1:
+        raise OptionError(
+            f"keep mask: layer {layer} drops {min(gone)} to {max(gone)} experts of each of its "
+            f"{groups} groups, which must be equal; drop the same number of each group"
+        )
 
 
 def shared_config(spec: ModelSpec) -> dict[str, Any]:
