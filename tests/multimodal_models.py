@@ -68,6 +68,25 @@ WHOLES: dict[str, dict[str, Any]] = {
         "boa_token_id": 295,
         "eoa_token_index": 296,
     },
+    "llama4": {
+        "text_config": {
+            **_TEXT,
+            "intermediate_size_mlp": 28,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "moe_layers": [1],
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 5,
+        },
+        "vision_config": {
+            **_VISION,
+            "projector_input_dim": 16,
+            "projector_output_dim": 16,
+            "vision_output_dim": 16,
+            "intermediate_size": 64,
+        },
+        "image_token_index": 290,
+    },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
         "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 8},

@@ -523,6 +523,20 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"n_routed_experts": 8, "n_group": 2, "seed": 3},
         },
     ),
+    # Chunks of 5 tokens, and no rotary embedding in the layer with experts.
+    "llama4": (
+        "llama4_text",
+        {
+            **_SIZES,
+            "intermediate_size_mlp": 28,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_layers": [1],
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 5,
+            "floor_scale": 4,
+        },
+    ),
     "glm4-moe": ("glm4_moe", {**_SIZES, **_SHARED, "use_qk_norm": True}),
     "glm4-moe-lite": (
         "glm4_moe_lite",
@@ -628,7 +642,7 @@ EXPERTS_PRUNED = ("mixtral", "qwen3-moe", "olmoe")
 # Whose experts keep their channels: test_shared_experts_command.py drops whole ones.
 WHOLE_EXPERTS_PRUNED = (
     *("deepseek-v3", "glm4-moe", "glm4-moe-lite", "dots1"),
-    *("exaone-moe", "deepseek-v2"),
+    *("exaone-moe", "deepseek-v2", "llama4"),
 )
 
 

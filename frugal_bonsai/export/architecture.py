@@ -245,6 +245,7 @@ CONVERTED_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "granitemoe": "granitemoe",
         "granitemoehybrid": "granitehybrid",
         "lfm2": "lfm2",
+        "llama4_text": "llama4",
         "minimax_m2": "minimax-m2",
         "ministral3": "mistral3",
         "olmo3": "olmo2",

@@ -7,6 +7,7 @@ names of its tensors. Holds names, no weights.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from frugal_bonsai.model.units import KeepMask
 
 # Config keys of transformers that hold one entry per layer.
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
+# Config keys of transformers for the indices of some layers.
+_LAYER_INDICES = ("moe_layers",)
 # Config key for the number of layers without experts, which are the first.
 _FIRST_DENSE = "first_k_dense_replace"
 
@@ -43,7 +46,12 @@ def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
         return spec
     config = {**spec.config, spec.family.layers_key: spec.layers - len(dropped)}
     for key, values in _layer_lists(spec).items():
+        if len(values) != spec.layers:
+            continue
         config[key] = [value for at, value in enumerate(values) if at not in dropped]
+    kept = [layer for layer in range(spec.layers) if layer not in dropped]
+    for key, layers in _layer_lists(spec, _LAYER_INDICES).items():
+        config[key] = [kept.index(layer) for layer in layers if layer in kept]
     dense = spec.config.get(_FIRST_DENSE)
     if isinstance(dense, int):
         config[_FIRST_DENSE] = dense - sum(layer < dense for layer in dropped)
@@ -52,8 +60,8 @@ def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
     return replace(spec, config=config)
 
 
-def _layer_lists(spec: ModelSpec) -> dict[str, list[Any]]:
-    """Return the lists of the config that have one entry per layer.
+def _layer_lists(spec: ModelSpec, keys: Sequence[str] = _LAYER_LISTS) -> dict[str, list[Any]]:
+    """Return the lists of the config under some keys: of one entry per layer, by default.
 
     If the config has no list, some architectures compute it from the layers' numbers, for example
     a sliding window in every other layer. Dropping layers changes these numbers, so the list is
@@ -62,12 +70,8 @@ def _layer_lists(spec: ModelSpec) -> dict[str, list[Any]]:
     from transformers import AutoConfig
 
     full = AutoConfig.for_model(**default_config(spec))
-    lists = {key: spec.config.get(key) or getattr(full, key, None) for key in _LAYER_LISTS}
-    return {
-        key: values
-        for key, values in lists.items()
-        if isinstance(values, list) and len(values) == spec.layers
-    }
+    lists = {key: spec.config.get(key) or getattr(full, key, None) for key in keys}
+    return {key: values for key, values in lists.items() if isinstance(values, list)}
 
 
 def removed_parameters(spec: ModelSpec, mask: KeepMask) -> int:

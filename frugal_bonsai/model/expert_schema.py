@@ -58,6 +58,9 @@ class Experts:
         dense_key: config key for the width of the FFN in layers without experts, which stays
             whole; None if every layer has experts.
         least: number of experts that the router needs, in each group if it has groups.
+        scales_inputs: the router's weight multiplies what an expert reads, not what it returns. The
+            module above :attr:`module` then has a ``router`` and a ``shared_expert``, and returns
+            its output and the router's logits.
         groups_key: config key for the number of groups among which the router chooses first. Each
             has the same number of experts, which follow one another.
         chosen_groups_key: config key for the number of groups that it chooses.
@@ -73,6 +76,7 @@ class Experts:
     whole_channels: str | None = None
     dense_key: str | None = None
     least: int = 1
+    scales_inputs: bool = False
     groups_key: str = "n_group"
     chosen_groups_key: str = "topk_group"
 

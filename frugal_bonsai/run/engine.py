@@ -19,8 +19,8 @@ from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.sizes import MIB
+from frugal_bonsai.stream.empty_model import build_empty_model
 from frugal_bonsai.stream.engine import FLOAT, Engine, compute_dtype
-from frugal_bonsai.stream.skeleton import build_empty_model
 
 # What is imported after a process's size is measured: scipy.stats (22 MiB), torch's lazy imports,
 # the pool's threads.

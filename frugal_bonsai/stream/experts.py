@@ -64,10 +64,14 @@ class _Expert(nn.Module):
         shapes: name inside the expert -> shape of each of its tensors; streamed ones may be
             smaller.
         whole: Hugging Face's module of all experts.
+        scales_inputs: the router's weight multiplies the expert's input.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], whole: nn.Module) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], whole: nn.Module, *, scales_inputs: bool
+    ) -> None:
         super().__init__()
+        self._scales_inputs = scales_inputs
         for name in [path.removesuffix(".weight") for path in shapes if path.endswith(".weight")]:
             rows, columns = shapes[f"{name}.weight"]
             kind = RoutedLinear if name == "down_proj" else nn.Linear
@@ -78,8 +82,11 @@ class _Expert(nn.Module):
     def _inner(self, hidden_RH: torch.Tensor) -> torch.Tensor:
         """Return the activations of the channels, ``[R, C]``."""
         own, whole = cast(Any, self), cast(Any, self._whole[0])
-        if hasattr(self, "gate_up_proj"):
+        if hasattr(whole, "_apply_gate") and hasattr(self, "gate_up_proj"):
             inner_RC = whole._apply_gate(own.gate_up_proj(hidden_RH))
+        elif hasattr(self, "gate_up_proj"):
+            gate_RC, up_RC = own.gate_up_proj(hidden_RH).chunk(2, dim=-1)
+            inner_RC = whole.act_fn(gate_RC) * up_RC
         else:
             inner_RC = whole.act_fn(own.gate_proj(hidden_RH)) * own.up_proj(hidden_RH)
         return cast(torch.Tensor, inner_RC)
@@ -88,7 +95,10 @@ class _Expert(nn.Module):
         self, hidden_RH: torch.Tensor, weight_R: torch.Tensor, tokens_R: torch.Tensor
     ) -> torch.Tensor:
         """Return the expert's weighted output for these tokens, ``[R, H]``."""
-        inner_RC = (self._inner(hidden_RH) * weight_R[:, None]).to(hidden_RH.dtype)
+        if self._scales_inputs:
+            inner_RC = self._inner(hidden_RH * weight_R[:, None])
+        else:
+            inner_RC = (self._inner(hidden_RH) * weight_R[:, None]).to(hidden_RH.dtype)
         down_proj = cast(RoutedLinear, self.down_proj)
         down_proj.tokens_R, down_proj.weight_R = tokens_R, weight_R
         try:
@@ -105,12 +115,19 @@ class RoutedExperts(nn.Module):
     Args:
         shapes: for each expert, see :class:`_Expert`.
         whole: Hugging Face's module of all experts.
+        scales_inputs: the router's weight multiplies the experts' inputs.
     """
 
-    def __init__(self, shapes: Iterable[Mapping[str, tuple[int, ...]]], whole: nn.Module) -> None:
+    def __init__(
+        self,
+        shapes: Iterable[Mapping[str, tuple[int, ...]]],
+        whole: nn.Module,
+        *,
+        scales_inputs: bool = False,
+    ) -> None:
         super().__init__()
         for expert, own in enumerate(shapes):
-            self.add_module(str(expert), _Expert(own, whole))
+            self.add_module(str(expert), _Expert(own, whole, scales_inputs=scales_inputs))
 
     def forward(
         self, hidden_TH: torch.Tensor, chosen_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -152,9 +169,26 @@ def split_experts(model: nn.Module, spec: ModelSpec) -> None:
                 shapes.setdefault(expert, {})[own] = shape
         whole = model.get_submodule(prefix + rule.module)
         ordered = [shapes[str(expert)] for expert in range(len(shapes))]
-        model.set_submodule(prefix + rule.module, RoutedExperts(ordered, whole))
+        routed = RoutedExperts(ordered, whole, scales_inputs=rule.scales_inputs)
+        model.set_submodule(prefix + rule.module, routed)
+        if rule.scales_inputs:
+            _route_to_chosen(model.get_submodule(prefix + rule.module.rpartition(".")[0]))
         router = model.get_submodule(prefix + rule.router.rpartition(".")[0])
         router.register_forward_pre_hook(_clamp_chosen(spec.experts_chosen))
+
+
+def _route_to_chosen(mixture: nn.Module) -> None:
+    """Send tokens to their experts alone; Hugging Face's module multiplies all others by zero."""
+    own = cast(Any, mixture)
+
+    def forward(hidden_BSH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_TH = hidden_BSH.flatten(0, -2)
+        scores_TE, logits_TE = own.router(hidden_TH)
+        weight_TK, chosen_TK = scores_TE.topk(own.router.top_k, dim=-1)
+        routed_TH = own.experts(hidden_TH, chosen_TK, weight_TK)
+        return routed_TH.add_(own.shared_expert(hidden_TH)), logits_TE
+
+    own.forward = forward
 
 
 def _clamp_chosen(chosen: int) -> Callable[[nn.Module, Any], None]:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from frugal_bonsai.hardware.throughput import LayerOperations
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
-from frugal_bonsai.stream.skeleton import build_empty_model, record_layers
+from frugal_bonsai.stream.empty_model import build_empty_model, record_layers
 
 _ATEN = torch.ops.aten
 

@@ -133,7 +133,7 @@ def _mask_expert(tiny: Tiny, model: Any, mask: KeepMask, group: UnitGroup, refit
     assert rule is not None
     experts = model.get_submodule(tiny.spec.prefix(group.layer) + rule.module)
     columns_C, weight_HC = mask.of(group), experts.down_proj.data[group.expert]
-    if getattr(experts, "is_transposed", False):
+    if weight_HC.shape[0] != tiny.spec.hidden:
         weight_HC = weight_HC.T
     weight_HC[:, ~columns_C] = 0
     if group.output_weight in refit:

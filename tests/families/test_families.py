@@ -181,6 +181,11 @@ class TestDeepseekV2Groups(FamilyContract):
     attention = ()
 
 
+class TestLlama4(FamilyContract):
+    name = "llama4"
+    refines = False
+
+
 class TestGemma4(FamilyContract):
     name = "gemma4"
     attention = ()

@@ -48,6 +48,8 @@ THREE_LAYERS = {
     LAYERS: 3,
     "layer_types": ["sliding_attention", "full_attention", "full_attention"],
     "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "no_rope_layers": [1, 0, 1],
+    "moe_layers": [1, 2],
 }
 
 

@@ -16,6 +16,7 @@ import frugal_bonsai
 from frugal_bonsai.bonsai.selection.whole import check_experts
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError, OptionError
+from frugal_bonsai.model.families import FAMILIES
 from frugal_bonsai.model.layout import UNIFORM, layout_rules
 from frugal_bonsai.model.units import FFN, KeepMask
 from frugal_bonsai.rewrite.shrink import shrink
@@ -49,9 +50,9 @@ def test_experts_go_whole(name: str, dense: dict[str, Path], tmp_path: Path) -> 
     assert summary["kept"]["experts"][0] == 0 < summary["kept"]["experts"][1] < 4
     assert summary["verify"]["max_relative_difference"] < 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    key = "num_experts" if name == "exaone-moe" else "n_routed_experts"
-    assert config[key] == summary["kept"]["experts"][1]
-    assert config["moe_intermediate_size"] == 20 and config["intermediate_size"] == 28
+    rule = FAMILIES[config["model_type"]].experts
+    assert config[rule.count_keys[0]] == summary["kept"]["experts"][1]
+    assert config[FAMILIES[config["model_type"]].ffn_key] == 20 and config[rule.dense_key] == 28
     model = frugal_bonsai.load_pruned(tmp_path / "out")
     made = model.generate(torch.tensor([[65, 66]]), max_new_tokens=4, pad_token_id=0)
     assert made.shape[1] <= 6

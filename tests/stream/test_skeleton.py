@@ -12,7 +12,8 @@ from tiny_models import BIASES, CPU, TIED, Tiny, random_windows, relative, tiny_
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import describe_model
 from frugal_bonsai.stream.call import call_layer
-from frugal_bonsai.stream.skeleton import Skeleton, build_empty_model
+from frugal_bonsai.stream.empty_model import build_empty_model
+from frugal_bonsai.stream.skeleton import Skeleton
 
 
 def _skeleton(tiny: Tiny, dtype: torch.dtype = torch.float32) -> Skeleton:

@@ -35,6 +35,7 @@ from frugal_bonsai.model.families.helium import HELIUM
 from frugal_bonsai.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from frugal_bonsai.model.families.lfm2 import LFM2
 from frugal_bonsai.model.families.llama import LLAMA
+from frugal_bonsai.model.families.llama4 import LLAMA4
 from frugal_bonsai.model.families.mellum import MELLUM
 from frugal_bonsai.model.families.minimax_m2 import MINIMAX_M2
 from frugal_bonsai.model.families.ministral import MINISTRAL
@@ -110,6 +111,7 @@ _TABLES = (
     MINIMAX_M2,
     GRANITEMOE,
     GPT_OSS,
+    LLAMA4,
     DEEPSEEK_V3,
     GLM4_MOE,
     GLM4_MOE_LITE,
@@ -144,5 +146,5 @@ WHOLES = (
         "llava_next",
         "llava_onevision",
     ),
-    *("mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
+    *("llama4", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm"),
 )

@@ -14,7 +14,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "ernie4_5_moe": _SHARED,
         "mistral4": "transformers has no language model of it alone (AutoModelForCausalLM)",
-        "llama4_text": "its router multiplies what its experts read, not what they return",
         "flex_olmo": "a norm follows the sum of its experts, whose outputs cannot be refitted then",
         "phimoe": "its router is a linear layer that chooses experts by itself",
         "nemotron_h": "its layers have attention, a state space or an FFN alone, not two of them",
