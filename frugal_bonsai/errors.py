@@ -7,6 +7,13 @@ prints this text and exits with code 2. Any other exception is a defect and keep
 
 from __future__ import annotations
 
+# What Python and libraries raise where a value from a file has a wrong type, size or content.
+# RecursionError comes from deeply nested values.
+WRONG_VALUES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(RecursionError, TypeError, ValueError),
+)
+
 
 class FrugalBonsaiError(Exception):
     """Base class of all errors that a user can cause and fix."""

@@ -9,6 +9,7 @@ and pass, so no generator is saved. Holds one tensor.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +23,13 @@ from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import open_tensors, write_tensors
-from frugal_bonsai.errors import CheckpointError, StateError
+from frugal_bonsai.errors import WRONG_VALUES, CheckpointError, StateError
+from frugal_bonsai.plain_json import parse_json
 
 STATE_FILE, BEST_FILE = "adapt.safetensors", "best.safetensors"
 VERSION = 1
+# Entries of the optimisers' states that have the parameter's shape.
+_MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}
 
 
 @dataclass(kw_only=True)
@@ -45,6 +49,21 @@ class TrainingState:
     best_step: int = 0
     best_perplexity: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _require_types(state: TrainingState) -> None:
+    """Raise ``TypeError`` unless a state has values that a training can have."""
+    for name, value in (("step", state.step), ("best_step", state.best_step)):
+        if not isinstance(value, int) or value < 0:
+            raise TypeError(f"{name} is {value!r:.80}")
+    if not isinstance(state.seconds, int | float) or not 0 <= state.seconds < math.inf:
+        raise TypeError(f"seconds is {state.seconds!r:.80}")
+    if not isinstance(state.history, list):
+        raise TypeError(f"history is {state.history!r:.80}")
+    if not isinstance(state.best_perplexity, int | float | None):
+        raise TypeError(f"best_perplexity is {state.best_perplexity!r:.80}")
+    if not all(isinstance(entry, dict) for entry in state.history):
+        raise TypeError("an entry of history is no object")
 
 
 class TrainingFolder:
@@ -98,6 +117,13 @@ class TrainingFolder:
                     for entry in file.tensors
                     if entry.startswith(f"{name}.")
                 }
+                for entry in _MOMENTS & kept.keys():
+                    if kept[entry].shape != value.shape:
+                        raise StateError(
+                            f"{self.folder / STATE_FILE}: {name}.{entry} has shape "
+                            f"{list(kept[entry].shape)}, expected {list(value.shape)}; "
+                            f"{self._advice}"
+                        )
                 if kept:
                     restore_state(optimiser, value, kept, state.step)
         return state
@@ -143,10 +169,11 @@ class TrainingFolder:
         path = self.folder / STATE_FILE
         try:
             _, metadata = read_header(path)
-            saved = json.loads(metadata["adapt"])
-            version, identity = saved["version"], saved["identity"]
+            saved = parse_json(metadata["adapt"])
+            version, identity = saved["version"], dict(saved["identity"])
             state = TrainingState(**saved["state"])
-        except (CheckpointError, ValueError, KeyError, TypeError) as error:
+            _require_types(state)
+        except (CheckpointError, *WRONG_VALUES) as error:
             raise StateError(f"{path}: cannot be read ({error}); {self._advice}") from error
         if version != VERSION:
             raise StateError(f"{path}: version {version!r}, expected {VERSION}; {self._advice}")

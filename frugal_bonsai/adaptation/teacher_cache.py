@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ import torch
 from frugal_bonsai.adaptation.objective import TopTokens
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import open_tensors
-from frugal_bonsai.errors import CheckpointError, StateError
+from frugal_bonsai.errors import WRONG_VALUES, CheckpointError, StateError
+from frugal_bonsai.plain_json import read_json
 
 CACHE_FILE, VERSION = "teacher.json", 1
 # Tensors of a shard, each with a row a window.
 VALUES, IDS, REST, HIDDEN = "log_probabilities", "ids", "rest", "hidden.{layer}"
+_SHARD_NAME = re.compile(r"\w+\.safetensors", re.ASCII)
 _READ_BYTES = 8 * 2**20
 
 
@@ -71,7 +74,19 @@ class TeacherCache:
         self._places: list[tuple[int, int]] = []  # window -> (shard, row in it)
         for at, shard in enumerate(read_shards(folder, identity)):
             self._shards.append(open_tensors(folder / shard["file"]))
+            self._require_tensors(self._shards[at], folder / shard["file"], shard["windows"])
             self._places += [(at, row) for row in range(shard["windows"])]
+
+    def _require_tensors(self, shard: Checkpoint, path: Path, windows: int) -> None:
+        """Check that a shard has all tensors, with a row a window."""
+        for name in (VALUES, IDS, REST, *(HIDDEN.format(layer=layer) for layer in self.layers)):
+            entry = shard.tensors.get(name)
+            if entry is None or entry.shape[:1] != (windows,):
+                found = "missing" if entry is None else f"of shape {list(entry.shape)}"
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} is {found}, expected {windows} windows; delete "
+                    f"{path.parent}, or name another --teacher-cache"
+                )
 
     @property
     def windows(self) -> int:
@@ -123,13 +138,16 @@ def read_shards(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
     path = folder / CACHE_FILE
     advice = f"delete {folder}, or name another --teacher-cache"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        version, found, shards = saved["version"], saved["identity"], list(saved["shards"])
-        valid = all(isinstance(s["file"], str) and isinstance(s["windows"], int) for s in shards)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        saved = read_json(path)
+        version, found, shards = saved["version"], dict(saved["identity"]), list(saved["shards"])
+        named = [(str(shard["file"]), int(shard["windows"])) for shard in shards]
+    except (OSError, *WRONG_VALUES) as error:
         raise StateError(f"{path}: is no teacher's cache ({error}); {advice}") from error
-    if version != VERSION or not valid:
+    if version != VERSION:
         raise StateError(f"{path}: version {version!r}, expected {VERSION}; {advice}")
+    for name, windows in named:
+        if not _SHARD_NAME.fullmatch(name) or windows < 1:
+            raise StateError(f"{path}: has no such shard: {name!r}, {windows} windows; {advice}")
     differ = [key for key in identity if found.get(key) != identity[key]]
     if differ:
         raise StateError(

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from frugal_bonsai.checkpoint.commit import output_errors
+from frugal_bonsai.errors import WRONG_VALUES
+from frugal_bonsai.plain_json import parse_json
 
 ROUND_LOG = "round.jsonl"
 
@@ -102,7 +104,7 @@ def _parse(line: bytes) -> tuple[str, list[float], int] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         return str(entry["key"]), [float(value) for value in entry["values"]], int(entry["tokens"])
-    except (ValueError, TypeError, KeyError):
+    except WRONG_VALUES:
         return None

@@ -22,20 +22,25 @@ import torch
 from frugal_bonsai.bonsai.importance.scores import ImportanceScores
 from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
-from frugal_bonsai.checkpoint.header import read_header
+from frugal_bonsai.checkpoint.header import TensorEntry, read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import read_tensor, write_tensors
-from frugal_bonsai.errors import StateError
+from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.mask_json import mask_from_json, mask_to_json
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
+from frugal_bonsai.plain_json import read_json
 
 VERSION = 3
 PRIOR_FILE = "prior.safetensors"
 _NORM_FILE = "refit_norm.safetensors"
 _SCORE = "score"
-_KEYS = ["forward_tokens", "identity", "prior", "refit", "removed", "rounds", "version"]
+# Keys of the state and the types of their values.
+_TYPES: dict[str, Any] = {
+    **{"forward_tokens": int, "identity": dict, "prior": str | None, "refit": bool},
+    **{"removed": dict, "rounds": list, "version": int},
+}
 
 
 @dataclass(kw_only=True)
@@ -109,7 +114,7 @@ class StateFolder:
         """
         path = self.folder / STATE_FILE
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = read_json(path)
         except (OSError, ValueError) as error:
             raise StateError(
                 f"{path}: cannot be read ({error}); delete {self.folder} and start again"
@@ -120,14 +125,14 @@ class StateFolder:
                 f"{path}: version {version!r}, expected {VERSION}; resume with the "
                 f"frugal-bonsai that began it, or delete {self.folder}"
             )
-        found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
-        if found != _KEYS:
-            raise StateError(
-                f"{path}: is damaged (found {found}, expected {_KEYS}); delete {self.folder} and "
-                f"start again"
-            )
+        fault = _find_fault(saved)
+        if fault is not None:
+            raise self._damaged(path, fault)
         self._compare(path, saved["identity"])
-        mask = mask_from_json(table, saved["removed"])
+        try:
+            mask = mask_from_json(table, saved["removed"])
+        except OptionError as error:
+            raise self._damaged(path, str(error)) from error
         state = PruneState(
             mask=mask, rounds=saved["rounds"], forward_tokens=saved["forward_tokens"]
         )
@@ -137,6 +142,9 @@ class StateFolder:
         if saved["refit"]:
             state.refit_mask = mask
         return state
+
+    def _damaged(self, path: Path, fault: str) -> StateError:
+        return StateError(f"{path}: is damaged ({fault}); delete {self.folder} and start again")
 
     def _compare(self, path: Path, saved: dict[str, Any]) -> None:
         then, now = _flat(saved), _flat(self._identity)
@@ -215,6 +223,7 @@ class StateFolder:
                 axis = cuts[name][0][1].axis
                 extent = spec.layer_tensors[layer][name.removeprefix(spec.prefix(layer))][axis]
                 then_K = kept_indices(extent, cuts[name], refit_mask)
+                _require_length(path, entries[name], axis, len(then_K))
                 stay_K = torch.isin(then_K, kept_indices(extent, cuts[name], mask))
                 readers[name] = partial(_read_rest, path, name, axis, stay_K.nonzero().flatten())
         norm = self._refit_path(number, None)
@@ -234,10 +243,27 @@ def saved_progress(folder: Path) -> tuple[dict[str, Any], int]:
     They are empty and 0 if they cannot be read: :meth:`StateFolder.load` reports faults of a state.
     """
     try:
-        saved = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return dict(saved["identity"]["settings"]), len(saved["rounds"])
-    except (OSError, ValueError, TypeError, KeyError):
+        saved = read_json(folder / STATE_FILE)
+    except (OSError, ValueError):
         return {}, 0
+    if not isinstance(saved, dict) or _find_fault(saved) is not None:
+        return {}, 0
+    settings = saved["identity"].get("settings")
+    return (dict(settings), len(saved["rounds"])) if isinstance(settings, dict) else ({}, 0)
+
+
+def _find_fault(saved: Any) -> str | None:
+    """Return what a state lacks or has of a wrong type; None if nothing is wrong."""
+    found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
+    if found != sorted(_TYPES):
+        return f"found {found}, expected {sorted(_TYPES)}"
+    for key, expected in _TYPES.items():
+        value = saved[key]
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is int):
+            return f"{key} is {type(value).__name__}"
+    if not all(isinstance(report, dict) for report in saved["rounds"]):
+        return "a round's report is no object"
+    return None
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -247,6 +273,15 @@ def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
+
+
+def _require_length(path: Path, entry: TensorEntry, axis: int, expected: int) -> None:
+    """Check that a refit weight has as many rows or columns as there were units."""
+    if len(entry.shape) <= axis or entry.shape[axis] != expected:
+        raise StateError(
+            f"{path}: tensor {entry.name!r} has shape {list(entry.shape)}, expected {expected} in "
+            f"dimension {axis}; delete {path.parent.parent} and start again"
+        )
 
 
 def _read_rest(path: Path, name: str, axis: int, stay_K: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,13 @@ the single file is read, as in transformers. Reads headers and JSON only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from frugal_bonsai.checkpoint.header import DOWNLOAD_AGAIN, TensorEntry, read_header
 from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.plain_json import read_json
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -109,11 +109,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not UTF-8, not JSON, or holds no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path}: nested too deeply; {DOWNLOAD_AGAIN}") from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise CheckpointError(f"{path}: is not JSON ({error}); {DOWNLOAD_AGAIN}") from error
     if not isinstance(value, dict):

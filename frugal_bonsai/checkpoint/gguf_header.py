@@ -96,7 +96,7 @@ def read_gguf_header(path: Path, whole: Collection[str] = ()) -> GgufHeader:
             f"{path}: cannot be read ({error.strerror or error}); check the path and its "
             "permissions"
         ) from error
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:  # a length that ends behind the file
         raise CheckpointError(
             f"{path}: truncated inside its header (the file has {path.stat().st_size} bytes); "
             f"{_DOWNLOAD_AGAIN}"

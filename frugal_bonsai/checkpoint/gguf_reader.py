@@ -96,6 +96,8 @@ def part_files(path: Path) -> list[Path]:
     if found is None:
         return [path]
     count = int(found["count"])
+    if not 1 <= int(found["number"]) <= count:
+        return [path]
     return [
         path.with_name(f"{found['stem']}-{number:05d}-of-{found['count']}.gguf")
         for number in range(1, count + 1)

@@ -180,7 +180,8 @@ def recognise_contents(
 
 def _recognise_architecture(config: Mapping[str, Any]) -> Recognised:
     """Recognise encoders, classifiers and models of several modalities by their config."""
-    model_type, classes = str(config.get("model_type")), config.get("architectures") or []
+    model_type, classes = str(config.get("model_type")), config.get("architectures")
+    classes = classes if isinstance(classes, list) else []
     parts = [key for key in (*_TEXT_KEYS, *_OTHER_KEYS) if isinstance(config.get(key), Mapping)]
     decodes = not config.get("is_encoder_decoder") and model_type not in _ENCODER_DECODERS
     if parts:

@@ -6,7 +6,6 @@ environment variables and the command line override. Imports no torch.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,7 @@ from typing import Any
 import click
 
 from frugal_bonsai.errors import OptionError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from frugal_bonsai.plain_json import read_toml
 
 
 def config_option(*, ignored: Collection[str] = ()) -> Any:
@@ -86,10 +81,10 @@ class _Reader:
 
     def _load(self) -> dict[str, Any]:
         try:
-            return tomllib.loads(self._path.read_text(encoding="utf-8"))
+            return read_toml(self._path)
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror or error})") from error
-        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except ValueError as error:
             raise self._error(f"is no TOML file: {error}") from error
 
     def _value(self, key: str, param: click.Parameter, value: Any) -> Any:

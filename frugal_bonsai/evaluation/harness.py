@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -21,6 +20,7 @@ from typing import Any, cast
 from unittest import mock
 
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.plain_json import parse_json
 from frugal_bonsai.text.sources import hub_errors
 
 # Resamples for the standard error of metrics that are no means, such as lambada's perplexity.
@@ -117,7 +117,7 @@ def _first_item(file: Path) -> dict[str, Any]:
     """Return the first item of a file of JSON lines."""
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            item = json.loads(next(lines, ""))
+            item = parse_json(next(lines, ""))
     except (OSError, ValueError) as error:
         raise OptionError(
             f"--task-data {file}: its first line is not JSON ({error}); write one item a line"

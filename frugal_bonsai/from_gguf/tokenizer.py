@@ -12,9 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.gguf_header import TOKENS, GgufHeader
 from frugal_bonsai.errors import CheckpointError, UnsupportedModelError
 from frugal_bonsai.export.tokenizer import LLAMA3, QWEN2
+from frugal_bonsai.text.windows import tokenizer_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,28 +70,23 @@ def write_tokenizer(header: GgufHeader, positions: int, folder: Path) -> None:
         folder: see above.
 
     Raises:
-        UnsupportedModelError: the tokenizer cannot be built as llama.cpp has it.
-        CheckpointError: an array is missing.
+        UnsupportedModelError: the tokenizer is of an unknown kind.
+        CheckpointError: an array is missing, or the tokenizer cannot be built of them.
         OutputError: a file cannot be written.
     """
     from transformers import PreTrainedTokenizerFast
 
     kind, pre = _kind(header)
-    try:
+    with tokenizer_errors(str(header.path), "use the original checkpoint"):
         backend = _byte_level(header, pre) if kind == "gpt2" else _characters(header)
-    except Exception as error:  # the tokenizers package raises the base class itself
-        if type(error) is not Exception:
-            raise
-        raise UnsupportedModelError(
-            f"{header.path}: its tokenizer cannot be built ({error}); use the original checkpoint"
-        ) from error
-    _add_special_tokens(backend, header)
-    _surround(backend, header, begins=kind == "llama" or pre in _WHOLE_PIECES)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=positions, **_named_tokens(header)
-    )
-    tokenizer.chat_template = _templates(header) or None
-    tokenizer.save_pretrained(str(folder))
+        _add_special_tokens(backend, header)
+        _surround(backend, header, begins=kind == "llama" or pre in _WHOLE_PIECES)
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, model_max_length=positions, **_named_tokens(header)
+        )
+        tokenizer.chat_template = _templates(header) or None
+    with output_errors(folder):
+        tokenizer.save_pretrained(str(folder))
 
 
 def _kind(header: GgufHeader) -> tuple[str, str]:

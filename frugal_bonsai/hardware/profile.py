@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +16,9 @@ from pathlib import Path
 from frugal_bonsai.accelerator import ACCELERATORS, CPU, CUDA, shares_host_memory
 from frugal_bonsai.checkpoint.commit import write_bytes
 from frugal_bonsai.errors import OptionError
+from frugal_bonsai.plain_json import read_toml
 from frugal_bonsai.plain_toml import toml_literal
 from frugal_bonsai.sizes import GIB, MIB
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FP32, TF32, BF16, INT8 = "fp32", "tf32", "bf16", "int8"
 ARITHMETIC = (FP32, TF32, BF16, INT8)
@@ -85,7 +80,7 @@ class HardwareProfile:
     products: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        if self.device not in DEFAULT_ARITHMETIC:
+        if not isinstance(self.device, str) or self.device not in DEFAULT_ARITHMETIC:
             known = ", ".join(DEFAULT_ARITHMETIC)
             raise OptionError(f"device is {self.device!r}, expected one of {known}")
         for name in _TEXTS:
@@ -175,13 +170,13 @@ def read_profile(path: Path) -> HardwareProfile:
         OptionError: The file cannot be read, is not TOML, or is not a profile.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = read_toml(path)
     except OSError as error:
         raise OptionError(
             f"--profile {path}: cannot be read ({error.strerror or error}); `frugal-bonsai profile "
             f"--out FILE` measures this machine; profiles by name: {', '.join(profile_names())}"
         ) from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:
         raise OptionError(f"--profile {path}: is no TOML file: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(HardwareProfile)}
     for key in values:

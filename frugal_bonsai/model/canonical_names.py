@@ -16,9 +16,13 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.header import TensorEntry
 from frugal_bonsai.checkpoint.reader import Checkpoint
+from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.family import ModelSpec, describe_model
 from frugal_bonsai.model.family_lookup import find_family
 from frugal_bonsai.model.family_schema import Family
+
+# Behind the last layer; models have one to three.
+_MOST_FURTHER_LAYERS = 100
 
 
 def describe_checkpoint(
@@ -37,7 +41,7 @@ def describe_checkpoint(
         CheckpointError: a tensor is missing, or its shape contradicts the config.
     """
     family = _with_further_layers(
-        find_family(checkpoint.config, source=source, assume=assume), checkpoint.config
+        find_family(checkpoint.config, source=source, assume=assume), checkpoint.config, source
     )
     checkpoint.config = _with_global_keys(family, checkpoint.config)
     may_be_tied = checkpoint.config.get("tie_word_embeddings") is not False
@@ -47,12 +51,18 @@ def describe_checkpoint(
     return describe_model(checkpoint.config, checkpoint.shapes, source=source, assume=assume)
 
 
-def _with_further_layers(family: Family, config: Mapping[str, Any]) -> Family:
+def _with_further_layers(family: Family, config: Mapping[str, Any], source: str) -> Family:
     """Return the family without the layers behind the last one, which no model reads."""
     first = config.get(family.layers_key)
     if family.further_layers_key is None or not isinstance(first, int):
         return family
-    last = first + (config.get(family.further_layers_key) or 0)
+    count = config.get(family.further_layers_key) or 0
+    if not isinstance(count, int) or not 0 <= count <= _MOST_FURTHER_LAYERS:
+        raise CheckpointError(
+            f"{source}: {family.further_layers_key} is {count!r}, expected a whole number of at "
+            f"most {_MOST_FURTHER_LAYERS}; correct the value"
+        )
+    last = first + count
     further = tuple(family.layer_prefix.format(layer=layer) for layer in range(first, last))
     return replace(family, unread=(*family.unread, *further))
 

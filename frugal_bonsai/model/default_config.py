@@ -8,14 +8,17 @@ which value the class refuses. Holds the config.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from frugal_bonsai.errors import CheckpointError
+from frugal_bonsai.errors import WRONG_VALUES, CheckpointError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import heads_fit
 
+_MOST_MODULES = 10_000
+_COUNT = re.compile(r"(num|n)_(\w+_)?(layers?|experts?|blocks?)|depth")
 _LAYOUT_KEYS = ("per_layer_config", "auto_map", "architectures")
 
 
@@ -45,13 +48,19 @@ def require_accepted_config(spec: ModelSpec, *, source: str = "config.json") -> 
 
 @contextmanager
 def config_errors(config: Mapping[str, Any], source: str = "config.json") -> Iterator[None]:
-    """Turn errors of transformers about a model's config into a :class:`CheckpointError`."""
+    """Turn errors of transformers about a model's config into a :class:`CheckpointError`.
+
+    Raises:
+        CheckpointError: transformers raises in the block, or the config has a number of layers or
+            experts that no model has: building their modules would take forever.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
-    expected = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError)
+    _require_counts(config, source)
+    # RuntimeError is torch's, where a size is negative or overflows.
     try:
         yield
-    except (*expected, AssertionError) as error:
+    except (StrictDataclassError, RuntimeError, *WRONG_VALUES) as error:
         # A strict dataclass says which check failed, and its cause which value.
         reason = str(error.__cause__ or error).strip("'\"")
         if isinstance(error, AssertionError):  # of the embedding's module
@@ -62,6 +71,18 @@ def config_errors(config: Mapping[str, Any], source: str = "config.json") -> Ite
             f"{source}: transformers does not accept it: {reason}; correct the value, or copy "
             "config.json from the model's source again"
         ) from error
+
+
+def _require_counts(config: Mapping[str, Any], source: str) -> None:
+    """Check the numbers of layers and experts of a config and of those nested in it."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _require_counts(value, source)
+        elif _COUNT.fullmatch(key) and isinstance(value, int) and value > _MOST_MODULES:
+            raise CheckpointError(
+                f"{source}: {key} is {value}, more than the {_MOST_MODULES} that are possible; "
+                "correct the value, or copy config.json from the model's source again"
+            )
 
 
 def default_config(spec: ModelSpec) -> dict[str, Any]:

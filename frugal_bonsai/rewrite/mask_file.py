@@ -20,6 +20,7 @@ from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.mask_json import json_type, mask_from_json, mask_to_json
 from frugal_bonsai.model.units import KeepMask
+from frugal_bonsai.plain_json import read_json
 from frugal_bonsai.rewrite.layouts.widths import require_units
 
 FORMAT = 2
@@ -86,13 +87,11 @@ def read_mask(path: Path, spec: ModelSpec) -> KeepMask:
 def _read_json(path: Path) -> Any:
     """Return the parsed content of a file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except OSError as error:
         raise OptionError(
             f"--mask {path}: cannot be read ({error.strerror or error}); check the path"
         ) from error
-    except RecursionError as error:
-        raise OptionError(f"--mask {path}: is nested too deeply to be a mask") from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError among them
         raise OptionError(f"--mask {path}: is not JSON ({error}); get the file again") from error
 

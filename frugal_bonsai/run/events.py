@@ -8,6 +8,7 @@ torch. Holds a few numbers.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 from frugal_bonsai.checkpoint.commit import write_bytes
 from frugal_bonsai.memory.meter import reserved_gpu_bytes, resident_bytes
+from frugal_bonsai.plain_json import parse_json
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.card_parts import parent_name, without_paths
 from frugal_bonsai.run.run_folder import EVENTS_FILE, holds_files
@@ -24,6 +26,19 @@ from frugal_bonsai.version import package_version
 VERSION = 1
 # Keys of the event ``start`` that stay in the run directory: where files lie on this machine.
 _PRIVATE = ("arguments",)
+_ABSENT = object()
+# Event -> types of its values; other keys and events are not checked.
+_FIELDS: dict[str, dict[str, Any]] = {
+    "round": {"number": int, "rounds": int, "sparsity": int | float},
+    "sweep": {"name": str, "steps": int, "tokens": int},
+    "caps": {"host_bytes": int, "gpu_bytes": int | None},
+    "memory": {"host_bytes": int, "gpu_bytes": int | None},
+    "note": {"text": str},
+}
+_OPTIONAL: dict[str, dict[str, Any]] = {
+    "start": {"at": str, "command": str, "model": str, "arguments": list, "version": str},
+    "end": {"state": str},
+}
 # Seconds between two readings of the memory: at least this, and this share of the run so far, so
 # that a run of days has a few thousand.
 _LEAST_SECONDS, _SHARE = 0.2, 1 / 300
@@ -159,9 +174,22 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
+        if isinstance(event, dict) and _is_event({"seconds": 0.0, **event}):
             found.append({"seconds": 0.0, **event})
     return found
+
+
+def _is_event(event: dict[str, Any]) -> bool:
+    """Return whether the values of an event have the types that :class:`EventLog` writes."""
+    kind, seconds = event.get("event"), event["seconds"]
+    if not isinstance(kind, str) or not isinstance(seconds, int | float):
+        return False
+    if not 0 <= seconds < math.inf:
+        return False
+    required, optional = _FIELDS.get(kind, {}), _OPTIONAL.get(kind, {})
+    return all(isinstance(event.get(key, _ABSENT), types) for key, types in required.items()) and (
+        all(isinstance(event[key], types) for key, types in optional.items() if key in event)
+    )

@@ -71,9 +71,9 @@ def _shapes(folder: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"), no_init_weights():
             build = transformers.AutoModelForCausalLM.from_config if own is None else own
             model = build(described)
-    model.tie_weights()
-    once = {name for name, _ in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
-    state = {name: value for name, value in model.state_dict().items() if name not in tied}
-    found = revert_weight_conversion(model, state)
+        model.tie_weights()
+        once = {name for name, _ in model.named_parameters()}
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - once
+        state = {name: value for name, value in model.state_dict().items() if name not in tied}
+        found = revert_weight_conversion(model, state)
     return {name: tuple(value.shape) for name, value in found.items()}

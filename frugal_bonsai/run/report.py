@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.commit import output_errors, write_bytes
-from frugal_bonsai.errors import CheckpointError, OptionError
+from frugal_bonsai.errors import WRONG_VALUES, CheckpointError, OptionError
 from frugal_bonsai.plain_json import json_text
 from frugal_bonsai.progress import Progress
 from frugal_bonsai.report.pages.adapt import adapt_page
@@ -46,20 +47,33 @@ def report_page(*folders: str | Path, kind: str = "html") -> str:
         kind: ``html``, ``md`` or ``json``. ``html`` needs matplotlib.
 
     Raises:
-        CheckpointError: A folder is missing, or has no complete report.
+        CheckpointError: A folder is missing, or has no complete report, or a damaged one.
         OptionError: matplotlib is not installed.
     """
     places = [Path(folder).expanduser() for folder in folders]
-    if len(places) == 1:
-        return render_page(_page(places[0]), kind)
-    results = [(place.resolve().name, *_read(place)) for place in places]
-    for place, (_, summary, _pruned) in zip(places, results, strict=True):
-        if "mask" in summary:
-            raise CheckpointError(
-                f"{place}: shrink wrote it and measured no perplexity, so there is nothing to "
-                f"compare; leave it out"
-            )
-    return render_page(compare_page(results), kind)
+    with _damaged(places):
+        if len(places) == 1:
+            return render_page(_page(places[0]), kind)
+        results = [(place.resolve().name, *_read(place)) for place in places]
+        for place, (_, summary, _pruned) in zip(places, results, strict=True):
+            if "mask" in summary:
+                raise CheckpointError(
+                    f"{place}: shrink wrote it and measured no perplexity, so there is nothing to "
+                    f"compare; leave it out"
+                )
+        return render_page(compare_page(results), kind)
+
+
+@contextmanager
+def _damaged(places: Sequence[Path]) -> Iterator[None]:
+    """Turn the errors of values that no run has written into a :class:`CheckpointError`."""
+    try:
+        yield
+    except WRONG_VALUES as error:
+        raise CheckpointError(
+            f"{', '.join(map(str, places))}: a report there is damaged "
+            f"({type(error).__name__}: {str(error)[:200]}); copy the folder again from its source"
+        ) from error
 
 
 def render_page(page: Mapping[str, Any], kind: str) -> str:

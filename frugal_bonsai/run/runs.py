@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from frugal_bonsai.errors import OptionError
+from frugal_bonsai.errors import WRONG_VALUES, OptionError
 from frugal_bonsai.report.card_parts import parent_name
 from frugal_bonsai.run.arguments import command_line
 from frugal_bonsai.run.events import read_events
@@ -73,7 +73,7 @@ def _describe(place: Path, folder: Path) -> dict[str, Any] | None:
                 **_common(place, folder, read_events(place)),
                 "state": FINISHED,
                 "command": last_command(report) or command,
-                "model": parent_name(report["model"]),
+                "model": parent_name(str(report["model"])),
                 "progress": _figures(command, report),
                 "resume": None,
             }
@@ -109,8 +109,11 @@ def _common(out: Path, folder: Path, events: list[dict[str, Any]]) -> dict[str, 
 
 
 def _figures(command: str, report: Mapping[str, Any]) -> str:
-    before, after = report["before"].get("perplexity"), report["after"].get("perplexity")
-    text = "adapted" if command == "adapt" else f"{report.get('sparsity', 0):.0%} removed"
+    try:
+        before, after = report["before"].get("perplexity"), report["after"].get("perplexity")
+        text = "adapted" if command == "adapt" else f"{report.get('sparsity', 0):.0%} removed"
+    except WRONG_VALUES:
+        return "its report is damaged"
     if isinstance(before, float) and isinstance(after, float):
         text += f", perplexity {before:.2f} to {after:.2f}"
     return text

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from frugal_bonsai.errors import CalibrationError
+from frugal_bonsai.errors import WRONG_VALUES, CalibrationError
 
 MESSAGES = "messages"
 _EXAMPLE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}'
@@ -53,7 +53,7 @@ class ChatTemplate:
 
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, *WRONG_VALUES) as error:
             raise CalibrationError(
                 f"{where}: the chat template of {self._model} refuses these messages "
                 f"({type(error).__name__}: {str(error)[:200]}); change or remove the line"

@@ -10,7 +10,6 @@ fallback to another text. ``self`` (text that the model samples) needs the model
 from __future__ import annotations
 
 import codecs
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from frugal_bonsai.errors import CalibrationError
+from frugal_bonsai.plain_json import parse_json
 from frugal_bonsai.text.chat import NO_TEMPLATE, Chat, ChatTemplate, document_text
 
 SOURCES = (
@@ -212,8 +212,8 @@ def _json_texts(path: Path, lines: Iterable[bytes], chat: ChatTemplate) -> Itera
             continue
         where = f"{path}, line {number}"
         try:
-            record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except ValueError as error:
             raise CalibrationError(
                 f"{where}: is not JSON ({error}); write one object per line, such as "
                 '{"text": "..."}'
@@ -225,11 +225,6 @@ def _json_texts(path: Path, lines: Iterable[bytes], chat: ChatTemplate) -> Itera
                 f"{where}: expected an object with a text under 'text', or a chat under "
                 f"'messages', found {found[:200]}; write one object per line, such as "
                 '{"text": "..."}'
-            )
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise CalibrationError(
-                f"{where}: its text holds half of a surrogate pair, which is no character; remove "
-                "the line"
             )
         yield text
 

@@ -10,18 +10,29 @@ Shape suffixes: T tokens, n windows, S tokens of a window.
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugal_bonsai.errors import CalibrationError, CheckpointError
+from frugal_bonsai.errors import (
+    WRONG_VALUES,
+    CalibrationError,
+    CheckpointError,
+    FrugalBonsaiError,
+)
+from frugal_bonsai.plain_json import read_json
 
 if TYPE_CHECKING:
     import torch
 
 # Characters to read for a token: generous for text (about four), enough for byte vocabularies too.
 CHARACTERS_PER_TOKEN = 8
+_AGAIN = (
+    "download tokenizer.json and tokenizer_config.json again, or save the tokenizer again with "
+    "save_pretrained"
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -57,18 +68,46 @@ def load_tokenizer(folder: str | Path) -> Any:
         _require_json(folder / name)
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
+    with tokenizer_errors(str(folder)):
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         config = _read_config(folder)
         if config.get("per_layer_config") or config.get("auto_map"):
             options["config"] = AutoConfig.for_model(config["model_type"])
         return AutoTokenizer.from_pretrained(str(folder), **options)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise CheckpointError(_unreadable(folder, error)) from error
-    except Exception as error:
-        if type(error) is not Exception:  # the tokenizers package raises the base class itself
+
+
+@contextmanager
+def tokenizer_errors(source: str, advice: str = _AGAIN) -> Iterator[None]:
+    """Turn errors of the tokenizer packages in the block into a :class:`CheckpointError`.
+
+    Args:
+        source: folder or file of the tokenizer, for the error text.
+        advice: what to try, as the end of a sentence.
+    """
+    try:
+        yield
+    except FrugalBonsaiError:
+        raise
+    except BaseException as error:
+        if not _is_of_tokenizer(error):
             raise
-        raise CheckpointError(_unreadable(folder, error)) from error
+        raise CheckpointError(_unreadable(source, error, advice)) from error
+
+
+def _is_of_tokenizer(error: BaseException) -> bool:
+    """Return whether a tokenizer's file causes this error.
+
+    The tokenizers package raises ``Exception`` itself, and a class derived from ``BaseException``
+    where its code fails an assertion.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    known = (OSError, ImportError, StrictDataclassError, *WRONG_VALUES)
+    return (
+        isinstance(error, known)
+        or type(error) is Exception
+        or type(error).__name__ == "PanicException"
+    )
 
 
 def tokenise(text: str, tokenizer: Any) -> torch.Tensor:
@@ -80,14 +119,17 @@ def tokenise(text: str, tokenizer: Any) -> torch.Tensor:
 
     Returns:
         int64 [T] on the CPU.
+
+    Raises:
+        CheckpointError: the tokenizer's files are damaged.
     """
     import torch
 
     # verbose=False: transformers warns of texts that are longer than the model's window.
-    encoded = tokenizer(
-        text, add_special_tokens=False, return_attention_mask=False, verbose=False, truncation=False
-    )
-    return torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    options = {"return_attention_mask": False, "verbose": False, "truncation": False}
+    with tokenizer_errors(str(getattr(tokenizer, "name_or_path", "tokenizer"))):
+        encoded = tokenizer(text, add_special_tokens=False, **options)
+        return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
 def cut_windows(
@@ -196,10 +238,7 @@ def _require_json(path: Path) -> None:
     """Check that a file is JSON, so that the error names the file."""
     if not path.is_file():
         return
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from error
+    _read_json(path)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -207,16 +246,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    _require_json(path)
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = _read_json(path)
     return config
 
 
-def _unreadable(folder: Path, error: Exception) -> str:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{path}: holds {type(found).__name__}, expected a JSON object; download it again"
+        )
+    return found
+
+
+def _unreadable(source: str, error: BaseException, advice: str) -> str:
     """Return the error text for a tokenizer that transformers refuses."""
     lines = str(error).strip().splitlines() or ["no details"]
-    return (
-        f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {lines[0][:200]}); "
-        "download tokenizer.json and tokenizer_config.json again, or save the tokenizer again with "
-        "save_pretrained"
-    )
+    what = f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{source}: its tokenizer cannot be read ({what}); {advice}"

@@ -141,7 +141,7 @@ def test_special_tokens_outside_the_alphabet_of_bytes(tmp_path: Path) -> None:
         (
             {"tokenizer.ggml.merges": ["\u00df z"]},
             (),
-            r"its tokenizer cannot be built \(.*out of vocabulary",
+            r"its tokenizer cannot be read \(.*out of vocabulary",
         ),
         ({}, ("tokenizer.ggml.tokens",), "has no tokenizer.ggml.tokens"),
     ],

@@ -63,8 +63,9 @@ def test_a_run_is_recorded_and_what_leaves_the_machine_has_no_paths(tmp_path: Pa
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('{"event": "round", "number": 1}\n[]\n{"event": "sw')
-    assert read_events(tmp_path) == [{"seconds": 0.0, "event": "round", "number": 1}]
+    event = {"event": "round", "number": 1, "rounds": 2, "sparsity": 0.25}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + '\n[]\n{"event": "sw')
+    assert read_events(tmp_path) == [{"seconds": 0.0, **event}]
 
 
 def test_memory_is_read_now_and_then_and_a_full_disk_ends_the_log_alone(tmp_path: Path) -> None:
