@@ -237,6 +237,14 @@ _SHARED: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "num_nextn_predict_layers": 0,
 }
+_ERNIE: dict[str, Any] = {
+    "intermediate_size": 28,
+    "moe_intermediate_size": 20,
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+}
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 6,
     "q_lora_rank": 7,
@@ -583,6 +591,21 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"n_routed_experts": 8, "n_group": 2, "topk_method": "group_limited_greedy"},
         },
     ),
+    "ernie4_5-moe": (
+        "ernie4_5_moe",
+        {
+            **_SIZES,
+            **_ERNIE,
+        },
+    ),
+    "ernie4_5-moe-routed": (
+        "ernie4_5_moe",
+        {
+            **_SIZES,
+            **_ERNIE,
+            "moe_num_shared_experts": 0,
+        },
+    ),
     # Its gates reach the limit.
     "gpt-oss": (
         "gpt_oss",
@@ -642,7 +665,7 @@ EXPERTS_PRUNED = ("mixtral", "qwen3-moe", "olmoe")
 # Whose experts keep their channels: test_shared_experts_command.py drops whole ones.
 WHOLE_EXPERTS_PRUNED = (
     *("deepseek-v3", "glm4-moe", "glm4-moe-lite", "dots1"),
-    *("exaone-moe", "deepseek-v2", "llama4"),
+    *("exaone-moe", "deepseek-v2", "llama4", "ernie4_5-moe"),
 )
 
 

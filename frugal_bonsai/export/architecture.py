@@ -237,6 +237,7 @@ CONVERTED_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "deepseek_v2": "deepseek2",
         "deepseek_v3": "deepseek2",
         "dots1": "dots1",
+        "ernie4_5_moe": "ernie4_5-moe",
         "exaone_moe": "exaone-moe",
         "gemma4_text": "gemma4",
         "glm4_moe": "glm4moe",

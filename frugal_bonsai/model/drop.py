@@ -19,8 +19,10 @@ from frugal_bonsai.model.units import KeepMask
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 # Config keys of transformers for the indices of some layers.
 _LAYER_INDICES = ("moe_layers",)
-# Config key for the number of layers without experts, which are the first.
-_FIRST_DENSE = "first_k_dense_replace"
+# Config keys for the number of layers without experts, which are the first.
+_FIRST_DENSE = ("first_k_dense_replace", "moe_layer_start_index")
+# Config key for the last layer with experts; -1 for the last of all.
+_LAST_ROUTED = "moe_layer_end_index"
 
 
 def dropped_expert_tensors(spec: ModelSpec, mask: KeepMask, layer: int) -> set[str]:
@@ -52,9 +54,13 @@ def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
     kept = [layer for layer in range(spec.layers) if layer not in dropped]
     for key, layers in _layer_lists(spec, _LAYER_INDICES).items():
         config[key] = [kept.index(layer) for layer in layers if layer in kept]
-    dense = spec.config.get(_FIRST_DENSE)
-    if isinstance(dense, int):
-        config[_FIRST_DENSE] = dense - sum(layer < dense for layer in dropped)
+    for key in _FIRST_DENSE:
+        dense = spec.config.get(key)
+        if isinstance(dense, int):
+            config[key] = dense - sum(layer < dense for layer in dropped)
+    last = spec.config.get(_LAST_ROUTED)
+    if isinstance(last, int) and last >= 0:
+        config[_LAST_ROUTED] = last - sum(layer <= last for layer in dropped)
     if "attention_types" in config:  # GPT-Neo computes its list from pairs ([kinds], repeats)
         config["attention_types"] = [[[kind], 1] for kind in config["attention_layers"]]
     return replace(spec, config=config)

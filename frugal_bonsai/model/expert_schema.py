@@ -46,7 +46,8 @@ class Experts:
             weighted sum.
         router: name inside the layer of the router's weight, which has one row per expert. The
             router's module has the number of experts per token as ``top_k``.
-        router_bias: name inside the layer of a tensor with one number per expert.
+        router_bias: name inside the layer of a tensor with one number per expert, in its last
+            dimension.
         count_keys: config keys for the number of experts. A pruned config states those that its
             source states.
         chosen_key: config key for the number of experts per token.

@@ -89,16 +89,19 @@ class GroupBuilder:
         routers = [prefix + name for name in self._family.experts.router_tensors]
         if self._family.experts.dense_key is not None and routers[0] not in self._shapes:
             return groups  # an ordinary FFN, which stays whole
-        for name, shape in zip(routers, ((experts, self._hidden), (experts,)), strict=False):
-            self._require_shape(name, shape)
+        self._require_shape(routers[0], (experts, self._hidden))
+        for name in routers[1:]:  # some have a dimension before that of the experts
+            one = (1,) * (len(self.shape_of(name)) - 1)
+            self._require_shape(name, (*one, experts))
+        axes = [0, *(len(self.shape_of(name)) - 1 for name in routers[1:])]
         own = self._hidden + len(routers) - 1
         for expert in range(experts):
             group = self._group(layer, FFN, channels, expert)
             # The bias of an expert's output has no rows of units; it goes with the expert.
             bias = self._shapes.get(f"{group.output_weight.removesuffix('.weight')}.bias", (0,))
             rows = [
-                UnitSlice(tensor=name, axis=0, width=1, start=expert, joint=True)
-                for name in routers
+                UnitSlice(tensor=name, axis=axis, width=1, start=expert, joint=True)
+                for name, axis in zip(routers, axes, strict=True)
             ]
             slices = (*group.slices, *rows)
             groups.append(replace(group, slices=slices, joint_parameters=own + bias[0]))

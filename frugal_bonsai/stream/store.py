@@ -180,7 +180,7 @@ class _LayerBuilder:
         """Return a tensor's entries: itself in its source's dtype, or int8 codes and scales."""
         family, value = self.spec.family, self._value(full)
         # Small differences decide an expert's tokens: a router keeps its precision.
-        router = family.experts is not None and name == family.experts.router
+        router = family.experts is not None and name in family.experts.router_tensors
         exact = router or name.endswith(family.unquantised)
         if self.int8 and value.dim() == 2 and not exact:
             codes, scales = _quantise(value, self.device)

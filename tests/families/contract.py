@@ -145,7 +145,7 @@ def _mask_expert(tiny: Tiny, model: Any, mask: KeepMask, group: UnitGroup, refit
         router.forward = partial(_route_without, group.expert, router.forward)
         if rule.router_bias is not None:  # of choices by another function of the logits
             bias = model.state_dict()[tiny.spec.prefix(group.layer) + rule.router_bias]
-            bias[group.expert] = -torch.inf
+            bias[..., group.expert] = -torch.inf
 
 
 def _route_without(expert: int, forward: Any, *inputs: torch.Tensor) -> Any:

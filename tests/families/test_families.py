@@ -186,6 +186,16 @@ class TestLlama4(FamilyContract):
     refines = False
 
 
+class TestErnie45Moe(FamilyContract):
+    name = "ernie4_5-moe"
+    refines = False
+
+
+class TestErnie45MoeRouted(FamilyContract):
+    name = "ernie4_5-moe-routed"
+    refines = False
+
+
 class TestGemma4(FamilyContract):
     name = "gemma4"
     attention = ()

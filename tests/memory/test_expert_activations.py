@@ -41,6 +41,7 @@ SHAPES = {
 
 _SHARED = {
     **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_shared_experts": 1},
+    **{"moe_layer_start_index": 0, "moe_num_shared_experts": 1},
     "use_qk_norm": True,
 }
 
@@ -80,7 +81,7 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
             "vocab_size": 64,
             "max_position_embeddings": 1024,
             **dict.fromkeys(family.experts.count_keys, EXPERTS),
-            "num_experts_per_tok": CHOSEN,
+            family.experts.chosen_key: CHOSEN,
             "eos_token_id": 2,
             "pad_token_id": 0,
         },
@@ -158,9 +159,11 @@ def planned_bytes(spec: ModelSpec, *, tapped: bool = False) -> int:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_plan_and_trace_agree(family: str, shape: tuple[int, ...]) -> None:
     spec = spec_of(family, shape)
-    if spec.family.other_mixers:
-        # Linear attention computes in fp32, as is planned for models in 16 bits. Here all is fp32.
-        assert traced_bytes(spec) < planned_bytes(spec) < 1.8 * traced_bytes(spec)
+    if spec.family.other_mixers or family == "ernie4_5_moe":
+        # Linear attention, or the rotation of heads, computes in fp32, as is planned for models in
+        # 16 bits. Here all is fp32.
+        traced = traced_bytes(spec)
+        assert 0.97 * traced < planned_bytes(spec) < 1.8 * traced
         return
     assert planned_bytes(spec) == pytest.approx(traced_bytes(spec), rel=0.1)
     assert planned_bytes(spec) >= 0.97 * traced_bytes(spec, masked=False)

@@ -12,6 +12,7 @@ from frugal_bonsai.model.families.deepseek_v2 import DEEPSEEK_V2
 from frugal_bonsai.model.families.deepseek_v3 import DEEPSEEK_V3
 from frugal_bonsai.model.families.dots1 import DOTS1
 from frugal_bonsai.model.families.ernie4_5 import ERNIE4_5
+from frugal_bonsai.model.families.ernie4_5_moe import ERNIE4_5_MOE, ERNIE4_5_MOE_ROUTED
 from frugal_bonsai.model.families.exaone4 import EXAONE4
 from frugal_bonsai.model.families.exaone_moe import EXAONE_MOE
 from frugal_bonsai.model.families.falcon import FALCON
@@ -118,12 +119,16 @@ _TABLES = (
     DOTS1,
     EXAONE_MOE,
     DEEPSEEK_V2,
+    ERNIE4_5_MOE,
 )
 FAMILIES = {family.model_type: family for family in _TABLES}
 # Another table for some configs of an architecture: the first whose condition holds.
 VARIANTS = {
     "granitemoehybrid": (
         (Condition(key="num_local_experts", other_than=0, default=8), GRANITEMOEHYBRID_EXPERTS),
+    ),
+    "ernie4_5_moe": (
+        (Condition(key="moe_num_shared_experts", value=0, default=2), ERNIE4_5_MOE_ROUTED),
     ),
 }
 # Text models inside models of several modalities that compute the same as a family as long as all

@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_SHARED = "no one has written its table; its experts could go whole, as those of deepseek_v3 do"
-
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
-        "ernie4_5_moe": _SHARED,
         "mistral4": "transformers has no language model of it alone (AutoModelForCausalLM)",
         "flex_olmo": "a norm follows the sum of its experts, whose outputs cannot be refitted then",
         "phimoe": "its router is a linear layer that chooses experts by itself",
