@@ -57,6 +57,10 @@ class StateError(FrugalBonsaiError):
     """A run directory is damaged or cannot be resumed with these options."""
 
 
+class RankError(FrugalBonsaiError):
+    """A process of a launch failed, ended or does not answer, or a command runs in one only."""
+
+
 class VerifyError(FrugalBonsaiError):
     """The rewritten model does not compute the same as the masked parent."""
 

@@ -22,7 +22,8 @@ from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWr
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder, ImportanceScores
 from frugal_bonsai.bonsai.importance.whole import measure_whole
 from frugal_bonsai.bonsai.masks.estimate import RoundInputs, estimate_round
-from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Utility
+from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator
+from frugal_bonsai.bonsai.masks.pairs import Utility
 from frugal_bonsai.bonsai.masks.sampling import Estimate
 from frugal_bonsai.bonsai.reconstruction.bias import compensate_by_bias
 from frugal_bonsai.bonsai.reconstruction.rounds import RoundReconstruction
@@ -34,6 +35,7 @@ from frugal_bonsai.bonsai.selection.reach import can_go_nearer, check_reachable
 from frugal_bonsai.bonsai.selection.schedule import Schedule, round_goals
 from frugal_bonsai.bonsai.selection.whole import drop_whole
 from frugal_bonsai.bonsai.settings import WHOLE, PruneSettings
+from frugal_bonsai.bonsai.shared import SharedSearch
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.bonsai.stores import Refits, Stores
 from frugal_bonsai.model.layout import LayoutRules
@@ -74,6 +76,7 @@ class Search:
         written_together: Number of texts that the dense model writes at a time (from the plan).
         utility: The user's own utility.
         unit_milliseconds: Milliseconds of each kind of unit, for the objective ``latency``.
+        shared: Shares masks and candidates among ranks; None does all of them here.
 
     Raises:
         OptionError: The layout or the allocation cannot reach the sparsity.
@@ -93,9 +96,10 @@ class Search:
         written_together: int = 1,
         utility: Utility | None = None,
         unit_milliseconds: Mapping[str, float] | None = None,
+        shared: SharedSearch | None = None,
     ) -> None:
         self._engine, self._settings, self._rules = engine, settings, rules
-        self._folder, self._utility = state, utility
+        self._folder, self._utility, self._shared = state, utility, shared
         self._log = RoundLog(state.folder / ROUND_LOG)
         self._stores = Stores(engine, state, work, settings.weights)
         columns = max(group.columns for group in engine.spec.table.groups)
@@ -200,7 +204,7 @@ class Search:
     ) -> dict[str, Any]:
         """Estimate, cut and select; set the state's mask and return the report."""
         assert state.importance is not None
-        evaluator, estimate = self._evaluator(store, number), Estimate(curves=())
+        evaluator, estimate = self._evaluator(state, store, number), Estimate(curves=())
         score_N = state.importance.score_N
         if self._settings.allocation in WHOLE:
             spec = self._engine.spec
@@ -228,8 +232,8 @@ class Search:
             "kept": state.mask.counts_with_experts(),
         }
 
-    def _evaluator(self, store: LayerStore, number: int) -> MaskEvaluator:
-        imputations = None
+    def _evaluator(self, state: PruneState, store: LayerStore, number: int) -> MaskEvaluator:
+        imputations, shared = None, self._shared
         if self._settings.imputes(uniform=self._rules.uniform):
             imputations = Imputations(
                 lambda group: self._folder.imputation(number - 1, group),
@@ -246,6 +250,7 @@ class Search:
             log=self._log,
             imputations=imputations,
             utility=self._utility,
+            share=None if shared is None else shared.pairs_of(state, number, store),
         )
 
     def _select(
@@ -264,12 +269,20 @@ class Search:
         if not others:
             return chosen, {}
         assert dense is not None
+        reconstruction, shared = self._reconstruction, self._shared
+
+        def ahead(masks: list[KeepMask]) -> None:
+            if shared is not None:
+                reconstruction.log_candidates(state, number, dense, masks, shared.candidates)
+
         mask, losses = select_cut(
             chosen,
             others,
-            partial(self._reconstruction.candidate_losses, state, number, dense),
+            partial(reconstruction.candidate_losses, state, number, dense),
             share=(target - before.removed_parameters()) / self._blocks,
             in_nats=self._utility is None,
+            ahead=ahead,
+            together=1 if shared is None else shared.ranks,
         )
         return mask, {"trial": losses}
 

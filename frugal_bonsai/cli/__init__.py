@@ -5,6 +5,7 @@ Has no logic of its own, and imports no torch until a command runs.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from frugal_bonsai.cli.measure import eval_command, inspect_command, profile_com
 from frugal_bonsai.cli.prune import plan_command, prune_command
 from frugal_bonsai.cli.report import report_command, runs_command
 from frugal_bonsai.cli.rewrite import bench_command, export_command, shrink_command
+from frugal_bonsai.cli.running import is_worker
 from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 
 _SECTIONS = (
@@ -61,6 +63,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; a user's error is a text on standard error and exit code 2."""
     try:
+        if is_worker():  # torch's own words on a lost connection, which rank 0 explains
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         cli.main(standalone_mode=False)
     except FrugalBonsaiError as error:
         hint = _kept_hint(_option_value("--out")) if isinstance(error, OutputError) else ""
@@ -70,6 +74,8 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        if is_worker():
+            sys.exit(130)  # rank 0 says it
         out = _option_value("--out")
         nothing = " before a round was finished; nothing is left behind" if out else ""
         click.echo(f"frugal-bonsai: stopped{_kept_hint(out) or nothing}", err=True)

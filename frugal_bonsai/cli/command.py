@@ -14,7 +14,8 @@ from typing import Any
 import click
 import cloup
 
-from frugal_bonsai.errors import FrugalBonsaiError
+from frugal_bonsai.errors import FrugalBonsaiError, RankError
+from frugal_bonsai.ranks.launch import launched
 
 COMMON = "Common options"
 _PREFIX = "frugal_bonsai"
@@ -27,12 +28,19 @@ class Command(cloup.Command):
 
     Args:
         examples: Lines of a shell that show the use of the command.
+        ranks: The ranks of a launch share the command's work; else it runs in one process alone.
         arguments: Arguments of :class:`cloup.Command`.
     """
 
-    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **named: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        examples: Sequence[str] = (),
+        ranks: bool = False,
+        **named: Any,
+    ) -> None:
         super().__init__(*arguments, **named)
-        self.examples = tuple(examples)
+        self.examples, self.ranks = tuple(examples), ranks
         if len(self.option_groups) > 1:
             show_all = cloup.Option(
                 ["--help-all"],
@@ -64,7 +72,20 @@ class Command(cloup.Command):
                 formatter.write(f"  {line}\n")
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; ``--verbose`` prints where an error of the user was found."""
+        """Run the command; ``--verbose`` prints where an error of the user was found.
+
+        Raises:
+            RankError: Several ranks run a command whose work they cannot share; only rank 0
+                says so.
+        """
+        launch = launched()
+        if launch is not None and not self.ranks:
+            if launch.rank:
+                ctx.exit()
+            raise RankError(
+                f"{self.name}: runs in one process, {launch.ranks} were launched; leave torchrun "
+                f"or accelerate launch out (only prune shares its work among ranks)"
+            )
         try:
             return super().invoke(ctx)
         except FrugalBonsaiError:

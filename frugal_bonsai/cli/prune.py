@@ -11,7 +11,8 @@ import cloup
 from frugal_bonsai.cli import options, search_options
 from frugal_bonsai.cli.command import COMMON, Command
 from frugal_bonsai.cli.config import config_option
-from frugal_bonsai.cli.running import print_result, set_threads, watched
+from frugal_bonsai.cli.running import is_worker, print_result, set_threads, watched
+from frugal_bonsai.ranks.launch import launched
 from frugal_bonsai.run.keywords import prune_options
 
 _MODEL = 'A folder, a GGUF file, a hub id, or "example", a small model that is part of the package.'
@@ -32,6 +33,7 @@ _PRUNE_ONLY = (
 @cloup.command(
     name="prune",
     cls=Command,
+    ranks=True,
     short_help="Prune a model into a smaller checkpoint.",
     examples=(
         "frugal-bonsai prune example --sparsity 0.5 --out out/example-50",
@@ -89,8 +91,11 @@ def prune_command(model: str, out: str, dry_run: bool, as_json: bool, **given: A
 
     threads = given.pop("threads")
     writing = {name: given.pop(name) for name in ("resume", "overwrite")}
-    chosen = prune_options(given)
-    check_prune(model, Path(out), chosen, **writing)
+    chosen, worker = prune_options(given), is_worker()
+    if worker and dry_run:
+        return
+    if launched() is None:  # else it is checked once the ranks have met, so that all hear of it
+        check_prune(model, Path(out), chosen, **writing)
     if dry_run:
         set_threads(threads)
         from frugal_bonsai.report.dry_run_tables import render_dry_prune
@@ -98,16 +103,18 @@ def prune_command(model: str, out: str, dry_run: bool, as_json: bool, **given: A
 
         print_result(dry_prune(model, out, chosen, **writing), render_dry_prune, as_json=as_json)
         return
-    with watched(threads) as progress:
+    with watched(threads, quiet=worker) as progress:
         from frugal_bonsai.run.prune import prune
 
         summary = prune(model, out, chosen, **writing, progress=progress)
-    print_result(summary, render_prune, as_json=as_json)
+    if not worker:
+        print_result(summary, render_prune, as_json=as_json)
 
 
 @cloup.command(
     name="plan",
     cls=Command,
+    ranks=True,
     short_help="Predict memory and time of a prune.",
     examples=(
         "frugal-bonsai plan example --sparsity 0.5 --max-cpu-mem 2GB",
@@ -153,6 +160,8 @@ def plan_command(model: str, as_json: bool, **given: Any) -> None:
     from frugal_bonsai.report.plan_tables import render_plan
     from frugal_bonsai.run.early import check_prune
 
+    if is_worker():
+        return
     threads, chosen = given.pop("threads"), prune_options(given)
     check_prune(model, None, chosen)
     set_threads(threads)

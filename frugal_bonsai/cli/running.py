@@ -14,17 +14,19 @@ import click
 from frugal_bonsai.cli.command import QUIET, VERBOSE, verbosity
 from frugal_bonsai.plain_json import json_text
 from frugal_bonsai.progress import Silent
+from frugal_bonsai.ranks.launch import launched
 
 
 @contextmanager
-def watched(threads: int | None = None) -> Iterator[Any]:
+def watched(threads: int | None = None, *, quiet: bool = False) -> Iterator[Any]:
     """Set the number of threads and show progress on standard error while a command works.
 
-    ``--quiet`` shows none. ``--verbose`` shows a line for every layer, and what libraries log.
+    ``--quiet`` shows none, and so does ``quiet``. ``--verbose`` shows a line for every layer, and
+    what libraries log.
     """
     set_threads(threads)
     level = verbosity(click.get_current_context())
-    if level == QUIET:
+    if quiet or level == QUIET:
         yield Silent()
         return
     if level == VERBOSE:
@@ -36,6 +38,12 @@ def watched(threads: int | None = None) -> Iterator[Any]:
         return
     with make_progress() as progress:
         yield progress
+
+
+def is_worker() -> bool:
+    """Return whether this process works for rank 0 of its launch, and prints nothing."""
+    launch = launched()
+    return launch is not None and launch.rank > 0
 
 
 def set_threads(threads: int | None) -> None:

@@ -28,6 +28,7 @@ from frugal_bonsai.accelerator import (
     synchronize,
 )
 from frugal_bonsai.errors import BudgetError, OptionError
+from frugal_bonsai.ranks.launch import launched
 from frugal_bonsai.sizes import GIB, MIB, format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def find_device(device: str | None = None) -> torch.device:
         return torch.device(CPU)
     kind, _, number = device.partition(":")
     found = torch.accelerator.device_count() if here is not None and here.type == kind else 0
-    index = int(number) if number else torch.accelerator.current_device_index() if found else 0
+    index = int(number) if number else _own_index(found)
     if index >= found:
         raise BudgetError(
             f"--device: {device} was asked for, but torch finds {found or 'no'} {_NAMES[kind]} "
@@ -144,8 +145,21 @@ def find_device(device: str | None = None) -> torch.device:
     return torch.device(kind, index)
 
 
+def _own_index(found: int) -> int:
+    """Return the device that is used if none is named; ranks of a launch have one each."""
+    import torch
+
+    launch = launched()
+    if launch is not None and launch.local_rank < found:
+        return launch.local_rank
+    return torch.accelerator.current_device_index() if found else 0
+
+
 def make_budget(device: torch.device, caps: Caps) -> Budget:
-    """Return the budget of this machine: the user's caps, else what is free."""
+    """Return the budget of this machine: the user's caps, else what is free.
+
+    Ranks of a launch share what is free on their host.
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -153,7 +167,9 @@ def make_budget(device: torch.device, caps: Caps) -> Budget:
     notes: list[str] = []
     host = caps.host_bytes
     if host is None:
-        host = max(own + free - _LEAVE_HOST_BYTES, own + free // 2)
+        launch = launched()
+        ranks = 1 if launch is None else launch.local_ranks
+        host = max(own + free - _LEAVE_HOST_BYTES, own + free // 2) // ranks
     elif host > own + free:
         notes.append(
             f"--max-cpu-mem {format_bytes(host)} is more than the {format_bytes(own + free)} "

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from frugal_bonsai.bonsai.masks.evaluate import Utility, utility_name
+from frugal_bonsai.bonsai.masks.pairs import Utility, utility_name
 from frugal_bonsai.bonsai.search import Search, SearchResult
 from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.bonsai.state import (
@@ -31,6 +31,8 @@ from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import VERIFY_WINDOWS
 from frugal_bonsai.model.tied_head import require_tied_head
 from frugal_bonsai.progress import Progress
+from frugal_bonsai.ranks.group import Group
+from frugal_bonsai.ranks.launch import launched
 from frugal_bonsai.report.bar import choose_progress
 from frugal_bonsai.rewrite.verify import compare_logits
 from frugal_bonsai.run.arguments import command_arguments
@@ -44,6 +46,7 @@ from frugal_bonsai.run.output import replaceable
 from frugal_bonsai.run.prepare import PruneRun, prepare_run
 from frugal_bonsai.run.provenance import read_provenance, with_step
 from frugal_bonsai.run.prune_tasks import add_task_scores, check_tasks
+from frugal_bonsai.run.ranks import STORE, led, remove_token, start_workers, work
 from frugal_bonsai.run.report import write_page_beside
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.settings_file import write_prune_settings
@@ -57,14 +60,14 @@ from frugal_bonsai.run.warnings import (
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.source import CheckpointSource
 
-STORE = "store"
 WORSE = "train it with adapt, calibrate with more text, or remove less (--sparsity)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """The arguments of a prune, and the time at which it started."""
+    """The arguments of a prune, the time at which it started, and the ranks if there are more."""
 
+    model: str
     options: PruneOptions
     out: Path
     folder: Path
@@ -72,6 +75,7 @@ class _Request:
     overwrite: bool
     utility: Utility | None
     started: float
+    group: Group | None = None
 
 
 def prune(
@@ -101,16 +105,39 @@ def prune(
         named: All other options by name: those of ``frugal-bonsai prune``, with underscores.
 
     Returns:
-        The summary as plain values (what ``--json`` prints).
+        The summary as plain values (what ``--json`` prints). Empty on the ranks of a launch that
+        work for rank 0.
 
     Raises:
         FrugalBonsaiError: The user can mend it; no half-written output is left.
     """
-    started = time.monotonic()
-    out, options, progress = Path(out), prune_options(named, options), choose_progress(progress)
-    check_prune(model, out, options, resume=resume, overwrite=overwrite)
+    started, launch = time.monotonic(), launched()
+    out, options = Path(out), prune_options(named, options)
+    if launch is not None and launch.rank:
+        work(launch, model, out, options, utility)
+        return {}
+    request = _Request(
+        model=model,
+        options=options,
+        out=out,
+        folder=run_folder(out),
+        resume=resume,
+        overwrite=overwrite,
+        utility=utility,
+        started=started,
+    )
+    with led(launch) as group:
+        return _prune(replace(request, group=group), choose_progress(progress), on_plan)
+
+
+def _prune(
+    request: _Request, progress: Progress, on_plan: Callable[[MemoryPlan], None] | None
+) -> dict[str, Any]:
+    """Check a prune, lock its folder, open the model, and run."""
+    model, out, options = request.model, request.out, request.options
+    folder, resume = request.folder, request.resume
+    check_prune(model, out, options, resume=resume, overwrite=request.overwrite)
     check_tasks(options)
-    folder = run_folder(out)
     family, text_only = options.assume_family, options.text_only
     arguments = command_arguments("prune", model, out, options)
     with (
@@ -120,15 +147,6 @@ def prune(
     ):
         note_model(opened, progress)
         require_tied_head(opened.checkpoint, opened.spec)
-        request = _Request(
-            options=options,
-            out=out,
-            folder=folder,
-            resume=resume,
-            overwrite=overwrite,
-            utility=utility,
-            started=started,
-        )
         summary = _run(request, opened, progress, on_plan)
         empty(folder)
         if options.report:
@@ -159,6 +177,7 @@ def _run(
         return _search_and_write(run, request)
     finally:
         remove_folder(folder / STORE)
+        remove_token(folder)
         if not (folder / STATE_FILE).exists():
             empty(folder)
 
@@ -192,7 +211,7 @@ def _search_and_write(run: PruneRun, request: _Request) -> dict[str, Any]:
 def _search(run: PruneRun, request: _Request) -> SearchResult:
     """Search for the units to keep, in rounds that the run directory resumes from."""
     resolved, calibration = run.resolved, run.calibration
-    folder, utility = request.folder, request.utility
+    folder, utility, group = request.folder, request.utility, request.group
     identity = {
         "settings": resolved.settings.to_json(),
         "layout": resolved.rules.layout,
@@ -203,6 +222,7 @@ def _search(run: PruneRun, request: _Request) -> SearchResult:
         "utility": None if utility is None else utility_name(utility),
     }
     state = StateFolder(folder, identity)
+    shared = None if group is None else start_workers(group, run, identity, state)
     if request.resume and not state.exists:
         run.engine.progress.note(f"--resume: {folder} holds no state, starting anew")
     run.engine.sweep.forward_tokens = 0  # count what the search spends, not the reports
@@ -218,6 +238,7 @@ def _search(run: PruneRun, request: _Request) -> SearchResult:
         written_together=run.work.written_together,
         utility=utility,
         unit_milliseconds=None if resolved.latency is None else resolved.latency.unit,
+        shared=shared,
     )
     return search.run(resume=request.resume and state.exists)
 

@@ -93,15 +93,21 @@ class Engine:
             exact=self.spec.family.exact,
         )
 
-    def evaluation_head(self, folder: Path) -> Head:
+    def evaluation_head(self, folder: Path, *, written: bool = False) -> Head:
         """Return the head in the arithmetic of masked evaluation.
 
-        With int8 products, the rows of the head's weight are first written to ``folder`` as int8.
+        With int8 products, the rows of the head's weight are first written to ``folder`` as int8,
+        unless another process has written them.
         """
         if not self.int8_products:
             return self.head
         rows = build_head_store(
-            folder, self.checkpoint, self.spec, rows=self._limits.head_rows, device=self.device
+            folder,
+            self.checkpoint,
+            self.spec,
+            rows=self._limits.head_rows,
+            device=self.device,
+            written=written,
         )
         return self._head(rows, CODES)
 

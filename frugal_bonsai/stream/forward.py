@@ -112,14 +112,13 @@ class Sweep:
         masker: Masker | None,
         name: str | Callable[[slice], str],
         then: LayerSource | None = None,
-        first: int = 0,
     ) -> Iterator[tuple[slice, HiddenStates]]:
-        """Run the pairs from ``first`` on in waves; yield each wave with its last hidden states.
+        """Run the pairs in waves; yield each wave with its last hidden states.
 
         ``name`` is the sweep's name for the progress, or a function of the wave that returns it;
         ``then`` is the source that the caller reads after each wave, such as the head.
         """
-        for wave in self.waves(len(tokens_NS), first):
+        for wave in self.waves(len(tokens_NS)):
             called = name if isinstance(name, str) else name(wave)
             mine_NS, number = tokens_NS[wave], wave.start
             yield (
@@ -231,7 +230,12 @@ class Sweep:
         )
 
     def waves(self, windows: int, first: int = 0) -> Iterator[slice]:
-        """Yield slices of at most ``windows_in_flight`` windows, from ``first`` on."""
+        """Yield slices of at most ``windows_in_flight`` windows, from ``first`` on.
+
+        A sweep that goes on inside a wave ends that wave where it would have ended.
+        """
         step = self.limits.windows_in_flight
-        for start in range(first, windows, step):
-            yield slice(start, min(start + step, windows))
+        while first < windows:
+            stop = min((first // step + 1) * step, windows)
+            yield slice(first, stop)
+            first = stop

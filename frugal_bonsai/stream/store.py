@@ -44,11 +44,15 @@ _SCALES = ".scales"
 class LayerStore:
     """The layer files of one folder.
 
+    Attributes:
+        folder: the folder.
+
     Raises:
         CheckpointError: a layer file is missing or damaged.
     """
 
     def __init__(self, folder: Path, layers: int) -> None:
+        self.folder = folder
         self._files: list[ReadFile] = []
         self._records: list[tuple[Record, ...]] = []
         self._spans: list[tuple[int, int]] = []
@@ -212,6 +216,7 @@ def build_head_store(
     *,
     rows: int,
     device: torch.device | None = None,
+    written: bool = False,
 ) -> LayerStore:
     """Write the head as int8, one file per chunk of rows, and open the store.
 
@@ -221,14 +226,17 @@ def build_head_store(
         spec: its description.
         rows: number of rows of a chunk.
         device: where rows are quantised; None is the CPU.
+        written: another process has written the folder; it is opened only.
 
     Raises:
         CheckpointError: the head cannot be read.
         OutputError: the folder cannot be written or the disk is full.
     """
+    spans = head_spans(spec, rows)
+    if written:
+        return LayerStore(folder, len(spans))
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    spans = head_spans(spec, rows)
     for chunk, (first, last) in enumerate(spans):
         rows_vH = checkpoint.read_rows(spec.head_tensor, first, last)
         codes, scales = _quantise(rows_vH, device)

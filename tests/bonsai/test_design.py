@@ -17,7 +17,7 @@ from frugal_bonsai.bonsai.masks.design import (
     draw_uniform_masks,
     draw_unit_masks,
 )
-from frugal_bonsai.bonsai.masks.evaluate import DesignMasker
+from frugal_bonsai.bonsai.masks.pairs import DesignMasker
 from frugal_bonsai.model.layout import PADDED, LayoutRules
 from frugal_bonsai.model.units import ATTENTION, FFN, KeepMask, UnitGroup, UnitTable
 

@@ -22,7 +22,8 @@ from frugal_bonsai.bonsai.masks.design import (
     draw_pools,
     draw_unit_masks,
 )
-from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Observations, Utility
+from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Observations
+from frugal_bonsai.bonsai.masks.pairs import Utility
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import KeepMask

@@ -26,7 +26,8 @@ from tiny_models import (
 
 from frugal_bonsai.bonsai.masks import paper as paper_regression
 from frugal_bonsai.bonsai.masks.design import Design
-from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Observations, Utility
+from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator, Observations
+from frugal_bonsai.bonsai.masks.pairs import Utility
 from frugal_bonsai.bonsai.methods import make_settings
 from frugal_bonsai.bonsai.reconstruction import layer_pass
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction

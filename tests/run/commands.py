@@ -32,7 +32,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
 # As in conftest.py, a prune without a profile measures each rate twice only, and the processor's
 # once for all commands; the page beside an output has no figures, which take a second.
 _RATES = Path(tempfile.mkdtemp(prefix="rates-"), "rates.pickle")
-_MAIN = f"""
+MAIN = f"""
 import pathlib, pickle, sys
 from frugal_bonsai.cli import main
 from frugal_bonsai.run import machine, profile, report
@@ -63,7 +63,7 @@ def frugal_bonsai(
         words: of the command line.
         folder: to run in; None stays where the tests run.
     """
-    return _processes.execute(_MAIN, *words, folder=folder or Path.cwd())
+    return _processes.execute(MAIN, *words, folder=folder or Path.cwd())
 
 
 def started(*words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -9,16 +9,16 @@ Shape suffixes: N windows, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from frugal_bonsai.bonsai.calibration import RoundWindows, write_windows
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
-from frugal_bonsai.bonsai.masks.evaluate import Utility, window_utilities
+from frugal_bonsai.bonsai.masks.pairs import Utility, window_utilities
 from frugal_bonsai.bonsai.reconstruction.finished import FinishedLayers
 from frugal_bonsai.bonsai.reconstruction.layer_pass import ReconstructionOptions
 from frugal_bonsai.bonsai.reconstruction.logit_scale import find_logit_scale, scaled_norm
@@ -30,6 +30,32 @@ from frugal_bonsai.bonsai.stores import Stores
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.store import LayerStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The losses of a candidate.
+
+    Attributes:
+        losses: Losses on the windows that judge it.
+        tokens: Forward tokens that they cost.
+    """
+
+    losses: list[float]
+    tokens: int
+
+
+class ShareCandidates(Protocol):
+    """Shares candidates of a round among ranks."""
+
+    def __call__(
+        self,
+        state: PruneState,
+        number: int,
+        masks: list[KeepMask],
+        work: Callable[[KeepMask], Measured],
+    ) -> Iterator[Measured]:
+        """Yield the losses of all candidates in order; ``work`` measures one on this rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,18 +172,42 @@ class RoundReconstruction:
         window, on that one. With a user's utility they are its negative. Losses that the round's
         log holds are not measured again.
         """
-        name, sweep = f"candidate of round {number}", self.engine.sweep
-        key = fingerprint(name.encode(), mask.keep_N.numpy().tobytes())
-        logged = self.log.find(key)
-        if logged.values:
-            sweep.forward_tokens += logged.tokens
-            return torch.tensor(logged.values, dtype=torch.float64)
-        earlier = sweep.forward_tokens
-        loss_N = self._measure_candidate(state, number, dense, mask)
-        self.log.append(key, loss_N.tolist(), sweep.forward_tokens - earlier)
-        return loss_N
+        logged = self.log.find(_candidate_key(number, mask))
+        if not logged.values:
+            self._log_candidate(number, mask, self.measure_candidate(state, number, dense, mask))
+            logged = self.log.find(_candidate_key(number, mask))
+        self.engine.sweep.forward_tokens += logged.tokens
+        return torch.tensor(logged.values, dtype=torch.float64)
 
-    def _measure_candidate(
+    def log_candidates(
+        self,
+        state: PruneState,
+        number: int,
+        dense: LayerStore,
+        masks: Sequence[KeepMask],
+        share: ShareCandidates,
+    ) -> None:
+        """Measure candidates on several ranks, so that the round's log holds their losses."""
+        missing = [m for m in masks if not self.log.find(_candidate_key(number, m)).values]
+        measure = partial(self.measure_candidate, state, number, dense)
+        found = share(state, number, missing, measure) if len(missing) > 1 else ()
+        for mask, measured in zip(missing, found, strict=False):
+            self._log_candidate(number, mask, measured)
+
+    def _log_candidate(self, number: int, mask: KeepMask, measured: Measured) -> None:
+        self.log.append(_candidate_key(number, mask), measured.losses, measured.tokens)
+
+    def measure_candidate(
+        self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
+    ) -> Measured:
+        """Reconstruct and measure a candidate; the sweep's count of tokens stays as it is."""
+        sweep = self.engine.sweep
+        earlier = sweep.forward_tokens
+        loss_N = self._candidate_losses(state, number, dense, mask)
+        tokens, sweep.forward_tokens = sweep.forward_tokens - earlier, earlier
+        return Measured(losses=loss_N.tolist(), tokens=tokens)
+
+    def _candidate_losses(
         self, state: PruneState, number: int, dense: LayerStore, mask: KeepMask
     ) -> torch.Tensor:
         windows_NS, held_out = self.windows.of_trial(number)
@@ -201,3 +251,8 @@ class RoundReconstruction:
             saved_dtype=self.stores.saved_dtype,
         )
         return Reconstruction(self.engine.sweep, options, save=save, name=name)
+
+
+def _candidate_key(number: int, mask: KeepMask) -> str:
+    """Return the key of a candidate in the round's log."""
+    return fingerprint(f"candidate of round {number}".encode(), mask.keep_N.numpy().tobytes())

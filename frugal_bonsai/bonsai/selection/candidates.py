@@ -100,6 +100,8 @@ def select_cut(
     *,
     share: float,
     in_nats: bool = True,
+    ahead: Callable[[list[KeepMask]], None] = lambda masks: None,
+    together: int = 1,
 ) -> tuple[KeepMask, dict[str, float]]:
     """Select a cut by its loss after reconstruction.
 
@@ -111,6 +113,9 @@ def select_cut(
         share: Share of the block parameters that the cuts remove.
         in_nats: The losses are mean NLL. Losses by a user's utility have units of their own, and
             then only the standard error counts.
+        ahead: Measures the next candidates together, before ``losses_of`` is asked for each; some
+            of them may then not be asked for.
+        together: Number of candidates of ``ahead``.
 
     Returns:
         The selected mask and the mean loss of each candidate by name.
@@ -119,7 +124,9 @@ def select_cut(
     cuts = {CUT: chosen, **{name: mask for name, mask in others.items() if mask != chosen}}
     losses: dict[str, torch.Tensor] = {}
     means: dict[str, float] = {}
-    for name, mask in cuts.items():
+    for at, (name, mask) in enumerate(cuts.items()):
+        if at % together == 0:
+            ahead(list(cuts.values())[at : at + together])
         last = math.inf if not means else list(means.values())[-1]
         losses[name] = losses_of(mask).double()
         means[name] = float(losses[name].mean())
