@@ -431,6 +431,24 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "gemma4-experts": (
+        "gemma4_text",
+        {
+            **_SIZES,
+            "tie_word_embeddings": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 8,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "intermediate_size": 28,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 20,
+        },
+    ),
     "vaultgemma": (
         "vaultgemma",
         {
@@ -607,6 +625,7 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     # Its gates reach the limit.
+    "flex-olmo": ("flex_olmo", {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (
         "gpt_oss",
         {

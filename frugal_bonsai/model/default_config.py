@@ -78,7 +78,7 @@ def _require_counts(config: Mapping[str, Any], source: str) -> None:
     for key, value in config.items():
         if isinstance(value, Mapping):
             _require_counts(value, source)
-        elif _COUNT.fullmatch(key) and isinstance(value, int) and value > _MOST_MODULES:
+        elif _COUNT.fullmatch(str(key)) and isinstance(value, int) and value > _MOST_MODULES:
             raise CheckpointError(
                 f"{source}: {key} is {value}, more than the {_MOST_MODULES} that are possible; "
                 "correct the value, or copy config.json from the model's source again"

@@ -58,6 +58,7 @@ class Experts:
             None if channels are units.
         dense_key: config key for the width of the FFN in layers without experts, which stays
             whole; None if every layer has experts.
+        dense_beside: each layer has that FFN, beside its experts.
         least: number of experts that the router needs, in each group if it has groups.
         scales_inputs: the router's weight multiplies what an expert reads, not what it returns. The
             module above :attr:`module` then has a ``router`` and a ``shared_expert``, and returns
@@ -76,6 +77,7 @@ class Experts:
     stacks: tuple[Stack, ...] = STACKS
     whole_channels: str | None = None
     dense_key: str | None = None
+    dense_beside: bool = False
     least: int = 1
     scales_inputs: bool = False
     groups_key: str = "n_group"

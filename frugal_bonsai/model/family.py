@@ -36,8 +36,8 @@ class ModelSpec:
         intermediate: I, FFN channels of the widest layer, or of one of its experts.
         experts: experts of the layer that has most; 0 for a model without experts.
         experts_chosen: experts that process one token; 0 for a model without experts.
-        dense_channels: channels of the FFN in layers without experts beside layers with them; 0 if
-            all layers are alike.
+        dense_channels: channels of an FFN that stays whole, beside the experts or in layers without
+            them; 0 if there is none.
         vocabulary: V, rows of the token embedding.
         positions: longest window in tokens.
         tied: the output head shares the token embedding's weight.
@@ -210,6 +210,7 @@ def describe_model(
         other_tensors = {name: s for name, s in other_tensors.items() if name != family.head}
     experts = max(sizes.experts(layer) for layer in layers)
     routed = len({group.layer for group in groups if group.kind == FFN})
+    beside = family.experts is not None and family.experts.dense_beside
     spec = ModelSpec(
         family=family,
         config=dict(config),
@@ -221,7 +222,7 @@ def describe_model(
         intermediate=max(sizes.ffn_channels(layer) for layer in layers),
         experts=experts,
         experts_chosen=sizes.experts_chosen(experts),
-        dense_channels=sizes.dense_channels() if routed < len(layers) else 0,
+        dense_channels=sizes.dense_channels() if beside or routed < len(layers) else 0,
         vocabulary=builder.shape_of(family.embedding)[0],
         positions=sizes.number(family.positions_key, default=2048),
         tied=tied,

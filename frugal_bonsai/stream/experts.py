@@ -18,6 +18,7 @@ hidden, C channels of an expert.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -173,8 +174,10 @@ def split_experts(model: nn.Module, spec: ModelSpec) -> None:
         model.set_submodule(prefix + rule.module, routed)
         if rule.scales_inputs:
             _route_to_chosen(model.get_submodule(prefix + rule.module.rpartition(".")[0]))
-        router = model.get_submodule(prefix + rule.router.rpartition(".")[0])
-        router.register_forward_pre_hook(_clamp_chosen(spec.experts_chosen))
+        path = prefix + rule.router.rpartition(".")[0]
+        router, owner = map(model.get_submodule, (path, path.rpartition(".")[0]))
+        clamp = _clamp_chosen(spec.experts_chosen, owner, rule.chosen_key)
+        router.register_forward_pre_hook(clamp)
 
 
 def _route_to_chosen(mixture: nn.Module) -> None:
@@ -191,11 +194,24 @@ def _route_to_chosen(mixture: nn.Module) -> None:
     own.forward = forward
 
 
-def _clamp_chosen(chosen: int) -> Callable[[nn.Module, Any], None]:
+def _clamp_chosen(chosen: int, owner: nn.Module, key: str) -> Callable[[nn.Module, Any], None]:
+    """Return a hook that limits the number of experts of a token to those that are left.
+
+    Args:
+        chosen: the config's number.
+        owner: the module of the router's module; it may read the number from its config.
+        key: key of the number in that config.
+    """
+
     def clamp(router: nn.Module, _: Any) -> None:
-        experts = len(cast(torch.Tensor, router.weight))
-        for name, number in (("top_k", min(chosen, experts)), ("num_experts", experts)):
-            setattr(router, name, number)
+        experts, config = len(cast(torch.Tensor, router.weight)), getattr(owner, "config", None)
+        number = min(chosen, experts)
+        for name, value in (("top_k", number), ("num_experts", experts)):
+            setattr(router, name, value)
+        if getattr(config, key, number) != number:
+            changed = copy.copy(config)
+            setattr(changed, key, number)
+            owner.config = cast(Any, changed)
 
     return clamp
 
@@ -209,11 +225,13 @@ class CapturedExperts:
         inputs: name of each requested output projection -> its input ``[R, C]``, the tokens of its
             rows (int64 ``[R]``), and the router's weights of these tokens ``[R]``.
         weights_T: sum of each token's router weights.
+        sum_TH: sum of each token's experts; None unless it was asked for.
     """
 
     result_BSH: torch.Tensor
     inputs: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     weights_T: torch.Tensor
+    sum_TH: torch.Tensor | None = None
 
     def outputs(self, parameters: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and weighted output ``[R, H]`` of each requested projection."""
@@ -230,6 +248,8 @@ def capture_experts(
     kwargs: Mapping[str, Any],
     rule: Experts,
     projections: Iterable[str],
+    *,
+    keep_sum: bool = False,
 ) -> CapturedExperts:
     """Run the layer and capture what its experts read.
 
@@ -240,6 +260,7 @@ def capture_experts(
         kwargs: Further arguments of its forward.
         rule: The family's description of its experts.
         projections: Paths of the experts' output projections.
+        keep_sum: Keep the sum of each token's experts, too.
 
     Returns:
         The layer's output, the inputs of the named projections with the tokens that they belong to,
@@ -247,6 +268,10 @@ def capture_experts(
     """
     inputs = dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
     sums: list[torch.Tensor] = []
+    results: list[torch.Tensor] = []
+
+    def added(_: nn.Module, args: Any, result_TH: torch.Tensor) -> None:
+        results.append(result_TH.clone())
 
     def routed(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         sums.append(args[2].sum(-1))
@@ -263,9 +288,12 @@ def capture_experts(
         hooks: list[tuple[str, Callable[..., None]]] = [(rule.module, routed)]
         for path, hook in [*hooks, *((name, keep(name)) for name in projections)]:
             stack.callback(module.get_submodule(path).register_forward_pre_hook(hook).remove)
+        if keep_sum:
+            experts = module.get_submodule(rule.module)
+            stack.callback(experts.register_forward_hook(added).remove)
         output = functional_call(module, dict(parameters), (hidden_BSH,), dict(kwargs))
     result_BSH = output[0] if isinstance(output, tuple) else output
-    return CapturedExperts(result_BSH, inputs, sums[0])
+    return CapturedExperts(result_BSH, inputs, sums[0], results[0] if keep_sum else None)
 
 
 def spread(values_RC: torch.Tensor, tokens_R: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -143,7 +143,8 @@ def _mask_expert(tiny: Tiny, model: Any, mask: KeepMask, group: UnitGroup, refit
             tiny.spec.prefix(group.layer) + rule.router.removesuffix(".weight")
         )
         router.forward = partial(_route_without, group.expert, router.forward)
-        if rule.router_bias is not None:  # of choices by another function of the logits
+        # Of choices by another function of the logits; some routers have a factor in its place.
+        if rule.router_bias is not None and rule.router_bias.endswith("bias"):
             bias = model.state_dict()[tiny.spec.prefix(group.layer) + rule.router_bias]
             bias[..., group.expert] = -torch.inf
 

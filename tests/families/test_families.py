@@ -201,6 +201,18 @@ class TestGemma4(FamilyContract):
     attention = ()
 
 
+class TestGemma4Experts(FamilyContract):
+    name = "gemma4-experts"
+    refines = False
+    attention = ()
+
+
+class TestFlexOlmo(FamilyContract):
+    name = "flex-olmo"
+    refines = False
+    attention = ()
+
+
 class TestGpt2(FamilyContract):
     name = "gpt2"
     updates_on_device = True

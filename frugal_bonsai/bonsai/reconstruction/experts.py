@@ -11,7 +11,8 @@ output projection,
 
 so that the layer reaches its target if every expert does. The pruned model's router decides which
 tokens an expert receives. The router and the experts' input projections are not refitted. An expert
-without tokens keeps its weights.
+without tokens keeps its weights. Where a norm follows the sum, which cannot restore what the
+residual stream lacks, the target is the dense experts' own sum.
 
 Memory: one Gram matrix and the cross moments of every expert.
 
@@ -61,15 +62,25 @@ def _accumulate(work: LayerPass, outputs: Sequence[str]) -> dict[str, LeastSquar
     problems = {name: LeastSquares(work.pruned[f"{name}.weight"]) for name in outputs}
     rule = work.spec.family.experts
     assert rule is not None
+    dense = work.pair.dense_outputs
 
     def add(items: slice) -> None:
         hidden_BSH = work.pair.hidden_pruned.read(items)
         with work.with_refits(items):
             captured = capture_experts(
-                work.module, work.pruned, hidden_BSH, work.kwargs, rule, outputs
+                work.module,
+                work.pruned,
+                hidden_BSH,
+                work.kwargs,
+                rule,
+                outputs,
+                keep_sum=dense is not None,
             )
-        missing_BSH = work.pair.hidden_dense.read(items) - captured.result_BSH
-        missing_TH = missing_BSH.flatten(0, 1) / work.spec.residual_scale
+        if dense is not None and captured.sum_TH is not None:
+            missing_TH = dense.read(items).flatten(0, 1) - captured.sum_TH
+        else:
+            missing_BSH = work.pair.hidden_dense.read(items) - captured.result_BSH
+            missing_TH = missing_BSH.flatten(0, 1) / work.spec.residual_scale
         weights_T = captured.weights_T.clamp_min(torch.finfo(captured.weights_T.dtype).tiny)
         targets = {}
         for name, (input_RC, tokens_R, weight_R) in captured.inputs.items():

@@ -214,11 +214,12 @@ class LayerPass:
         layer's output, and the other dense activations that the last sublayer needs; it is called
         after everything that allocates memory.
         """
-        pair, family = self.pair, self.spec.family
+        pair = self.pair
         before_BSH = pair.hidden_dense.read(items)
         outputs = [group.output]
+        last = self._last_output()
         if pair.dense_outputs is not None:
-            outputs.append(family.ffn_output)
+            outputs.append(last)
         captured = capture_outputs(
             self.module,
             self.dense,
@@ -227,7 +228,7 @@ class LayerPass:
             outputs,
             input_of=self._kept_input(),
         )
-        own_BSH, last_BSH = captured.outputs[group.output], captured.outputs.get(family.ffn_output)
+        own_BSH, last_BSH = captured.outputs[group.output], captured.outputs.get(last)
         result_BSH, input_BSH = captured.result_BSH, captured.input_BSH
         del captured  # frees the activations that are not needed
         missing_BSH = before_BSH + self._added(group.output, own_BSH, self.dense)
@@ -242,6 +243,11 @@ class LayerPass:
             pair.hidden_dense.write(items, result_BSH)
 
         return target_BSH, store
+
+    def _last_output(self) -> str:
+        """Return the module whose output is the last sublayer's: a projection, or all experts."""
+        family = self.spec.family
+        return family.ffn_output if family.experts is None else family.experts.module
 
     def last_target(self, group: UnitGroup, items: slice) -> torch.Tensor:
         """Return the output that the last sublayer's projection should have, bias included.

@@ -16,10 +16,12 @@ from frugal_bonsai.model.families.ernie4_5_moe import ERNIE4_5_MOE, ERNIE4_5_MOE
 from frugal_bonsai.model.families.exaone4 import EXAONE4
 from frugal_bonsai.model.families.exaone_moe import EXAONE_MOE
 from frugal_bonsai.model.families.falcon import FALCON
+from frugal_bonsai.model.families.flex_olmo import FLEX_OLMO
 from frugal_bonsai.model.families.gemma import GEMMA
 from frugal_bonsai.model.families.gemma2 import GEMMA2
 from frugal_bonsai.model.families.gemma3 import GEMMA3
 from frugal_bonsai.model.families.gemma4 import GEMMA4
+from frugal_bonsai.model.families.gemma4_experts import GEMMA4_EXPERTS
 from frugal_bonsai.model.families.glm import GLM
 from frugal_bonsai.model.families.glm4 import GLM4
 from frugal_bonsai.model.families.glm4_moe import GLM4_MOE
@@ -109,6 +111,7 @@ _TABLES = (
     QWEN3_5_MOE,
     MELLUM,
     OLMOE,
+    FLEX_OLMO,
     MINIMAX_M2,
     GRANITEMOE,
     GPT_OSS,
@@ -127,6 +130,7 @@ VARIANTS = {
     "granitemoehybrid": (
         (Condition(key="num_local_experts", other_than=0, default=8), GRANITEMOEHYBRID_EXPERTS),
     ),
+    "gemma4_text": ((Condition(key="enable_moe_block", value=True), GEMMA4_EXPERTS),),
     "ernie4_5_moe": (
         (Condition(key="moe_num_shared_experts", value=0, default=2), ERNIE4_5_MOE_ROUTED),
     ),

@@ -31,11 +31,6 @@ GEMMA4 = replace(
             other_than=0,
             reason="its last layers read the keys and values of others",
         ),
-        Condition(
-            key="enable_moe_block",
-            value=True,
-            reason="a norm follows the sum of its experts",
-        ),
     ),
     whole_attention=(
         always("layers of full attention have wider heads, and other numbers of them"),

@@ -11,7 +11,6 @@ from types import MappingProxyType
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
     {
         "mistral4": "transformers has no language model of it alone (AutoModelForCausalLM)",
-        "flex_olmo": "a norm follows the sum of its experts, whose outputs cannot be refitted then",
         "phimoe": "its router is a linear layer that chooses experts by itself",
         "nemotron_h": "its layers have attention, a state space or an FFN alone, not two of them",
         "olmo": "its norms have no weights, and the last one cannot be scaled",
