@@ -53,7 +53,7 @@ def round_sections(summary: Values) -> list[dict[str, Any]]:
             *_evidence(summary),
             text="Importance comes from the activations of one sweep; relevance is the loss that "
             "the regression on masked sub-models predicts for removing a layer's candidates. Where "
-            "both agree, the points rise together. The last round is shown.",
+            "both agree, the points rise together. The last round that evaluated masks is shown.",
             figures=("evidence",),
         ),
     ]
@@ -124,43 +124,49 @@ def _candidates(summary: Values) -> tuple[tuple[str, ...], list[tuple[str, ...]]
 def _candidates_chart(summary: Values) -> dict[str, Any] | None:
     series: dict[str, list[list[float]]] = {}
     for row in summary["rounds"]:
-        for name, loss in row.get("trial", {}).items():
-            series.setdefault(_CANDIDATES.get(name, name), []).append([row["round"], loss])
+        losses = row.get("trial", {})
+        for name, loss in losses.items():
+            above = loss - min(losses.values())
+            series.setdefault(_CANDIDATES.get(name, name), []).append([row["round"], above])
     if not series or len(summary["rounds"]) < 2:
         return None
     return {
         "kind": "lines",
-        "caption": "Loss of each candidate after reconstruction; lower is better.",
+        "caption": "Loss of each candidate after reconstruction, above the lowest of its round.",
         "series": series,
         "whole": True,
         "x": "round",
-        "y": "mean loss",
+        "y": "above the lowest loss",
     }
+
+
+def _last_evidence(summary: Values) -> Values:
+    """Return the evidence of the last round that evaluated masks; empty if none did."""
+    found: list[Values] = [row["evidence"] for row in summary["rounds"] if row.get("evidence")]
+    return found[-1] if found else {}
 
 
 def _evidence(summary: Values) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     rows: list[tuple[str, ...]] = [
         (KIND_NAMES.get(kind, kind), str(layer), f"{importance:.4g}", f"{loss:.4g}")
-        for row in summary["rounds"][-1:]
-        for kind, points in row.get("evidence", {}).items()
+        for kind, points in _last_evidence(summary).items()
         for layer, importance, loss in points
     ]
     return ("units", "layer", "importance", "relevance"), rows
 
 
 def _evidence_chart(summary: Values) -> dict[str, Any] | None:
-    found = [row["evidence"] for row in summary["rounds"] if row.get("evidence")]
     groups = {
         KIND_NAMES.get(kind, kind): [
             [importance, loss, str(layer)] for layer, importance, loss in points if importance > 0
         ]
-        for kind, points in (found[-1] if found else {}).items()
+        for kind, points in _last_evidence(summary).items()
     }
     if not any(groups.values()):
         return None
     return {
         "kind": "scatter",
-        "caption": "Candidates of each layer and kind in the last round; numbers are layers.",
+        "caption": "Candidates of each layer and kind; numbers are layers.",
         "groups": {name: points for name, points in groups.items() if points},
         "log_x": True,
         "x": "importance, summed over the candidates",
