@@ -18,6 +18,7 @@ from frugal_bonsai.cli.prune import plan_command, prune_command
 from frugal_bonsai.cli.report import report_command, runs_command
 from frugal_bonsai.cli.rewrite import bench_command, export_command, shrink_command
 from frugal_bonsai.cli.running import is_worker
+from frugal_bonsai.cli.signals import exit_code, stopped_by_signals
 from frugal_bonsai.errors import FrugalBonsaiError, OutputError
 
 _SECTIONS = (
@@ -44,6 +45,7 @@ Exit codes:
   1    a defect of the program: a traceback, which a bug report needs
   2    an error that you can mend: an option, file or cap; the text says what to try
   130  stopped with Ctrl-C; prune and adapt keep what was finished for --resume
+  143  stopped by SIGTERM, as a scheduler sends it; the same (129: the terminal closed)
 
 Start with: frugal-bonsai prune example --out out/example
 Completion in your shell: docs/command-line.md
@@ -65,7 +67,8 @@ def main() -> None:
     try:
         if is_worker():  # torch's own words on a lost connection, which rank 0 explains
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        cli.main(standalone_mode=False)
+        with stopped_by_signals():
+            cli.main(standalone_mode=False)
     except FrugalBonsaiError as error:
         hint = _kept_hint(_option_value("--out")) if isinstance(error, OutputError) else ""
         click.echo(f"frugal-bonsai: {error}{hint}", err=True)
@@ -73,13 +76,20 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
         if is_worker():
-            sys.exit(130)  # rank 0 says it
+            sys.exit(exit_code(error))  # rank 0 says it
         out = _option_value("--out")
         nothing = " before a round was finished; nothing is left behind" if out else ""
         click.echo(f"frugal-bonsai: stopped{_kept_hint(out) or nothing}", err=True)
-        sys.exit(130)
+        sys.exit(exit_code(error))
+    except (MemoryError, RuntimeError) as error:
+        from frugal_bonsai.stream.micro_batch import is_out_of_memory, out_of_memory_text
+
+        if not is_out_of_memory(error):
+            raise
+        click.echo(f"frugal-bonsai: {out_of_memory_text(error)}", err=True)
+        sys.exit(2)
 
 
 def _kept_hint(out: str | None) -> str:

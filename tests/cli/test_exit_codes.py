@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,6 +55,66 @@ def test_a_defect_keeps_its_traceback() -> None:
 def test_ctrl_c_is_130() -> None:
     with raising(KeyboardInterrupt()):
         assert run("inspect", "example") == 130
+
+
+def signalled(*numbers: int, cleaned: list[str]) -> Any:
+    """A stand-in for ``inspect`` that is sent signals; the later ones while it cleans up."""
+
+    def inspect(*_: Any, **__: Any) -> None:
+        try:
+            _send(numbers[0])
+        finally:
+            for number in numbers[1:]:
+                _send(number)
+            cleaned.append("done")
+
+    return mock.patch("frugal_bonsai.run.inspect.inspect", inspect)
+
+
+def _send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)  # a handler runs between two steps of Python
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent another way on Windows")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_stops_once_and_the_cleaning_up_is_not_disturbed(
+    name: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number, cleaned = getattr(signal, name), list[str]()
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with signalled(number, signal.SIGTERM, signal.SIGINT, cleaned=cleaned):
+        assert run("inspect", "example") == code
+    errors = capsys.readouterr().err
+    assert cleaned == ["done"] and "frugal-bonsai: stopped" in errors
+    assert "cleaning up; Ctrl-C once more ends at once" in errors
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGHUP")
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with (
+            signalled(signal.SIGHUP, cleaned=[]),
+            mock.patch("frugal_bonsai.cli.measure.print_result"),
+        ):
+            assert run("inspect", "example") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")]
+)
+def test_a_lack_of_memory_is_the_users_error(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with raising(error):
+        assert run("inspect", "example") == 2
+    assert "frugal-bonsai: memory ran out (" in capsys.readouterr().err
+    with raising(RuntimeError("a defect")), pytest.raises(RuntimeError):
+        run("inspect", "example")
 
 
 def test_verbose_says_where_an_error_was_found(capsys: pytest.CaptureFixture[str]) -> None:
