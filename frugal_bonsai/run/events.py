@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from frugal_bonsai.checkpoint.commit import write_bytes
+from frugal_bonsai.errors import BudgetError, FrugalBonsaiError
 from frugal_bonsai.memory.meter import reserved_gpu_bytes, resident_bytes
 from frugal_bonsai.plain_json import parse_json
 from frugal_bonsai.progress import Progress
@@ -58,6 +59,7 @@ class EventLog:
     ) -> None:
         self._path, self._progress, self._clock = path, progress, clock
         self._began, self._read_at = clock(), -float("inf")
+        self._phase = "the preparation"
 
     def write(self, event: str, **values: Any) -> None:
         """Append an event."""
@@ -81,6 +83,7 @@ class EventLog:
 
     def sweep(self, name: str, steps: int, tokens_per_step: int) -> None:
         """Record the start of a sweep, and the memory."""
+        self._phase = name
         self.write("sweep", name=name, steps=steps, tokens=tokens_per_step)
         self._read_memory()
         self._progress.sweep(name, steps, tokens_per_step)
@@ -96,6 +99,22 @@ class EventLog:
         """Record a note."""
         self.write("note", text=without_paths(text))
         self._progress.note(text)
+
+    def require_memory(self, error: BaseException) -> None:
+        """Raise the user's error if an error is a lack of memory that nothing else has answered.
+
+        Raises:
+            BudgetError: it is one. The text names the phase.
+        """
+        if isinstance(error, FrugalBonsaiError) or not isinstance(
+            error, MemoryError | RuntimeError
+        ):
+            return
+        from frugal_bonsai.stream.micro_batch import is_out_of_memory, out_of_memory_text
+
+        if is_out_of_memory(error):
+            what = f"{self._phase}, or after it"
+            raise BudgetError(out_of_memory_text(error, what)) from error
 
     def _read_memory(self) -> None:
         self._read_at = self._clock()
@@ -143,6 +162,7 @@ def recorded(
     except BaseException as error:
         if holds_files(folder):
             log.write("end", state="interrupted", error=type(error).__name__)
+        log.require_memory(error)
         raise
     finally:
         if not holds_files(folder):

@@ -144,5 +144,11 @@ def memory_for(what: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        first = str(error).partition("\n")[0]
-        raise BudgetError(f"memory ran out in {what} ({first}); {_WHAT_TO_TRY}") from error
+        raise BudgetError(out_of_memory_text(error, what)) from error
+
+
+def out_of_memory_text(error: BaseException, what: str = "") -> str:
+    """Return the error text of a lack of memory: where, what the system said, what to try."""
+    first = str(error).partition("\n")[0] or type(error).__name__
+    where = f" in {what}" if what else ""
+    return f"memory ran out{where} ({first}); {_WHAT_TO_TRY}"
