@@ -94,8 +94,17 @@ class ModelSpec:
         return groups * max(rule.least, own)
 
     def _stated(self, key: str) -> int:
-        """Return a number of the config, or the one that transformers takes in its place, or 1."""
-        return int(self.config.get(key) or self.family.defaults.get(key, 1))
+        """Return a number of the config, or the one that transformers takes in its place, or 1.
+
+        Raises:
+            CheckpointError: it is no positive whole number.
+        """
+        value = self.config.get(key) or self.family.defaults.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(
+                f"config.json: {key} is {value!r}, expected a positive whole number"
+            )
+        return value
 
     @property
     def norm_tensors(self) -> tuple[str, ...]:

@@ -106,5 +106,6 @@ def build_empty_model(spec: ModelSpec) -> nn.Module:
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             sides, bias = (module.in_features, module.out_features), module.bias is not None
             model.set_submodule(path, nn.Linear(*sides, bias=bias, device="meta"))
-    split_experts(model, spec)
+    with config_errors(spec.config):  # the config may name other layers with experts
+        split_experts(model, spec)
     return cast(nn.Module, model.eval())

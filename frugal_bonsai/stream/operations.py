@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from frugal_bonsai.hardware.throughput import LayerOperations
+from frugal_bonsai.model.default_config import config_errors
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.units import ATTENTION, FFN
 from frugal_bonsai.stream.empty_model import build_empty_model, record_layers
@@ -91,7 +92,7 @@ def count_operations(spec: ModelSpec, window: int, dtype: torch.dtype) -> LayerO
         _choose_first(layer.get_submodule(spec.family.experts.module), spec.experts_chosen)
     hidden_BSH = torch.empty(1, window, spec.hidden, dtype=dtype, device="meta")
     flops, traffic = FlopCounterMode(display=False), _Traffic()
-    with torch.inference_mode():
+    with torch.inference_mode(), config_errors(spec.config):
         # Without a cache the model compares positions, which have no values here.
         base(inputs_embeds=hidden_BSH, use_cache=False, past_key_values=DynamicCache())
         kwargs = {k: v for k, v in proxies[at].kwargs.items() if not isinstance(v, Cache)}

@@ -29,7 +29,7 @@ from fuzzing.samples import Samples
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 LINKED, ADAPTER = "linked-from-a-model", "adapter_config.json"
-SECRET = "frugal-bonsai-canary"
+SECRET = "text of a file that nobody may copy"
 Run = Callable[[Samples, Mutator, Path], None]
 
 
@@ -170,20 +170,17 @@ def read_layout(samples: Samples, mutator: Mutator, folder: Path) -> None:
 def _disturb(model: Path, mutator: Mutator, outside: Path) -> None:
     """Change one file of a folder."""
     draws = mutator.draws
-    files = sorted(path for path in model.iterdir())
+    files = sorted(model.iterdir())
     path = draws.choice(files) if files else model / CONFIG
     names = (path.name, "special_tokens_map.json", "chat_template.jinja", ADAPTER, "x.gguf")
     kind, target = draws.randrange(9), model / draws.choice(names)
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    else:
-        target.unlink(missing_ok=True)
+    _remove(target)
     if kind == 0:
         return
     if kind == 1:
         target.mkdir()
     elif kind == 2:
-        target.symlink_to(outside / draws.choice((f"{SECRET}.json", WEIGHTS)))
+        target.symlink_to(outside / draws.choice(("secret.json", WEIGHTS)))
     elif kind == 3:
         target.symlink_to(draws.choice(("nowhere", target.name, "..", ".", "/dev/zero")))
     elif kind == 4:
@@ -201,8 +198,15 @@ def _disturb(model: Path, mutator: Mutator, outside: Path) -> None:
             linked.symlink_to(outside)
         index = {"weight_map": {"model.norm.weight": f"linked/{WEIGHTS}"}}
         (model / INDEX).write_text(json.dumps(index))
-        shutil.rmtree(model / WEIGHTS, ignore_errors=True)
-        (model / WEIGHTS).unlink(missing_ok=True)
+        _remove(model / WEIGHTS)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_text(samples: Samples, mutator: Mutator, folder: Path) -> None:

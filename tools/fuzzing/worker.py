@@ -55,7 +55,7 @@ def run_case(
     folder = place / "case"
     folder.mkdir()
     model = str(place / "outside" / WEIGHTS)
-    outside = ("../outside/" + WEIGHTS, model, f"../outside/{SECRET}.json", "/etc/passwd", "~")
+    outside = ("../outside/" + WEIGHTS, model, "../outside/secret.json", "/etc/passwd", "~")
     mutator = Mutator(random.Random(seed), outside)
     began, failed = time.process_time(), None
     try:
@@ -83,7 +83,7 @@ def make_outside(place: Path, model: Path) -> None:
     for outside in (place / "outside", place / LINKED):
         outside.mkdir()
         shutil.copy(model / WEIGHTS, outside / WEIGHTS)
-        (outside / f"{SECRET}.json").write_text(json.dumps({"token": SECRET}))
+        (outside / "secret.json").write_text(json.dumps({"token": SECRET}))
 
 
 def run_cases(run: Run, name: str, samples: Samples, seed: int, cases: range) -> list[Failure]:
