@@ -20,6 +20,7 @@ import torch
 from frugal_bonsai.accelerator import sum_dtype
 from frugal_bonsai.adaptation.teacher_cache import (
     CACHE_FILE,
+    CHECKS,
     HIDDEN,
     IDS,
     REST,
@@ -29,6 +30,7 @@ from frugal_bonsai.adaptation.teacher_cache import (
     hash_weights,
     hash_windows,
     read_shards,
+    window_checksums,
 )
 from frugal_bonsai.checkpoint.commit import output_errors, require_free_space, write_json
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -127,7 +129,10 @@ def build_teacher(
             for start in range(done, len(windows_NS), step):
                 shard_NS = windows_NS[start : start + step]
                 file = f"windows_{start:06d}.safetensors"
-                write_tensors(folder / file, _ask(engine, stream, shard_NS, settings))
+                answers = _ask(engine, stream, shard_NS, settings)
+                answers[CHECKS] = window_checksums(answers)
+                write_tensors(folder / file, answers)
+                del answers
                 shards.append({"file": file, "windows": len(shard_NS)})
                 described = {"version": VERSION, "identity": identity, "shards": shards}
                 write_json(folder / CACHE_FILE, described)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 
 from frugal_bonsai.adaptation.objective import TopTokens
+from frugal_bonsai.checkpoint.checksum import TRY_AGAIN, checksum
+from frugal_bonsai.checkpoint.files import data_bytes
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import open_tensors
 from frugal_bonsai.errors import WRONG_VALUES, CheckpointError, StateError
@@ -29,6 +31,7 @@ from frugal_bonsai.plain_json import read_json
 CACHE_FILE, VERSION = "teacher.json", 1
 # Tensors of a shard, each with a row a window.
 VALUES, IDS, REST, HIDDEN = "log_probabilities", "ids", "rest", "hidden.{layer}"
+CHECKS = "checks"
 _SHARD_NAME = re.compile(r"\w+\.safetensors", re.ASCII)
 _READ_BYTES = 8 * 2**20
 
@@ -72,10 +75,13 @@ class TeacherCache:
         self.layers: tuple[int, ...] = tuple(identity["layers"])
         self._shards: list[Checkpoint] = []
         self._places: list[tuple[int, int]] = []  # window -> (shard, row in it)
+        self._checks: list[torch.Tensor | None] = []  # uint8 [n, 8], of a shard; older have none
         for at, shard in enumerate(read_shards(folder, identity)):
             self._shards.append(open_tensors(folder / shard["file"]))
             self._require_tensors(self._shards[at], folder / shard["file"], shard["windows"])
             self._places += [(at, row) for row in range(shard["windows"])]
+            has = CHECKS in self._shards[at].tensors
+            self._checks.append(self._shards[at].read(CHECKS) if has else None)
 
     def _require_tensors(self, shard: Checkpoint, path: Path, windows: int) -> None:
         """Check that a shard has all tensors, with a row a window."""
@@ -99,7 +105,13 @@ class TeacherCache:
         return sum(shard.weight_bytes for shard in self._shards)
 
     def read(self, windows: Sequence[int]) -> Targets:
-        """Read the answers for the windows with these numbers."""
+        """Read the answers for the windows with these numbers.
+
+        Raises:
+            CheckpointError: the disk fails, or the answers are not those that were written.
+        """
+        for window in windows:
+            self._require_whole(window)
         return Targets(
             TopTokens(
                 values_TK=self._rows(VALUES, windows).float(),
@@ -111,6 +123,20 @@ class TeacherCache:
                 for layer in self.layers
             },
         )
+
+    def _require_whole(self, window: int) -> None:
+        """Compare the answers for a window with their checksum."""
+        at, row = self._places[window]
+        shard, checks = self._shards[at], self._checks[at]
+        if checks is None:
+            return
+        rows = {name: shard.read_rows(name, row, row + 1) for name in shard.tensors}
+        del rows[CHECKS]
+        if not torch.equal(window_checksums(rows)[0], checks[row]):
+            raise CheckpointError(
+                f"{shard.tensors[VALUES].file}: the answers for window {window} differ from their "
+                f"checksum; {TRY_AGAIN}, and delete {self.folder}"
+            )
 
     def rest_mass(self) -> float:
         """Return the mean probability mass outside the kept tokens."""
@@ -126,6 +152,16 @@ class TeacherCache:
         """Close the files of the shards."""
         for shard in self._shards:
             shard.close()
+
+
+def window_checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the checksum of each window's rows of all tensors, uint8 ``[n, 8]``."""
+    names = sorted(tensors)
+    found = [
+        bytes.fromhex(checksum(b"".join(data_bytes(tensors[name][row]) for name in names)))
+        for row in range(len(tensors[names[0]]))
+    ]
+    return torch.tensor([list(value) for value in found], dtype=torch.uint8).view(-1, 8)
 
 
 def read_shards(folder: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from frugal_bonsai.checkpoint.checksum import CHECKSUM, is_whole, with_checksum
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.errors import WRONG_VALUES
 from frugal_bonsai.plain_json import parse_json
@@ -62,7 +63,8 @@ class RoundLog:
         logged.tokens += tokens
         if self._path is None:
             return
-        line = json.dumps({"key": key, "values": list(values), "tokens": tokens})
+        entry = with_checksum({"key": key, "values": list(values), "tokens": tokens})
+        line = json.dumps(entry)
         with output_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -105,6 +107,8 @@ def _parse(line: bytes) -> tuple[str, list[float], int] | None:
         return None
     try:
         entry = parse_json(line)
+        if not is_whole(entry) or len(entry.keys() - {CHECKSUM}) != 3:
+            return None
         return str(entry["key"]), [float(value) for value in entry["values"]], int(entry["tokens"])
     except WRONG_VALUES:
         return None

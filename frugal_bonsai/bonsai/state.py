@@ -21,6 +21,7 @@ import torch
 
 from frugal_bonsai.bonsai.importance.scores import ImportanceScores
 from frugal_bonsai.bonsai.settings import STATE_FILE
+from frugal_bonsai.checkpoint.checksum import CHECKSUM, is_whole, with_checksum
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import TensorEntry, read_header
 from frugal_bonsai.checkpoint.reader import Checkpoint
@@ -92,15 +93,17 @@ class StateFolder:
             write_tensors(folder / PRIOR_FILE, {_SCORE: scores.score_N, **(scores.means or {})})
         write_json(
             self.folder / STATE_FILE,
-            {
-                "version": VERSION,
-                "identity": self._identity,
-                "rounds": state.rounds,
-                "forward_tokens": state.forward_tokens,
-                "removed": mask_to_json(state.mask),
-                "prior": None if scores is None else scores.name,
-                "refit": state.refit_mask is not None,
-            },
+            with_checksum(
+                {
+                    "version": VERSION,
+                    "identity": self._identity,
+                    "rounds": state.rounds,
+                    "forward_tokens": state.forward_tokens,
+                    "removed": mask_to_json(state.mask),
+                    "prior": None if scores is None else scores.name,
+                    "refit": state.refit_mask is not None,
+                }
+            ),
         )
         for old in self.folder.glob("round_*"):
             if old != folder:
@@ -254,7 +257,11 @@ def saved_progress(folder: Path) -> tuple[dict[str, Any], int]:
 
 def _find_fault(saved: Any) -> str | None:
     """Return what a state lacks or has of a wrong type; None if nothing is wrong."""
-    found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__
+    if not isinstance(saved, dict):
+        return f"found {type(saved).__name__}, expected an object"
+    if not is_whole(saved):
+        return "it differs from its checksum"
+    found = sorted(saved.keys() - {CHECKSUM})
     if found != sorted(_TYPES):
         return f"found {found}, expected {sorted(_TYPES)}"
     for key, expected in _TYPES.items():

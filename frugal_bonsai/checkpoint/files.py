@@ -109,8 +109,9 @@ class ReadFile:
         if self.drop_behind:
             self._advise(start, done, "POSIX_FADV_DONTNEED")
         if done < len(view):
+            end = min(start + done, os.fstat(self._file.fileno()).st_size)
             raise CheckpointError(
-                f"{self.path}: {what}: the file ends at byte {start + done}, {len(view) - done} of "
+                f"{self.path}: {what}: the file ends at byte {end}, {len(view) - done} of "
                 f"{len(view)} bytes are missing; was the file changed? download it again"
             )
 

@@ -5,7 +5,7 @@ system removes it with the process, however that ends. Windows are read and writ
 system reads the next micro-batch ahead. Where the file does not fit into free memory, its pages
 leave the page cache behind the reader and the writer.
 
-Memory: one micro-batch.
+Memory: one micro-batch, and a checksum of each window, which is compared at every reading.
 
 Shape suffixes: B windows of a micro-batch, S tokens of a window, H hidden.
 """
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from frugal_bonsai.checkpoint.checksum import TRY_AGAIN, checksum
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.files import tensor_bytes
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
@@ -63,12 +65,13 @@ class DiskSpill:
                 self._file.truncate(size)
         self._drop_behind = not fits_page_cache(size, free_memory_bytes())
         self._written = slice(0, 0)
+        self._checksums: dict[int, str] = {}  # of the windows that were written
 
     def read(self, items: slice) -> torch.Tensor:
         """Return ``[B, S, H]`` on the device, a copy.
 
         Raises:
-            OutputError: the disk fails.
+            OutputError: the disk fails, or gives other bytes than were written.
         """
         host_BSH = torch.empty(items.stop - items.start, *self._shape, dtype=self._dtype)
         view, done = tensor_bytes(host_BSH.view(torch.uint8).flatten()), 0
@@ -81,6 +84,12 @@ class DiskSpill:
                         f"{self._folder}: the file of hidden states ends early; check the disk"
                     )
                 done += count
+        for window, part in self._parts(items, view):
+            if self._checksums.get(window) not in (None, checksum(part)):
+                raise OutputError(
+                    f"{self._folder}: hidden states of window {window} come back from the disk "
+                    f"other than they were written; {TRY_AGAIN}, and continue with --resume"
+                )
         self._advise(items, "POSIX_FADV_DONTNEED", needed=self._drop_behind)
         following = slice(items.stop, min(self._windows, 2 * items.stop - items.start))
         self._advise(following, "POSIX_FADV_WILLNEED")
@@ -98,10 +107,17 @@ class DiskSpill:
             self._file.seek(items.start * self._each)
             while done < len(view):
                 done += self._file.write(view[done:])
+        for window, part in self._parts(items, view):
+            self._checksums[window] = checksum(part)
         # The first advice starts to write a range out, the second one drops it.
         for written in (self._written, items):
             self._advise(written, "POSIX_FADV_DONTNEED", needed=self._drop_behind)
         self._written = items
+
+    def _parts(self, items: slice, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Yield each window with its bytes."""
+        for at, window in enumerate(range(items.start, items.stop)):
+            yield window, view[at * self._each : (at + 1) * self._each]
 
     def _advise(self, items: slice, advice: str, *, needed: bool = True) -> None:
         """Pass a hint on a range to the system; a no-op where the platform has none."""

@@ -22,7 +22,11 @@ from frugal_bonsai.checkpoint.finite import read_finite
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.checkpoint.page_cache import fits_page_cache, free_memory_bytes
 from frugal_bonsai.checkpoint.reader import Checkpoint
-from frugal_bonsai.checkpoint.tensor_file import write_tensors
+from frugal_bonsai.checkpoint.tensor_file import (
+    read_checksums,
+    require_checksum,
+    write_tensors,
+)
 from frugal_bonsai.dtypes import torch_dtype
 from frugal_bonsai.errors import CheckpointError, OptionError
 from frugal_bonsai.int8 import quantise_rows
@@ -56,14 +60,17 @@ class LayerStore:
         self._files: list[ReadFile] = []
         self._records: list[tuple[Record, ...]] = []
         self._spans: list[tuple[int, int]] = []
+        self._checks: list[dict[str, tuple[int, int, str]]] = []
+        self._checked: set[int] = set()
         for layer in range(layers):
             path = _layer_file(folder, layer)
             records, span = _lay_out(path)
             self._files.append(ReadFile(path))
             self._records.append(records)
             self._spans.append(span)
+            self._checks.append(_checks(path, span[0]))
         size = sum(end - start for start, end in self._spans)
-        drop_behind = not fits_page_cache(size, free_memory_bytes())
+        self._drop_behind = drop_behind = not fits_page_cache(size, free_memory_bytes())
         for file in self._files:
             file.drop_behind = drop_behind
 
@@ -87,11 +94,22 @@ class LayerStore:
         self._files[layer].advise_soon(start, end - start)
 
     def read(self, layer: int, buffer: torch.Tensor) -> None:
-        """Read a whole layer sequentially into a uint8 CPU buffer."""
+        """Read a whole layer sequentially into a uint8 CPU buffer.
+
+        Its bytes are compared with their checksums: at the first reading, and at every one if
+        the store does not stay in the page cache, so that they come from the disk.
+
+        Raises:
+            CheckpointError: the disk fails, or the bytes are not those that were written.
+        """
         start, end = self._spans[layer]
-        file = self._files[layer]
+        file, view = self._files[layer], tensor_bytes(buffer[: end - start])
         file.advise_sequential(start, end - start)
-        file.read_into(tensor_bytes(buffer[: end - start]), start, f"layer {layer}")
+        file.read_into(view, start, f"layer {layer}")
+        if self._drop_behind or layer not in self._checked:
+            for name, (first, last, expected) in self._checks[layer].items():
+                require_checksum(file.path, name, view[first:last], expected)
+            self._checked.add(layer)
 
     def close(self) -> None:
         """Close the files."""
@@ -248,6 +266,15 @@ def build_head_store(
 
 def _layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer:05d}.safetensors"
+
+
+def _checks(path: Path, first: int) -> dict[str, tuple[int, int, str]]:
+    """Return the place of each of a layer's tensors in its bytes, and its checksum."""
+    entries, found = read_header(path)[0], read_checksums(path)
+    return {
+        name: (entries[name].start - first, entries[name].end - first, value)
+        for name, value in found.items()
+    }
 
 
 def _lay_out(path: Path) -> tuple[tuple[Record, ...], tuple[int, int]]:
