@@ -16,6 +16,7 @@ from tiny_models import Tiny, random_mask, save_pair_tokenizer, tiny_family, tin
 from frugal_bonsai.adaptation.teacher_cache import read_shards
 from frugal_bonsai.bonsai.round_log import RoundLog
 from frugal_bonsai.bonsai.state import PruneState, StateFolder, saved_progress
+from frugal_bonsai.checkpoint.checksum import with_checksum
 from frugal_bonsai.checkpoint.folder import read_config
 from frugal_bonsai.checkpoint.gguf_header import read_gguf_header
 from frugal_bonsai.checkpoint.gguf_reader import part_files
@@ -247,7 +248,9 @@ def test_a_state_with_values_of_other_types(
 ) -> None:
     folder = StateFolder(tmp_path / "run", {"settings": {"seed": 0}})
     folder.save(PruneState(mask=random_mask(tiny.spec)))
-    edit(tmp_path / "run" / "state.json", **{key: value})
+    saved = json.loads((tmp_path / "run" / "state.json").read_text()) | {key: value}
+    del saved["checksum"]
+    (tmp_path / "run" / "state.json").write_text(json.dumps(with_checksum(saved)))
     with pytest.raises(StateError, match=rf"state\.json: is damaged .*{what}.*; delete"):
         folder.load(tiny.spec.table)
     assert saved_progress(tmp_path / "run")[1] == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from frugal_bonsai.adaptation.teacher_cache import CACHE_FILE, TeacherCache
 from frugal_bonsai.bonsai.round_log import ROUND_LOG, RoundLog
 from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.bonsai.state import StateFolder, saved_progress
+from frugal_bonsai.checkpoint.checksum import CHECKSUM, with_checksum
 from frugal_bonsai.checkpoint.header import read_header
 from frugal_bonsai.cli import cli
 from frugal_bonsai.hardware.profile import find_profile, read_profile
@@ -64,7 +66,17 @@ def _mutate_tensors(path: Path, mutator: Mutator) -> None:
 
 
 def _mutate_json(path: Path, mutator: Mutator) -> None:
-    path.write_bytes(mutator.json(json.loads(path.read_text())))
+    """Damage a JSON file; one with a checksum gets one that is right again, most of the time."""
+    values = json.loads(path.read_text())
+    signed = values.pop(CHECKSUM, None) is not None
+    text = mutator.json(values)
+    if signed and mutator.draws.random() < 0.8:
+        with suppress(ValueError, RecursionError):
+            changed = json.loads(text)
+            text = json.dumps(
+                with_checksum(changed) if isinstance(changed, dict) else changed
+            ).encode()
+    path.write_bytes(text)
 
 
 def read_state(samples: Samples, mutator: Mutator, folder: Path) -> None:
