@@ -134,3 +134,20 @@ def test_errors_say_what_to_do(
     assert "finished prune or adapt" in fail("report", tmp_path / "empty")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'frugal-bonsai[plots]'" in fail("report", output)
+
+
+def test_the_measured_peak_is_split_into_the_process_and_the_work(output: Path) -> None:
+    path = output / "pruning_report.json"
+    summary = json.loads(path.read_text())
+    items = (("hidden states", 600), ("Python and libraries", 400), ("norms", 1))
+    summary["memory"] |= {
+        "host_peak_bytes": 900 * 2**20,
+        "plan": [{"name": n, "where": "host", "size_bytes": s * 2**20} for n, s in items],
+    }
+    path.write_text(json.dumps(summary))
+    parts = json.loads(report_page(output, kind="json"))["charts"]["plan"]["parts"]
+    planned, measured = ({name: pair[at] for name, pair in parts.items()} for at in (0, 1))
+    assert planned == {**dict(items), "work, measured": 0.0}
+    assert measured == {**dict.fromkeys(dict(items), 0.0), "Python and libraries": 400.0} | {
+        "work, measured": 500.0
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from frugal_bonsai.memory.work import BASE
 from frugal_bonsai.report.pages.page import make_section
 from frugal_bonsai.report.words import duration
 from frugal_bonsai.sizes import GIB, MIB, format_bytes
@@ -256,11 +257,15 @@ def _by_item(memory: Values) -> dict[str, Any] | None:
     parts = {item["name"]: [item["size_bytes"] / scale, 0.0] for item in items[:5]}
     if items[5:]:
         parts["all others"] = [sum(item["size_bytes"] for item in items[5:]) / scale, 0.0]
-    parts["measured"] = [0.0, peak / scale]
+    # The process is measured before the work; single items of the work cannot be seen from outside.
+    process = parts.get(BASE, [0.0, 0.0])
+    process[1] = min(process[0], peak / scale)
+    parts["work, measured"] = [0.0, peak / scale - process[1]]
     place = "GPU" if where == "gpu" else "Host"
     return {
         "kind": "bars",
-        "caption": f"{place} memory at the plan's peak by item, and the measured peak of the run.",
+        "caption": f"{place} memory at the plan's peak by item, and the measured peak of the run: "
+        "the process before the work, and all that the work held.",
         "labels": ["planned", "measured"],
         "parts": parts,
         "x": unit,
