@@ -51,11 +51,13 @@ from frugal_bonsai.run.report import write_page_beside
 from frugal_bonsai.run.run_folder import empty, locked, run_folder
 from frugal_bonsai.run.settings_file import write_prune_settings
 from frugal_bonsai.run.summary import describe_run, write_papers
+from frugal_bonsai.run.texts import bytes_per_token
 from frugal_bonsai.run.warnings import (
     calibration_warning,
     figure_warnings,
     note_warnings,
     pruned_before_warning,
+    unfamiliar_text_warning,
 )
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.source import CheckpointSource
@@ -191,6 +193,7 @@ def _search_and_write(run: PruneRun, request: _Request) -> dict[str, Any]:
     )
     warnings = note_warnings(run.engine.progress, warned)
     before = _measure(run, run.model, run.engine, "dense")
+    warnings += note_warnings(run.engine.progress, [_unfamiliar(run, before["perplexity"])])
     found = _search(run, request)
     with staged_directory(request.out, replaces=replaceable(request.overwrite)) as staged:
         summary = describe_run(run, found, request.out) | {"before": before}
@@ -206,6 +209,14 @@ def _search_and_write(run: PruneRun, request: _Request) -> dict[str, Any]:
         write_prune_settings(staged, run, request.options)
         copy_events(request.folder, staged)
     return summary
+
+
+def _unfamiliar(run: PruneRun, perplexity: float | None) -> str | None:
+    """Return a warning if the dense model predicts the held-out windows badly."""
+    if perplexity is None:
+        return None
+    size = bytes_per_token(run.model, run.calibration.held_out_NS, None)
+    return unfamiliar_text_warning(perplexity, size)
 
 
 def _search(run: PruneRun, request: _Request) -> SearchResult:

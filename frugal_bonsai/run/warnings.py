@@ -18,6 +18,10 @@ Values = Mapping[str, Any]
 _MOST_RISE = 5.0
 # A standard error of more than this share of the perplexity is a warning.
 _MOST_ERROR = 0.05
+# Bits a byte of a text at which the dense model predicts it no better than a compressor such as
+# bzip2. Models have 0.8 to 1.7 on text of their kind, 2.7 or more on text of another
+# (docs/results/windows_2-core-cpu_2026-11-28.md).
+_MOST_BITS = 2.0
 
 
 def note_warnings(progress: Progress, found: Iterable[str | None]) -> list[str]:
@@ -50,6 +54,23 @@ def calibration_warning(
         f"calibration: {windows * window:,} tokens, but the widest projections need at least "
         f"{needed:,} for a Gram matrix of full rank; with fewer, refits overfit the calibration "
         f"text. Use more text: --windows {math.ceil(needed / window)} or more"
+    )
+
+
+def unfamiliar_text_warning(perplexity: float, bytes_per_token: float) -> str | None:
+    """Return a warning if the dense model predicts the calibration text badly.
+
+    Args:
+        perplexity: That of the dense model on held-out windows.
+        bytes_per_token: Mean number of UTF-8 bytes of their tokens.
+    """
+    bits = math.log2(perplexity) / bytes_per_token if bytes_per_token else 0.0
+    if bits < _MOST_BITS:
+        return None
+    return (
+        f"the dense model needs {bits:.1f} bits for a byte of the calibration text, as many as a "
+        f"compressor such as bzip2: the text is unlike what the model was trained on. Calibrate on "
+        f"text of its kind, or on text that it writes (--calibration self)"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,11 @@ from frugal_bonsai.checkpoint.locate import find_model
 from frugal_bonsai.run.adapt_output import _warnings as adaptation_warnings
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.provenance import read_provenance
-from frugal_bonsai.run.warnings import calibration_warning, figure_warnings
+from frugal_bonsai.run.warnings import (
+    calibration_warning,
+    figure_warnings,
+    unfamiliar_text_warning,
+)
 
 
 def test_a_calibration_with_fewer_tokens_than_columns() -> None:
@@ -36,6 +41,27 @@ def test_inputs_of_attention_wider_than_any_output_projection() -> None:
     assert text is not None and "at least 20,000" in text
     outputs = make_settings("default", {"refit": "outputs"})
     assert calibration_warning(narrow, outputs, 8, 2048) is None
+
+
+def test_a_text_that_the_model_does_not_know() -> None:
+    text = unfamiliar_text_warning(462.7, 2.34)  # stories3M on WikiText-2
+    assert text is not None and "3.8 bits for a byte" in text and "--calibration self" in text
+    assert unfamiliar_text_warning(7.9, 3.77) is None  # stories3M on TinyStories
+    assert unfamiliar_text_warning(3.1, 1.0) is None  # a model of bytes
+    assert unfamiliar_text_warning(31.6, 4.0) is None
+    assert unfamiliar_text_warning(31.6, 0.0) is None  # tokens without text
+
+
+def test_prune_warns_of_a_text_that_the_model_does_not_know(tmp_path: Path) -> None:
+    text = tmp_path / "numbers.txt"
+    draw = random.Random(0)
+    text.write_text(" ".join(str(draw.randrange(10**6)) for _ in range(4000)), encoding="utf-8")
+    quick = ("--windows", "4", "--window", "64", "--level", "none", "--no-recovery")
+    words = ("--out", tmp_path / "out", "--sparsity", "0.2", "--max-cpu-mem", "2GB", *quick)
+    summary = succeed("prune", "example", "--calibration", text, *words)
+    assert any("unlike what the model was trained on" in text for text in summary["warnings"])
+    known = succeed("prune", "example", *words, "--overwrite")
+    assert not any("unlike what" in text for text in known["warnings"])
 
 
 def figures(perplexity: float | None, error: float | None = 0.01) -> dict[str, float | None]:
