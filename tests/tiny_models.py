@@ -138,7 +138,7 @@ def save_tiny(
             if ("norm" in name or ".ln_" in name) and not offset:
                 parameter.add_(1.0)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(std=std, generator=generator)
             elif name.endswith("layer_scalar"):
                 buffer.normal_(mean=1.0, std=std, generator=generator)
@@ -624,6 +624,42 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_num_shared_experts": 0,
         },
     ),
+    "bamba": (
+        "bamba",
+        {
+            **_without(_SIZES, "head_dim"),
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 12,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 8,
+        },
+    ),
+    "youtu": ("youtu", {**_without(_SIZES, "head_dim"), **_LATENT}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {
+            **_SIZES,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 9,
+            "residual_multiplier": 0.22,
+        },
+    ),
+    "lfm2-moe": (
+        "lfm2_moe",
+        {
+            **_without(_SIZES, "head_dim"),
+            **_EXPERTS,
+            "layer_types": ["conv", "full_attention"],
+            "intermediate_size": 28,
+            "num_dense_layers": 1,
+        },
+    ),
+    "solar-open": (
+        "solar_open",
+        {**_SIZES, **_without(_SHARED, "first_k_dense_replace", "intermediate_size")},
+    ),
     # Its gates reach the limit.
     "flex-olmo": ("flex_olmo", {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2}),
     "gpt-oss": (
@@ -684,7 +720,7 @@ EXPERTS_PRUNED = ("mixtral", "qwen3-moe", "olmoe")
 # Whose experts keep their channels: test_shared_experts_command.py drops whole ones.
 WHOLE_EXPERTS_PRUNED = (
     *("deepseek-v3", "glm4-moe", "glm4-moe-lite", "dots1"),
-    *("exaone-moe", "deepseek-v2", "llama4", "ernie4_5-moe"),
+    *("exaone-moe", "deepseek-v2", "llama4", "ernie4_5-moe", "solar-open"),
 )
 
 

@@ -18,9 +18,10 @@ from frugal_bonsai.model.units import KeepMask
 # Config keys of transformers that hold one entry per layer.
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers")
 # Config keys of transformers for the indices of some layers.
-_LAYER_INDICES = ("moe_layers",)
+_OF_ATTENTION = "attn_layer_indices"  # from which the config class computes layer_types
+_LAYER_INDICES = ("moe_layers", _OF_ATTENTION)
 # Config keys for the number of layers without experts, which are the first.
-_FIRST_DENSE = ("first_k_dense_replace", "moe_layer_start_index")
+_FIRST_DENSE = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
 # Config key for the last layer with experts; -1 for the last of all.
 _LAST_ROUTED = "moe_layer_end_index"
 
@@ -48,7 +49,7 @@ def with_kept_layers(spec: ModelSpec, mask: KeepMask) -> ModelSpec:
         return spec
     config = {**spec.config, spec.family.layers_key: spec.layers - len(dropped)}
     for key, values in _layer_lists(spec).items():
-        if len(values) != spec.layers:
+        if len(values) != spec.layers or (key == "layer_types" and _OF_ATTENTION in spec.config):
             continue
         config[key] = [value for at, value in enumerate(values) if at not in dropped]
     kept = [layer for layer in range(spec.layers) if layer not in dropped]

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,8 @@ class Experts:
         chosen_default: number of experts per token if the config does not state it.
         stacks: tensors of all experts of a layer, which a checkpoint may have in place of a tensor
             for each expert.
+        stored_parts: parts of the experts' tensor names that differ in checkpoints: the model's ->
+            the checkpoint's. Layers without experts may use the same words otherwise.
         whole_channels: reason why the experts keep their channels and can only be removed whole;
             None if channels are units.
         dense_key: config key for the width of the FFN in layers without experts, which stays
@@ -75,6 +78,7 @@ class Experts:
     chosen_key: str = "num_experts_per_tok"
     chosen_default: int = 8
     stacks: tuple[Stack, ...] = STACKS
+    stored_parts: Mapping[str, str] = field(default_factory=dict)
     whole_channels: str | None = None
     dense_key: str | None = None
     dense_beside: bool = False

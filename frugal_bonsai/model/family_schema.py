@@ -259,15 +259,21 @@ class Family:
 
     def file_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor inside the layers from the model's name."""
-        for own, stored in self.stored_parts.items():
+        for own, stored in self._stored_parts(name).items():
             name = name.replace(own, stored)
         return name
 
     def own_name(self, stored: str) -> str:
         """Return the model's name of a tensor inside the layers from the checkpoint's name."""
-        for own, part in self.stored_parts.items():
+        for own, part in self._stored_parts(stored).items():
             stored = stored.replace(part, own)
         return stored
+
+    def _stored_parts(self, name: str) -> Mapping[str, str]:
+        """Return the parts of a name that differ in checkpoints: the model's -> theirs."""
+        if self.experts is None or f".{self.experts.module}." not in name:
+            return self.stored_parts
+        return {**self.stored_parts, **self.experts.stored_parts}
 
     @property
     def mixers(self) -> tuple[Mixer, ...]:

@@ -213,6 +213,32 @@ class TestFlexOlmo(FamilyContract):
     attention = ()
 
 
+class TestBamba(FamilyContract):
+    name = "bamba"
+    attention = ()
+
+
+class TestYoutu(FamilyContract):
+    name = "youtu"
+    attention = ()
+
+
+class TestGraniteMoeShared(FamilyContract):
+    name = "granitemoeshared"
+    refines = False
+
+
+class TestLfm2Moe(FamilyContract):
+    name = "lfm2-moe"
+    refines = False
+    attention = ()
+
+
+class TestSolarOpen(FamilyContract):
+    name = "solar-open"
+    refines = False
+
+
 class TestGpt2(FamilyContract):
     name = "gpt2"
     updates_on_device = True

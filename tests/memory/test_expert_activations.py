@@ -44,7 +44,7 @@ SHAPES = {
 
 _SHARED = {
     **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_shared_experts": 1},
-    **{"moe_layer_start_index": 0, "moe_num_shared_experts": 1},
+    **{"num_dense_layers": 0, "moe_layer_start_index": 0, "moe_num_shared_experts": 1},
     "use_qk_norm": True,
 }
 
@@ -74,6 +74,8 @@ def spec_of(model_type: str, shape: tuple[int, ...]) -> ModelSpec:
             "num_hidden_layers": 1,
             family.ffn_key: channels,
             "shared_expert_intermediate_size": channels,
+            "shared_intermediate_size": channels,
+            **({"layer_types": ["full_attention"]} if model_type == "lfm2_moe" else {}),
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             **({"head_dim": head_dim} if family.head_dim_key else _latent(head_dim, heads)),
@@ -98,7 +100,7 @@ def _describe(model_type: str, config: Any, model: Any, **stated: int) -> ModelS
     """Describe the model as a checkpoint of its parameters."""
     found, entries = config.to_dict() | stated, {}
     for name, value in model.state_dict().items():
-        if model_type == "granitemoe":  # its checkpoints name experts and router otherwise
+        if model_type.startswith("granitemoe"):  # its checkpoints name experts and router otherwise
             name = name.replace("experts.gate_up_proj", "input_linear.weight")
             name = name.replace("experts.down_proj", "output_linear.weight")
         shape, end = tuple(value.shape), 4 * value.numel()

@@ -14,12 +14,14 @@ from frugal_bonsai.run.open import open_model
 from frugal_bonsai.stream.operations import count_operations
 
 # In hybrids, where heads differ in width, and where the first layers have no experts, layer 0 does
-# not stand for all layers, and convolutions are products, too.
+# not stand for all layers, and convolutions are products, too. Latent attention has keys and values
+# of different widths.
 ALIKE = [
     name
     for name, (kind, _) in FAMILY_CONFIGS.items()
     if not FAMILIES[kind].other_mixers
     and not FAMILIES[kind].full_attention_keys
+    and kind != "youtu"
     and (FAMILIES[kind].experts is None or FAMILIES[kind].experts.dense_key is None)
 ]
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from frugal_bonsai.model.families.apertus import APERTUS
 from frugal_bonsai.model.families.arcee import ARCEE
+from frugal_bonsai.model.families.bamba import BAMBA
 from frugal_bonsai.model.families.cohere import COHERE
 from frugal_bonsai.model.families.cohere2 import COHERE2
 from frugal_bonsai.model.families.deepseek_v2 import DEEPSEEK_V2
@@ -34,9 +35,11 @@ from frugal_bonsai.model.families.granite import GRANITE
 from frugal_bonsai.model.families.granitemoe import GRANITEMOE
 from frugal_bonsai.model.families.granitemoehybrid import GRANITEMOEHYBRID
 from frugal_bonsai.model.families.granitemoehybrid_experts import GRANITEMOEHYBRID_EXPERTS
+from frugal_bonsai.model.families.granitemoeshared import GRANITEMOESHARED
 from frugal_bonsai.model.families.helium import HELIUM
 from frugal_bonsai.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from frugal_bonsai.model.families.lfm2 import LFM2
+from frugal_bonsai.model.families.lfm2_moe import LFM2_MOE
 from frugal_bonsai.model.families.llama import LLAMA
 from frugal_bonsai.model.families.llama4 import LLAMA4
 from frugal_bonsai.model.families.mellum import MELLUM
@@ -60,9 +63,11 @@ from frugal_bonsai.model.families.qwen3_moe import QWEN3_MOE
 from frugal_bonsai.model.families.qwen3_next import QWEN3_NEXT
 from frugal_bonsai.model.families.seed_oss import SEED_OSS
 from frugal_bonsai.model.families.smollm3 import SMOLLM3
+from frugal_bonsai.model.families.solar_open import SOLAR_OPEN
 from frugal_bonsai.model.families.stablelm import STABLELM
 from frugal_bonsai.model.families.starcoder2 import STARCODER2
 from frugal_bonsai.model.families.vaultgemma import VAULTGEMMA
+from frugal_bonsai.model.families.youtu import YOUTU
 from frugal_bonsai.model.family_schema import Condition
 
 _TABLES = (
@@ -92,6 +97,8 @@ _TABLES = (
     HUNYUAN_V1_DENSE,
     SEED_OSS,
     LFM2,
+    BAMBA,
+    YOUTU,
     HELIUM,
     COHERE,
     COHERE2,
@@ -114,6 +121,8 @@ _TABLES = (
     FLEX_OLMO,
     MINIMAX_M2,
     GRANITEMOE,
+    GRANITEMOESHARED,
+    LFM2_MOE,
     GPT_OSS,
     LLAMA4,
     DEEPSEEK_V3,
@@ -121,6 +130,7 @@ _TABLES = (
     GLM4_MOE_LITE,
     DOTS1,
     EXAONE_MOE,
+    SOLAR_OPEN,
     DEEPSEEK_V2,
     ERNIE4_5_MOE,
 )

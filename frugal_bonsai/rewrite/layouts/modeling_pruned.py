@@ -8,6 +8,7 @@ is added. The file needs transformers 5.14 or newer and nothing else.
 """
 
 import copy
+import inspect
 
 import transformers
 from huggingface_hub.dataclasses import strict
@@ -59,8 +60,10 @@ def _config_class(base):
         @property
         def layer_configs(self):
             """One config per layer, with that layer's sizes."""
+            # Copies: on its own config the model states that it computes all experts at once.
+            own = self.per_layer_config if self.is_heterogeneous else None
             layers = range(self.num_hidden_layers)
-            return [self.per_layer_config[i] if self.is_heterogeneous else self for i in layers]
+            return [copy.copy(self) if own is None else own[i] for i in layers]
 
         def validate_architecture(self):
             """Check that each layer's query heads divide evenly among its KV heads."""
@@ -104,7 +107,7 @@ def _model_class(base):
                 if isinstance(module, ModuleList) and len(module) == len(layer_configs)
             )
             built = [_dense_heads(layer_config) for layer_config in layer_configs]
-            own = [type(old)(built[at], at) for at, old in enumerate(layers)]
+            own = [type(old)(built[at], at, **_kind(old)) for at, old in enumerate(layers)]
             for at, layer in enumerate(own):
                 kept = layer_configs[at].num_attention_heads
                 _shrink_heads(layer, kept, built[at].num_attention_heads)
@@ -115,6 +118,12 @@ def _model_class(base):
             self.post_init()
 
     return PrunedModel
+
+
+def _kind(layer):
+    """Return the kind of a layer as an argument of its class, where the class takes one."""
+    takes = "layer_type" in inspect.signature(type(layer).__init__).parameters
+    return {"layer_type": layer.block_type} if takes else {}
 
 
 def _dense_heads(config):

@@ -15,7 +15,7 @@ from frugal_bonsai.checkpoint.folder import CONFIG_FILE
 from frugal_bonsai.model.default_config import default_config
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.family_schema import HEAD_DIM
-from frugal_bonsai.model.layout import LayoutRules, heads_fit
+from frugal_bonsai.model.layout import EXPERT_TILE, LayoutRules, heads_fit
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.rewrite.layouts.bundled import FILE, find_bundled, read_bundled
 from frugal_bonsai.rewrite.layouts.widths import layer_widths, shared_config
@@ -44,7 +44,10 @@ def write_config(spec: ModelSpec, mask: KeepMask, rules: LayoutRules, folder: Pa
     if overrides:
         for index, own in _own_sizes(spec).items():
             overrides[index] = {**own, **overrides.get(index, {})}
-    if overrides or not heads_fit(spec, widest.get(spec.family.heads_key, spec.heads)):
+    # transformers' own class multiplies with all experts of a layer at once.
+    uneven = bool(spec.experts) and widest[spec.family.ffn_key] % EXPERT_TILE > 0
+    heads = widest.get(spec.family.heads_key, spec.heads)
+    if overrides or uneven or not heads_fit(spec, heads):
         bundled = find_bundled(spec.family.model_type)
         if spec.family.head_dim_key is None and spec.whole_attention is None:
             config[HEAD_DIM] = spec.head_dim
