@@ -1,13 +1,14 @@
 """The file ``run.toml`` in an output: options of the command as the run resolved them.
 
 In: a prune or an adaptation that is planned. Out: a file that ``--config`` takes: the same command
-with it makes the same output. Options keep their names on the command line.
+with it makes the same output. Options keep their names on the command line. Absolute paths are cut
+to their last part, and a comment says so: outputs are published.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from frugal_bonsai.adaptation.settings import LORA
@@ -105,14 +106,32 @@ def _common(options: CommandOptions, window: int, device: str) -> dict[str, Any]
 
 
 def _write(staged: Path, command: str, values: Mapping[str, Any], left_out: Any) -> None:
+    local = [name for name, value in values.items() if value != _public(value)]
     lines = [
         f"# Options of frugal-bonsai {command} {package_version()}, as this run resolved them.",
         f"# Again: frugal-bonsai {command} --config {SETTINGS_FILE} --out DIR",
         *(f"# {name} was set from Python, and is not in this file." for name in sorted(left_out)),
         *(
-            f"{name.replace('_', '-')} = {toml_literal(value)}"
+            f"# {name.replace('_', '-')} was on the machine of this run; give its path on the "
+            "command line, which wins."
+            for name in local
+        ),
+        *(
+            f"{name.replace('_', '-')} = {toml_literal(_public(value))}"
             for name, value in values.items()
             if value is not None
         ),
     ]
     write_bytes(staged / SETTINGS_FILE, ("\n".join(lines) + "\n").encode())
+
+
+def _public(value: Any) -> Any:
+    """Return a value with the names of absolute paths; an output may be published."""
+    if isinstance(value, list):
+        return [_public(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    before, equals, path = value.rpartition("=")  # of --task-data
+    if PureWindowsPath(path).is_absolute() or path.startswith(("/", "~")):
+        return before + equals + PureWindowsPath(path).name
+    return value

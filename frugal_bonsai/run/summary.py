@@ -23,7 +23,7 @@ from frugal_bonsai.model.layout import PER_LAYER
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.plain_json import json_text
 from frugal_bonsai.report.card import model_card
-from frugal_bonsai.report.card_parts import parent_name
+from frugal_bonsai.report.card_parts import parent_name, without_paths
 from frugal_bonsai.rewrite.mask_file import write_mask
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.plan import plan_items, plan_phases, predict, time_model
@@ -143,8 +143,27 @@ def load_line(out: Path, layout: str, spec: ModelSpec, *, tokenizer: bool = True
 
 
 def write_report(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write a summary as standard JSON: a number that is not finite becomes null."""
-    write_bytes(path, (json_text(summary, indent=2) + "\n").encode())
+    """Write a summary as standard JSON, for others to read.
+
+    A number that is not finite becomes null. Of models and folders on this machine only the names
+    are written.
+    """
+    write_bytes(path, (json_text(_without_folders(summary), indent=2) + "\n").encode())
+
+
+def _without_folders(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary in which no text says where files lie on this machine."""
+    public = dict(summary)
+    for key in ("model", "teacher", "out", "mask"):
+        if isinstance(public.get(key), str):
+            public[key] = parent_name(public[key])
+    for key in ("notes", "warnings"):
+        if key in public:
+            public[key] = [without_paths(text) for text in public[key]]
+    if "load" in public and "out" in summary:
+        out = str(summary["out"])
+        public["load"] = public["load"].replace(f"({out!r})", f"({parent_name(out)!r})")
+    return public
 
 
 def write_papers(staged: Path, summary: dict[str, Any], spec: ModelSpec, mask: KeepMask) -> None:
