@@ -57,10 +57,11 @@ def config_errors(config: Mapping[str, Any], source: str = "config.json") -> Ite
     from huggingface_hub.errors import StrictDataclassError
 
     _require_counts(config, source)
-    # RuntimeError is torch's, where a size is negative or overflows.
+    # RuntimeError is torch's, where a size is negative or overflows; UnboundLocalError that of a
+    # forward whose switches contradict each other.
     try:
         yield
-    except (StrictDataclassError, RuntimeError, *WRONG_VALUES) as error:
+    except (StrictDataclassError, RuntimeError, UnboundLocalError, *WRONG_VALUES) as error:
         # A strict dataclass says which check failed, and its cause which value.
         reason = str(error.__cause__ or error).strip("'\"")
         if isinstance(error, AssertionError):  # of the embedding's module
