@@ -54,16 +54,18 @@ class Samples:
     cache: Path
 
 
-class _Stop(Silent):
+class StopAt(Silent):
     """Progress that stops a run at a sweep, in a round or behind it."""
 
     def __init__(self, sweep: str, *, number: int = 0, calls: int = 1) -> None:
         self._sweep, self._number, self._calls = sweep, number, calls
 
     def round(self, number: int, rounds: int, sparsity: float) -> None:
+        """Count the rounds."""
         self._number -= 1
 
     def sweep(self, name: str, steps: int, tokens_per_step: int) -> None:
+        """Stop at the sweep."""
         if self._number <= 0 and self._sweep in name:
             self._calls -= 1
             if self._calls == 0:
@@ -108,7 +110,7 @@ def make_samples(folder: Path, families: tuple[str, ...] = FAMILIES) -> Samples:
     teacher, pruned, adapted = str(models[0]), folder / "pruned", folder / "adapted"
     prune(teacher, pruned, progress=False, **QUICK)
     with suppress(KeyboardInterrupt):
-        prune(teacher, folder / "stopped", progress=_Stop("trial", number=2), **QUICK)
+        prune(teacher, folder / "stopped", progress=StopAt("trial", number=2), **QUICK)
     chosen = AdaptOptions(
         teacher=teacher,
         data=("stdlib",),
@@ -122,7 +124,7 @@ def make_samples(folder: Path, families: tuple[str, ...] = FAMILIES) -> Samples:
     )
     adapt(str(pruned), adapted, chosen, progress=False)
     with suppress(KeyboardInterrupt):
-        adapt(str(pruned), folder / "training", chosen, progress=_Stop("perplexity", calls=2))
+        adapt(str(pruned), folder / "training", chosen, progress=StopAt("perplexity", calls=2))
     return Samples(
         folder=folder,
         models=models,
