@@ -78,6 +78,17 @@ _LLAMA = Architecture(
     interleaved=True,
     rope_kinds=("linear", "llama3"),
 )
+_GRANITE = replace(
+    _LLAMA,
+    name="granite",
+    keys={
+        **_RMS_NORM,
+        "add_embedding_scale": "embedding_multiplier",
+        "add_attention_scale": "attention_multiplier",
+        "add_residual_scale": "residual_multiplier",
+        "add_logit_scale": "logits_scaling",
+    },
+)
 _GEMMA2 = Architecture(
     name="gemma2",
     activations=GELU,
@@ -114,17 +125,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "qwen2": Architecture(name="qwen2", as_llama=_LLAMA, fixed_rows=_Q, biases=_QKV),
         "qwen3": Architecture(name="qwen3"),
         "smollm3": Architecture(name="smollm3", biases=_QKV, interleaved=True, pause=4),
-        "granite": replace(
-            _LLAMA,
-            name="granite",
-            keys={
-                **_RMS_NORM,
-                "add_embedding_scale": "embedding_multiplier",
-                "add_attention_scale": "attention_multiplier",
-                "add_residual_scale": "residual_multiplier",
-                "add_logit_scale": "logits_scaling",
-            },
-        ),
+        "granite": _GRANITE,
         "olmo2": Architecture(name="olmo2"),
         "stablelm": Architecture(
             name="stablelm",
@@ -221,6 +222,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "hunyuan_v1_dense": Architecture(name="hunyuan-dense"),
         "mixtral": replace(_LLAMA, biases=()),
         "qwen3_moe": Architecture(name="qwen3moe", switches={"norm_topk_prob": True}),
+        "granitemoe": replace(_GRANITE, name="granitemoe", biases=()),
         "olmoe": Architecture(
             name="olmoe",
             fixed_rows=("attn_q", "attn_k"),
@@ -243,7 +245,6 @@ CONVERTED_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "glm4_moe": "glm4moe",
         "glm4_moe_lite": "deepseek2",
         "gpt_oss": "gpt-oss",
-        "granitemoe": "granitemoe",
         "granitemoehybrid": "granitehybrid",
         "granitemoeshared": "granitemoe",
         "lfm2": "lfm2",

@@ -52,7 +52,8 @@ def list_tensors(
             continue
         entry, whole = checkpoint.tensors[source], _whole_name(source)
         for piece, rows in _pieces(whole, entry, spec, shape):
-            name = _gguf_name(names, piece, source, entry, shape)
+            stored = (piece, spec.family.file_name(piece))
+            name = _gguf_name(names, stored, source, entry, shape)
             if name in tensors and whole != source:
                 tensors[name] = _with_part(tensors[name], source)
                 continue
@@ -88,7 +89,7 @@ def _whole_name(source: str) -> str:
     llama.cpp stacks these; the ``gguf`` package knows the name without the number.
     """
     source = re.sub(r"\.norms\.\d+\.", ".", source)
-    return re.sub(r"\.experts\.\d+\.", ".experts.", source)
+    return re.sub(r"\.\w+\.experts\.\d+\.", ".mlp.experts.", source)
 
 
 def _with_part(tensor: GgufTensor, source: str) -> GgufTensor:
@@ -118,9 +119,15 @@ def _pieces(
 
 
 def _gguf_name(
-    names: gguf.TensorNameMap, piece: str, source: str, entry: TensorEntry, shape: Shape
+    names: gguf.TensorNameMap,
+    pieces: tuple[str, ...],
+    source: str,
+    entry: TensorEntry,
+    shape: Shape,
 ) -> str:
-    name: str | None = names.get_name(piece, try_suffixes=(".weight", ".bias"))
+    """Return the first name that the architecture has for a tensor's names."""
+    found = (names.get_name(piece, try_suffixes=(".weight", ".bias")) for piece in pieces)
+    name: str | None = next(filter(None, found), None)
     if name is None:
         raise UnsupportedModelError(
             f"{entry.file}: tensor {source!r} has no place in llama.cpp's architecture "

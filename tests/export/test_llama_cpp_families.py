@@ -49,6 +49,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "hunyuan": ({}, "hunyuan-dense"),
     "mixtral": ({}, "llama"),
     "qwen3-moe": ({}, "qwen3moe"),
+    "granitemoe": ({}, "granitemoe"),
     "olmoe": ({"num_key_value_heads": 6, "clip_qkv": None}, "olmoe"),
 }
 # Families whose loader wants as many rows of q as the model is wide, and no llama that could help.
