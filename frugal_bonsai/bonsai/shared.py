@@ -18,6 +18,7 @@ from frugal_bonsai.bonsai.reconstruction.rounds import Measured
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.progress import Progress
+from frugal_bonsai.ranks.division import divide
 from frugal_bonsai.ranks.files import list_files, send_files
 from frugal_bonsai.ranks.group import Group
 from frugal_bonsai.ranks.message import Message
@@ -25,9 +26,6 @@ from frugal_bonsai.ranks.tasks import Tasks
 from frugal_bonsai.stream.store import LayerStore
 
 MASKS, CANDIDATES, FILES = "masks", "candidates", "files"
-# A rank takes this part of its even share of what is left: large pieces first, because each takes
-# the layers once, then small ones, so that all end together.
-_PART_OF_SHARE = 2
 
 
 class SharedSearch:
@@ -56,7 +54,7 @@ class SharedSearch:
         def share(
             pairs: Pairs, waves: list[slice], grid: int, work: Callable[[slice], list[float]]
         ) -> Iterator[tuple[list[float], bool]]:
-            items = [part for wave in waves for part in divide(wave, grid, self.ranks)]
+            items = list(divide(waves, grid, self.ranks))
             self._meet(state, number)
             values = self._round(MASKS, state, number) | {
                 "store": str(store.folder.resolve()),
@@ -115,7 +113,7 @@ class SharedSearch:
         group, hosts = self._group, dict[str, list[int]]()
         receives, own = set(), group.launch.host
         for rank in group.workers:
-            group.wait(f"ready/{rank}", f"rank {rank} is not ready")
+            group.wait(f"rank/{rank}", f"rank {rank} has not come")
             values = Message.from_bytes(group.get(f"ready/{rank}")).values
             if values["host"] != own or not values["visible"]:
                 hosts.setdefault(values["host"], []).append(rank)
@@ -130,19 +128,3 @@ class SharedSearch:
             f"candidates"
         )
         return len(receivers)
-
-
-def divide(wave: slice, grid: int, ranks: int) -> Iterator[slice]:
-    """Yield parts of a wave, large ones first, that begin on its grid.
-
-    Args:
-        wave: Pairs that one rank would evaluate together.
-        grid: Smallest part.
-        ranks: Number of ranks that take the parts.
-    """
-    start = wave.start
-    while start < wave.stop:
-        cells = -(-(wave.stop - start) // grid)
-        size = max(1, cells // (_PART_OF_SHARE * ranks)) * grid
-        yield slice(start, min(start + size, wave.stop))
-        start += size

@@ -22,6 +22,7 @@ from frugal_bonsai.hardware.throughput import (
 from frugal_bonsai.memory.plan import MemoryPlan
 from frugal_bonsai.memory.work import HOST, UPDATE_ITERATIONS, PruneWorkload, text_tokens
 from frugal_bonsai.model.family import ModelSpec
+from frugal_bonsai.ranks.division import busiest
 
 # Bytes that quantisation reads and writes for an element, beside the element itself: conversion to
 # fp16, comparison with zero, absolute value, maximum, scaling in fp32, rounding, int8, a copy.
@@ -99,7 +100,7 @@ class PruneTime:
     def _stores(self) -> TimePhase:
         """Return the time of the working stores: dense, pruned, reconstructed, and candidates'."""
         work, blocks = self.work, self.spec.block_parameters
-        each = 1 + work.reconstruction + (work.candidates if work.trial_windows else 0)
+        each = 1 + work.reconstruction + (work.candidate_turns if work.trial_windows else 0)
         # The dense store is one more; nothing starts from a store of the last round's end.
         elements = blocks * (1 + each * sum(work.remaining[1:]) - work.remaining[-1])
         read_bytes = each * work.rounds * blocks * work.source_bytes
@@ -119,14 +120,15 @@ class PruneTime:
         return seconds
 
     def _masked_evaluation(self) -> TimePhase:
-        """Return the time of every round's masks."""
+        """Return the time of every round's masks, on the rank that takes most of them."""
         work, seconds = self.work, TimePhase()
-        tokens = work.pairs * work.window * self.spec.layers
+        pairs = sum(self._own_part(pairs)[0] for pairs in work.pair_batches)
+        tokens = pairs * work.window * self.spec.layers
         for number, share in enumerate(work.remaining[:-1]):
             layer, pool = self.operations.kept(share), work.round_imputed_share(number)
-            for pairs in work.pair_batches:
-                seconds += self._sweep(share, pairs, int8=work.int8_arithmetic)
-                seconds += self._head(pairs, int8=work.int8_arithmetic)
+            for mine, passes in map(self._own_part, work.pair_batches):
+                seconds += self._sweep(share, mine, int8=work.int8_arithmetic, waves=passes)
+                seconds += self._head(mine, int8=work.int8_arithmetic)
             # Masks are multiplied in place. An imputed column is gathered, predicted from the
             # columns outside of the pool, and chosen.
             passes = 2 + (4 if pool else 0)
@@ -135,6 +137,11 @@ class PruneTime:
             squares = layer.query**2 + layer.ffn**2
             seconds += self._rates.products(2 * pool * (1 - pool) * squares * tokens)
         return seconds
+
+    def _own_part(self, pairs: int) -> tuple[int, int]:
+        """Return the most pairs that a rank takes, and its passes over the layers for them."""
+        limits = self.plan.limits
+        return busiest(pairs, limits.micro_batch, limits.windows_in_flight, self.work.ranks)
 
     def _reconstruction(self) -> TimePhase:
         """Return the time of reconstruction after each round, and of the candidates before it."""
@@ -146,7 +153,7 @@ class PruneTime:
             windows = work.last_windows if last else work.part_windows
             seconds += (fast if last else self)._refit_sweep(share, windows)
             if work.trial_windows:
-                seconds += self._refit_sweep(share, work.trial_windows) * work.candidates
+                seconds += self._refit_sweep(share, work.trial_windows) * work.candidate_turns
             if not last:  # the factor of the refit serves the importance scores too
                 seconds += self._importance(number, factors=1)
             # The dense model's losses, unless the first round has measured them on these windows.
@@ -195,6 +202,7 @@ class PruneTime:
         passes: int = 1,
         native: bool = False,
         int8: bool = False,
+        waves: int | None = None,
     ) -> TimePhase:
         """Return the time of a sweep over all layers: read, copied, made dense, computed.
 
@@ -205,6 +213,7 @@ class PruneTime:
             passes: Forward passes of each layer.
             native: The checkpoint is read instead of the working store.
             int8: Weights are multiplied as they are stored.
+            waves: Number of waves, if not all of the plan's windows in flight are together.
         """
         limits, tokens = self.plan.limits, tokens or self.work.window
         if not windows:
@@ -212,7 +221,7 @@ class PruneTime:
         layer, micro_batch = self.operations.kept(share), limits.micro_batch
         one = self._rates.forward(layer, tokens, windows, micro_batch=micro_batch, int8=int8)
         seconds = one * (passes * self.spec.layers)
-        waves = -(-windows // limits.windows_in_flight)
+        waves = waves or -(-windows // limits.windows_in_flight)
         elements = waves * share * self.spec.block_parameters
         stored_bytes = self.work.source_bytes if native else self._stored_bytes
         seconds += self._disk(elements * stored_bytes, cold=native)

@@ -51,7 +51,7 @@ class _PruneFiles:
         return [*phases, phase("writing the output", [*self._finished(last), *output], last + 1)]
 
     def _round(self, number: int) -> list[DiskPhase]:
-        """Return the phases of a round: masks, then reconstruction."""
+        """Return the phases of a round: masks, candidates of several ranks, reconstruction."""
         work, last = self._work, number == self._work.rounds
         replaced = self._files.layer(self._weights, work.remaining[number])
         always = [*self._head, *self._finished(number - 1)]
@@ -63,8 +63,15 @@ class _PruneFiles:
             after.append(self._working(number))
         if work.reconstruction and not last:
             after.append(replaced)
+        candidates = []
+        if work.trial_windows and work.local_ranks > 1:  # each rank has a store of its candidate
+            stores = [self._working(number)] * work.local_ranks
+            candidates.append(
+                phase(f"round {number}: candidates", [*always, *dense, *stores], number)
+            )
         return [
             phase(f"round {number}: masks", [*always, *before], number),
+            *candidates,
             phase(f"round {number}: reconstruction", [*always, *after], number),
         ]
 

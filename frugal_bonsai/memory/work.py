@@ -159,6 +159,8 @@ class PruneWorkload(SweepWorkload):
         mean_biases: Biases of output projections stand for the removed units.
         padded: The output keeps the dense shapes, filled with zeros.
         companion_bytes: Bytes of the files that are copied beside the weights.
+        ranks: Number of processes that share masks and candidates.
+        local_ranks: Number of them on this host.
     """
 
     source_bytes: int
@@ -181,12 +183,19 @@ class PruneWorkload(SweepWorkload):
     mean_biases: bool = False
     padded: bool = False
     companion_bytes: int = 0
+    ranks: int = 1
+    local_ranks: int = 1
     rewrite: bool = True
 
     @property
     def rounds(self) -> int:
         """Number of rounds."""
         return len(self.goals)
+
+    @property
+    def candidate_turns(self) -> int:
+        """Number of candidates in a round that one rank reconstructs, at most."""
+        return -(-self.candidates // self.ranks)
 
     @property
     def remaining(self) -> tuple[float, ...]:

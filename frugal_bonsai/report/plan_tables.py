@@ -65,6 +65,8 @@ def render_plan(plan: Values, console: Console) -> None:
         f"{plan['windows_in_flight']:,} in flight, {plural(plan['concurrent_masks'], 'mask')} a "
         "sweep"
     )
+    if plan["ranks"] > 1:
+        sheet.say(f"ranks: {plan['ranks']} share masks and candidates; memory is that of each")
     sheet.say(f"rates: {plan['profile']}")
     for note in plan["notes"]:
         sheet.say(f"note: {note}")

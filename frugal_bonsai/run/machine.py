@@ -15,6 +15,7 @@ from frugal_bonsai.accelerator import CPU
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.hardware.profile import HardwareProfile, find_profile, read_profile
 from frugal_bonsai.memory.budget import Budget, Caps, find_device, make_budget
+from frugal_bonsai.ranks.launch import launched
 from frugal_bonsai.run.options import PruneOptions
 from frugal_bonsai.run.profile import quick_profile
 from frugal_bonsai.sizes import GIB, format_bytes
@@ -79,7 +80,9 @@ def profile_budget(profile: HardwareProfile, caps: Caps) -> Budget:
     notes: list[str] = []
     host = caps.host_bytes
     if host is None:
-        host = max(profile.host_bytes - _LEAVE_HOST_BYTES, profile.host_bytes // 2)
+        launch = launched()
+        ranks = 1 if launch is None else launch.local_ranks
+        host = max(profile.host_bytes - _LEAVE_HOST_BYTES, profile.host_bytes // 2) // ranks
     elif host > profile.host_bytes:
         notes.append(_more_than("--max-cpu-mem", host, profile.host_bytes))
     gpu = profile.gpu_bytes

@@ -193,6 +193,7 @@ def describe_plan(planned: PlannedPrune) -> dict[str, Any]:
         "windows_in_flight": limits.windows_in_flight,
         "concurrent_masks": work.concurrent_masks(limits.windows_in_flight),
         "rounds": work.rounds,
+        "ranks": work.ranks,
         "forward_tokens": forward_tokens(model.spec, work, memory),
         **_describe_time(planned.estimate()),
         **_describe_memory(memory, nominal_base=machine.elsewhere),

@@ -1,9 +1,10 @@
 """``prune`` on several ranks: what rank 0 tells the others, and what they do.
 
 In: a launch, and the same command on every rank. Out: rank 0 prunes as alone, and each other rank
-evaluates masks and candidates for it until it ends the run. A worker opens the model once rank 0
-has found that the prune can work. It prints nothing; an error of it ends the run, and rank 0 says
-so. Holds on a worker the memory of its sweeps, within rank 0's plan and its own caps.
+evaluates masks and candidates for it until it ends the run. A worker opens the model at once, and
+makes its engine when rank 0 has found that the prune fits. It prints nothing; an error of it ends
+the run, and rank 0 says so. Holds on a worker the memory of its sweeps, within rank 0's plan and
+its own caps.
 """
 
 from __future__ import annotations
@@ -110,27 +111,28 @@ def work(
         RankError: Rank 0 died.
     """
     group = connect(launch)
-    with following(group):
+    family, text_only = options.assume_family, options.text_only
+    with (
+        following(group),
+        open_model(model, assume_family=family, text_only=text_only) as opened,
+    ):
         told = Message.from_bytes(group.get("run"))
         places, visible = _find_places(launch, run_folder(out).absolute(), told, group)
         try:
-            with open_model(
-                model, assume_family=options.assume_family, text_only=options.text_only
-            ) as opened:
-                _require_equal(opened, told.values["identity"], utility)
-                worker = SearchWorker(
-                    group,
-                    _make_engine(opened, options, told.values, places),
-                    PruneSettings(**told.values["identity"]["settings"]),
-                    told.tensors["windows"],
-                    places,
-                    imputes=told.values["imputes"],
-                    keep_inputs=told.values["keep_inputs"],
-                    utility=utility,
-                )
-                ready = Message({"host": launch.host, "visible": visible})
-                group.put(f"ready/{launch.rank}", ready.to_bytes())
-                Tasks(group).serve(worker)
+            _require_equal(opened, told.values["identity"], utility)
+            worker = SearchWorker(
+                group,
+                _make_engine(opened, options, told.values, places),
+                PruneSettings(**told.values["identity"]["settings"]),
+                told.tensors["windows"],
+                places,
+                imputes=told.values["imputes"],
+                keep_inputs=told.values["keep_inputs"],
+                utility=utility,
+            )
+            ready = Message({"host": launch.host, "visible": visible})
+            group.put(f"ready/{launch.rank}", ready.to_bytes())
+            Tasks(group).serve(worker)
         finally:
             _clear(places)
 

@@ -27,6 +27,7 @@ from frugal_bonsai.memory.work import PruneWorkload, text_tokens
 from frugal_bonsai.model.family import ModelSpec
 from frugal_bonsai.model.layout import PADDED
 from frugal_bonsai.model.units import FFN
+from frugal_bonsai.ranks.launch import launched
 from frugal_bonsai.rewrite.companions import companion_bytes
 from frugal_bonsai.run.open import Model
 from frugal_bonsai.run.resolve import ResolvedPrune
@@ -54,7 +55,7 @@ def prune_workload(
         eval_windows: Number of windows of the text that ``--eval-text`` names.
         custom_utility: A utility of the user's needs all logits of a window.
     """
-    settings, uniform = resolved.settings, resolved.rules.uniform
+    settings, uniform, launch = resolved.settings, resolved.rules.uniform, launched()
     held_out, sampled = held_out_count(windows), 0
     if resolved.source == SELF:
         sampled = resolved.windows + held_out_count(resolved.windows)
@@ -91,6 +92,8 @@ def prune_workload(
         mean_biases=settings.bias,
         padded=resolved.rules.layout == PADDED,
         companion_bytes=copied_bytes(model),
+        ranks=1 if launch is None else launch.ranks,
+        local_ranks=1 if launch is None else launch.local_ranks,
     )
 
 

@@ -189,6 +189,18 @@ def test_every_batch_of_masks_reads_the_layers() -> None:
     assert three.compute == pytest.approx(one.compute)
 
 
+def test_ranks_divide_masks_in_micro_batches_and_candidates() -> None:
+    """One batch of 8 * 12 + 8 pairs: 26 micro-batches of 4, of which the busiest of 4 takes 7."""
+    products = profiles.cpu(**ONLY_PRODUCTS)
+    changes: dict[str, Any] = {"trial_windows": 8, "candidates": 5}
+    one, four = (estimate(products, ranks=ranks, **changes) for ranks in (1, 4))
+    masked = [phase(found, "masked evaluation").compute for found in (one, four)]
+    assert masked[1] == pytest.approx(masked[0] * 7 * 4 / 104)
+    two_candidates = estimate(products, **{**changes, "candidates": 2})
+    assert phase(four, "recovery") == phase(two_candidates, "recovery")
+    assert phase(four, "statistics") == phase(one, "statistics")
+
+
 def test_imputation_covers_a_multiple_of_what_a_round_removes() -> None:
     work = replace(WORK, imputation_pool=2.5)
     assert work.round_imputed_share(0) == pytest.approx(2.5 * 0.25)

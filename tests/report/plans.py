@@ -14,6 +14,7 @@ PLAN: dict[str, Any] = {
     "windows": 32,
     "arithmetic": "int8",
     "micro_batch": 8,
+    "ranks": 1,
     "windows_in_flight": 208,
     "concurrent_masks": 13,
     "rounds": 10,
