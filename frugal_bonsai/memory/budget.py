@@ -146,13 +146,21 @@ def find_device(device: str | None = None) -> torch.device:
 
 
 def _own_index(found: int) -> int:
-    """Return the device that is used if none is named; ranks of a launch have one each."""
+    """Return the device that is used if none is named; ranks of a launch take one each in turn."""
     import torch
 
     launch = launched()
-    if launch is not None and launch.local_rank < found:
-        return launch.local_rank
+    if launch is not None and found:
+        return launch.local_rank % found
     return torch.accelerator.current_device_index() if found else 0
+
+
+def _sharers() -> int:
+    """Return how many ranks of this host a device has at most."""
+    import torch
+
+    launch = launched()
+    return 1 if launch is None else -(-launch.local_ranks // torch.accelerator.device_count())
 
 
 def make_budget(device: torch.device, caps: Caps) -> Budget:
@@ -199,7 +207,7 @@ def _gpu_budget(
         )
         context = NOMINAL_CONTEXT_BYTES
     free_gpu, total_gpu = free_and_total_bytes(device)
-    ours = free_gpu + context + reserved_bytes(device)
+    ours = (free_gpu + context + reserved_bytes(device)) // _sharers()
     gpu = max(ours - _LEAVE_GPU_BYTES, ours // 2) if cap_bytes is None else cap_bytes
     if gpu > total_gpu:
         notes.append(f"--max-gpu-mem is more than the GPU's {format_bytes(total_gpu)}")

@@ -130,19 +130,17 @@ def leading(group: Group) -> Iterator[None]:
                 if received():
                     time.sleep(2 * _LOOK_SECONDS)  # the watch finds out which rank is dead
                 if received() and group.failure is not None:
-                    raise _explained(group) from error
+                    raise _explained(group.failure) from error
                 raise
             except RankError as error:
-                if group.failure is None:
-                    raise
-                raise _explained(group) from error
+                raise _explained(group.failure or str(error)) from error
     finally:
         _dismiss(group, watch)
 
 
-def _explained(group: Group) -> RankError:
+def _explained(failure: str) -> RankError:
     return RankError(
-        f"{group.failure}; what was done is kept: repeat the command with --resume, on any number "
+        f"{failure}; what was done is kept: repeat the command with --resume, on any number "
         f"of ranks"
     )
 
@@ -180,7 +178,9 @@ def following(group: Group) -> Iterator[None]:
         if group.ended:
             return
         if group.failure is not None:
-            raise RankError(f"rank {launch.rank} ({launch.host}) ends: {group.failure}") from error
+            name = f"rank {launch.rank} ({launch.host})"
+            own = group.failure.startswith(name)
+            raise RankError(group.failure if own else f"{name} ends: {group.failure}") from error
         if isinstance(error, FrugalBonsaiError) and _told(group, str(error)):
             return
         raise
