@@ -1,11 +1,9 @@
-"""Calibration windows: from text or sampled from the model, and the part that each round uses.
+"""Calibration windows, and the part that each round uses.
 
-In: token windows or a model. Out: calibration windows, held-out windows, and the windows of a
-round. Sampling uses a KV cache, batched over windows, and sweeps over all layers once per token;
-that is slow from disk, and the plan says so before. Holds the KV cache of all windows while it
-samples.
+In: token windows. Out: calibration windows, held-out windows, and the windows of a round. Text that
+the model writes is made in written_text.py. Holds the windows.
 
-Shape suffixes: N calibration windows, n sampled windows, S tokens, V vocabulary.
+Shape suffixes: N calibration windows, n windows, S tokens.
 """
 
 from __future__ import annotations
@@ -17,16 +15,10 @@ import torch
 from frugal_bonsai.bonsai.selection.schedule import round_windows, trial_windows
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.errors import CalibrationError
-from frugal_bonsai.memory.work import text_tokens
-from frugal_bonsai.stream.call import call_layer
-from frugal_bonsai.stream.engine import Engine
-from frugal_bonsai.stream.layers import LayerStream
 
 # Calibration tokens when the user names no number of windows: 32 windows of 2,048.
 DEFAULT_TOKENS = 65_536
 MOST_HELD_OUT = 16
-# Tokens of the prompt of a text that the model writes; distance of two prompts of one window.
-PROMPT_TOKENS, _PROMPT_STEP = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,105 +63,6 @@ def split_windows(windows_nS: torch.Tensor, windows: int, what: str) -> Calibrat
     held_out = held_out_count(min(windows, len(windows_nS) - 1))
     most = min(windows, len(windows_nS) - held_out)
     return Calibration(windows_NS=windows_nS[:most], held_out_NS=windows_nS[-held_out:])
-
-
-def sample_windows(engine: Engine, count: int, window: int, *, seed: int) -> torch.Tensor:
-    """Sample windows from the model at temperature 1, int64 ``[n, S]``.
-
-    Every window begins with the BOS token of the model's config. Without one, or if it has no
-    embedding row, the first token is drawn at random.
-
-    Args:
-        engine: The model; its checkpoint is streamed in its own precision.
-        count: Number of windows.
-        window: Tokens of a window.
-        seed: Seed of the draws.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary, first_token = engine.spec.vocabulary, engine.spec.config.get("bos_token_id")
-    if not isinstance(first_token, int) or first_token >= vocabulary:
-        first_n = torch.randint(vocabulary, (count,), generator=generator)
-    else:
-        first_n = torch.full((count,), first_token)
-    draws_nS = torch.rand(count, window, generator=generator)
-    engine.progress.sweep("sampling calibration text", window - 1, count * (window - 1))
-    with engine.native() as stream:
-        return _continue(engine, stream, first_n[:, None], draws_nS)
-
-
-def write_windows(
-    engine: Engine,
-    stream: LayerStream,
-    windows_NS: torch.Tensor,
-    count: int,
-    *,
-    together: int,
-    seed: int,
-) -> torch.Tensor:
-    """Let the model continue pieces of the calibration text at temperature 1, int64 ``[n, S]``.
-
-    Each text begins with a prompt of :data:`PROMPT_TOKENS` tokens. A window that is longer than
-    :func:`~frugal_bonsai.memory.work.text_tokens` holds several texts.
-
-    Args:
-        engine: The model.
-        stream: Brings its layers, once for each token of a text.
-        windows_NS: Calibration windows, which prompts are taken from.
-        count: Number of windows to write.
-        together: Number of texts that are written at a time, which does not change them.
-        seed: Seed of the draws.
-    """
-    window = windows_NS.shape[1]
-    tokens = text_tokens(window)
-    texts = count * -(-window // tokens)
-    prompts_tP = _prompts(windows_NS, texts, min(PROMPT_TOKENS, tokens // 2))
-    draws_tS = torch.rand(texts, tokens, generator=torch.Generator().manual_seed(seed))
-    batches = [(start, start + together) for start in range(0, texts, together)]
-    engine.progress.sweep("writing text", (tokens - 1) * len(batches), texts * (tokens - 1))
-    written = [
-        _continue(engine, stream, prompts_tP[start:stop], draws_tS[start:stop])
-        for start, stop in batches
-    ]
-    return torch.cat(written).view(count, -1)[:, :window]
-
-
-def _prompts(windows_NS: torch.Tensor, count: int, tokens: int) -> torch.Tensor:
-    """Return the beginnings of all windows, then pieces from further inside, ``[count, P]``."""
-    windows, window = windows_NS.shape
-    places = torch.arange(count)
-    starts = (places // windows * _PROMPT_STEP) % max(1, window - tokens)
-    columns = starts[:, None] + torch.arange(tokens)
-    return windows_NS[(places % windows)[:, None], columns]
-
-
-def _continue(
-    engine: Engine, stream: LayerStream, prompts_nP: torch.Tensor, draws_nS: torch.Tensor
-) -> torch.Tensor:
-    """Continue prompts to the length of the draws, int64 ``[n, S]``.
-
-    A token is drawn by inverting the cumulative distribution at a number of its own in [0, 1). So
-    a text does not depend on those that are written beside it.
-    """
-    count, window = draws_nS.shape
-    given = prompts_nP.shape[1]
-    tokens_nS = torch.zeros(count, window, dtype=torch.int64)
-    tokens_nS[:, :given] = prompts_nP
-    cache = engine.skeleton.new_cache()
-    with torch.inference_mode():
-        for position in range(window - 1):
-            hidden_nSH, kwargs = engine.skeleton.step(
-                tokens_nS[:, position : position + 1], position, cache
-            )
-            for layer, parameters in stream.visit():
-                module = engine.skeleton.layers[layer]
-                hidden_nSH = call_layer(module, parameters, hidden_nSH, kwargs[layer])
-            if position + 1 >= given:
-                share_nV = engine.head.logits(hidden_nSH)[:, -1].cpu().softmax(-1).cumsum_(-1)
-                drawn_n1 = draws_nS[:, position + 1, None] * share_nV[:, -1:]
-                found_n1 = torch.searchsorted(share_nV, drawn_n1, right=True)
-                tokens_nS[:, position + 1] = found_n1[:, 0].clamp_max(share_nV.shape[1] - 1)
-            engine.progress.step(f"token {position + 1}")
-    return tokens_nS
 
 
 def round_generator(seed: int, number: int) -> torch.Generator:

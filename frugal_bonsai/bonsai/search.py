@@ -118,6 +118,7 @@ class Search:
             written_together=written_together,
             utility=utility,
             log=self._log,
+            share_texts=None if shared is None else shared.texts,
         )
         check_reachable(whole, settings.sparsity, rules, self._blocks, settings.allocation)
 

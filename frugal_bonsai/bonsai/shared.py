@@ -1,8 +1,8 @@
-"""Rank 0's side of a search that several ranks share: masks and candidates of a round.
+"""Rank 0's side of a search that several ranks share: masks, candidates, written text.
 
-In: the ranks, the state of a round. Out: utilities and losses, the same to the bit as those of one
-rank, in the same order. Decisions, state and output stay with rank 0. What the others do is in
-worker.py. Holds a round's masks in the ranks' store while they are evaluated.
+In: the ranks, the state of a round. Out: utilities, losses and tokens, the same to the bit as those
+of one rank, in the same order. Decisions, state and output stay with rank 0. What the others do is
+in worker.py. Holds a round's masks in the ranks' store while they are evaluated.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ from frugal_bonsai.bonsai.masks.evaluate import SharePairs
 from frugal_bonsai.bonsai.masks.pairs import Pairs
 from frugal_bonsai.bonsai.reconstruction.rounds import Measured
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
+from frugal_bonsai.bonsai.written_text import Texts
+from frugal_bonsai.memory.work import texts_at_once
 from frugal_bonsai.model.units import KeepMask
-from frugal_bonsai.progress import Progress
 from frugal_bonsai.ranks.division import divide
 from frugal_bonsai.ranks.files import list_files, send_files
 from frugal_bonsai.ranks.group import Group
 from frugal_bonsai.ranks.message import Message
 from frugal_bonsai.ranks.tasks import Tasks
+from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.store import LayerStore
 
-MASKS, CANDIDATES, FILES = "masks", "candidates", "files"
+MASKS, CANDIDATES, TEXTS, FILES = "masks", "candidates", "texts", "files"
 
 
 class SharedSearch:
-    """Shares the masks and candidates of a search among ranks.
+    """Shares the masks, candidates and written text of a search among ranks.
 
     Args:
         group: The ranks.
         folder: The run directory with the state.
-        progress: Told how many ranks share the work.
+        engine: Rank 0's device, and the progress, which is told how many ranks share the work.
     """
 
-    def __init__(self, group: Group, folder: StateFolder, progress: Progress) -> None:
-        self._tasks, self._folder, self._progress = Tasks(group), folder, progress
-        self._group = group
+    def __init__(self, group: Group, folder: StateFolder, engine: Engine) -> None:
+        self._tasks, self._folder, self._progress = Tasks(group), folder, engine.progress
+        self._group, self._device = group, engine.device
         self._receivers: int | None = None
         self._sent: int | None = None
 
@@ -88,6 +90,20 @@ class SharedSearch:
         for values, _ in found:
             yield Measured(**values)
 
+    def texts(
+        self, texts: Texts, work: Callable[[slice], list[list[int]]]
+    ) -> Iterator[list[list[int]]]:
+        """Yield the tokens of texts that the dense model writes, in order."""
+        self._assign()
+        grid = texts_at_once(self._device.type, texts.together)
+        items = list(divide(texts.batches, grid, self.ranks))
+        slices = [[part.start, part.stop] for part in items]
+        values = {"kind": TEXTS, "slices": slices, "window": texts.window}
+        tensors = {"prompts": texts.prompts_tP, "draws": texts.draws_tS}
+        found = self._tasks.share(Message(values, tensors), len(items), lambda i: work(items[i]))
+        for tokens, _ in found:
+            yield tokens
+
     def _round(self, kind: str, state: PruneState, number: int) -> dict[str, Any]:
         return {"kind": kind, "number": number, "refitted": state.refit_mask is not None}
 
@@ -97,8 +113,7 @@ class SharedSearch:
         Raises:
             RankError: A rank failed, or has not come.
         """
-        if self._receivers is None:
-            self._receivers = self._assign()
+        self._assign()
         if not self._receivers or self._sent == number:
             return
         folder = self._folder.round_folder(number - 1)
@@ -108,8 +123,10 @@ class SharedSearch:
             send_files(self._group, task, folder, files, self._receivers)
         self._sent = number
 
-    def _assign(self) -> int:
-        """Say which rank of each host builds its store; return how many receive files."""
+    def _assign(self) -> None:
+        """Wait for all ranks and say which rank of each host builds its store, once."""
+        if self._receivers is not None:
+            return
         group, hosts = self._group, dict[str, list[int]]()
         receives, own = set(), group.launch.host
         for rank in group.workers:
@@ -124,7 +141,7 @@ class SharedSearch:
         group.put("hosts", Message({"leaders": leaders, "receivers": receivers}).to_bytes())
         count = len(hosts.keys() | {own})
         self._progress.note(
-            f"{group.launch.ranks} ranks on {count} host{'s' * (count > 1)} share masks and "
-            f"candidates"
+            f"{group.launch.ranks} ranks on {count} host{'s' * (count > 1)} share masks, "
+            f"candidates and written text"
         )
-        return len(receivers)
+        self._receivers = len(receivers)

@@ -1,4 +1,4 @@
-"""What a worker does in a search that several ranks share: it evaluates masks and candidates.
+"""What a worker does in a search that several ranks share: masks, candidates, text.
 
 In: rank 0's tasks (shared.py), an engine of the same model within rank 0's limits. Out: utilities
 and losses. On rank 0's host the worker reads rank 0's stores and round folder. On another host one
@@ -24,9 +24,10 @@ from frugal_bonsai.bonsai.masks.pairs import Pairs, PairSweep, Utility
 from frugal_bonsai.bonsai.reconstruction.rounds import RoundReconstruction
 from frugal_bonsai.bonsai.round_log import RoundLog
 from frugal_bonsai.bonsai.settings import PruneSettings
-from frugal_bonsai.bonsai.shared import CANDIDATES, FILES, MASKS
+from frugal_bonsai.bonsai.shared import CANDIDATES, FILES, MASKS, TEXTS
 from frugal_bonsai.bonsai.state import PruneState, StateFolder
 from frugal_bonsai.bonsai.stores import DENSE, Stores
+from frugal_bonsai.bonsai.written_text import Texts
 from frugal_bonsai.checkpoint.commit import remove_folder
 from frugal_bonsai.model.units import KeepMask, UnitTable
 from frugal_bonsai.ranks.files import receive_files
@@ -101,13 +102,9 @@ class SearchWorker:
     @contextmanager
     def open(self, message: Message) -> Iterator[Work]:
         """Open what a task's items need."""
-        if message.values["kind"] == MASKS:
-            with self._masks(message) as work:
-                yield work
-        else:
-            assert message.values["kind"] == CANDIDATES
-            with self._candidates(message) as work:
-                yield work
+        opened = {MASKS: self._masks, CANDIDATES: self._candidates, TEXTS: self._texts}
+        with opened[message.values["kind"]](message) as work:
+            yield work
 
     @contextmanager
     def _masks(self, message: Message) -> Iterator[Work]:
@@ -166,6 +163,22 @@ class SearchWorker:
             dense.close()
             stores.remove()
 
+    @contextmanager
+    def _texts(self, message: Message) -> Iterator[Work]:
+        values, tensors, engine = message.values, message.tensors, self._engine
+        texts = Texts(
+            prompts_tP=tensors["prompts"],
+            draws_tS=tensors["draws"],
+            together=len(tensors["draws"]),
+            window=values["window"],
+        )
+        store = LayerStore(self._stores() / DENSE, engine.spec.layers)
+        try:
+            with engine.stream(store) as stream:
+                yield lambda item: texts.write(engine, stream, slice(*values["slices"][item]))
+        finally:
+            store.close()
+
     def _stores(self) -> Path:
         if self._places.store is not None:
             return self._places.store
@@ -211,16 +224,20 @@ class _HostStores:
 
     def build(self, message: Message) -> None:
         """Build the stores of a round, or wait until the leader has built them."""
-        number, key = message.values["number"], f"built/{self._leader}"
+        dense, working = f"dense/{self._leader}", f"working/{self._leader}"
+        number = message.values.get("number", 1)  # text is written by the dense model
         if not self._leads:
-            self._group.wait_count(key, number)
-        elif self._number != number:
-            if not self._number:
-                self._built.dense()
-                self._built.head()
-            if number > 1:
-                self._built.working(_state(self._engine.spec.table, message), number - 1)
-            self._group.count(key, number - self._number)
+            self._group.wait_count(dense, 1)
+            self._group.wait_count(working, number - 1)
+            return
+        if not self._number:
+            self._built.dense()
+            self._built.head()
+            self._group.count(dense)
+            self._number = 1
+        if number > self._number:
+            self._built.working(_state(self._engine.spec.table, message), number - 1)
+            self._group.count(working, number - self._number)
             self._number = number
 
 

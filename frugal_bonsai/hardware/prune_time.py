@@ -20,9 +20,15 @@ from frugal_bonsai.hardware.throughput import (
     TimePhase,
 )
 from frugal_bonsai.memory.plan import MemoryPlan
-from frugal_bonsai.memory.work import HOST, UPDATE_ITERATIONS, PruneWorkload, text_tokens
+from frugal_bonsai.memory.work import (
+    HOST,
+    UPDATE_ITERATIONS,
+    PruneWorkload,
+    text_tokens,
+    texts_at_once,
+)
 from frugal_bonsai.model.family import ModelSpec
-from frugal_bonsai.ranks.division import busiest
+from frugal_bonsai.ranks.division import busiest, divide
 
 # Bytes that quantisation reads and writes for an element, beside the element itself: conversion to
 # fp16, comparison with zero, absolute value, maximum, scaling in fp32, rounding, int8, a copy.
@@ -72,11 +78,16 @@ class PruneTime:
         return TimePhase(name=name, overlaps=overlaps) + seconds
 
     def _writing(self) -> TimePhase:
-        """Return the time of the text for the last reconstruction."""
-        work, seconds = self.work, TimePhase()
-        for start in range(0, work.written_texts, work.written_together):
-            texts = min(work.written_together, work.written_texts - start)
-            seconds += self._drawing(texts, text_tokens(work.window))
+        """Return the time of the text for the last reconstruction, on the first of the ranks."""
+        work, device = self.work, self.profile.device
+        starts = range(0, work.written_texts, work.written_together)
+        batches = [slice(s, min(s + work.written_together, work.written_texts)) for s in starts]
+        if work.ranks > 1:
+            grid = texts_at_once(device, work.written_together)
+            batches = list(divide(batches, grid, work.ranks))[:: work.ranks]
+        seconds = TimePhase()
+        for batch in batches:
+            seconds += self._drawing(batch.stop - batch.start, text_tokens(work.window))
         return seconds
 
     def _drawing(self, texts: int, tokens: int, *, native: bool = False) -> TimePhase:

@@ -22,6 +22,7 @@ UPDATE_ITERATIONS = 4
 _CURVATURE_TOKENS = 64
 # Longest text that the dense model writes at once. A longer window holds several.
 _WRITTEN_TOKENS = 256
+_CPU_TEXTS = 128
 _CPU_REFIT_ROWS, _GPU_REFIT_ROWS = 128, 1024
 # Bytes of the windows of a teacher's cache that are computed and written together.
 SHARD_BYTES = 64 * MIB
@@ -73,6 +74,14 @@ def update_passes(blocks: int, curved: float, *, keep: bool, iterations: int) ->
 def text_tokens(window: int) -> int:
     """Return the number of tokens of a text that the dense model writes for windows of a length."""
     return min(window, _WRITTEN_TOKENS)
+
+
+def texts_at_once(device: str, together: int) -> int:
+    """Return the number of the texts written together that a device computes at once.
+
+    On a CPU more gain little. Ranks share them in such groups, so that the bits stay the same.
+    """
+    return together if is_accelerator(device) else min(together, _CPU_TEXTS)
 
 
 @dataclass(frozen=True, kw_only=True)

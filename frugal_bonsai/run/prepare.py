@@ -16,9 +16,9 @@ from typing import Any
 from frugal_bonsai.bonsai.calibration import (
     Calibration,
     held_out_count,
-    sample_windows,
     split_windows,
 )
+from frugal_bonsai.bonsai.written_text import sample_windows
 from frugal_bonsai.checkpoint.finite import require_finite
 from frugal_bonsai.memory.disk import RUN
 from frugal_bonsai.memory.hints import advise, smaller_files

@@ -87,7 +87,7 @@ def start_workers(
         "token": token,
     }
     group.put("run", Message(values, {"windows": run.calibration.windows_NS}).to_bytes())
-    return SharedSearch(group, state, run.engine.progress)
+    return SharedSearch(group, state, run.engine)
 
 
 def remove_token(folder: Path) -> None:

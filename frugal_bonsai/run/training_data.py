@@ -11,7 +11,8 @@ import torch
 from frugal_bonsai.adaptation.teacher import build_teacher, identify
 from frugal_bonsai.adaptation.teacher_cache import cache_folder, hash_text, hash_weights
 from frugal_bonsai.adaptation.training_data import TrainingData
-from frugal_bonsai.bonsai.calibration import sample_windows, split_windows
+from frugal_bonsai.bonsai.calibration import split_windows
+from frugal_bonsai.bonsai.written_text import sample_windows
 from frugal_bonsai.checkpoint.commit import output_errors
 from frugal_bonsai.checkpoint.tensor_file import read_tensor, write_tensors
 from frugal_bonsai.memory.plan import MemoryPlan

@@ -9,15 +9,13 @@ import torch
 from tiny_models import tiny_llama
 
 from frugal_bonsai.bonsai.calibration import (
-    PROMPT_TOKENS,
     RoundWindows,
     held_out_count,
-    sample_windows,
     split_windows,
     window_count,
-    write_windows,
 )
 from frugal_bonsai.bonsai.settings import PruneSettings
+from frugal_bonsai.bonsai.written_text import PROMPT_TOKENS, Texts, sample_windows
 from frugal_bonsai.errors import CalibrationError
 from frugal_bonsai.stream.engine import Engine
 
@@ -63,7 +61,9 @@ def test_sampling_follows_the_model(tmp_path: Path) -> None:
 
 def write(engine: Engine, windows_NS: torch.Tensor, count: int, **options: int) -> torch.Tensor:
     with engine.native() as stream:
-        return write_windows(engine, stream, windows_NS, count, **options)  # type: ignore[arg-type]
+        texts = Texts.of(windows_NS, count, **options)
+        parts = [texts.write(engine, stream, batch) for batch in texts.batches]
+        return texts.windows([text for part in parts for text in part])
 
 
 def test_written_text_continues_pieces_of_the_calibration_text(tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ print(json.dumps({"codes": codes, "seconds": time.monotonic() - killed}))
 """
 
 
+# Short texts, of which few are then written in several groups, which ranks share.
+_SMALL_GROUPS = """
+from frugal_bonsai.memory import work
+work._CPU_TEXTS, work._WRITTEN_TOKENS = 16, 16
+"""
+
+
 @dataclass(frozen=True)
 class Launched:
     """The end of a launch.
@@ -115,7 +122,7 @@ def launch(
         )
     job = {
         "ranks": jobs,
-        "code": commands.MAIN,
+        "code": _SMALL_GROUPS + commands.MAIN,
         "killed": killed,
         "signal": signal,
         "once": str(once),

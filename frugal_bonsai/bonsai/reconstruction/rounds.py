@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from frugal_bonsai.bonsai.calibration import RoundWindows, write_windows
+from frugal_bonsai.bonsai.calibration import RoundWindows
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.masks.pairs import Utility, window_utilities
 from frugal_bonsai.bonsai.reconstruction.finished import FinishedLayers
@@ -27,6 +27,7 @@ from frugal_bonsai.bonsai.round_log import RoundLog
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.bonsai.state import PruneState, fingerprint
 from frugal_bonsai.bonsai.stores import Stores
+from frugal_bonsai.bonsai.written_text import ShareTexts, Texts
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.engine import Engine
 from frugal_bonsai.stream.store import LayerStore
@@ -72,6 +73,7 @@ class RoundReconstruction:
         written_together: Number of texts that the dense model writes at a time (from the plan).
         utility: The user's utility judges candidates; None judges them by mean NLL.
         log: Log of the round.
+        share_texts: Shares written text among ranks; None writes all of it here.
     """
 
     engine: Engine
@@ -83,6 +85,7 @@ class RoundReconstruction:
     written_together: int
     utility: Utility | None
     log: RoundLog
+    share_texts: ShareTexts | None = None
 
     def refit(
         self,
@@ -151,15 +154,13 @@ class RoundReconstruction:
         windows_NS, count = self.windows.all_NS, self.settings.self_windows or 0
         if not count:
             return windows_NS[:0]
+        together, seed = self.written_together, self.settings.seed
+        texts = Texts.of(windows_NS, count, together=together, seed=seed)
         with self.engine.stream(dense) as stream:
-            written_nS = write_windows(
-                self.engine,
-                stream,
-                windows_NS,
-                count,
-                together=self.written_together,
-                seed=self.settings.seed,
-            )
+            work = partial(texts.write, self.engine, stream)
+            shared = self.share_texts
+            parts = map(work, texts.batches) if shared is None else shared(texts, work)
+            written_nS = texts.windows([text for part in parts for text in part])
         self.engine.sweep.forward_tokens += written_nS.numel()
         return written_nS
 
