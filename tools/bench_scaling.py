@@ -71,13 +71,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("options", nargs="*", help="options of prune, behind --")
-    given = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, options = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     found: dict[int, list[dict[str, Any]]] = {1: [], given.ranks: []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(given.repeat):
             for ranks, runs in found.items():
-                runs.append(measure(given.model, ranks, given.options, Path(folder)))
+                runs.append(measure(given.model, ranks, options, Path(folder)))
                 print(json.dumps(runs[-1]), file=sys.stderr)
     alone, together = found.values()
     for what in ("masked", "whole"):

@@ -192,7 +192,7 @@ class RoundReconstruction:
         missing = [m for m in masks if not self.log.find(_candidate_key(number, m)).values]
         measure = partial(self.measure_candidate, state, number, dense)
         found = share(state, number, missing, measure) if len(missing) > 1 else ()
-        for mask, measured in zip(missing, found, strict=False):
+        for measured, mask in zip(found, missing, strict=False):  # asks for the end of the task
             self._log_candidate(number, mask, measured)
 
     def _log_candidate(self, number: int, mask: KeepMask, measured: Measured) -> None:
