@@ -144,7 +144,8 @@ def _self_windows(settings: PruneSettings, source: str, begun: Mapping[str, Any]
     if not settings.recovery or (settings.self_windows is None and source == SELF):
         return 0
     if settings.self_windows is None:
-        return begun.get("self_windows")
+        saved = begun.get("self_windows")  # the state's own check follows
+        return saved if isinstance(saved, int) else None
     return settings.self_windows
 
 

@@ -15,6 +15,7 @@ from tiny_models import Tiny, random_mask, save_pair_tokenizer, tiny_family, tin
 
 from frugal_bonsai.adaptation.teacher_cache import read_shards
 from frugal_bonsai.bonsai.round_log import RoundLog
+from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.bonsai.state import PruneState, StateFolder, saved_progress
 from frugal_bonsai.checkpoint.checksum import with_checksum
 from frugal_bonsai.checkpoint.folder import read_config
@@ -33,6 +34,7 @@ from frugal_bonsai.run.inspect import inspect
 from frugal_bonsai.run.open import open_model
 from frugal_bonsai.run.provenance import read_provenance
 from frugal_bonsai.run.report import report_page
+from frugal_bonsai.run.resolve import _self_windows
 from frugal_bonsai.run.runs import list_runs
 from frugal_bonsai.text.sources import load_text
 from frugal_bonsai.text.windows import load_tokenizer, tokenise
@@ -307,3 +309,9 @@ def test_a_profile_with_a_list_as_its_device(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(text.replace('device = "cuda"', "device = []"))
     with pytest.raises(OptionError, match=r"a\.toml: device is \[\]"):
         read_profile(tmp_path / "a.toml")
+
+
+def test_a_saved_setting_of_another_type_is_not_taken() -> None:
+    settings = PruneSettings(sparsity=0.3)
+    for value, expected in ((4, 4), ("4", None), ([], None)):
+        assert _self_windows(settings, "stdlib", {"self_windows": value}) == expected

@@ -197,6 +197,7 @@ def _disturb(model: Path, mutator: Mutator, outside: Path) -> None:
         if not linked.exists():
             linked.symlink_to(outside)
         index = {"weight_map": {"model.norm.weight": f"linked/{WEIGHTS}"}}
+        _remove(model / INDEX)
         (model / INDEX).write_text(json.dumps(index))
         _remove(model / WEIGHTS)
 
