@@ -20,11 +20,13 @@ from typing import Any
 from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.errors import CheckpointError
 from frugal_bonsai.model.default_config import config_errors
-from frugal_bonsai.model.families import FAMILIES, TEXT_MODELS, WHOLES
+from frugal_bonsai.model.families import FAMILIES, TEXT_MODELS
 from frugal_bonsai.model.family_lookup import find_family
 from frugal_bonsai.model.family_schema import Family
 from frugal_bonsai.model.multimodal import TEXT_KEY, Multimodal
 
+# An architecture of images whose config names tokens and a part for sounds, too.
+_HEARS = "gemma4"
 # Keys of rope_parameters that tell positions of images from those of text.
 _IMAGE_ROPE = ("mrope_section", "mrope_interleaved", "type")
 # Keys that a whole model states for all its parts.
@@ -41,7 +43,7 @@ def text_family(config: Mapping[str, Any], *, assume: str | None = None) -> Fami
     Returns:
         The family, or None if there is no such text model or the other parts are not for images.
     """
-    hears = any("audio" in key for key in config) and config.get("model_type") not in WHOLES
+    hears = any("audio" in key for key in config) and config.get("model_type") != _HEARS
     if config.get("is_encoder_decoder") or hears:
         return None
     text_type = _text_type(config)
