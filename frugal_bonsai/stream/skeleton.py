@@ -203,8 +203,13 @@ class Skeleton:
         return cast(torch.Tensor, embedded)
 
     def _run_base(self, embedded_BSH: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            self._base(inputs_embeds=embedded_BSH, **{"use_cache": False, **kwargs})
+        try:
+            with torch.inference_mode():
+                self._base(inputs_embeds=embedded_BSH, **{"use_cache": False, **kwargs})
+        except OverflowError as error:  # such as a factor of the embedding
+            raise CheckpointError(
+                f"config.json: a number there is too large to compute with ({error}); correct it"
+            ) from error
         hidden_BSH = self._proxies[0].hidden_BSH
         assert hidden_BSH is not None
         for proxy in self._proxies:

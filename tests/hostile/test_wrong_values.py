@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import Tiny, random_mask, save_pair_tokenizer, tiny_family, tiny_llama
+from tiny_models import (
+    Tiny,
+    open_tiny,
+    random_mask,
+    random_windows,
+    save_pair_tokenizer,
+    tiny_family,
+    tiny_llama,
+)
 
 from frugal_bonsai.adaptation.teacher_cache import read_shards
 from frugal_bonsai.bonsai.round_log import RoundLog
@@ -315,3 +323,14 @@ def test_a_saved_setting_of_another_type_is_not_taken() -> None:
     settings = PruneSettings(sparsity=0.3)
     for value, expected in ((4, 4), ("4", None), ([], None)):
         assert _self_windows(settings, "stdlib", {"self_windows": value}) == expected
+
+
+def test_a_factor_beyond_any_float(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path / "m", "granite").folder
+    edit(folder / "config.json", embedding_multiplier=10**400)
+    tiny = open_tiny(folder)
+    with (
+        pytest.raises(CheckpointError, match="a number there is too large to compute with"),
+        tiny.engine().native() as stream,
+    ):
+        tiny.engine().sweep.run(stream, random_windows(1, 4))
