@@ -18,15 +18,13 @@ from typing import Any
 import torch
 
 from frugal_bonsai.bonsai.calibration import RoundWindows, round_generator
-from frugal_bonsai.bonsai.importance.imputation import Imputations, ImputationWriter
-from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder, ImportanceScores
-from frugal_bonsai.bonsai.importance.whole import measure_whole
 from frugal_bonsai.bonsai.masks.estimate import RoundInputs, estimate_round
 from frugal_bonsai.bonsai.masks.evaluate import MaskEvaluator
 from frugal_bonsai.bonsai.masks.pairs import Utility
 from frugal_bonsai.bonsai.masks.sampling import Estimate
 from frugal_bonsai.bonsai.reconstruction.bias import compensate_by_bias
 from frugal_bonsai.bonsai.reconstruction.rounds import RoundReconstruction
+from frugal_bonsai.bonsai.round_importance import RoundImportance, round_imputations
 from frugal_bonsai.bonsai.round_log import ROUND_LOG, RoundLog
 from frugal_bonsai.bonsai.selection.candidates import equal_width_cuts, select_cut
 from frugal_bonsai.bonsai.selection.curves import Curve
@@ -108,6 +106,9 @@ class Search:
         self._schedule = Schedule(
             settings=settings, rules=rules, blocks=self._blocks, latency=unit_milliseconds
         )
+        self._importance = RoundImportance(
+            engine=engine, schedule=self._schedule, windows=self._windows, folder=state
+        )
         self._reconstruction = RoundReconstruction(
             engine=engine,
             settings=settings,
@@ -133,7 +134,7 @@ class Search:
             dense, store = self._stores.begin(state, recovery=self._settings.recovery)
         earlier_tokens = state.forward_tokens - self._engine.sweep.forward_tokens
         if state.importance is None and store is not None:
-            state.importance = self._measure_importance(store, state.mask, 0)
+            state.importance = self._importance.measure(store, state.mask, 0)
             state.forward_tokens = earlier_tokens + self._engine.sweep.forward_tokens
             self._folder.save(state)
         while self._goes_on(state.mask):
@@ -164,41 +165,6 @@ class Search:
         """Tell whether another round can bring the mask nearer to the target."""
         schedule, settings = self._schedule, self._settings
         return can_go_nearer(mask, schedule.final_parameters, self._rules, settings.allocation)
-
-    def _measure_importance(
-        self, store: LayerStore, mask: KeepMask, number: int
-    ) -> ImportanceScores:
-        """Score the units for the round after ``number`` in one unmasked sweep."""
-        engine, windows_NS, name = (
-            self._engine,
-            self._windows.of_round(number),
-            self._settings.prior,
-        )
-        with engine.stream(store) as stream:
-            if name in WHOLE.values():
-                return measure_whole(name, engine.sweep, stream, windows_NS, mask)
-            builder = self._importance_builder(mask, number)
-            engine.sweep.run(stream, windows_NS, tap=builder, name="statistics")
-            return builder.build()
-
-    def _importance_builder(self, mask: KeepMask, number: int) -> ImportanceBuilder:
-        """Collect the statistics, and the imputations, of the round after ``number``."""
-        settings, imputations = self._settings, None
-        if settings.imputes(uniform=self._rules.uniform):
-            imputations = ImputationWriter(
-                share=settings.pool * self._schedule.share(mask),
-                damping=settings.ridge,
-                rules=self._rules,
-                save=lambda group, tensors: self._folder.save_imputation(number, group, tensors),
-            )
-        return ImportanceBuilder(
-            settings.prior,
-            mask,
-            damping=settings.ridge,
-            generator=round_generator(settings.seed, 10_000 + number),
-            imputations=imputations,
-            keep_means=settings.bias,
-        )
 
     def _cut(
         self, state: PruneState, number: int, store: LayerStore, dense: LayerStore | None
@@ -234,13 +200,7 @@ class Search:
         }
 
     def _evaluator(self, state: PruneState, store: LayerStore, number: int) -> MaskEvaluator:
-        imputations, shared = None, self._shared
-        if self._settings.imputes(uniform=self._rules.uniform):
-            imputations = Imputations(
-                lambda group: self._folder.imputation(number - 1, group),
-                self._engine.spec.table.groups,
-                self._engine.device,
-            )
+        shared, imputes = self._shared, self._settings.imputes(uniform=self._rules.uniform)
         return MaskEvaluator(
             self._engine,
             store,
@@ -249,7 +209,7 @@ class Search:
             self._windows.all_NS,
             round_generator(self._settings.seed, number),
             log=self._log,
-            imputations=imputations,
+            imputations=round_imputations(self._engine, self._folder, number) if imputes else None,
             utility=self._utility,
             share=None if shared is None else shared.pairs_of(state, number, store),
         )
@@ -297,14 +257,14 @@ class Search:
         if self._settings.recovery:
             assert dense is not None
             store = self._stores.working(state, number - 1)
-            importance = None if last else self._importance_builder(state.mask, number)
+            importance = None if last else self._importance.builder(state.mask, number)
             figures = self._reconstruction.refit(state, number, dense, store, importance)
             return None if last else self._stores.working(state, number), figures
         if last:
             return None, {}
         self._stores.remove_dense()
         store = self._stores.working(state, number)
-        state.importance = self._measure_importance(store, state.mask, number)
+        state.importance = self._importance.measure(store, state.mask, number)
         return store, {}
 
     def _save_mean_biases(self, state: PruneState, number: int, before: KeepMask) -> None:

@@ -8,8 +8,6 @@ is saved. Holds one tensor at a time.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +22,6 @@ from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.checkpoint.checksum import CHECKSUM, is_whole, with_checksum
 from frugal_bonsai.checkpoint.commit import output_errors, write_json
 from frugal_bonsai.checkpoint.header import TensorEntry, read_header
-from frugal_bonsai.checkpoint.reader import Checkpoint
 from frugal_bonsai.checkpoint.tensor_file import read_tensor, write_tensors
 from frugal_bonsai.errors import OptionError, StateError
 from frugal_bonsai.model.cut import kept_indices, slices_by_tensor
@@ -300,23 +297,3 @@ def _read_prior(path: Path, name: str) -> ImportanceScores:
     entries, _ = read_header(path)
     means = {entry: read_tensor(path, entry) for entry in entries if entry != _SCORE}
     return ImportanceScores(name, read_tensor(path, _SCORE), means or None)
-
-
-def fingerprint(*parts: bytes) -> str:
-    """Return a short hash of these bytes."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def model_fingerprint(checkpoint: Checkpoint) -> str:
-    """Return a hash of a checkpoint's config and headers, not of its weights."""
-    entries = sorted(
-        (name, entry.gguf_kind or entry.dtype, entry.shape, entry.start)
-        for name, entry in checkpoint.tensors.items()
-    )
-    return fingerprint(
-        json.dumps(checkpoint.config, sort_keys=True).encode(), repr(entries).encode()
-    )

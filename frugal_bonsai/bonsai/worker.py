@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from frugal_bonsai.bonsai.calibration import RoundWindows
-from frugal_bonsai.bonsai.importance.imputation import Imputations
 from frugal_bonsai.bonsai.masks.pairs import Pairs, PairSweep, Utility
 from frugal_bonsai.bonsai.reconstruction.rounds import RoundReconstruction
+from frugal_bonsai.bonsai.round_importance import round_imputations
 from frugal_bonsai.bonsai.round_log import RoundLog
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.bonsai.shared import CANDIDATES, FILES, MASKS, TEXTS
@@ -111,13 +111,6 @@ class SearchWorker:
         engine, values = self._engine, message.values
         folder, number = self._state_folder(), values["number"]
         store = LayerStore(self._stores() / Path(values["store"]).name, engine.spec.layers)
-        imputations = None
-        if self._imputes:
-            imputations = Imputations(
-                lambda group: folder.imputation(number - 1, group),
-                engine.spec.table.groups,
-                engine.device,
-            )
         pairs = Pairs.of(engine.spec.table, message.tensors)
         try:
             with PairSweep(
@@ -125,7 +118,7 @@ class SearchWorker:
                 store,
                 self._evaluation_head(),
                 pairs,
-                imputations=imputations,
+                imputations=round_imputations(engine, folder, number) if self._imputes else None,
                 utility=self._utility,
             ) as sweep:
                 yield lambda item: sweep.run(slice(*values["slices"][item]), "masks")

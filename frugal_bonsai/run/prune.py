@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
+from frugal_bonsai.bonsai.fingerprint import fingerprint, model_fingerprint
 from frugal_bonsai.bonsai.masks.pairs import Utility, utility_name
 from frugal_bonsai.bonsai.search import Search, SearchResult
 from frugal_bonsai.bonsai.settings import STATE_FILE
 from frugal_bonsai.bonsai.state import (
     StateFolder,
-    fingerprint,
-    model_fingerprint,
     saved_progress,
 )
 from frugal_bonsai.checkpoint.commit import remove_folder, staged_directory

@@ -16,10 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from frugal_bonsai.bonsai.fingerprint import model_fingerprint
 from frugal_bonsai.bonsai.masks.pairs import Utility, utility_name
 from frugal_bonsai.bonsai.settings import PruneSettings
 from frugal_bonsai.bonsai.shared import SharedSearch
-from frugal_bonsai.bonsai.state import StateFolder, model_fingerprint
+from frugal_bonsai.bonsai.state import StateFolder
 from frugal_bonsai.bonsai.worker import Places, SearchWorker
 from frugal_bonsai.checkpoint.commit import output_errors, remove_folder, write_bytes
 from frugal_bonsai.errors import BudgetError, CheckpointError, OptionError

@@ -10,12 +10,11 @@ import pytest
 import torch
 from tiny_models import Tiny, random_mask, tiny_llama
 
+from frugal_bonsai.bonsai.fingerprint import fingerprint, model_fingerprint
 from frugal_bonsai.bonsai.importance.scores import ImportanceScores
 from frugal_bonsai.bonsai.state import (
     PruneState,
     StateFolder,
-    fingerprint,
-    model_fingerprint,
 )
 from frugal_bonsai.errors import StateError
 from frugal_bonsai.model.units import KeepMask

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.bonsai.fingerprint import fingerprint
 from frugal_bonsai.bonsai.importance.imputation import Imputations
 from frugal_bonsai.bonsai.masks.design import Design, GroupDesign, Pools, UnitDesign
-from frugal_bonsai.bonsai.state import fingerprint
 from frugal_bonsai.errors import OptionError
 from frugal_bonsai.model.units import KeepMask, UnitGroup, UnitTable
 from frugal_bonsai.stream.engine import Engine

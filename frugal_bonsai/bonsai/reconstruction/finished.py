@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from frugal_bonsai.bonsai.fingerprint import fingerprint
 from frugal_bonsai.bonsai.reconstruction.layer_pass import LayerPass
 from frugal_bonsai.bonsai.round_log import RoundLog
-from frugal_bonsai.bonsai.state import fingerprint
 from frugal_bonsai.model.units import KeepMask
 from frugal_bonsai.stream.call import call_layer
 

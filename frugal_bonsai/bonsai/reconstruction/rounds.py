@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from frugal_bonsai.bonsai.calibration import RoundWindows
+from frugal_bonsai.bonsai.fingerprint import fingerprint
 from frugal_bonsai.bonsai.importance.scores import ImportanceBuilder
 from frugal_bonsai.bonsai.masks.pairs import Utility, window_utilities
 from frugal_bonsai.bonsai.reconstruction.finished import FinishedLayers
@@ -25,7 +26,7 @@ from frugal_bonsai.bonsai.reconstruction.logit_scale import find_logit_scale, sc
 from frugal_bonsai.bonsai.reconstruction.reconstruct import Reconstruction
 from frugal_bonsai.bonsai.round_log import RoundLog
 from frugal_bonsai.bonsai.settings import PruneSettings
-from frugal_bonsai.bonsai.state import PruneState, fingerprint
+from frugal_bonsai.bonsai.state import PruneState
 from frugal_bonsai.bonsai.stores import Stores
 from frugal_bonsai.bonsai.written_text import ShareTexts, Texts
 from frugal_bonsai.model.units import KeepMask
