@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -174,8 +175,21 @@ def connect(launch: Launch) -> Group:
 
 def describe_process(launch: Launch) -> dict[str, Any]:
     """Return what identifies this process to others on its host and to users."""
-    created = psutil.Process().create_time()
-    return {"rank": launch.rank, "host": launch.host, "pid": os.getpid(), "created": created}
+    return {
+        "rank": launch.rank,
+        "host": launch.host,
+        "pid": os.getpid(),
+        "created": psutil.Process().create_time(),
+        "namespace": process_namespace(),
+    }
+
+
+def process_namespace() -> str:
+    """Return what tells containers of one host apart, which do not see each other's processes."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:  # not Linux
+        return ""
 
 
 def is_alive(process: dict[str, Any]) -> bool:

@@ -17,7 +17,15 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from frugal_bonsai.errors import FrugalBonsaiError, RankError
-from frugal_bonsai.ranks.group import ENDED, FAILED, LEFT, Group, describe_process, is_alive
+from frugal_bonsai.ranks.group import (
+    ENDED,
+    FAILED,
+    LEFT,
+    Group,
+    describe_process,
+    is_alive,
+    process_namespace,
+)
 from frugal_bonsai.ranks.message import Message
 
 # A rank that gives no sign for so long is taken for dead.
@@ -66,8 +74,9 @@ class Watch:
         for rank in [0] if launch.rank else self._group.workers:
             if rank not in self._others and own.has(f"rank/{rank}"):
                 process = Message.from_bytes(own.get(f"rank/{rank}")).values
-                # Containers may share a host's name, and not its processes.
-                visible = process["host"] == launch.host and is_alive(process)
+                # Not by whether it runs: it may have died since it came.
+                here = (launch.host, process_namespace())
+                visible = (process["host"], process["namespace"]) == here
                 self._signs[rank] = (0, time.monotonic())
                 self._others[rank] = {**process, "visible": visible}
 

@@ -214,6 +214,6 @@ def test_memory_over_time_is_drawn_against_a_cap_that_is_near() -> None:
     assert charts["memory_host"]["levels"]["cap"] == 1024
     assert charts["memory_host"]["series"]["host memory"] == [[2.0, 500.0], [6.0, 700.0]]
     assert charts["phases"]["marks"] == {"measured": [500.0]}
-    assert charts["plan"]["parts"] == {"head": [600.0, 0.0], "measured": [0.0, 750.0]}
+    assert charts["plan"]["parts"] == {"head": [600.0, 0.0], "work, measured": [0.0, 750.0]}
     far = memory_charts(EVENTS, {**memory, "host_cap_bytes": 2**40})["memory_host"]
     assert "cap" not in far["levels"] and "1.00 TiB" in far["caption"]

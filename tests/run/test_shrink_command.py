@@ -225,7 +225,7 @@ with open_model(sys.argv[1]):  # imports what checks the config
     pass
 Path("/proc/self/clear_refs").write_text("5")
 before = resident_bytes()
-shrink(*sys.argv[1:])
+shrink(*sys.argv[1:], report=False)
 print(json.dumps(peak_resident_bytes() - before))
 """
 

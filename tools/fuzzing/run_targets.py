@@ -37,7 +37,7 @@ from frugal_bonsai.run.run_folder import EVENTS_FILE
 from frugal_bonsai.run.runs import list_runs
 from frugal_bonsai.run.settings_file import SETTINGS_FILE
 from fuzzing.mutate import Mutator, safetensors_bytes
-from fuzzing.samples import QUICK, Samples
+from fuzzing.samples import MOST_MEMORY, QUICK, Samples
 from fuzzing.targets import CONFIG, Target, copy_model
 
 
@@ -122,7 +122,9 @@ def evaluate_config(samples: Samples, mutator: Mutator, folder: Path) -> None:
     model = mutator.draws.choice(samples.models)
     copy_model(model, folder)
     _mutate_json(folder / mutator.draws.choice((CONFIG, CONFIG, "tokenizer_config.json")), mutator)
-    options = EvalOptions(text="stdlib", window=16, windows=1, max_cpu_mem="4GB", device="cpu")
+    options = EvalOptions(
+        text="stdlib", window=16, windows=1, max_cpu_mem=MOST_MEMORY, device="cpu"
+    )
     evaluate(str(folder), options, progress=False)
 
 

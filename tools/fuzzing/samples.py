@@ -22,8 +22,10 @@ FAMILIES = (
     *("deepseek-v3", "granite4-experts", "opt", "qwen3-next", "lfm2", "olmoe", "stablelm"),
 )
 GGUF_FAMILIES = ("llama", "gpt2", "mixtral", "gemma3")
+# Cap of the samples' runs, above what a process holds that has run thousands of tests.
+MOST_MEMORY = "12GB"
 QUICK: dict[str, Any] = {
-    **{"calibration": "stdlib", "windows": 8, "window": 32, "max_cpu_mem": "4GB"},
+    **{"calibration": "stdlib", "windows": 8, "window": 32, "max_cpu_mem": MOST_MEMORY},
     **{"device": "cpu", "sparsity": 0.4, "step": 0.2, "masks": 4, "mask_windows": 4},
     **{"layout": "per-layer", "report": False},
 }
@@ -118,7 +120,7 @@ def make_samples(folder: Path, families: tuple[str, ...] = FAMILIES) -> Samples:
         teacher_cache=folder / "caches",
         windows=16,
         window=32,
-        max_cpu_mem="4GB",
+        max_cpu_mem=MOST_MEMORY,
         device="cpu",
         report=False,
     )
