@@ -39,7 +39,7 @@ def require_output_folder(out: Path, *models: str | None, overwrite: bool) -> No
         OutputError: Something else is there, or nothing can be written.
         StateError: Another run is working there.
     """
-    _require_name(out)
+    _require_name(out, "pruned")
     _require_not_read(out, *models)
     require_no_output(out, replaces=replaceable(overwrite))
     require_writable(out)
@@ -48,19 +48,19 @@ def require_output_folder(out: Path, *models: str | None, overwrite: bool) -> No
 
 def require_output_file(out: Path, model: str, *, overwrite: bool) -> None:
     """Check that ``export`` can write its file, as :func:`require_output_folder` does."""
-    _require_name(out)
+    _require_name(out, "model.gguf")
     _require_not_read(out, model)
     require_no_file(out, "model.gguf", replaces=replaceable_file(overwrite))
     require_writable(out)
     require_unlocked(run_folder(out))
 
 
-def _require_name(out: Path) -> None:
+def _require_name(out: Path, example: str) -> None:
     """Raise unless a path ends in a name, which an output gets by a rename when it is complete."""
     if out.name in ("", ".."):
         raise OutputError(
             f"--out {out}: ends in no name; the output appears under a new name when it is "
-            f"complete, so name one, such as {Path(out, 'pruned')}"
+            f"complete, so name one, such as {Path(out, example)}"
         )
 
 

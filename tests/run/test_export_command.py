@@ -23,7 +23,7 @@ def test_an_export_of_what_prune_wrote(tmp_path: Path) -> None:
 
 @needs_llama_cpp
 def test_the_table_and_the_file(tmp_path: Path) -> None:
-    done = frugal_bonsai("export", "example", "--dtype", "q8_0", "--out", tmp_path / "m.gguf")
+    done = frugal_bonsai("export", "example", "--dtype", "q8_0", "--out", tmp_path / "m.gguf", "-q")
     assert done.returncode == 0, done.stderr
     assert "llama" in done.stdout and f"saved: {tmp_path / 'm.gguf'}" in done.stdout
     [answer] = complete(tmp_path / "m.gguf", [("Return the", 5)])

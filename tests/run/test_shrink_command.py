@@ -155,7 +155,7 @@ def test_recovery_is_not_in_a_mask_and_the_command_says_so(tmp_path: Path) -> No
     pruned, out = tmp_path / "pruned", tmp_path / "out"
     succeed("prune", "example", "--out", pruned, "--sparsity", "0.2", *QUICK)
     mask = pruned / "pruning_mask.json"
-    done = frugal_bonsai("shrink", "example", "--mask", mask, "--out", out)
+    done = frugal_bonsai("shrink", "example", "--mask", mask, "--out", out, "-q")
     assert done.returncode == 0, done.stderr
     assert "recovery refitted are not in it" in " ".join(done.stdout.split())
     assert "AutoModelForCausalLM.from_pretrained" in done.stdout
