@@ -253,6 +253,17 @@ _LATENT: dict[str, Any] = {
     "qk_nope_head_dim": 5,
     "v_head_dim": 3,
 }
+# Layers of full attention have wider heads, whose values are the keys.
+_GEMMA4: dict[str, Any] = {
+    **_SIZES,
+    "tie_word_embeddings": True,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+}
 # Test name -> model_type and config.
 FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _SIZES),
@@ -416,32 +427,17 @@ FAMILY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 6,
         },
     ),
-    # Its layers of full attention have wider heads, whose values are the keys.
     "gemma4": (
         "gemma4_text",
         {
-            **_SIZES,
-            "tie_word_embeddings": True,
-            "sliding_window": 5,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "global_head_dim": 8,
-            "num_global_key_value_heads": 2,
-            "attention_k_eq_v": True,
-            "hidden_size_per_layer_input": 0,
+            **_GEMMA4,
             "final_logit_softcapping": 3.0,
         },
     ),
     "gemma4-experts": (
         "gemma4_text",
         {
-            **_SIZES,
-            "tie_word_embeddings": True,
-            "sliding_window": 5,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "global_head_dim": 8,
-            "num_global_key_value_heads": 2,
-            "attention_k_eq_v": True,
-            "hidden_size_per_layer_input": 0,
+            **_GEMMA4,
             "enable_moe_block": True,
             "intermediate_size": 28,
             "num_experts": 4,
